@@ -1,0 +1,238 @@
+"""The settings of every command, as frozen dataclasses. The string under a field is its --help.
+
+Defaults are the paper's wherever the paper gives one (paper sections are named in the strings).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+PositionalPath = Annotated[Path, tyro.conf.Positional]
+PositionalPaths = Annotated[tuple[Path, ...], tyro.conf.Positional]
+Simulator = Literal["list-pmi", "all-at-once"]
+
+
+@dataclass(frozen=True)
+class PrepareConfig:
+    """Turn text into tokenised shards with a manifest, split by document into train, validation and heldout."""
+
+    source: Annotated[str, tyro.conf.Positional]
+    """`offline` (packaged corpus), a file or folder (.txt .md .jsonl .jsonl.zst .parquet), or a hub dataset name."""
+    out: Path
+    """Folder to write; finished parts are kept, so the same command resumes."""
+    tokenizer: str = "gpt2"
+    """`gpt2` (packaged GPT-2 BPE), `bpe:N` (N entries, trained on the text), or a tokenizer folder or hub name."""
+    max_megabytes: float | None = None
+    """Take only about this many megabytes of text, spread evenly over the parts of the source."""
+    validation: float = 0.01
+    """Fraction of the documents in the validation split (loss curves)."""
+    heldout: float = 0.05
+    """Fraction of the documents in the heldout split (neuron records are collected here)."""
+    shard_tokens: int = 16_777_216
+    """Tokens in one shard file."""
+    seed: int = 0
+    """Decides which document is in which split."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Train one language model with the paper's recipe (section 3) and write it as a Hugging Face checkpoint."""
+
+    out: Annotated[Path, tyro.conf.Positional]
+    """Run directory to write; the same command resumes from the last whole checkpoint."""
+    data: Path
+    """Folder made by `cratescope prepare`."""
+    preset: str = "crate-2l"
+    """crate-1l, -2l, -3l, -s, -b, or gpt2- likewise; the vocabulary is the data's."""
+    steps: int = 600_000
+    """Optimiser steps in all. 0 writes the untrained model (a control)."""
+    batch_tokens: int = 491_520
+    """Tokens an optimiser step, over all devices (paper: 12 x 1024 x 40)."""
+    micro_batch: int = 12
+    """Crops in one forward pass on one device; the rest of batch_tokens is gradient accumulation."""
+    context: int = 1024
+    """Tokens in a crop, and the model's longest context."""
+    learning_rate: float = 6e-4
+    """Peak learning rate, reached after the warm-up."""
+    min_learning_rate: float = 6e-5
+    """Learning rate at the end of the cosine."""
+    warmup_steps: int = 2000
+    """Linear warm-up steps."""
+    weight_decay: float = 0.1
+    """On tensors with two or more dimensions only."""
+    adam_betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW momentum and second-moment decay."""
+    clip: float = 1.0
+    """Largest gradient norm."""
+    validate_every: int = 1000
+    """Steps between two validations (0: only at the end)."""
+    validation_crops: int = 64
+    """Crops of the validation split read each time, evenly spaced."""
+    log_every: int = 10
+    """Steps between two lines of metrics.jsonl."""
+    save_every: int = 1000
+    """Steps between two checkpoints."""
+    keep: int = 2
+    """Checkpoints kept."""
+    crate: dict[str, str] = field(default_factory=dict)
+    """Overrides of CRATE config fields, such as `--crate ista_steps 3 ista_lambda 0.2`."""
+    seed: int = 0
+    """Seeds the weights and the crops."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """bfloat16 is autocast with float32 weights; auto takes it where the hardware has it."""
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Loss, perplexity and bits per byte with standard errors, and next-token examples (paper section 7)."""
+
+    run: PositionalPath
+    """Run directory with a trained model."""
+    data: Path | None = None
+    """Folder made by `cratescope prepare`; the run's own by default."""
+    split: Literal["validation", "heldout"] = "validation"
+    """Which split to read."""
+    crops: int = 256
+    """Crops of the model's context read, evenly spaced over the split."""
+    batch_size: int = 8
+    """Crops in one forward pass."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to run the model."""
+
+
+@dataclass(frozen=True)
+class CollectConfig:
+    """Read held-out text once and write, for every neuron, top and random windows, moments and density."""
+
+    run: PositionalPath
+    """Run directory with a trained model."""
+    data: Path | None = None
+    """Folder made by `cratescope prepare`; the run's own by default."""
+    site: str = "auto"
+    """`auto` (CRATE: codes, GPT-2: mlp), or a module path with {layer}, such as `transformer.h.{layer}.mlp.act`."""
+    excerpts: int = 8000
+    """Excerpts read, evenly spaced over the heldout split (paper: 8000)."""
+    context: int | None = None
+    """Tokens in an excerpt (paper: 1024); the model's longest context by default."""
+    top: int = 50
+    """Windows of the highest activations kept, at most one an excerpt."""
+    random: int = 50
+    """Windows of uniformly drawn positions kept."""
+    window: int = 64
+    """Tokens in a window: this many halves before the chosen token and the rest from it on (paper: -32..+31)."""
+    batch_size: int = 8
+    """Excerpts in one forward pass."""
+    part: int = 256
+    """Excerpts in one part; a kill loses at most one part of work."""
+    seed: int = 0
+    """Draws the random positions."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to run the model."""
+
+
+@dataclass(frozen=True)
+class LLMConfig:
+    """The language model that explains or simulates."""
+
+    llm: str = "offline"
+    """`offline` (SmolLM2-135M-Instruct from the package registry), a hub name, a model folder or a .gguf file."""
+    llm_device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to run it."""
+    llm_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """auto takes bfloat16 where the hardware has it."""
+    llm_batch: int = 16
+    """Prompts in one forward pass."""
+
+
+@dataclass(frozen=True)
+class ExplainConfig:
+    """Ask an LLM for one phrase a neuron, from its highest-activating records."""
+
+    run: PositionalPath
+    """Run directory with neuron records."""
+    site: str = "auto"
+    """Site of the records, as given to `collect`."""
+    layers: tuple[int, ...] | None = None
+    """Layers to explain; all by default."""
+    neurons: int | None = None
+    """How many neurons a layer, drawn at random by the seed; all by default."""
+    neuron_seed: int = 0
+    """Draws the neurons; growing --neurons keeps those already done."""
+    llm: Annotated[LLMConfig, tyro.conf.arg(name="")] = field(default_factory=LLMConfig)
+
+
+@dataclass(frozen=True)
+class SimulateConfig:
+    """Predict activations from every explanation, and from another neuron's (the shuffled control)."""
+
+    run: PositionalPath
+    """Run directory with explanations."""
+    site: str = "auto"
+    """Site of the records, as given to `collect`."""
+    explainer: str = "offline"
+    """Whose explanations: the --llm given to `explain`."""
+    simulator: Simulator = "list-pmi"
+    """`list-pmi` (one forward an explanation, context-free) or `all-at-once` (OpenAI's protocol, digits)."""
+    neurons: int | None = None
+    """Only this many of the explained neurons a layer; all by default."""
+    llm: Annotated[LLMConfig, tyro.conf.arg(name="")] = field(default_factory=LLMConfig)
+
+
+@dataclass(frozen=True)
+class ScoreConfig:
+    """Pearson correlation of true and simulated activations for every simulated neuron, with its control."""
+
+    run: PositionalPath
+    """Run directory with simulations."""
+    site: str = "auto"
+    """Site of the records, as given to `collect`."""
+    explainer: str = "offline"
+    """Whose explanations: the --llm given to `explain`."""
+    simulator: Simulator = "list-pmi"
+    """Whose simulations: as given to `simulate`."""
+    protocols: tuple[str, ...] = ("top-and-random", "random-only")
+    """Which protocols to score."""
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """Write one self-contained HTML report of some runs, its numbers as CSV and JSON, its figures as SVG and PNG."""
+
+    runs: PositionalPaths
+    """Run directories."""
+    out: Path
+    """Folder to write."""
+    explainer: str = "offline"
+    """Whose explanations."""
+    simulator: Simulator = "list-pmi"
+    """Whose simulations."""
+    title: str = "cratescope report"
+    """Title of the page."""
+    cards: int = 8
+    """Neuron cards a layer, spread evenly over the ranking by score."""
+
+
+@dataclass(frozen=True)
+class ConvertConfig:
+    """Turn the authors' nanoGPT-style checkpoint (.pt) into a Hugging Face folder, or such a folder back into a .pt."""
+
+    source: PositionalPath
+    """A .pt checkpoint, or a folder with config.json and model.safetensors."""
+    out: PositionalPath
+    """The folder, or the .pt file, to write."""
+
+
+@dataclass(frozen=True)
+class StudyConfig:
+    """Prepare, train, collect, explain, simulate, score and report a matrix of models described in one TOML file."""
+
+    config: PositionalPath
+    """TOML file; `studies/demo.toml` shows every section."""
+    out: Path
+    """Folder to write; finished work is skipped, so the same command resumes."""

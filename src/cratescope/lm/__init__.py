@@ -1,0 +1,1 @@
+"""Language modelling: text to tokens, training, evaluation."""

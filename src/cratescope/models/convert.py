@@ -1,0 +1,195 @@
+"""The authors' nanoGPT-style checkpoints <-> our Hugging Face folders, bit for bit (paper section 2, research code)."""
+
+from __future__ import annotations
+
+import pickle
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedModel
+
+from cratescope.models import CrateConfig
+from cratescope.run import UserError, atomic_folder, atomic_path
+
+# Our name -> theirs, inside one block. "*" is weight or bias.
+CRATE_BLOCK = {
+    "ln_1.*": "prenorm_1.*",
+    "mssa.U.weight": "attn.c_attn.weight",
+    "mssa.W.*": "attn.c_proj.*",
+    "ln_2.*": "prenorm_2.*",
+    "ista.D": "ista.weight",
+}
+GPT2_BLOCK = {
+    name: name for name in ("ln_1.*", "attn.c_attn.*", "attn.c_proj.*", "ln_2.*", "mlp.c_fc.*", "mlp.c_proj.*")
+}
+OUTER = ("transformer.wte.weight", "transformer.wpe.weight", "transformer.ln_f.*", "lm_head.weight")
+COMPILED = "_orig_mod."
+"""The prefix torch.compile leaves on the names of a saved model."""
+CAUSAL_MASK = re.compile(r"\.attn\.(masked_)?bias$")
+"""A buffer of older research code, not a weight."""
+
+
+def convert(source: Path, out: Path) -> Path:
+    """`source` is a .pt checkpoint (then `out` is a folder to write) or a folder (then `out` is a .pt file).
+
+    Raises:
+        UserError: missing file, a pickle with code in it, missing, extra or misshapen tensors.
+    """
+    if not source.exists():
+        raise UserError(f"{source}: no such file or folder")
+    if source.is_dir():
+        if out.suffix != ".pt":
+            raise UserError(f"{out}: a folder converts to a checkpoint whose name ends in .pt")
+        with atomic_path(out) as temporary:
+            torch.save(to_reference(load_folder(source)), temporary)
+        return out
+    if out.suffix == ".pt":
+        raise UserError(f"{out}: a .pt checkpoint converts to a folder; give a name without .pt")
+    model = from_reference(load_checkpoint(source), source)
+    with atomic_folder(out) as folder:
+        model.save_pretrained(folder)
+    return out
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a .pt file with weights_only, so that no code in it runs."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{path}: refused, because it holds Python objects other than tensors and plain values, which could run "
+            "code when loaded; ask its author for a checkpoint with weights only"
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError) as error:
+        raise UserError(f"{path}: not a readable PyTorch checkpoint ({str(error).splitlines()[0]})") from error
+    if not isinstance(checkpoint, dict) or not {"model", "model_args"} <= checkpoint.keys():
+        raise UserError(f"{path}: not a nanoGPT-style checkpoint, which has the entries 'model' and 'model_args'")
+    return checkpoint
+
+
+def load_folder(folder: Path) -> PreTrainedModel:
+    """Read a Hugging Face folder of one of our two families; every tensor must be there and none too many."""
+    if not (folder / "config.json").exists():
+        raise UserError(f"{folder}: no config.json in it, so it is not a Hugging Face model folder")
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, dtype="auto")
+        model, info = loaded
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"{folder}: cannot be loaded ({str(error).splitlines()[0]})") from error
+    wrong = [f"{kind[:-5]} {sorted(info[kind])[0]}" for kind in ("missing_keys", "unexpected_keys") if info[kind]]
+    if wrong:
+        raise UserError(f"{folder}: the weights do not fit config.json: {', '.join(wrong)}")
+    return model
+
+
+def from_reference(checkpoint: dict[str, Any], name: Path | str) -> PreTrainedModel:
+    """Our model with the weights of an already loaded reference checkpoint; `name` is for error messages.
+
+    A checkpoint without biases (`bias=False`) gets zero biases where transformers' GPT-2 has them, which changes no
+    output. What is needed to write the same checkpoint again is kept in the config as `reference`.
+    """
+    compiled = any(key.startswith(COMPILED) for key in checkpoint["model"])
+    theirs = {key.removeprefix(COMPILED): tensor for key, tensor in checkpoint["model"].items()}
+    theirs = {key: tensor for key, tensor in theirs.items() if not CAUSAL_MASK.search(key)}
+    config = _config(checkpoint["model_args"], theirs, name)
+    config.reference = {
+        "bias": any(key.endswith(".bias") for key in theirs),
+        "prefix": COMPILED if compiled else "",
+        "iter_num": int(checkpoint.get("iter_num", 0)),
+    }
+    model = AutoModelForCausalLM.from_config(config)
+    names, expected = _names(model), model.state_dict()
+    state = {}
+    for ours, reference in names.items():
+        shape = expected[ours].t().shape if _transposed(model, ours) else expected[ours].shape
+        if reference not in theirs and ours.endswith(".bias") and not config.reference["bias"]:
+            state[ours] = torch.zeros_like(expected[ours])
+        elif reference not in theirs:
+            raise UserError(f"{name}: the tensor {reference} is missing; the checkpoint is not whole")
+        elif theirs[reference].shape != shape:
+            raise UserError(f"{name}: {reference} has shape {tuple(theirs[reference].shape)}, not {tuple(shape)}")
+        else:
+            state[ours] = theirs[reference].t() if _transposed(model, ours) else theirs[reference]
+    extra = sorted(theirs.keys() - set(names.values()))
+    if extra:
+        raise UserError(f"{name}: the tensor {extra[0]} belongs to no CRATE or GPT-2 model of the reference code")
+    model.load_state_dict(state)
+    return model.eval()
+
+
+def to_reference(model: PreTrainedModel) -> dict[str, Any]:
+    """The nanoGPT-style checkpoint of one of our models, without optimiser state.
+
+    Raises:
+        UserError: the model differs from what the reference code can express.
+    """
+    config = model.config
+    if isinstance(config, CrateConfig):
+        paper = CrateConfig()
+        for field in ("ista_expansion", "ista_steps", "ista_step_size", "ista_lambda", "ista_skip", "ista_tied"):
+            if getattr(config, field) != getattr(paper, field):
+                raise UserError(
+                    f"{field} = {getattr(config, field)}: the reference code has {getattr(paper, field)} only"
+                )
+    reference = getattr(config, "reference", None) or {"bias": True, "prefix": "", "iter_num": 0}
+    state = model.state_dict()
+    names = _names(model)
+    bias = reference["bias"] or any(state[ours].any() for ours in names if ours.endswith(".bias"))
+    tensors = {
+        reference["prefix"] + theirs: (state[ours].t() if _transposed(model, ours) else state[ours]).contiguous()
+        for ours, theirs in names.items()
+        if bias or not ours.endswith(".bias")
+    }
+    arguments = {
+        "n_layer": config.n_layer,
+        "n_head": config.n_head,
+        "n_embd": config.n_embd,
+        "block_size": config.n_positions,
+        "vocab_size": config.vocab_size,
+        "dropout": 0.0,
+        "bias": bias,
+    }
+    return {"model": tensors, "model_args": arguments, "iter_num": reference["iter_num"]}
+
+
+def _config(arguments: dict[str, Any], theirs: dict[str, Tensor], name: Path | str) -> CrateConfig | GPT2Config:
+    try:
+        shape = {field: arguments[field] for field in ("n_layer", "n_head", "n_embd", "vocab_size")}
+        shape["n_positions"] = arguments["block_size"]
+    except KeyError as error:
+        raise UserError(f"{name}: model_args has no {error.args[0]!r}") from error
+    if any(key.endswith("ista.weight") for key in theirs):
+        return CrateConfig(**shape)
+    if any(key.endswith("mlp.c_fc.weight") for key in theirs):
+        return GPT2Config(
+            **shape,
+            activation_function="relu",
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            bos_token_id=None,
+            eos_token_id=None,
+        )
+    raise UserError(f"{name}: neither a CRATE (ista.weight) nor a GPT (mlp.c_fc.weight) of the reference code")
+
+
+def _names(model: PreTrainedModel) -> dict[str, str]:
+    """Every tensor of our state dict -> its name in the reference code."""
+    block = CRATE_BLOCK if isinstance(model.config, CrateConfig) else GPT2_BLOCK
+    pairs = dict(zip(OUTER, OUTER, strict=True))
+    for layer in range(model.config.n_layer):
+        stem = f"transformer.h.{layer}."
+        pairs |= {stem + ours: stem + theirs for ours, theirs in block.items()}
+    return {
+        ours.replace("*", part): theirs.replace("*", part)
+        for ours, theirs in pairs.items()
+        for part in (("weight", "bias") if "*" in ours else ("",))
+    }
+
+
+def _transposed(model: PreTrainedModel, ours: str) -> bool:
+    """transformers' GPT-2 stores its block matrices (in, out), the reference code (out, in)."""
+    return isinstance(model.config, GPT2Config) and re.search(r"\.c_(attn|proj|fc)\.weight$", ours) is not None

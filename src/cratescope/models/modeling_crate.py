@@ -1,0 +1,265 @@
+"""CRATE, a causal language model whose feed-forward block is a sparse-coding step (paper section 2).
+
+Letters are the paper's. Tensors: Z tokens (B, T, d); V projected tokens (B, K, T, d/K); A codes (B, T, h).
+Weights: U subspaces (d, d) of all K heads; W output matrix (d, d); D dictionary, stored (h, d), an atom a row.
+Scalars: t steps, eta step size, lam sparsity penalty.
+
+Self-contained: this file and configuration_crate.py are all a published checkpoint needs.
+"""
+
+import math
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .configuration_crate import CrateConfig
+
+
+def eager_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+    """softmax(Q K^T scaling + mask) V in plain operations; returns ((B, T, K, d/K), weights (B, K, T, S))."""
+    weights = query @ key.transpose(-1, -2) * scaling
+    if attention_mask is not None:
+        weights = weights + attention_mask
+    weights = F.softmax(weights, dim=-1)
+    return (weights @ value).transpose(1, 2), weights
+
+
+class ResidualOutput(nn.Linear):
+    """A linear map whose output is added to the residual stream; its weights start smaller the deeper the model."""
+
+
+class MSSA(nn.Module):
+    """Multi-head subspace self-attention: V_k = U_k^T Z; W concat_k softmax(causal(V_k V_k^T / sqrt(d/K))) V_k.
+
+    One projection serves as query, key and value (paper section 2), so one tensor a layer is all there is to cache.
+    """
+
+    def __init__(self, config: CrateConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.is_causal = True
+        self.head_dim = config.n_embd // config.n_head
+        self.U = nn.Linear(config.n_embd, config.n_embd, bias=False)
+        self.W = ResidualOutput(config.n_embd, config.n_embd, bias=True)
+
+    def forward(self, Z, attention_mask=None, past_key_values: Cache | None = None, **kwargs):
+        """(B, T, d) -> ((B, T, d), attention weights where the attention implementation gives them)."""
+        B, T, d = Z.shape
+        V = self.U(Z).view(B, T, -1, self.head_dim).transpose(1, 2)
+        seen = V
+        if past_key_values is not None:
+            # The library's caches hold a key and a value; ours are the same tensor, so the value kept has no columns.
+            seen, _ = past_key_values.update(V, V[..., :0], self.layer_idx)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        out, weights = attend(self, V, seen, seen, attention_mask, scaling=self.head_dim**-0.5, dropout=0.0, **kwargs)
+        return self.W(out.reshape(B, T, d)), weights
+
+
+class ISTA(nn.Module):
+    """t proximal gradient steps on the non-negative lasso min_A ||X - D A||^2 / 2 + lam ||A||_1, A >= 0.
+
+    A_0 = 0;  A_{k+1} = relu(A_k + eta D^T (X - D A_k) - eta lam);  output D A_t (paper section 2).
+
+    The neurons are the entries of A_t. `codes` and `first_codes` do nothing but give hooks a place to read or edit
+    A_t and A_1.
+    """
+
+    def __init__(self, config: CrateConfig):
+        super().__init__()
+        self.t, self.eta, self.lam = config.ista_steps, config.ista_step_size, config.ista_lambda
+        self.D = nn.Parameter(torch.empty(config.n_atoms, config.n_embd))
+        self.D_out = None if config.ista_tied else nn.Parameter(torch.empty(config.n_atoms, config.n_embd))
+        self.first_codes = nn.Identity()
+        self.codes = nn.Identity()
+
+    def step(self, X, A=None):
+        """One proximal gradient step from A (B, T, h), or from zero; X (B, T, d)."""
+        residual = X if A is None else X - A @ self.D
+        ascent = self.eta * F.linear(residual, self.D) - self.eta * self.lam
+        return F.relu(ascent if A is None else A + ascent)
+
+    def encode(self, X):
+        """X (B, T, d) -> A_t (B, T, h)."""
+        A = self.first_codes(self.step(X))
+        for _ in range(self.t - 1):
+            A = self.step(X, A)
+        return self.codes(A)
+
+    def forward(self, X):
+        """X (B, T, d) -> D A_t (B, T, d)."""
+        return self.encode(X) @ (self.D if self.D_out is None else self.D_out)
+
+
+class CrateBlock(GradientCheckpointingLayer):
+    """Z' = Z + MSSA(LN(Z));  Z_next = ISTA(LN(Z')), with the skip connection around MSSA only (paper section 2)."""
+
+    def __init__(self, config: CrateConfig, layer_idx: int):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.mssa = MSSA(config, layer_idx)
+        self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.ista = ISTA(config)
+        self.skip = config.ista_skip
+
+    def forward(self, Z, attention_mask=None, past_key_values: Cache | None = None, **kwargs):
+        """(B, T, d) -> (B, T, d)."""
+        Z = Z + self.mssa(self.ln_1(Z), attention_mask=attention_mask, past_key_values=past_key_values, **kwargs)[0]
+        out = self.ista(self.ln_2(Z))
+        return Z + out if self.skip else out
+
+
+class CratePreTrainedModel(PreTrainedModel):
+    """Weight initialisation of paper section 2, and what the library may do with this model."""
+
+    config_class = CrateConfig
+    base_model_prefix = "transformer"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["CrateBlock"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {
+        "hidden_states": CrateBlock,
+        "attentions": OutputRecorder(MSSA, layer_name=".mssa", index=1),
+    }
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, ResidualOutput):
+            init.normal_(
+                module.weight, mean=0.0, std=self.config.initializer_range / math.sqrt(2 * self.config.n_layer)
+            )
+        elif isinstance(module, ISTA):
+            for dictionary in (module.D, module.D_out):
+                if dictionary is not None:
+                    init.kaiming_uniform_(dictionary, a=0.0, nonlinearity="relu")
+
+
+class CrateModel(CratePreTrainedModel):
+    """Token and position embeddings, L blocks, final LayerNorm."""
+
+    def __init__(self, config: CrateConfig):
+        super().__init__(config)
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.n_positions, config.n_embd)
+        self.h = nn.ModuleList([CrateBlock(config, layer_idx) for layer_idx in range(config.n_layer)])
+        self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.wte
+
+    def set_input_embeddings(self, value):
+        self.wte = value
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """input_ids (B, T) or inputs_embeds (B, T, d); attention_mask (B, past + T) with 0 at padding."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        Z = self.wte(input_ids) if inputs_embeds is None else inputs_embeds
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        if position_ids is None:
+            if not torch.is_tensor(past) and past + Z.shape[1] > self.config.n_positions:
+                raise ValueError(
+                    f"{past + Z.shape[1]} tokens are more than this model's context of {self.config.n_positions}"
+                )
+            position_ids = (torch.arange(Z.shape[1], device=Z.device) + past).unsqueeze(0)
+        mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=Z,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        Z = Z + self.wpe(position_ids)
+        for block in self.h:
+            Z = block(
+                Z,
+                attention_mask=mask,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                position_ids=position_ids,
+                **kwargs,
+            )
+        return BaseModelOutputWithPast(
+            last_hidden_state=self.ln_f(Z), past_key_values=past_key_values if use_cache else None
+        )
+
+
+class CrateForCausalLM(CratePreTrainedModel, GenerationMixin):
+    """CrateModel with an output head tied to the token embedding, without bias."""
+
+    _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}
+
+    def __init__(self, config: CrateConfig):
+        super().__init__(config)
+        self.transformer = CrateModel(config)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """labels (B, T) are shifted inside; -100 is left out. logits_to_keep: only the last n positions, 0 for all."""
+        outputs = self.transformer(
+            input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        Z = outputs.last_hidden_state
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(Z[:, keep])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+__all__ = ["CrateForCausalLM", "CrateModel", "CratePreTrainedModel"]

@@ -1,0 +1,99 @@
+"""The paper's sizes (section 2, table) for CRATE and for the GPT-2 twin that differs in nothing else."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedModel
+
+from cratescope.models import CrateConfig
+from cratescope.run import UserError
+
+GPT2_VOCABULARY = 50304
+"""GPT-2's 50257 tokens padded to a multiple of 64, as in the paper."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """Width d, heads K and layers L; the hidden layer has 4 d neurons in both families."""
+
+    n_embd: int
+    n_head: int
+    n_layer: int
+
+
+SIZES = {
+    "1l": Size(128, 4, 1),
+    "2l": Size(128, 4, 2),
+    "3l": Size(128, 4, 3),
+    "s": Size(768, 12, 6),
+    "b": Size(768, 12, 12),
+}
+FAMILIES = ("crate", "gpt2")
+PRESETS = tuple(f"{family}-{size}" for family in FAMILIES for size in SIZES)
+
+
+def preset_config(
+    preset: str,
+    vocab_size: int = GPT2_VOCABULARY,
+    context: int = 1024,
+    eos_id: int | None = 50256,
+    crate: dict[str, str] | None = None,
+) -> CrateConfig | GPT2Config:
+    """The configuration named `preset` for a vocabulary and a longest context.
+
+    Args:
+        crate: CrateConfig fields to change, as text, such as {"ista_lambda": "0.2"}.
+
+    Raises:
+        UserError: unknown preset or field, or `crate` with a GPT-2 preset.
+    """
+    family, _, size = preset.partition("-")
+    if preset not in PRESETS:
+        raise UserError(f"no preset {preset!r}; choose one of {', '.join(PRESETS)}")
+    shape: dict[str, Any] = dataclasses.asdict(SIZES[size]) | {"vocab_size": vocab_size, "n_positions": context}
+    shape |= {"bos_token_id": eos_id, "eos_token_id": eos_id}
+    if family == "crate":
+        return CrateConfig(**shape, **_parse_crate(crate or {}))
+    if crate:
+        raise UserError(f"{preset} has no CRATE fields; leave out {', '.join(crate)}")
+    # Everything but attention and feed-forward block as in CRATE: no dropout, same initialisation, tied head.
+    return GPT2Config(**shape, activation_function="relu", resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+
+
+def _parse_crate(fields: dict[str, str]) -> dict[str, Any]:
+    """Turn text into the types of the paper's defaults."""
+    defaults = CrateConfig()
+    known = [name for name in vars(defaults) if name.startswith("ista_")]
+    parsed: dict[str, Any] = {}
+    for name, text in fields.items():
+        if name not in known:
+            raise UserError(f"CRATE has no field {name!r}; choose from {', '.join(known)}")
+        default = getattr(defaults, name)
+        try:
+            parsed[name] = _parse_bool(text) if isinstance(default, bool) else type(default)(text)
+        except ValueError as error:
+            raise UserError(f"{name} = {text!r} is not a {type(default).__name__}") from error
+    return parsed
+
+
+def _parse_bool(text: str) -> bool:
+    if str(text).lower() not in ("true", "false"):
+        raise ValueError(text)
+    return str(text).lower() == "true"
+
+
+def build(config: CrateConfig | GPT2Config, seed: int) -> PreTrainedModel:
+    """A model with random weights that depend on `seed` alone; the caller's random state is left as it was."""
+    import torch
+
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(config)
+
+
+def count_parameters(model: PreTrainedModel) -> int:
+    """Trainable parameters without position embeddings, as in the paper's table; tied weights count once."""
+    return sum(p.numel() for p in model.parameters()) - model.get_parameter("transformer.wpe.weight").numel()

@@ -1,0 +1,192 @@
+"""The run directory: paths, atomic writes, and the identity of what a folder was made from.
+
+A stage never edits a finished file. It writes to a temporary name beside the target and renames it, so a file
+either does not exist or is whole; skipping what exists is therefore resume.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import platform
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+
+class UserError(Exception):
+    """Something the user can mend. The message is one line: what is wrong, where, and the fix (exit code 2)."""
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; rename it to `path` when the block ends without an error."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """Yield an empty temporary folder beside `folder`; rename it to `folder` when the block ends without an error."""
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` to `path` as UTF-8, atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON, atomically. NaN is refused: a missing number is null."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file. Raises UserError naming the file when it is missing or not JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid JSON ({error}); delete it and run the stage that makes it again") from error
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Read a JSON-lines log; a last line cut short by a kill is left out."""
+    rows: list[dict[str, Any]] = []
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number < len(lines):
+                raise UserError(f"{path}: line {number} is not valid JSON ({error})") from error
+    return rows
+
+
+def sha256(path: Path) -> str:
+    """The file's SHA-256 as hex, read in blocks."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def slug(name: str) -> str:
+    """`name` as a single path component: `org/model:Q4` becomes `org-model-Q4`."""
+    return re.sub(r"[^A-Za-z0-9._]+", "-", name).strip("-.") or "unnamed"
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages a result depends on."""
+    names = ("cratescope", "torch", "transformers", "tokenizers", "numpy", "pyarrow")
+    found = {"python": platform.python_version(), "platform": platform.platform()}
+    for name in names:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
+def claim(folder: Path, identity: dict[str, Any]) -> None:
+    """Say what `folder` is made from, or check that it was made from the same.
+
+    The first stage to come writes `folder/manifest.json`; a later one with another identity (another model, other
+    data, other settings) is refused, because mixing the two would give a result that belongs to neither.
+
+    Raises:
+        UserError: the folder was made from something else; names the first key that differs.
+    """
+    path = folder / "manifest.json"
+    identity = json.loads(json.dumps(identity))
+    if not path.exists():
+        write_json(path, {"identity": identity, "versions": versions()})
+        return
+    found = read_json(path)["identity"]
+    for key in sorted(found.keys() | identity.keys()):
+        if found.get(key) != identity.get(key):
+            raise UserError(
+                f"{folder} was made with {key} = {found.get(key)!r}, not {identity.get(key)!r}; "
+                "delete that folder or use another run directory"
+            )
+
+
+@dataclass(frozen=True)
+class Run:
+    """One model and everything measured on it, in one folder."""
+
+    root: Path
+
+    @property
+    def name(self) -> str:
+        return self.root.resolve().name
+
+    @property
+    def manifest(self) -> Path:
+        """run.json: family, preset, seed, parameters, data, tokens trained, versions."""
+        return self.root / "run.json"
+
+    @property
+    def model(self) -> Path:
+        """The final Hugging Face checkpoint: config.json, model.safetensors, tokenizer."""
+        return self.root / "model"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.root / "checkpoints"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON line a logged step: step, tokens, loss, learning_rate, or validation_loss."""
+        return self.root / "metrics.jsonl"
+
+    @property
+    def evaluation(self) -> Path:
+        return self.root / "evaluation.json"
+
+    def records(self, site: str) -> Path:
+        """Folder with one Parquet file a layer."""
+        return self.root / "records" / slug(site)
+
+    def explanations(self, site: str, explainer: str) -> Path:
+        """Folder with one JSON file a neuron, `{layer}/{index}.json`."""
+        return self.root / "explanations" / slug(site) / slug(explainer)
+
+    def simulations(self, site: str, explainer: str, simulator: str) -> Path:
+        """Folder with one JSON file a neuron, `{layer}/{index}.json`."""
+        return self.root / "simulations" / slug(site) / slug(explainer) / slug(simulator)
+
+    def scores(self, site: str, explainer: str, simulator: str) -> Path:
+        """Folder with scores.jsonl (one line a neuron, protocol and control) and summary.json."""
+        return self.root / "scores" / slug(site) / slug(explainer) / slug(simulator)
+
+    def read_manifest(self) -> dict[str, Any]:
+        if not self.manifest.exists():
+            raise UserError(f"{self.root}: not a run directory (no run.json); make one with `cratescope train`")
+        return read_json(self.manifest)
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the model's weights: what every later stage says it was made from."""
+        weights = self.model / "model.safetensors"
+        if not weights.exists():
+            raise UserError(f"{weights}: no such file; finish `cratescope train` for {self.root} first")
+        return sha256(weights)

@@ -1,0 +1,137 @@
+"""Reference checkpoints convert to our models with equal numbers, and back bit for bit."""
+
+from __future__ import annotations
+
+import copy
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.nn import functional as F
+
+from cratescope.models.convert import _names, _transposed, convert, from_reference, load_checkpoint, to_reference
+from cratescope.neurons.sites import Intervention, intervene, read_site, site_named
+from cratescope.run import UserError
+
+FIXTURES = Path(__file__).parent / "fixtures"
+NAMES = ("reference-crate-2l", "reference-gpt-relu-2l")
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def reference(request):
+    """(model, expected tensors) of one reference checkpoint."""
+    path = FIXTURES / f"{request.param}.pt"
+    return from_reference(load_checkpoint(path), path), load_file(FIXTURES / f"{request.param}.expected.safetensors")
+
+
+def loss_of(model, expected):
+    logits = model(expected["input_ids"]).logits
+    return F.cross_entropy(logits.flatten(0, 1), expected["targets"].flatten())
+
+
+def test_logits_and_loss_equal_the_reference(reference):
+    model, expected = reference
+    with torch.no_grad():
+        assert (model(expected["input_ids"]).logits - expected["logits"]).abs().max() < 1e-5
+        assert abs(loss_of(model, expected) - expected["loss"]) < 1e-5
+
+
+def test_activations_at_the_site_equal_the_reference(reference):
+    model, expected = reference
+    site = site_named("auto", model)
+    layers = range(model.config.n_layer)
+    with torch.no_grad(), read_site(model, site, layers) as activations:
+        model(expected["input_ids"])
+    for layer in layers:
+        assert (activations[layer] - expected[f"activations.{layer}"]).abs().max() < 1e-5
+
+
+def test_gradients_equal_the_reference(reference):
+    model, expected = reference
+    model.zero_grad()
+    loss_of(model, expected).backward()
+    checked = 0
+    for ours, theirs in _names(model).items():
+        if f"grad.{theirs}" in expected:
+            grad = model.get_parameter(ours).grad
+            wanted = expected[f"grad.{theirs}"]
+            assert ((grad.t() if _transposed(model, ours) else grad) - wanted).norm() < 1e-4 * wanted.norm()
+            checked += 1
+    assert checked == sum(key.startswith("grad.") for key in expected)
+
+
+def test_a_forced_neuron_steers_the_logits_as_in_the_reference():
+    path = FIXTURES / "reference-crate-2l.pt"
+    model = from_reference(load_checkpoint(path), path)
+    expected = load_file(FIXTURES / "reference-crate-2l.expected.safetensors")
+    force = Intervention(site_named("auto", model), layer=model.config.n_layer - 1, index=7, value=5.0)
+    with torch.no_grad(), intervene(model, force):
+        steered = model(expected["input_ids"]).logits
+    assert (steered - expected["steered_logits.layer_last.neuron_7.value_5"]).abs().max() < 1e-5
+    assert (steered - expected["logits"]).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("compiled", [True, False])
+def test_converting_there_and_back_is_bit_exact(name, compiled, tmp_path):
+    original = load_checkpoint(FIXTURES / f"{name}.pt")
+    plain = {key.removeprefix("_orig_mod."): tensor for key, tensor in original["model"].items()}
+    original["model"] = {("_orig_mod." if compiled else "") + key: tensor for key, tensor in plain.items()}
+    torch.save(original, tmp_path / "in.pt")
+    convert(tmp_path / "in.pt", tmp_path / "folder")
+    convert(tmp_path / "folder", tmp_path / "out.pt")
+    again = load_checkpoint(tmp_path / "out.pt")
+    assert again["model"].keys() == original["model"].keys()
+    assert all(torch.equal(again["model"][key], original["model"][key]) for key in original["model"])
+    assert again["model_args"] == original["model_args"]
+    assert again["iter_num"] == original["iter_num"]
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda state: state.pop("_orig_mod.transformer.h.1.ista.weight"), "h.1.ista.weight is missing"),
+        (
+            lambda state: state.update({"_orig_mod.transformer.extra": torch.zeros(1)}),
+            "transformer.extra belongs to no",
+        ),
+        (
+            lambda state: state.update({"_orig_mod.transformer.ln_f.weight": torch.zeros(3)}),
+            "has shape (3,), not (32,)",
+        ),
+    ],
+)
+def test_a_checkpoint_with_a_wrong_tensor_is_refused_by_its_name(edit, message):
+    checkpoint = copy.deepcopy(load_checkpoint(FIXTURES / "reference-crate-2l.pt"))
+    edit(checkpoint["model"])
+    with pytest.raises(UserError) as error:
+        from_reference(checkpoint, "x.pt")
+    assert message in str(error.value)
+
+
+def test_a_pickle_with_code_in_it_is_refused_and_does_not_run(tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    torch.save({"model": {}, "model_args": Bomb()}, tmp_path / "bomb.pt")
+    with pytest.raises(UserError, match="could run code"):
+        convert(tmp_path / "bomb.pt", tmp_path / "out")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_truncated_checkpoint_is_refused(tmp_path):
+    whole = (FIXTURES / "reference-crate-2l.pt").read_bytes()
+    (tmp_path / "cut.pt").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match="not a readable"):
+        convert(tmp_path / "cut.pt", tmp_path / "out")
+
+
+def test_a_model_the_reference_code_cannot_express_is_refused():
+    path = FIXTURES / "reference-crate-2l.pt"
+    model = from_reference(load_checkpoint(path), path)
+    model.config.ista_skip = True
+    with pytest.raises(UserError, match="ista_skip = True"):
+        to_reference(model)
