@@ -131,12 +131,16 @@ PROTOCOLS: dict[str, Protocol] = {
 
 @dataclass(frozen=True)
 class Explanation:
-    """One phrase that says what a neuron finds; `prompt` names the prompt that asked for it."""
+    """One phrase that says what a neuron finds; `prompt` names the prompt that asked for it.
+
+    skipped: why `text` is empty, such as "dead neuron"; None when there is a text.
+    """
 
     neuron: NeuronId
     text: str
     explainer: str
     prompt: str
+    skipped: str | None = None
 
 
 @dataclass(frozen=True)

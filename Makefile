@@ -1,0 +1,38 @@
+# Each target works on a fresh clone with only python3 (3.11+) and make.
+
+PYTHON ?= python3
+VENV ?= .venv
+OUT ?= demo
+# Installed first and by itself: on a machine whose package index has a CPU build, that one is taken.
+TORCH ?= torch==2.13.0
+BIN = $(VENV)/bin
+PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: demo test check lint help
+
+help: ## this list
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("cratescope needs Python 3.11 or newer; name one with make PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) -c constraints.txt $(TORCH)
+	$(PIP) -c constraints.txt -e .
+	touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed
+	$(PIP) -c constraints.txt -e '.[dev,hub]'
+	touch $@
+
+demo: $(VENV)/installed ## train CRATE and GPT-2, explain and score their neurons, write a report (about 15 minutes)
+	$(BIN)/cratescope study studies/demo.toml --out $(OUT)
+
+test: $(VENV)/installed-dev ## the tests
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/installed-dev ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+check: lint test ## what CI runs

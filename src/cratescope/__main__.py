@@ -1,0 +1,5 @@
+"""`python -m cratescope` is `cratescope`."""
+
+from cratescope.cli import main
+
+main()

@@ -1,0 +1,168 @@
+"""The command line: one short function a subcommand. Heavy imports stay inside, so that --help is instant."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import sys
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import tyro
+
+from cratescope import config as settings
+from cratescope.run import UserError
+
+Whole = tyro.conf.arg(name="")
+
+
+def prepare(config: Annotated[settings.PrepareConfig, Whole]) -> str:
+    from rich.console import Console
+
+    from cratescope.lm.data import prepare
+
+    data = prepare(config, Console(stderr=True))
+    return "\n".join(
+        f"{name}: {split['documents']:,} documents, {split['tokens']:,} tokens"
+        for name, split in data.manifest["splits"].items()
+    )
+
+
+def train(config: Annotated[settings.TrainConfig, Whole]) -> str:
+    from cratescope.lm.train import train
+
+    return str(train(config).model)
+
+
+def evaluate(config: Annotated[settings.EvaluateConfig, Whole]) -> str:
+    from cratescope.lm.evaluate import evaluate
+
+    result = evaluate(config)
+    return (
+        f"{result['split']} loss {result['loss']:.4f} +- {result['standard_error']:.4f} nats a token, "
+        f"{result['bits_per_byte']:.3f} bits a byte; unigram entropy {result['unigram_entropy']:.4f}"
+    )
+
+
+def collect(config: Annotated[settings.CollectConfig, Whole]) -> str:
+    from cratescope.neurons.collect import collect
+
+    return str(collect(config))
+
+
+def explain(config: Annotated[settings.ExplainConfig, Whole]) -> str:
+    from cratescope.neurons.explain import explain
+
+    return str(explain(config))
+
+
+def simulate(config: Annotated[settings.SimulateConfig, Whole]) -> str:
+    from cratescope.neurons.simulate import simulate
+
+    return str(simulate(config))
+
+
+def score(config: Annotated[settings.ScoreConfig, Whole]) -> str:
+    from cratescope.neurons.score import score
+
+    summary = score(config)["protocols"]
+    return "\n".join(
+        f"{name}: {_percent(row['model']['mean'], row['model']['standard_error'])}, "
+        f"shuffled {_percent(row['model']['null_mean'], row['model']['null_standard_error'])} (r x 100)"
+        for name, row in summary.items()
+    )
+
+
+def report(config: Annotated[settings.ReportConfig, Whole]) -> str:
+    from cratescope.report.report import report
+
+    return str(report(config))
+
+
+def convert(config: Annotated[settings.ConvertConfig, Whole]) -> str:
+    from cratescope.models.convert import convert
+
+    return str(convert(config.source, config.out))
+
+
+def study(config: Annotated[settings.StudyConfig, Whole]) -> str:
+    from cratescope.study import study
+
+    return str(study(config))
+
+
+def _quietly(command: Callable[..., str]) -> Callable[..., str]:
+    """Without the library's own progress bars for files that take no time, which would break ours."""
+
+    @functools.wraps(command)
+    def quiet(*arguments: Any, **options: Any) -> str:
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+        logging.set_verbosity_error()
+        return command(*arguments, **options)
+
+    return quiet
+
+
+def _percent(value: float | None, error: float | None) -> str:
+    return " +- ".join("-" if number is None else f"{100 * number:.1f}" for number in (value, error))
+
+
+COMMANDS = {
+    "prepare": (prepare, settings.PrepareConfig),
+    "train": (train, settings.TrainConfig),
+    "evaluate": (evaluate, settings.EvaluateConfig),
+    "collect": (collect, settings.CollectConfig),
+    "explain": (explain, settings.ExplainConfig),
+    "simulate": (simulate, settings.SimulateConfig),
+    "score": (score, settings.ScoreConfig),
+    "report": (report, settings.ReportConfig),
+    "study": (study, settings.StudyConfig),
+    "convert": (convert, settings.ConvertConfig),
+}
+
+
+def run(arguments: list[str] | None) -> str:
+    """Parse the command line, run the subcommand and return what it says."""
+    app = tyro.extras.SubcommandApp()
+    for name, (command, config) in COMMANDS.items():
+        command.__doc__ = config.__doc__
+        app.command(_quietly(command), name=name)
+    return app.cli(
+        prog="cratescope", description="Train, explain and score: neurons of CRATE and GPT-2.", args=arguments
+    )
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    run_and_exit(None)
+
+
+def run_and_exit(arguments: list[str] | None) -> None:
+    """Results go to stdout. Bad input is one line on stderr and exit code 2, a full disk likewise."""
+    try:
+        sys.stdout.write(run(arguments) + "\n")
+    except UserError as error:
+        _fail(str(error))
+    except KeyboardInterrupt:
+        _fail("interrupted; the same command goes on where it stopped", code=130)
+    except Exception as error:
+        if not _disk_full(error):
+            raise
+        where = f" while writing {error.filename}" if isinstance(error, OSError) and error.filename else ""
+        _fail(f"disk full{where}; finished files are whole, so free some space and run the same command again")
+
+
+# Libraries that write in native code tell of a full disk in words only.
+FULL = ("No space left on device", "os error 28", "PytorchStreamWriter failed", "unexpected pos")
+
+
+def _disk_full(error: Exception) -> bool:
+    return getattr(error, "errno", None) == errno.ENOSPC or any(words in str(error) for words in FULL)
+
+
+def _fail(message: str, code: int = 2) -> None:
+    sys.stderr.write(f"cratescope: {' '.join(message.split())}\n")
+    sys.stderr.flush()
+    sys.exit(code)

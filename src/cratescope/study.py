@@ -1,0 +1,141 @@
+"""A study: every stage for a matrix of models, described in one TOML file, and one report at the end.
+
+A section of the file holds options of the subcommand of its name, so what a subcommand's --help says is true here
+too. Stages skip what is already there: running a study again finishes what is missing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import io
+import tomllib
+from pathlib import Path
+from typing import Any, TypeVar
+
+import tyro
+from rich.console import Console
+
+from cratescope import config as settings
+from cratescope.run import UserError
+
+SECTIONS: dict[str, tuple[type, tuple[str, ...]]] = {
+    "prepare": (settings.PrepareConfig, ("out",)),
+    "train": (settings.TrainConfig, ("out", "data")),
+    "evaluate": (settings.EvaluateConfig, ("run",)),
+    "collect": (settings.CollectConfig, ("run",)),
+    "explain": (settings.ExplainConfig, ("run",)),
+    "simulate": (settings.SimulateConfig, ("run",)),
+    "score": (settings.ScoreConfig, ("run",)),
+    "report": (settings.ReportConfig, ("runs", "out", "title")),
+}
+"""Section -> its settings, and the options that the study itself gives."""
+Config = TypeVar("Config")
+
+
+def study(config: settings.StudyConfig) -> Path:
+    """Run what is not done yet of every stage and return the path of the report.
+
+    Raises:
+        UserError: the file is not TOML, or names an unknown section, option or value.
+    """
+    plan = read_plan(config.config)
+    say = Console(stderr=True).print
+    options = functools.partial(_options, config.config, plan)
+
+    from cratescope.lm.data import prepare
+    from cratescope.lm.evaluate import evaluate
+    from cratescope.lm.train import train
+    from cratescope.neurons.collect import collect
+
+    data = config.out / "data"
+    say(f"[bold]prepare[/] {data}")
+    prepare(options("prepare", out=data), Console(stderr=True))
+    runs = [config.out / "runs" / model["name"] for model in plan["model"]]
+    for run, model in zip(runs, plan["model"], strict=True):
+        say(f"[bold]train, evaluate, collect[/] {run}")
+        own = {key: value for key, value in model.items() if key != "name"}
+        train(options("train", out=run, data=data, **own))
+        result = evaluate(options("evaluate", run=run))
+        margin = result["unigram_entropy"] - result["loss"]
+        say(
+            f"  {result['split']} loss {result['loss']:.3f} +- {result['standard_error']:.3f} nats a token, "
+            f"{margin:.3f} below the unigram entropy of {result['unigram_entropy']:.3f}"
+        )
+        collect(options("collect", run=run))
+    _score_neurons(options, runs, say)
+
+    from cratescope.report.report import report
+
+    say("[bold]report[/]")
+    return report(options("report", runs=tuple(runs), out=config.out / "report", title=plan["title"]))
+
+
+def _score_neurons(options: Any, runs: list[Path], say: Any) -> None:
+    """Explain, simulate and score every run. The LLM is opened once, and not at all when nothing is left to ask it."""
+    from cratescope.neurons.explain import explain
+    from cratescope.neurons.score import score
+    from cratescope.neurons.simulate import simulate
+
+    for run in runs:
+        say(f"[bold]explain, simulate, score[/] {run}")
+        explain(options("explain", run=run))
+        simulate(options("simulate", run=run))
+        score(options("score", run=run))
+
+
+def read_plan(path: Path) -> dict[str, Any]:
+    """The study file, checked for unknown sections and models without a name."""
+    try:
+        plan = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file; `studies/demo.toml` is an example") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid TOML ({error})") from error
+    unknown = plan.keys() - SECTIONS.keys() - {"title", "model"}
+    if unknown:
+        raise UserError(f"{path}: no section [{sorted(unknown)[0]}]; there are {', '.join(SECTIONS)} and [[model]]")
+    names = [model.get("name") for model in plan.get("model", [])]
+    if not names or None in names or len(set(names)) < len(names):
+        raise UserError(f"{path}: give at least one [[model]], each with a name of its own")
+    return {"title": path.stem} | plan
+
+
+def _options(path: Path, plan: dict[str, Any], section: str, **given: Any) -> Any:
+    """The settings of a section: what the study gives, over what the file says, over the defaults."""
+    kind, reserved = SECTIONS[section]
+    from_file = plan.get(section, {})
+    taken = sorted(from_file.keys() & set(reserved))
+    if taken:
+        raise UserError(f"{path}: [{section}] {taken[0]} is given by the study itself; leave it out")
+    return parse_options(kind, from_file | given, f"{path}: [{section}]")
+
+
+def parse_options(kind: type[Config], options: dict[str, Any], where: str) -> Config:
+    """Settings of `kind` from named options, parsed by the same code as the command line.
+
+    Raises:
+        UserError: an unknown option or a value of the wrong type; `where` begins the message.
+    """
+    fields = [f.name for f in dataclasses.fields(kind)] + [f.name for f in dataclasses.fields(settings.LLMConfig)]  # type: ignore[arg-type]
+    arguments: list[str] = []
+    positional: list[str] = []
+    for name, value in options.items():
+        if name not in fields:
+            raise UserError(f"{where} has no option {name!r}; see `cratescope <section> --help`")
+        values = [str(v) for v in value] if isinstance(value, list | tuple) else [str(value)]
+        if isinstance(value, dict):
+            values = [str(part) for pair in value.items() for part in pair]
+        if name in ("source", "run", "runs") or (name == "out" and kind is settings.TrainConfig):
+            positional += values
+        else:
+            arguments += [f"--{name.replace('_', '-')}", *values]
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            return tyro.cli(kind, args=[*positional, *arguments])
+    except SystemExit as error:
+        named = next((o for o in options if f"--{o.replace('_', '-')}" in said.getvalue()), "an option")
+        value = options.get(named)
+        raise UserError(f"{where} {named} = {value!r} is not a value it takes") from error

@@ -1,0 +1,108 @@
+"""The command line as a user meets it: bad input is one line and exit code 2, never a stack trace."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from cratescope import cli
+from cratescope.lm.data import TokenData
+
+
+def fails(capsys, *arguments):
+    """Run a command that must fail, in this process, and return its one line."""
+    with pytest.raises(SystemExit) as stop:
+        cli.run_and_exit(list(map(str, arguments)))
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    lines = [line for line in error.splitlines() if line.startswith("cratescope: ")]
+    assert len(lines) == 1 and "Traceback" not in error
+    return lines[0]
+
+
+def test_every_subcommand_has_a_help_with_a_text_for_every_option(capsys):
+    for name, (_, config) in cli.COMMANDS.items():
+        with pytest.raises(SystemExit) as stop:
+            cli.run([name, "--help"])
+        assert stop.value.code == 0
+        shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+        assert config.__doc__.split(".")[0] in shown
+
+
+def test_bad_input_is_one_line_that_names_the_thing_and_the_fix(capsys, tmp_path, runs_folder, data_folder):
+    (tmp_path / "empty.txt").write_text("")
+    prepare = ("prepare", "--out", tmp_path / "data", "--tokenizer", "bpe:300")
+    assert "nothing.txt" in fails(capsys, *prepare, tmp_path / "nothing.txt")
+    assert "empty" in fails(capsys, *prepare, tmp_path / "empty.txt")
+    assert "no CUDA" in fails(capsys, "train", tmp_path / "r", "--data", data_folder, "--device", "cuda")
+    assert "make one with `cratescope prepare`" in fails(capsys, "train", tmp_path / "r", "--data", tmp_path)
+    assert "not a run directory" in fails(capsys, "collect", tmp_path / "r")
+    assert "longer than the 32 tokens" in fails(capsys, "collect", runs_folder / "crate", "--context", "64")
+    assert "run `cratescope collect` first" in fails(capsys, "explain", runs_folder / "crate", "--site", "resid")
+    assert "no such file" in fails(capsys, "convert", tmp_path / "none.pt", tmp_path / "out")
+
+
+def test_a_shard_that_was_changed_is_refused_by_name(capsys, data_folder, tmp_path):
+    shutil.copytree(data_folder, tmp_path / "data")
+    shard = tmp_path / "data" / TokenData.open(data_folder).manifest["splits"]["train"]["shards"][0]["file"]
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    assert f"{shard.name}: damaged" in fails(capsys, "train", tmp_path / "run", "--data", tmp_path / "data")
+
+
+def test_a_model_folder_with_a_missing_tensor_is_refused(capsys, runs_folder, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(runs_folder / "crate" / "model", tmp_path / "model")
+    path = tmp_path / "model" / "model.safetensors"
+    weights = load_file(path)
+    dictionary = weights.pop("transformer.h.0.ista.D")
+    save_file(weights, path, {"format": "pt"})
+    assert "missing transformer.h.0.ista.D" in fails(capsys, "convert", tmp_path / "model", tmp_path / "out.pt")
+    save_file(weights | {"transformer.h.0.ista.D": dictionary, "odd": dictionary.clone()}, path, {"format": "pt"})
+    assert "unexpected odd" in fails(capsys, "convert", tmp_path / "model", tmp_path / "out.pt")
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of one megabyte; needs the right to mount one."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True).returncode:
+        pytest.skip("mounting a small disk needs root")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_a_full_disk_is_one_line_and_leaves_no_half_file(capsys, small_disk, text_folder, data_folder):
+    (small_disk / "ballast").write_bytes(bytes(900_000))
+    assert "disk full" in fails(capsys, "train", small_disk / "run", "--data", data_folder, "--context", 32,
+                                "--micro-batch", 2, "--batch-tokens", 64, "--steps", 0)  # fmt: skip
+    assert not (small_disk / "run" / "model").exists() and not (small_disk / "run" / "run.json").exists()
+    (small_disk / "ballast").write_bytes(bytes(1_030_000))
+    splits = ("--tokenizer", "bpe:320", "--validation", 0.2, "--heldout", 0.3)
+    assert "disk full" in fails(capsys, "prepare", text_folder, "--out", small_disk / "data", *splits)
+    assert not list(small_disk.rglob("*.npy"))
+
+
+def test_an_interrupt_says_how_to_go_on(capsys, monkeypatch):
+    def interrupted(arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "run", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        cli.run_and_exit([])
+    assert stop.value.code == 130
+    assert "the same command goes on" in capsys.readouterr().err
+
+
+def test_the_module_runs_as_a_program(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "cratescope", "collect", str(tmp_path)], capture_output=True, text=True
+    )
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("cratescope: ") and done.stderr.count("\n") == 1

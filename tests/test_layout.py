@@ -1,0 +1,54 @@
+"""The house: imports point one way, and the command line starts at once."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+SOURCE = Path(__file__).parent.parent / "src" / "cratescope"
+# Low to high: a module may import from its own rank and from those before it.
+RANKS = (
+    ("run", "config", "hardware"),
+    ("models",),
+    ("lm",),
+    ("neurons",),
+    ("report",),
+    ("study",),
+    ("cli",),
+    ("__main__",),
+)
+RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}
+
+
+def imported(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = [
+                f"{node.module}.{alias.name}" if node.module == "cratescope" else node.module for alias in node.names
+            ]
+        yield from (name.split(".")[1] for name in names if name.startswith("cratescope."))
+
+
+def test_imports_point_one_way():
+    wrong = [
+        f"{path.relative_to(SOURCE)} imports {name}"
+        for path in SOURCE.rglob("*.py")
+        if (place := path.relative_to(SOURCE).parts[0].removesuffix(".py")) in RANK
+        for name in imported(path)
+        if RANK[name] > RANK[place]
+    ]
+    assert not wrong
+
+
+def test_every_module_has_a_rank_and_a_docstring():
+    for path in SOURCE.rglob("*.py"):
+        assert ast.get_docstring(ast.parse(path.read_text())), path
+        assert path.name == "__init__.py" or path.relative_to(SOURCE).parts[0].removesuffix(".py") in RANK, path
+
+
+def test_help_loads_nothing_heavy():
+    code = "import sys, cratescope.cli; print([m for m in ('torch', 'transformers', 'numpy', 'pyarrow') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"

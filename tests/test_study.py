@@ -1,0 +1,171 @@
+"""A whole study: all stages from one file, killed again and again without a trace."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from cratescope.config import StudyConfig, TrainConfig
+from cratescope.lm.data import TokenData
+from cratescope.study import parse_options, read_plan, study
+from cratescope.run import UserError
+
+PLAN = """
+title = "A small study"
+[prepare]
+source = "{text}"
+tokenizer = "bpe:320"
+validation = 0.2
+heldout = 0.3
+[train]
+context = 32
+batch_tokens = 128
+micro_batch = 2
+steps = 12
+warmup_steps = 2
+validate_every = 4
+validation_crops = 4
+log_every = 1
+save_every = 2
+[[model]]
+name = "crate"
+preset = "crate-1l"
+[[model]]
+name = "gpt2"
+preset = "gpt2-1l"
+[evaluate]
+crops = 8
+[collect]
+excerpts = 40
+window = 8
+part = 8
+[explain]
+neurons = 12
+llm = "{llm}"
+llm_batch = 4
+[simulate]
+llm = "{llm}"
+explainer = "{llm}"
+llm_batch = 4
+[score]
+explainer = "{llm}"
+[report]
+explainer = "{llm}"
+cards = 2
+"""
+
+
+@pytest.fixture(scope="module")
+def plan(text_folder, data_folder, tmp_path_factory):
+    """A study file whose LLM is a tiny random Llama on disk."""
+    folder = tmp_path_factory.mktemp("plan")
+    torch.manual_seed(0)
+    tokenizer = TokenData.open(data_folder).tokenizer
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    llama = LlamaConfig(vocab_size=320, max_position_embeddings=4096, **shape, eos_token_id=0, bos_token_id=0)
+    LlamaForCausalLM(llama).save_pretrained(folder / "llm")
+    tokenizer.save_pretrained(folder / "llm")
+    (folder / "plan.toml").write_text(PLAN.format(text=text_folder, llm=folder / "llm"))
+    return folder / "plan.toml"
+
+
+def results(folder):
+    """Every file that a rerun must reproduce: all but run times and the order of what was written when."""
+    kept = ("*.parquet", "metrics.jsonl", "model/model.safetensors", "scores.jsonl", "explanations/*/*/*/*.json")
+    found = {
+        str(path.relative_to(folder)): path.read_bytes() for kind in kept for path in (folder / "runs").rglob(kind)
+    }
+    found |= {path.name: path.read_bytes() for path in (folder / "data").glob("*.npy")}
+    return found | {path.name: path.read_bytes() for path in (folder / "report").glob("*.csv")}
+
+
+@pytest.fixture(scope="module")
+def whole(plan, tmp_path_factory):
+    out = tmp_path_factory.mktemp("study") / "whole"
+    assert study(StudyConfig(plan, out)) == out / "report" / "report.html"
+    return out
+
+
+def test_a_study_ends_in_a_report_of_every_model(whole):
+    page = (whole / "report" / "report.html").read_text()
+    assert "A small study" in page and "crate" in page and "gpt2" in page
+    for name, site in (("crate", "codes"), ("gpt2", "mlp")):
+        assert len(list((whole / "runs" / name / "explanations" / site).rglob("0/*.json"))) == 12
+
+
+def test_a_second_study_does_nothing_again(whole, plan):
+    before = {path: path.stat().st_mtime_ns for path in (whole / "runs").rglob("*") if path.is_file()}
+    study(StudyConfig(plan, whole))
+    again = {path: path.stat().st_mtime_ns for path in before if "scores" not in path.parts}
+    assert all(before[path] == stamp for path, stamp in again.items())
+
+
+KILLS = (
+    "data/tokenizer/tokenizer.json",
+    "runs/crate/checkpoints/checkpoint-4/whole.json",
+    "runs/crate/records/codes/.parts/part-00001.safetensors",
+    "runs/gpt2/checkpoints/checkpoint-8/model.safetensors",
+    "runs/crate/explanations/*/*/0/*.json",
+    "runs/gpt2/simulations/*/*/*/0/*.json",
+    "runs/gpt2/scores/*/*/*/scores.jsonl",
+)
+
+
+def test_a_study_killed_in_every_stage_ends_with_the_same_files(whole, plan, tmp_path):
+    out = tmp_path / "killed"
+    command = [sys.executable, "-m", "cratescope", "study", str(plan), "--out", str(out)]
+    for pattern in KILLS:
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
+        while process.poll() is None and not any(out.glob(pattern)):
+            time.sleep(0.003)
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        assert process.wait() in (0, -signal.SIGKILL), process.stderr.read().decode()
+        process.stderr.close()
+    study(StudyConfig(plan, out))
+    wanted, found = results(whole), results(out)
+    assert found.keys() == wanted.keys()
+    assert [name for name in wanted if wanted[name] != found[name]] == []
+
+
+def test_options_are_parsed_as_on_the_command_line(tmp_path):
+    config = parse_options(
+        TrainConfig, {"out": tmp_path, "data": "d", "adam_betas": [0.8, 0.9], "crate": {"ista_steps": 3}}, "here:"
+    )
+    assert config.out == tmp_path and config.data == Path("d")
+    assert config.adam_betas == (0.8, 0.9) and config.crate == {"ista_steps": "3"}
+    with pytest.raises(UserError, match="here: has no option 'stepz'"):
+        parse_options(TrainConfig, {"stepz": 1}, "here:")
+    with pytest.raises(UserError, match="here: steps = 'many' is not a value it takes"):
+        parse_options(TrainConfig, {"out": "x", "data": "d", "steps": "many"}, "here:")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[[model", "not valid TOML"),
+        ("[trian]\nsteps = 1", r"no section \[trian\]"),
+        ("[train]\nsteps = 1", "at least one"),
+        ("[[model]]\npreset = 'crate-1l'", "each with a name"),
+        ("[[model]]\nname = 'a'\n[[model]]\nname = 'a'", "a name of its own"),
+    ],
+)
+def test_a_wrong_study_file_is_refused(tmp_path, text, message):
+    (tmp_path / "plan.toml").write_text(text)
+    with pytest.raises(UserError, match=message):
+        read_plan(tmp_path / "plan.toml")
+
+
+def test_the_demo_is_a_valid_study():
+    demo = Path(__file__).parent.parent / "studies" / "demo.toml"
+    assert {model["name"] for model in read_plan(demo)["model"]} >= {"crate-2l", "gpt2-2l"}
+    assert json.dumps(read_plan(demo)["train"])
