@@ -243,7 +243,7 @@ def read_records(path: Path, indices: Sequence[int] | None = None) -> dict[int, 
         for index in indices:
             if index not in rows:
                 raise UserError(f"{path}: no neuron {index}; this layer has neurons 0 to {max(known)}")
-        table = table.take([rows[index] for index in indices])
+        table = table.take(pa.array([rows[index] for index in indices], pa.int64()))
     return {row["index"]: _record(row) for batch in table.to_batches(64) for row in batch.to_pylist()}
 
 

@@ -1,0 +1,278 @@
+"""The figures of a report: one hue a family, one line style a run; the same inputs give the same bytes."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+from cratescope.report.tables import Results, count, finite, one_per_run, protocols
+from cratescope.run import atomic_path
+
+# Okabe and Ito's blue and vermilion, told apart by every common kind of colour vision.
+COLOURS = {"crate": "#0072b2", "gpt2": "#d55e00"}
+INK = "#1c2024"
+WIDTH = 9.6
+
+# The page replaces these colours by CSS variables, so that an inline figure follows the light or dark scheme.
+_ON_PAGE = {INK: "currentColor", COLOURS["crate"]: "var(--crate)", COLOURS["gpt2"]: "var(--gpt2)"}
+_LINES = ("-", "--", ":", "-.")
+_MARKERS = ("o", "s", "^", "D", "v", "P")
+_STYLE: dict[Any, Any] = {
+    "svg.hashsalt": "cratescope",
+    "svg.fonttype": "none",
+    "text.parse_math": False,  # a run called a$b is not a formula
+    "font.size": 9,
+    "axes.titlesize": 9,
+    "axes.titlelocation": "left",
+    "axes.titleweight": "bold",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "axes.titlecolor": INK,
+    "axes.linewidth": 0.6,
+    "axes.unicode_minus": True,
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "grid.color": INK,
+    "grid.alpha": 0.12,
+    "grid.linewidth": 0.6,
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "xtick.major.size": 3,
+    "ytick.major.size": 0,
+    "legend.frameon": False,
+    "figure.facecolor": "white",
+    "axes.facecolor": "none",
+    "savefig.transparent": False,
+}
+
+
+@dataclass(frozen=True)
+class Style:
+    """How a run looks in every figure: the family's hue, and a line and marker of its own."""
+
+    colour: str
+    line: str
+    marker: str
+    dodge: float
+
+
+def styles(results: Sequence[Results]) -> dict[str, Style]:
+    """A style for every label; runs of one family differ in line and marker, runs of one size stand side by side."""
+    seen: dict[str, int] = {}
+    found = {}
+    for item in results:
+        turn = seen[item.family] = seen.get(item.family, -1) + 1
+        beside = [other.label for other in results if other.size == item.size]
+        dodge = (beside.index(item.label) - (len(beside) - 1) / 2) * min(0.14, 0.7 / len(beside))
+        marker = _MARKERS[turn % len(_MARKERS)]
+        found[item.label] = Style(COLOURS[item.family], _LINES[turn % len(_LINES)], marker, dodge)
+    return found
+
+
+def _sizes(results: Sequence[Results]) -> dict[str, int]:
+    """Every size with its number of layers, the smallest first: its runs share a panel."""
+    depths = {item.size: 0 for item in results}
+    for item in results:
+        depths[item.size] = max(depths[item.size], item.manifest["n_layer"])
+    return dict(sorted(depths.items(), key=lambda entry: (entry[1], entry[0])))
+
+
+def draw_figures(results: Sequence[Results], folder: Path) -> dict[str, str]:
+    """Write every figure to `folder` as SVG and PNG; return the SVGs for the page by name."""
+    page = {}
+    with matplotlib.rc_context(_STYLE):
+        for name, figure in _figures(results):
+            with atomic_path(folder / f"{name}.png") as path:
+                figure.savefig(path, format="png", dpi=150, metadata={"Software": None})
+            figure.set_layout_engine("none")  # keep the layout just made, for both files alike
+            with atomic_path(folder / f"{name}.svg") as path:
+                figure.savefig(path, format="svg", dpi=150, metadata=_no_metadata())
+            page[name] = inline(folder / f"{name}.svg")
+    return page
+
+
+def _no_metadata() -> dict[str, None]:
+    """All four left out, or matplotlib writes the time and an address into the file."""
+    return {"Creator": None, "Date": None, "Format": None, "Type": None}
+
+
+def inline(path: Path) -> str:
+    """The <svg> element of a file for the page: no prologue, no background, colours that follow the scheme."""
+    svg = path.read_text(encoding="utf-8")
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r'<g id="patch_1">.*?</g>', "", svg, count=1, flags=re.DOTALL)
+    svg = re.sub(r'(<svg[^>]*?) height="[^"]*" width="[^"]*"', r"\1", svg, count=1)
+    svg = re.sub(r'(<svg[^>]*?) width="[^"]*" height="[^"]*"', r"\1", svg, count=1)
+    for colour, variable in _ON_PAGE.items():
+        svg = svg.replace(colour, variable)
+    # Group ids repeat between figures and nothing refers to them.
+    return re.sub(r'<g id="[a-zA-Z0-9]+_\d+">', "<g>", svg)
+
+
+def _figures(results: Sequence[Results]) -> Iterator[tuple[str, Figure]]:
+    yield "loss", loss_figure(results)
+    yield "layers", layer_figure(results)
+    for name in protocols(results):
+        yield f"histogram-{name}", histogram_figure(results, name)
+    yield "density", density_figure(results)
+
+
+def loss_figure(results: Sequence[Results]) -> Figure:
+    """Train (thin) and validation loss (thick) in nats against training tokens, with the unigram entropy dashed."""
+    figure = Figure(figsize=(WIDTH, 3.6), layout="constrained")
+    axes = figure.add_subplot()
+    for item, style in _styled(one_per_run(results)):
+        train = [(row["tokens"], row["loss"]) for row in item.metrics if finite(row.get("loss")) is not None]
+        checks = [row for row in item.metrics if finite(row.get("validation_loss")) is not None]
+        validation = [(row["tokens"], row["validation_loss"]) for row in checks]
+        if train:
+            axes.plot(*zip(*train, strict=True), color=style.colour, linewidth=0.8, alpha=0.35)
+        if validation:
+            look: dict[str, Any] = {"marker": style.marker, "markersize": 4, "linestyle": style.line, "linewidth": 1.6}
+            axes.plot(*zip(*validation, strict=True), color=style.colour, label=item.run.name, **look)
+    entropies = [entropy for item in results if (entropy := finite(item.evaluation["unigram_entropy"])) is not None]
+    for number, entropy in enumerate(sorted({round(entropy, 4) for entropy in entropies})):
+        label = "unigram entropy" if number == 0 else None
+        axes.axhline(entropy, color=INK, linestyle=(0, (5, 4)), linewidth=1, label=label)
+    axes.set(xlabel="training tokens", ylabel="loss (nats a token)")
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: count(value)))
+    _legend(figure, axes)
+    return figure
+
+
+def layer_figure(results: Sequence[Results]) -> Figure:
+    """Mean score of every layer (filled, plus or minus one standard error) and its shuffled null (hollow), x100."""
+    names, sizes = protocols(results), _sizes(results)
+    figure = Figure(figsize=(WIDTH, 2.8 * len(sizes) + 0.5), layout="constrained")
+    grid = figure.subplots(len(sizes), len(names), squeeze=False, sharey="row")
+    for row, (size, depth) in zip(grid, sizes.items(), strict=True):
+        for axes, name in zip(row, names, strict=True):
+            for item, style in _styled(results):
+                if item.size == size:
+                    _layer_lines(axes, item, name, style)
+            axes.axhline(0, color=INK, linewidth=0.6)
+            axes.set(title=f"{size.upper()}, {name}", xlabel="layer", xlim=(-0.5, depth - 0.5))
+            axes.set_xticks(range(depth))
+        row[0].set_ylabel("score (r × 100)")
+    _legend(figure, *grid[:, 0])
+    return figure
+
+
+def _layer_lines(axes: Any, item: Results, protocol: str, style: Style) -> None:
+    layers = item.summary["protocols"].get(protocol, {"layers": []})["layers"]
+    for kind, fill in (("", style.colour), ("null_", "none")):
+        rows = [row for row in layers if finite(row[f"{kind}mean"]) is not None]
+        axes.errorbar(
+            [row["layer"] + style.dodge for row in rows],
+            [100 * row[f"{kind}mean"] for row in rows],
+            yerr=[100 * (finite(row[f"{kind}standard_error"]) or 0) for row in rows],
+            color=style.colour,
+            marker=style.marker,
+            markerfacecolor=fill,
+            markersize=5.5 if not kind else 4.5,
+            linestyle=style.line,
+            linewidth=1.4 if not kind else 0.6,
+            capsize=2.5,
+            elinewidth=1,
+            label=None if kind else item.label,
+        )
+
+
+def histogram_figure(results: Sequence[Results], protocol: str) -> Figure:
+    """Neuron scores of a protocol, one panel a size and layer with its runs overlaid; dashed lines are the means."""
+    panels = [(size, layer) for size, depth in _sizes(results).items() for layer in range(depth)]
+    everything = [value for item in results for layer in item.layers for value in _values(item, protocol, layer)]
+    low, high = min(everything, default=-1.0), max(everything, default=1.0)
+    bins = np.linspace(math.floor(low * 10) / 10, math.ceil(high * 10) / 10 + 1e-9, 25)
+    columns = min(4, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    figure = Figure(figsize=(WIDTH, 2.5 * rows + 0.4), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).ravel()
+    for axes, (size, layer) in zip(grid, panels, strict=False):
+        for item, style in _styled(results):
+            if item.size == size:
+                _histogram(axes, np.array(_values(item, protocol, layer)), bins, style, item.label)
+        axes.set(title=f"{size.upper()}, layer {layer}", xlabel="score (r)")
+        axes.tick_params(labelbottom=True)
+    for axes in grid[len(panels) :]:
+        axes.set_visible(False)
+    grid[0].set_ylabel("% of neurons")
+    _legend(figure, *grid[: len(panels)])
+    return figure
+
+
+def _values(item: Results, protocol: str, layer: int) -> list[float]:
+    keys = [(neuron, protocol, "none") for neuron in item.ranking(protocol, layer)]
+    return [value for key in keys if (value := item.values[key]) is not None]
+
+
+def _histogram(axes: Any, values: np.ndarray, bins: np.ndarray, style: Style, label: str) -> None:
+    if not len(values):
+        return
+    share = np.full(len(values), 100 / len(values))
+    axes.hist(values, bins, weights=share, color=style.colour, alpha=0.22, histtype="stepfilled")
+    look: dict[str, Any] = {"histtype": "step", "linewidth": 1.2, "linestyle": style.line}
+    axes.hist(values, bins, weights=share, color=style.colour, label=label, **look)
+    axes.axvline(values.mean(), color=style.colour, linewidth=1, linestyle=(0, (4, 3)))
+
+
+def density_figure(results: Sequence[Results]) -> Figure:
+    """Fraction of tokens on which a neuron is not zero: a dot a neuron, each layer's median and middle half."""
+    sizes = _sizes(results)
+    figure = Figure(figsize=(WIDTH, 3.4), layout="constrained")
+    grid = figure.subplots(1, len(sizes), squeeze=False, sharey=True, width_ratios=list(sizes.values()))[0]
+    for axes, (size, depth) in zip(grid, sizes.items(), strict=True):
+        for item, style in _styled(results):
+            for layer in item.layers if item.size == size else ():
+                densities = [item.activity[neuron].density for neuron in sorted(item.activity) if neuron.layer == layer]
+                alive = 100 * np.array([density for density in densities if density > 0])
+                if len(alive):
+                    label = item.label if layer == item.layers[0] else None
+                    _density_column(axes, alive, layer + style.dodge, style, label)
+        axes.set_yscale("log")
+        axes.set(title=size.upper(), xlabel="layer", xlim=(-0.5, depth - 0.5))
+        axes.set_xticks(range(depth))
+    grid[0].set_ylabel("% of tokens with a non-zero activation")
+    grid[0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    grid[0].yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    grid[0].yaxis.set_minor_formatter(NullFormatter())
+    _legend(figure, *grid)
+    return figure
+
+
+def _density_column(axes: Any, alive: np.ndarray, place: float, style: Style, label: str | None) -> None:
+    jitter = (np.arange(len(alive)) * 0.618034 % 1 - 0.5) * 0.08  # the golden ratio spreads any number of dots evenly
+    dots: dict[str, Any] = {"s": 5, "alpha": 0.5, "linewidths": 0, "rasterized": True}
+    axes.scatter(place + jitter, alive, color=style.colour, **dots)
+    low, middle, high = np.percentile(alive, [25, 50, 75])
+    axes.plot([place, place], [low, high], color=style.colour, linewidth=3, solid_capstyle="butt")
+    look: dict[str, Any] = {"markersize": 8, "markeredgecolor": "white", "linestyle": "none"}
+    axes.plot([place], [middle], marker=style.marker, color=style.colour, label=label, **look)
+
+
+def _styled(results: Sequence[Results]) -> Iterator[tuple[Results, Style]]:
+    found = styles(results)
+    for item in results:
+        yield item, found[item.label]
+
+
+def _legend(figure: Figure, *panels: Any) -> None:
+    """One legend above the panels, naming everything that any of them shows."""
+    entries = {
+        label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    if entries:
+        figure.legend(list(entries.values()), list(entries), loc="outside upper left", ncols=min(4, len(entries)))

@@ -1,0 +1,225 @@
+"""Writes a small but complete run directory, so that whatever reads runs can be tested without training one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
+
+from cratescope.neurons.records import (
+    PROTOCOLS,
+    ActivationRecord,
+    Explanation,
+    Moments,
+    NeuronId,
+    NeuronRecord,
+    Score,
+    Simulation,
+    layer_file,
+    write_explanation,
+    write_records,
+    write_scores,
+    write_simulation,
+)
+from cratescope.run import Run, write_json, write_text
+
+TOPICS = {
+    "words about the law": ["court", "judge", "contract", "party", "licence", "agreement", "law", "clause"],
+    "months and dates": ["January", "March", "July", "Monday", "1998", "2003", "year", "week"],
+    "food and cooking": ["salt", "butter", "oven", "flour", "sugar", "boil", "dish", "soup"],
+    "code and symbols": ["def", "return", "class", "(", ")", "{", "}", ";"],
+    "the sea": ["ship", "sea", "whale", "boat", "captain", "harbour", "wave", "sail"],
+    "words about people": ["she", "he", "they", "man", "woman", "people", "friend", "king"],
+}
+GLUE = ["the", "of", "and", "a", "in", "to", "is", "that", "it", "for", "on", "with", "as", "was", "by"]
+
+
+def fake_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer of some words, a newline, a tab, markup and a byte that is not text."""
+    words = [word for words in TOPICS.values() for word in words] + GLUE
+    texts = ["<|endoftext|>", *("Ġ" + word for word in words), "Ċ", "ĉ", "ĠĠ", "<b>", "&", '"', "Ã"]
+    vocabulary = {text: number for number, text in enumerate(dict.fromkeys(texts))}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<|endoftext|>"))
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>")
+
+
+@dataclass(frozen=True)
+class Fake:
+    """What the fake run looks like. `quality` is how well a simulation follows the truth, from 0 to 1."""
+
+    family: str = "crate"
+    size: str = "2l"
+    layers: int = 2
+    neurons: int = 6
+    window: int = 12
+    seed: int = 0
+    tokens_trained: int = 2_000_000
+    quality: float = 0.7
+    sparsity: float = 1.0
+    dead: Sequence[int] = (5,)
+    flat: Sequence[int] = (4,)
+    explanation: str | None = None
+
+    @property
+    def site(self) -> str:
+        return "codes" if self.family == "crate" else "mlp"
+
+
+def fake_run(root: Path, fake: Fake | None = None) -> Run:
+    """Write every file of the run. Dead neurons never fire; flat ones have a constant simulation, so score None."""
+    fake = fake or Fake()
+    run = Run(root)
+    random = np.random.default_rng([fake.seed, len(fake.family)])
+    _write_model(run, fake, random)
+    scores: list[Score] = []
+    for layer in range(fake.layers):
+        records = [_record(NeuronId(run.name, fake.site, layer, index), fake, random) for index in range(fake.neurons)]
+        write_records(layer_file(run.records(fake.site), layer), records)
+        for record in records:
+            scores += _explain_and_score(run, fake, record, random)
+    folder = run.scores(fake.site, "offline", "list-pmi")
+    write_scores(folder / "scores.jsonl", scores)
+    write_json(folder / "summary.json", _summary(fake, scores))
+    return run
+
+
+def _write_model(run: Run, fake: Fake, random: np.random.Generator) -> None:
+    manifest = {
+        "name": run.name,
+        "family": fake.family,
+        "preset": f"{fake.family}-{fake.size}",
+        "seed": fake.seed,
+        "parameters": 6_640_000 + fake.layers,
+        "parameters_without_positions": 6_640_000,
+        "n_layer": fake.layers,
+        "n_neurons": fake.neurons,
+        "context": 256,
+        "steps": 100,
+        "tokens_trained": fake.tokens_trained,
+        "data": {"path": "somewhere/demo-data", "manifest_sha256": "0123456789abcdef" * 4},
+        "settings": {"preset": f"{fake.family}-{fake.size}", "steps": 100, "learning_rate": 2e-3, "crate": {}},
+        "versions": {"python": "3.11", "cratescope": "0.1.0"},
+        "seconds": 754.2,
+    }
+    write_json(run.manifest, manifest)
+    floor = 5.5 if fake.family == "crate" else 5.2
+    rows: list[dict[str, Any]] = []
+    for step in range(1, 101):
+        tokens = fake.tokens_trained * step // 100
+        loss = floor + 3 * np.exp(-step / 18)
+        rows.append({"step": step, "tokens": tokens, "loss": loss + random.normal(0, 0.05), "learning_rate": 1e-3})
+        if step % 10 == 0:
+            rows.append({"step": step, "tokens": tokens, "validation_loss": loss, "validation_standard_error": 0.02})
+    write_text(run.metrics, "".join(json.dumps(row) + "\n" for row in rows))
+    top = [
+        {"token": token, "probability": 0.3 / rank, "logit": 5.0 - rank}
+        for rank, token in enumerate([" sea", " the", "\n", " <i>", " ship"], 1)
+    ]
+    prompts = ("They saw some boats on the", "Beijing is the capital of")
+    evaluation = {"split": "validation", "crops": 64, "n_tokens": 16384, "loss": floor, "standard_error": 0.013}
+    evaluation |= {"perplexity": float(np.exp(floor)), "bits_per_byte": 1.72, "unigram_entropy": 6.61, "versions": {}}
+    evaluation["examples"] = [{"prompt": text, "top": top, "continuation": " sea.\nThey"} for text in prompts]
+    write_json(run.evaluation, evaluation)
+
+
+def _record(neuron: NeuronId, fake: Fake, random: np.random.Generator) -> NeuronRecord:
+    """A neuron that fires on the words of one topic and, weakly, on others."""
+    vocabulary = fake_tokenizer().get_vocab()
+    topic = list(TOPICS.values())[neuron.index % len(TOPICS)]
+    wanted = np.array([vocabulary["Ġ" + word] for word in topic])
+    background = np.where(random.random(len(vocabulary)) < 0.2 * fake.sparsity, random.random(len(vocabulary)), 0)
+
+    def window(place: int, share: float) -> ActivationRecord:
+        tokens = random.integers(1, len(vocabulary), fake.window)
+        hits = random.random(fake.window) < share
+        tokens[hits] = random.choice(wanted, hits.sum())
+        activations = background[tokens] + np.where(np.isin(tokens, wanted), 3 * random.random(fake.window), 0)
+        activations = (activations * (neuron.index not in fake.dead)).astype(np.float32)
+        return ActivationRecord(tokens, activations, place, 7, fake.window // 2)
+
+    top = [window(place, 0.4) for place in range(10)]
+    top.sort(key=lambda record: -float(record.activations.max()))
+    chosen = tuple(window(place, 0.05) for place in range(10, 20))
+    everything = np.concatenate([record.activations for record in chosen])
+    maximum = float(top[0].activations.max())
+    moments = Moments(10_000, float(everything.mean()), float(everything.var()), None, None, maximum)
+    dead = neuron.index in fake.dead
+    return NeuronRecord(neuron, () if dead else tuple(top), chosen, moments, float((everything > 0).mean()))
+
+
+def _explain_and_score(run: Run, fake: Fake, record: NeuronRecord, random: np.random.Generator) -> list[Score]:
+    neuron = record.neuron
+    if record.dead:
+        silent = Explanation(neuron, "", "offline", "words", skipped="dead neuron")
+        write_explanation(run.explanations(fake.site, "offline"), silent)
+        write_simulation(
+            run.simulations(fake.site, "offline", "list-pmi"), Simulation(neuron, "list-pmi", "", "", (), (), ())
+        )
+        return [Score(neuron, name, control, None, 0) for name in PROTOCOLS for control in ("none", "shuffled")]
+    text = fake.explanation or list(TOPICS)[neuron.index % len(TOPICS)]
+    write_explanation(run.explanations(fake.site, "offline"), Explanation(neuron, text, "offline", "words"))
+    windows = tuple({item.key: item for p in PROTOCOLS.values() for item in p.score_records(record)}.values())
+    quality = fake.quality * random.random() * (neuron.index not in fake.flat)
+    expected = tuple(tuple(_guess(item.activations, quality, random)) for item in windows)
+    null = tuple(tuple(_guess(item.activations, 0.05, random)) for item in windows)
+    keys = tuple(item.key for item in windows)
+    simulation = Simulation(neuron, "list-pmi", text, "words about the law", keys, expected, null)
+    write_simulation(run.simulations(fake.site, "offline", "list-pmi"), simulation)
+    scores = []
+    for name, protocol in PROTOCOLS.items():
+        rows = [keys.index(item.key) for item in protocol.score_records(record)]
+        truth = np.concatenate([windows[row].activations for row in rows])
+        for control, guesses in (("none", expected), ("shuffled", null)):
+            guess = np.concatenate([guesses[row] for row in rows])
+            constant = not guess.any() or not truth.any()
+            value = None if constant else float(np.corrcoef(truth, guess)[0, 1])
+            scores.append(Score(neuron, name, control, value, len(truth)))
+    return scores
+
+
+def _guess(truth: np.ndarray, quality: float, random: np.random.Generator) -> list[float]:
+    if quality == 0:
+        return [0.0] * len(truth)
+    noise = random.random(len(truth)) * (random.random(len(truth)) < 0.15)
+    return [round(float(value), 4) for value in quality * (truth > 0.7) * 2 + (1 - quality) * noise]
+
+
+def _summary(fake: Fake, scores: list[Score]) -> dict[str, Any]:
+    protocols = {}
+    for name in PROTOCOLS:
+        layers = [_layer(fake, scores, name, layer) for layer in range(fake.layers)]
+        model: dict[str, Any] = {"variance_over_layers": float(np.var([row["mean"] for row in layers]))}
+        for key in ("mean", "null_mean", "gain_mean"):
+            model[key] = float(np.mean([row[key] for row in layers]))
+        for key in ("standard_error", "null_standard_error", "gain_standard_error"):
+            model[key] = float(np.sqrt(np.sum([row[key] ** 2 for row in layers])) / fake.layers)
+        protocols[name] = {"layers": layers, "model": model}
+    distinct = {str(layer): min(fake.neurons, len(TOPICS)) for layer in range(fake.layers)}
+    about = {"explainer": "offline", "simulator": "list-pmi", "site": fake.site}
+    return {"protocols": protocols, "distinct_explanations": distinct} | about
+
+
+def _layer(fake: Fake, scores: list[Score], protocol: str, layer: int) -> dict[str, Any]:
+    table = {
+        (score.neuron.index, score.control): score.value
+        for score in scores
+        if score.protocol == protocol and score.neuron.layer == layer and score.value is not None
+    }
+    own = [value for (_, control), value in table.items() if control == "none"]
+    null = [value for (_, control), value in table.items() if control == "shuffled"]
+    gain = [value - table[index, "shuffled"] for (index, control), value in table.items() if control == "none"]
+    row: dict[str, Any] = {"layer": layer, "standard_deviation": float(np.std(own, ddof=1))}
+    for name, values in (("", own), ("null_", null), ("gain_", gain)):
+        row[f"{name}mean"] = float(np.mean(values))
+        row[f"{name}standard_error"] = float(np.std(values, ddof=1) / np.sqrt(len(values)))
+    none, dead = fake.neurons - len(own), len(fake.dead)
+    reasons = {"constant simulation": none - dead, "dead neuron": dead}
+    counts = {"n_scored": len(own), "n_none": none, "n_dead": dead, "n_neurons": fake.neurons}
+    return row | counts | {"none_reasons": reasons}

@@ -1,0 +1,309 @@
+"""The report: its numbers are the files', its text is escaped, and the page needs nothing from outside."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import html
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cratescope.config import ReportConfig
+from cratescope.neurons.records import NeuronId, layer_file, read_records, read_scores
+from cratescope.report.figures import inline
+from cratescope.report.report import highlight, report, spread, visible
+from cratescope.report.tables import (
+    PAPER_SCORES,
+    caveats,
+    comparisons,
+    headline,
+    load_results,
+    loss_rows,
+    neuron_rows,
+    number,
+    score_rows,
+)
+from cratescope.run import Run, UserError, read_json, write_json
+from fake_run import Fake, fake_run, fake_tokenizer
+
+NASTY = "<script>alert('x')</script> \"a\" & $b_c$"
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A CRATE and a GPT-2 run; the second one's explanations are hostile."""
+    root = tmp_path_factory.mktemp("runs")
+    fake_run(root / "crate", Fake())
+    fake_run(root / "gpt2", Fake(family="gpt2", quality=0.3, explanation=NASTY))
+    return root / "crate", root / "gpt2"
+
+
+@pytest.fixture(scope="session")
+def written(runs: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("report")
+    return report(ReportConfig(runs=runs, out=out, cards=3), tokenizer=fake_tokenizer()).parent
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with open(path, encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def plain_text(markup: str) -> str:
+    return html.unescape(re.sub(r"<[^>]*>", "", markup))
+
+
+def copy_of(run: Path, to: Path) -> Path:
+    return Path(shutil.copytree(run, to / run.name))
+
+
+def edit(path: Path, **changes: Any) -> None:
+    write_json(path, read_json(path) | changes)
+
+
+def test_the_score_table_equals_the_summaries(runs: tuple[Path, Path], written: Path) -> None:
+    rows = {(row["model"], row["protocol"], row["layer"]): row for row in rows_of(written / "scores.csv")}
+    assert len(rows) == 2 * 2 * 3
+    for path, site in zip(runs, ("codes", "mlp"), strict=True):
+        summary = read_json(Run(path).scores(site, "offline", "list-pmi") / "summary.json")
+        for protocol, table in summary["protocols"].items():
+            for layer in table["layers"]:
+                row = rows[path.name, protocol, str(layer["layer"])]
+                numbers = {key: value for key, value in layer.items() if key != "none_reasons"}
+                assert {key: float(row[key]) for key in numbers} == numbers
+            row = rows[path.name, protocol, "mean"]
+            assert {key: float(row[key]) for key in table["model"]} == table["model"]
+    assert rows["crate", "top-and-random", "0"]["paper"] == "7.8"
+    as_json = json.loads((written / "scores.json").read_text())["scores"]
+    assert [row["mean"] for row in as_json] == [float(row["mean"]) for row in rows.values()]
+
+
+def test_the_neuron_table_has_every_neuron_with_its_scores(runs: tuple[Path, Path], written: Path) -> None:
+    rows = {(row["model"], int(row["layer"]), int(row["index"])): row for row in rows_of(written / "neurons.csv")}
+    assert len(rows) == 2 * 2 * 6
+    for score in read_scores(Run(runs[0]).scores("codes", "offline", "list-pmi") / "scores.jsonl"):
+        cell = rows["crate", score.neuron.layer, score.neuron.index]
+        cell_value = cell[f"{score.protocol}_{'score' if score.control == 'none' else 'null'}"]
+        assert cell_value == ("" if score.value is None else repr(score.value))
+    assert rows["crate", 0, 5]["explanation"] == "" and float(rows["crate", 0, 5]["density"]) == 0
+    assert rows["gpt2", 0, 1]["explanation"] == NASTY
+
+
+def test_the_loss_table_has_the_curves_and_the_final_evaluation(written: Path) -> None:
+    rows = rows_of(written / "losses.csv")
+    kinds = [row["kind"] for row in rows if row["model"] == "crate"]
+    assert (kinds.count("train"), kinds.count("validation"), kinds.count("final")) == (100, 10, 1)
+    assert float(rows[kinds.index("final")]["unigram_entropy"]) == 6.61
+
+
+def test_the_page_shows_the_numbers_times_100(runs: tuple[Path, Path], written: Path) -> None:
+    page = plain_text((written / "report.html").read_text())
+    table = read_json(Run(runs[0]).scores("codes", "offline", "list-pmi") / "summary.json")["protocols"]
+    model = table["random-only"]["model"]
+    assert f"{100 * model['mean']:.1f} ± {100 * model['standard_error']:.1f}" in page
+    assert f"{100 * table['random-only']['layers'][1]['null_mean']:.1f} ±" in page
+    assert "8/4/2/12" in page
+    assert "2 without a score (1 constant simulation, 1 dead neuron)" in page
+
+
+def test_every_text_of_a_run_is_escaped(written: Path) -> None:
+    page = (written / "report.html").read_text()
+    assert "alert(" in page and "<script>alert" not in page
+    assert page.count("<script>") == 1
+    assert "&lt;b&gt;" in page and " &lt;i&gt;" in page
+
+
+def test_the_page_asks_nothing_of_the_network(written: Path) -> None:
+    page = (written / "report.html").read_text()
+    links = re.findall(r"""(?:src|href|srcset|action)\s*=\s*["']?([^"'>\s]+)""", page)
+    links += re.findall(r"url\(([^)]*)\)", page)
+    assert links and all(link.startswith(("#", "data:")) for link in links)
+    assert "@import" not in page and "<link" not in page and "<!ENTITY" not in page
+
+
+def test_the_same_inputs_give_the_same_bytes(runs: tuple[Path, Path], written: Path, tmp_path: Path) -> None:
+    again = report(ReportConfig(runs=runs, out=tmp_path, cards=3), tokenizer=fake_tokenizer()).parent
+    names = sorted(path.relative_to(written) for path in written.rglob("*") if path.is_file())
+    assert names == sorted(path.relative_to(again) for path in again.rglob("*") if path.is_file())
+    assert {path.suffix for path in names} == {".html", ".csv", ".json", ".svg", ".png"}
+    assert [name for name in names if (written / name).read_bytes() != (again / name).read_bytes()] == []
+
+
+def test_a_missing_number_is_a_dash_with_its_count_and_never_nan(tmp_path: Path) -> None:
+    """A layer without any score, as an untrained or collapsed model may have, still makes a whole report."""
+    run = fake_run(tmp_path / "silent", Fake(layers=1, size="1l", neurons=5, dead=(2, 3, 4), flat=()))
+    path = run.scores("codes", "offline", "list-pmi") / "scores.jsonl"
+    path.write_text(re.sub(r'"value": [^,]*', '"value": null', path.read_text()))
+    summary = read_json(path.with_name("summary.json"))
+    for table in summary["protocols"].values():
+        table["layers"][0] |= {name: None for name in table["layers"][0] if "mean" in name or "standard" in name}
+        table["layers"][0] |= {"n_scored": 0, "n_none": 5}
+        table["model"] = dict.fromkeys(table["model"])
+    write_json(path.with_name("summary.json"), summary)
+    text = run.evaluation.read_text()
+    run.evaluation.write_text(text.replace('"bits_per_byte": 1.72', '"bits_per_byte": NaN'))
+    page = report(ReportConfig(runs=(run.root,), out=tmp_path / "out"), tokenizer=fake_tokenizer()).read_text()
+    body = page.partition("<body>")[2].partition("<script>")[0]
+    assert not re.search(r"\bnan\b", body, re.I) and ">None<" not in body
+    assert re.search(r'<td class="first">–</td>\s*<td class="se">–</td><td>–</td>\s*<td class="se">0/5/3/5', body)
+    assert "No neuron of this layer has a score." in body and "3 dead neuron" in body
+    assert "nan" not in (tmp_path / "out" / "losses.csv").read_text()
+
+
+@pytest.mark.parametrize(
+    ("missing", "command"),
+    [
+        ("run.json", "cratescope train"),
+        ("evaluation.json", "cratescope evaluate"),
+        ("scores/codes/offline/list-pmi/summary.json", "cratescope score"),
+        ("scores/codes/offline/list-pmi/scores.jsonl", "cratescope score"),
+        ("records/codes/layer-01.parquet", "cratescope collect"),
+        ("simulations/codes/offline/list-pmi/0/0.json", "cratescope simulate"),
+    ],
+)
+def test_a_missing_piece_names_the_file_and_the_command(
+    runs: tuple[Path, Path], tmp_path: Path, missing: str, command: str
+) -> None:
+    run = copy_of(runs[0], tmp_path)
+    (run / missing).unlink()
+    with pytest.raises(UserError, match=command) as caught:
+        report(ReportConfig(runs=(run,), out=tmp_path / "out"), tokenizer=fake_tokenizer())
+    assert Path(missing).name in str(caught.value) and "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_tokenizer_comes_from_the_runs_model_folder(tmp_path: Path) -> None:
+    run = fake_run(tmp_path / "crate", Fake(layers=1, size="1l"))
+    config = ReportConfig(runs=(run.root,), out=tmp_path / "out", cards=1)
+    with pytest.raises(UserError, match="cratescope train"):
+        report(config)
+    fake_tokenizer().save_pretrained(run.model)
+    page = report(config).read_text()
+    record = read_records(layer_file(run.records("codes"), 0), [1])[1].random[0]
+    assert sum(fake_tokenizer().decode([token]) in page for token in record.tokens) > 6
+
+
+def test_scores_of_another_simulator_are_pointed_out(runs: tuple[Path, Path], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="offline/list-pmi"):
+        report(ReportConfig(runs=runs, out=tmp_path, simulator="all-at-once"), tokenizer=fake_tokenizer())
+
+
+def test_no_runs_or_two_of_one_name_are_refused(runs: tuple[Path, Path], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no run"):
+        report(ReportConfig(runs=(), out=tmp_path), tokenizer=fake_tokenizer())
+    with pytest.raises(UserError, match="'crate'"):
+        report(ReportConfig(runs=(runs[0], runs[0]), out=tmp_path), tokenizer=fake_tokenizer())
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.tuples(st.text(max_size=6), st.floats(-1, 5), st.floats(0, 3)), max_size=12), st.booleans())
+def test_highlighting_never_drops_or_reorders_tokens(rows: list[tuple[str, float, float]], both: bool) -> None:
+    tokens = [token for token, _, _ in rows]
+    truth = np.array([value for _, value, _ in rows], dtype=np.float32)
+    markup = highlight(tokens, truth, 5.0, [guess for *_, guess in rows] if both else None, 3.0)
+    cells = re.findall(r"<(?:i|b [^>]*)>(.*?)</[ib]>", markup, re.S)
+    assert [html.unescape(cell) for cell in cells] == [visible(token) for token in tokens]
+    assert "".join(f"<x>{cell}</x>" for cell in cells) == re.sub(r"<(/?)[ib]\b[^>]*>", r"<\1x>", str(markup))
+
+
+def test_shading_follows_the_activation_and_says_its_number() -> None:
+    markup = highlight([" a", " b", " c"], np.array([0.0, 2.0, 4.0], dtype=np.float32), 4.0, [0.0, 0.0, 1.0], 2.0)
+    assert markup == (
+        "<i> a</i>"
+        '<b style="--a:.5" title="true 2, simulated 0"> b</b>'
+        '<b style="--a:1.0;--s:.5" title="true 4, simulated 1"> c</b>'
+    )
+
+
+@pytest.mark.parametrize(("token", "shown"), [("\n\n", "↵↵"), ("\t", "⇥"), ("  ", "··"), (" a", " a"), ("\0", "␀")])
+def test_white_space_and_control_characters_are_seen(token: str, shown: str) -> None:
+    assert visible(token) == shown
+
+
+@given(st.integers(0, 40), st.integers(1, 12))
+def test_cards_are_spread_from_the_best_to_the_worst(ranked: int, cards: int) -> None:
+    ranking = [NeuronId("m", "codes", 0, index) for index in range(ranked)]
+    ranks = [rank for rank, neuron in spread(ranking, cards) if neuron == ranking[rank - 1]]
+    assert len(ranks) == min(ranked, cards) and ranks == sorted(set(ranks))
+    assert not ranks or ranks[0] == 1
+    assert len(ranks) < 2 or ranks[-1] == ranked
+
+
+def test_the_headline_follows_from_the_numbers(runs: tuple[Path, Path], tmp_path: Path) -> None:
+    results = load_results(ReportConfig(runs=runs, out=tmp_path))
+    [[pair, _]] = comparisons(results)
+    crate, gpt2 = (item.summary["protocols"]["top-and-random"]["model"] for item in results)
+    assert pair.difference == crate["mean"] - gpt2["mean"]
+    assert pair.standard_error == pytest.approx(np.hypot(crate["standard_error"], gpt2["standard_error"]))
+    assert number(pair.difference, sign=True) in headline([pair])
+    larger = dataclasses.replace(pair, crate=dataclasses.replace(pair.crate, mean=0.9, standard_error=0.001))
+    equal = dataclasses.replace(pair, crate=pair.gpt2)
+    assert "on top-and-random exceeds two" in headline([larger]) and "No difference" in headline([equal])
+    assert "one training run" in " ".join(caveats(results, [pair]))
+
+
+def test_several_seeds_give_an_error_over_seeds(tmp_path: Path) -> None:
+    runs = [fake_run(tmp_path / f"crate-{seed}", Fake(seed=seed, layers=1, size="1l")).root for seed in range(2)]
+    runs += [
+        fake_run(tmp_path / f"gpt2-{seed}", Fake("gpt2", seed=seed, layers=1, size="1l")).root for seed in range(2)
+    ]
+    results = load_results(ReportConfig(runs=tuple(runs), out=tmp_path))
+    [[pair, _]] = comparisons(results)
+    means = [item.summary["protocols"]["top-and-random"]["model"]["mean"] for item in results[:2]]
+    assert pair.crate.runs == 2 and pair.crate.mean == pytest.approx(np.mean(means))
+    assert pair.crate.standard_error == pytest.approx(np.std(means, ddof=1) / np.sqrt(2))
+    assert "over training seeds" in " ".join(caveats(results, [pair]))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"tokens_trained": 1},
+        {"data": {"path": "x", "manifest_sha256": "f"}},
+        {"settings": {"crate": {"ista_steps": "3"}}},
+    ],
+)
+def test_runs_that_differ_in_more_than_the_family_are_not_compared(
+    runs: tuple[Path, Path], tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    run = copy_of(runs[0], tmp_path)
+    edit(run / "run.json", **changes)
+    results = load_results(ReportConfig(runs=(run, runs[1]), out=tmp_path))
+    assert comparisons(results) == []
+    assert "no comparison" in " ".join(caveats(results, []))
+
+
+def test_two_sites_of_one_run_are_two_rows_with_one_loss_curve(runs: tuple[Path, Path], tmp_path: Path) -> None:
+    run = copy_of(runs[0], tmp_path)
+    for stage in ("scores", "records", "explanations", "simulations"):
+        shutil.copytree(run / stage / "codes", run / stage / "sae")
+    results = load_results(ReportConfig(runs=(run,), out=tmp_path))
+    assert {row["model"] for row in score_rows(results)} == {"crate · codes", "crate · sae"}
+    assert {row["model"] for row in neuron_rows(results)} == {"crate · codes", "crate · sae"}
+    assert len([row for row in loss_rows(results) if row["kind"] == "final"]) == 1
+
+
+def test_figures_follow_the_page_colours_and_have_no_address(written: Path) -> None:
+    found = sorted((written / "figures").glob("*.svg"))
+    names = ["density", "histogram-random-only", "histogram-top-and-random", "layers", "loss"]
+    assert [path.stem for path in found] == names
+    for path in found:
+        assert "purl.org" not in path.read_text() and "dc:date" not in path.read_text()
+        svg = inline(path)
+        assert svg.startswith("<svg") and "var(--crate)" in svg and "var(--gpt2)" in svg and "currentColor" in svg
+
+
+def test_the_papers_means_are_those_of_its_layers() -> None:
+    """A slip in copying a layer would break the mean; S and B leave out their last layer, as the paper does."""
+    for preset, entry in PAPER_SCORES["top-and-random"].items():
+        layers = entry.get("layers", ())
+        kept = layers[:-1] if len(layers) >= 6 else layers
+        assert not kept or np.mean(kept) == pytest.approx(entry["mean"], abs=0.06), preset
