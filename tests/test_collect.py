@@ -80,7 +80,7 @@ def test_streaming_statistics_equal_brute_force_also_with_ties_and_dead_and_cons
             assert moments.kurtosis == pytest.approx((central**4).mean() / a.var() ** 2, rel=1e-6)
         else:
             assert moments.skewness is None and moments.kurtosis is None
-        best = sorted(((-a[e].max(), e, int(a[e].argmax())) for e in range(n)))[: config.top]
+        best = sorted((-a[e].max(), e, int(a[e].argmax())) for e in range(n))[: config.top]
         wanted = [(e, position) for value, e, position in best if value < 0]
         assert [(r.excerpt, r.start + r.peak) for r in record.top] == wanted
     assert record.moments.skewness is None
@@ -96,7 +96,7 @@ def test_windows_never_cross_an_excerpt_and_never_overlap(seed, n, t, window, tm
     for h, record in enumerate(statistics_of(activations, config, 2)):
         windows = record.top + record.random
         for one in windows:
-            assert 0 <= one.start and one.start + len(one.tokens) <= t and len(one.tokens) == min(window, t)
+            assert one.start >= 0 and one.start + len(one.tokens) <= t and len(one.tokens) == min(window, t)
             assert 0 <= one.peak < len(one.tokens)
             where = slice(one.start, one.start + len(one.tokens))
             assert np.array_equal(one.tokens, np.arange(n * t).reshape(n, t)[one.excerpt, where])

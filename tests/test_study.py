@@ -16,8 +16,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from cratescope.config import StudyConfig, TrainConfig
 from cratescope.lm.data import TokenData
-from cratescope.study import parse_options, read_plan, study
 from cratescope.run import UserError
+from cratescope.study import parse_options, read_plan, study
 
 PLAN = """
 title = "A small study"

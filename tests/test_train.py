@@ -14,10 +14,10 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL_TRAINING
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from conftest import SMALL_TRAINING
 from cratescope.config import EvaluateConfig, TrainConfig
 from cratescope.lm.data import TokenData
 from cratescope.lm.evaluate import crop_losses, evaluate, mean_loss, unigram_entropy
@@ -70,8 +70,9 @@ def test_the_learning_rate_warms_up_and_ends_at_its_minimum(runs_folder):
 
 
 def test_weight_decay_is_on_matrices_only_and_includes_the_dictionary():
-    from cratescope.models.presets import build, preset_config
     from transformers import Trainer
+
+    from cratescope.models.presets import build, preset_config
 
     model = build(preset_config("crate-1l", 64, 8, 0), seed=0)
     decayed = Trainer.get_decay_parameter_names(None, model)

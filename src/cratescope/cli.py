@@ -109,7 +109,7 @@ def _percent(value: float | None, error: float | None) -> str:
     return " +- ".join("-" if number is None else f"{100 * number:.1f}" for number in (value, error))
 
 
-COMMANDS = {
+COMMANDS: dict[str, tuple[Callable[[Any], str], type]] = {
     "prepare": (prepare, settings.PrepareConfig),
     "train": (train, settings.TrainConfig),
     "evaluate": (evaluate, settings.EvaluateConfig),
@@ -128,7 +128,7 @@ def run(arguments: list[str] | None) -> str:
     app = tyro.extras.SubcommandApp()
     for name, (command, config) in COMMANDS.items():
         command.__doc__ = config.__doc__
-        app.command(_quietly(command), name=name)
+        app.command(name=name)(_quietly(command))
     return app.cli(
         prog="cratescope", description="Train, explain and score: neurons of CRATE and GPT-2.", args=arguments
     )

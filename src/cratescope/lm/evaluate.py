@@ -71,7 +71,7 @@ def unigram_entropy(split: TokenSplit, vocab_size: int) -> float:
 
 @torch.no_grad()
 def next_token_examples(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: tuple[str, ...] = PROMPTS, top: int = 5
+    model: Any, tokenizer: PreTrainedTokenizerBase, prompts: tuple[str, ...] = PROMPTS, top: int = 5
 ) -> list[dict[str, Any]]:
     """For each prompt the `top` likeliest next tokens and a greedy continuation (paper section 7)."""
     examples = []

@@ -60,7 +60,8 @@ def preset_config(
     if crate:
         raise UserError(f"{preset} has no CRATE fields; leave out {', '.join(crate)}")
     # Everything but attention and feed-forward block as in CRATE: no dropout, same initialisation, tied head.
-    return GPT2Config(**shape, activation_function="relu", loss_type="ForCausalLM", resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+    shape |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "loss_type": "ForCausalLM"}
+    return GPT2Config(**shape, activation_function="relu")
 
 
 def _parse_crate(fields: dict[str, str]) -> dict[str, Any]:

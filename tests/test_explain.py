@@ -1,0 +1,233 @@
+"""Explaining: the sample, its files, resume and refusals. Also makes the small run that simulate and score test on."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cratescope.config import ExplainConfig, LLMConfig
+from cratescope.lm.tokenizer import train_bpe
+from cratescope.neurons.explain import DEAD, EMPTY_ANSWER, explain, find_site, neuron_order
+from cratescope.neurons.llm.scripted import ScriptedLLM
+from cratescope.neurons.records import (
+    PROTOCOLS,
+    ActivationRecord,
+    Moments,
+    NeuronId,
+    NeuronRecord,
+    layer_file,
+    read_explanations,
+    read_records,
+    write_records,
+)
+from cratescope.run import Run, UserError, claim, write_json
+
+WORDS = (" dog", " cat", " bread", " cheese", " river", " boat", " judge", " court", " red", " blue", " and", " the")
+N_NEURONS = 8
+DEAD_INDEX = 3
+WINDOW = 16
+
+
+def make_run(root: Path, layers: tuple[int, ...] = (0, 1), weights: bytes = b"weights", site: str = "codes") -> Run:
+    """A run whose neuron i fires on WORDS[i] alone, at a level the token's place decides; neuron 3 is dead."""
+    run = Run(root)
+    run.model.mkdir(parents=True)
+    (run.model / "model.safetensors").write_bytes(weights)
+    write_json(run.manifest, {"name": run.name})
+    tokenizer = train_bpe(iter(["".join(WORDS) + "".join(WORDS[::-1])] * 8), 400)
+    tokenizer.save_pretrained(run.model)
+    claim(run.records(site), {"excerpts": 40})
+    ids = [tokenizer(word).input_ids for word in WORDS]
+    assert all(len(row) == 1 for row in ids), "the tokenizer should know every word as one token"
+    for layer in layers:
+        records = [_record(run.name, site, layer, index, [row[0] for row in ids]) for index in range(N_NEURONS)]
+        write_records(layer_file(run.records(site), layer), records)
+    return run
+
+
+def _record(name: str, site: str, layer: int, index: int, ids: list[int]) -> NeuronRecord:
+    rng = np.random.default_rng([layer, index])
+    tokens = rng.choice(ids, (40, WINDOW))
+    tokens[:, index % WINDOW] = ids[index]
+    activations = (tokens == ids[index]) * (0.0 if index == DEAD_INDEX else 2.5)
+    windows = [
+        ActivationRecord(row, values.astype(np.float32), excerpt, 0, WINDOW // 2)
+        for excerpt, (row, values) in enumerate(zip(tokens, activations, strict=True))
+    ]
+    density = float((activations > 0).mean())
+    moments = Moments(tokens.size, float(activations.mean()), 1.0, None, None, float(activations.max()))
+    top = () if index == DEAD_INDEX else tuple(windows[:20])
+    return NeuronRecord(NeuronId(name, site, layer, index), top, tuple(windows[20:]), moments, density)
+
+
+def first_word(prompt: str) -> str:
+    """An explainer that answers with the strongest word."""
+    found = re.search(r"Words: (\w+)", prompt)
+    assert found, prompt
+    return f' the word "{found[1]}"\n\nWords: and so on'
+
+
+def settings_for(run: Run, **changes: object) -> ExplainConfig:
+    return dataclasses.replace(ExplainConfig(run.root, llm=LLMConfig(llm="scripted", llm_batch=3)), **changes)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_a_lexical_neuron_is_explained_by_its_word(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    folder = explain(settings_for(run), ScriptedLLM(first_word))
+    found = read_explanations(folder)
+    assert len(found) == 2 * N_NEURONS
+    assert folder == run.explanations("codes", "scripted")
+    for neuron, item in found.items():
+        if neuron.index != DEAD_INDEX:
+            assert item.text == f'the word "{WORDS[neuron.index].strip()}"'
+            assert (item.explainer, item.skipped) == ("scripted", None)
+
+
+def test_a_dead_neuron_stays_in_the_sample_without_an_explanation(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    llm = ScriptedLLM(first_word)
+    found = read_explanations(explain(settings_for(run, layers=(1,)), llm))
+    assert {neuron.index for neuron in found} == set(range(N_NEURONS))
+    dead = found[NeuronId("run", "codes", 1, DEAD_INDEX)]
+    assert (dead.text, dead.skipped) == ("", DEAD)
+    assert len(llm.asked) == N_NEURONS - 1
+
+
+def test_an_empty_answer_is_a_named_skip(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", layers=(0,))
+    found = read_explanations(explain(settings_for(run), ScriptedLLM(lambda _: " \n something")))
+    assert {item.skipped for item in found.values()} == {DEAD, EMPTY_ANSWER}
+    assert {item.text for item in found.values()} == {""}
+
+
+def test_an_interrupted_run_ends_with_the_same_files(tmp_path: Path) -> None:
+    whole, cut = make_run(tmp_path / "a" / "run"), make_run(tmp_path / "b" / "run")
+    expected = files(explain(settings_for(whole), ScriptedLLM(first_word)))
+
+    def dies(prompt: str) -> str:
+        if "judge" in prompt:
+            raise KeyboardInterrupt
+        return first_word(prompt)
+
+    with pytest.raises(KeyboardInterrupt):
+        explain(settings_for(cut), ScriptedLLM(dies))
+    folder = cut.explanations("codes", "scripted")
+    assert files(folder) != expected
+    some = next(folder.glob("0/*.json"), None)
+    if some:
+        some.unlink()
+    assert files(explain(settings_for(cut), ScriptedLLM(first_word))) == expected
+
+
+def test_a_batch_with_a_missing_file_is_asked_again_as_a_whole(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", layers=(0,))
+    whole = ScriptedLLM(first_word)
+    folder = explain(settings_for(run), whole)
+    order = neuron_order(0, 0, N_NEURONS).tolist()
+    (folder / "0" / f"{order[1]}.json").unlink()
+    again = ScriptedLLM(first_word)
+    explain(settings_for(run), again)
+    live = [index for index in order[:3] if index != DEAD_INDEX]
+    assert again.asked == whole.asked[: len(live)]
+
+
+def test_finished_explanations_are_not_asked_for_again(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    explain(settings_for(run), ScriptedLLM(first_word))
+    again = ScriptedLLM(first_word)
+    explain(settings_for(run), again)
+    assert again.asked == []
+
+
+def test_growing_the_sample_keeps_what_was_explained(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", layers=(0,))
+    small = files(explain(settings_for(run, neurons=3), ScriptedLLM(first_word)))
+    large = files(explain(settings_for(run, neurons=6), ScriptedLLM(first_word)))
+    assert len(large) == len(small) + 3
+    assert small.items() <= large.items()
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(0, 100), st.integers(0, 11), st.integers(1, 600))
+def test_the_draw_is_a_permutation_that_seed_and_layer_decide(seed: int, layer: int, width: int) -> None:
+    order = neuron_order(seed, layer, width)
+    assert sorted(order.tolist()) == list(range(width))
+    assert (order == neuron_order(seed, layer, width)).all()
+    if width > 20:
+        assert (order != neuron_order(seed + 1, layer, width)).any()
+        assert (order != neuron_order(seed, layer + 1, width)).any()
+
+
+def test_explanations_of_another_model_are_refused(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    explain(settings_for(run), ScriptedLLM(first_word))
+    (run.model / "model.safetensors").write_bytes(b"other weights")
+    with pytest.raises(UserError, match="model_sha256"):
+        explain(settings_for(run), ScriptedLLM(first_word))
+
+
+def test_another_draw_is_not_mixed_in(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    explain(settings_for(run, neurons=2), ScriptedLLM(first_word))
+    with pytest.raises(UserError, match="neuron_seed"):
+        explain(settings_for(run, neurons=2, neuron_seed=1), ScriptedLLM(first_word))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layers": (7,)}, "--layers 7: no such layer"),
+        ({"neurons": 9}, "--neurons 9: layer 0 has 8 neurons"),
+        ({"neurons": 0}, "--neurons 0"),
+        ({"site": "mlp"}, r"no records of site mlp \(found: codes\)"),
+    ],
+)
+def test_bad_settings_are_named(tmp_path: Path, changes: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        explain(settings_for(make_run(tmp_path / "run"), **changes), ScriptedLLM(first_word))
+
+
+def test_auto_takes_the_only_site_and_lists_several(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    assert find_site(run, "auto") == find_site(run, "codes") == "codes"
+    (run.root / "records" / "mlp").mkdir()
+    with pytest.raises(UserError, match="found: codes, mlp"):
+        find_site(run, "auto")
+    assert find_site(run, "mlp") == "mlp"
+    with pytest.raises(UserError, match="found: none"):
+        find_site(Run(tmp_path / "nothing"), "auto")
+
+
+def test_every_protocol_explains_from_the_same_records() -> None:
+    assert len({protocol.explain_top for protocol in PROTOCOLS.values()}) == 1
+
+
+def test_no_token_is_both_explained_from_and_scored_on(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", layers=(0,))
+    for record in read_records(layer_file(run.records("codes"), 0)).values():
+        for protocol in PROTOCOLS.values():
+            scored = protocol.score_records(record)
+            assert scored
+            assert not any(seen.overlaps(other) for seen in protocol.explain_records(record) for other in scored)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(0, 20), st.integers(0, 20))
+def test_splits_stay_disjoint_however_few_records_there_are(n_top: int, n_random: int) -> None:
+    zeros = np.zeros(4, dtype=np.float32)
+    windows = [ActivationRecord(zeros.astype(np.int64), zeros, place, 0, 2) for place in range(n_top + n_random)]
+    moments = Moments(1, 0.0, 0.0, None, None, 1.0)
+    record = NeuronRecord(NeuronId("m", "s", 0, 0), tuple(windows[:n_top]), tuple(windows[n_top:]), moments, 0.5)
+    for protocol in PROTOCOLS.values():
+        explained = {window.key for window in protocol.explain_records(record)}
+        assert explained.isdisjoint(window.key for window in protocol.score_records(record))

@@ -1,0 +1,193 @@
+"""The local engine: a shared prefix, batches and slots give what one plain forward pass gives."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from cratescope.config import LLMConfig
+from cratescope.lm.tokenizer import train_bpe
+from cratescope.neurons.llm import open_llm
+from cratescope.neurons.llm.local import LocalLLM
+from cratescope.neurons.llm.scripted import ScriptedLLM
+from cratescope.run import UserError
+
+LINES = ["the dog saw the cat, and the cat ran.", "ten boats on the river\n\tand one bridge"] * 8
+PREFIX = "the dog saw the cat.\n\n"
+PROMPTS = ["the", "one bridge on the river and", "the cat, and the dog\n", "boats"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return train_bpe(iter(LINES), 300)
+
+
+def tiny(architecture: str, tokenizer: PreTrainedTokenizerFast, context: int = 64) -> torch.nn.Module:
+    torch.manual_seed(0)
+    if architecture == "gpt2":
+        config = GPT2Config(vocab_size=len(tokenizer), n_positions=context, n_embd=32, n_layer=2, n_head=4)
+        model = GPT2LMHeadModel(config)
+    else:
+        config = LlamaConfig(
+            vocab_size=len(tokenizer),
+            max_position_embeddings=context,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+        )
+        model = LlamaForCausalLM(config)
+    # Larger weights than at initialisation, so that positions and masks matter to the answers.
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(8)
+    model.generation_config.eos_token_id = None
+    return model.eval()
+
+
+@pytest.fixture(scope="module", params=["gpt2", "llama"])
+def llm(request: pytest.FixtureRequest, tokenizer: PreTrainedTokenizerFast) -> LocalLLM:
+    return LocalLLM(tiny(request.param, tokenizer), tokenizer, "tiny")
+
+
+def plain(llm: LocalLLM, ids: list[int]) -> np.ndarray:
+    """log P(next token) after every position, by one forward pass without a cache."""
+    with torch.inference_mode():
+        return llm.model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1).numpy()
+
+
+def test_next_logprobs_equal_a_full_forward_pass(llm: LocalLLM) -> None:
+    prefix, prompts = llm.encode(PREFIX), [llm.encode(text) for text in PROMPTS]
+    found = llm.next_logprobs(prefix, prompts)
+    for row, prompt in zip(found, prompts, strict=True):
+        np.testing.assert_allclose(row, plain(llm, prefix + prompt)[-1], atol=1e-5)
+
+
+def test_slot_logprobs_equal_a_full_forward_pass_and_are_aligned(llm: LocalLLM) -> None:
+    prefix, prompts = llm.encode(PREFIX), [llm.encode(text) for text in PROMPTS[1:3]]
+    slots = [[1, 3, len(prompts[0]) - 1], [2]]
+    choices = llm.encode("dog")
+    found = llm.slot_logprobs(prefix, prompts, slots, choices)
+    assert [rows.shape for rows in found] == [(3, len(choices)), (1, len(choices))]
+    for rows, prompt, places in zip(found, prompts, slots, strict=True):
+        expected = plain(llm, prefix + prompt)[[len(prefix) + place - 1 for place in places]][:, choices]
+        np.testing.assert_allclose(rows, expected, atol=1e-5)
+
+
+def test_a_slot_does_not_see_what_is_in_it_or_behind_it(llm: LocalLLM) -> None:
+    prefix, prompt, choices = llm.encode(PREFIX), llm.encode(PROMPTS[1]), llm.encode("cat")
+    other = [*prompt[:2], *reversed(prompt[2:])]
+    one, two = (llm.slot_logprobs(prefix, [ids], [[2, 4]], choices)[0] for ids in (prompt, other))
+    np.testing.assert_allclose(one[0], two[0], atol=1e-5)
+    assert np.abs(one[1] - two[1]).max() > 1e-3
+
+
+def test_a_slot_at_the_very_start_is_refused(llm: LocalLLM) -> None:
+    with pytest.raises(ValueError, match="before it"):
+        llm.slot_logprobs([1], [[2, 3]], [[0]], [4])
+
+
+def test_generation_is_the_greedy_one_whatever_else_is_in_the_batch(llm: LocalLLM) -> None:
+    prefix, prompts = llm.encode(PREFIX), [llm.encode(text) for text in PROMPTS]
+    together = llm.generate(prefix, prompts, 8, "<never>")
+    for prompt, text in zip(prompts, together, strict=True):
+        ids = prefix + prompt
+        for _ in range(8):
+            ids = [*ids, int(plain(llm, ids)[-1].argmax())]
+        assert text == llm.tokenizer.decode(ids[len(prefix) + len(prompt) :])
+    assert llm.generate(prefix, prompts[::-1], 8, "<never>") == together[::-1]
+    assert len(set(together)) > 1
+
+
+def test_generation_stops_before_the_stop_text_and_at_the_end_of_text(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    llm = LocalLLM(tiny("gpt2", tokenizer), tokenizer, "tiny")
+    prefix, prompt = llm.encode(PREFIX), llm.encode("the")
+    text = llm.generate(prefix, [prompt], 8, "<never>")[0]
+    stop = text[len(text) // 2]
+    assert llm.generate(prefix, [prompt], 8, stop) == [text[: text.index(stop)]]
+    first = int(plain(llm, prefix + prompt)[-1].argmax())
+    llm.model.generation_config.eos_token_id = first
+    assert llm.generate(prefix, [prompt, llm.encode("boats")], 8, "<never>")[0] == ""
+
+
+def test_the_prefix_is_computed_once(llm: LocalLLM) -> None:
+    seen: list[int] = []
+    hook = llm.model.get_input_embeddings().register_forward_hook(lambda _m, _i, out: seen.append(out.shape[1]))
+    prefix = llm.encode("one bridge, ten boats.\n")
+    for _ in range(3):
+        llm.next_logprobs(prefix, [llm.encode("the cat")])
+    hook.remove()
+    assert seen == [len(prefix)] + [len(llm.encode("the cat"))] * 3
+
+
+def test_another_prefix_is_not_answered_from_the_old_one(llm: LocalLLM) -> None:
+    prompt = llm.encode("the")
+    llm.next_logprobs(llm.encode(PREFIX), [prompt])
+    other = llm.encode("ten boats")
+    np.testing.assert_allclose(llm.next_logprobs(other, [prompt])[0], plain(llm, other + prompt)[-1], atol=1e-5)
+
+
+def test_a_prompt_longer_than_the_context_names_both_sizes(tokenizer: PreTrainedTokenizerFast) -> None:
+    llm = LocalLLM(tiny("llama", tokenizer, context=16), tokenizer, "tiny")
+    with pytest.raises(UserError, match=r"needs 19 tokens and the model reads 16"):
+        llm.next_logprobs(list(range(9)), [list(range(10))])
+    with pytest.raises(UserError, match=r"needs 17 tokens and the model reads 16"):
+        llm.generate(list(range(4)), [list(range(5))], 8, "\n")
+
+
+def test_encode_gives_the_names_of_special_tokens_as_plain_text(llm: LocalLLM) -> None:
+    ids = llm.encode("a<|endoftext|>")
+    assert llm.tokenizer.eos_token_id not in ids
+    assert llm.tokenizer.decode(ids) == "a<|endoftext|>"
+
+
+def test_a_sentencepiece_tokenizer_puts_no_space_before_a_piece() -> None:
+    pieces = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
+    pieces.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=False)
+    pieces.decoder = decoders.Metaspace(prepend_scheme="always")
+    trainer = trainers.BpeTrainer(
+        vocab_size=120, special_tokens=["<unk>"], initial_alphabet=["\n", "\t", "5", "▁"], show_progress=False
+    )
+    pieces.train_from_iterator(LINES[::2], trainer)
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=pieces, unk_token="<unk>", eos_token="<unk>")
+    llm = LocalLLM(tiny("llama", wrapped), wrapped, "tiny")
+    assert wrapped.convert_ids_to_tokens(llm.encode("5")) == ["5"]
+    assert wrapped.convert_ids_to_tokens(llm.encode("dog"))[0][0] == "d"
+
+
+def test_open_llm_reads_a_saved_folder(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    model = tiny("llama", tokenizer)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    llm = open_llm(LLMConfig(llm=str(tmp_path), llm_device="cpu", llm_dtype="float32"))
+    direct = LocalLLM(model, tokenizer, "direct")
+    prefix, prompt = llm.encode(PREFIX), llm.encode("the")
+    assert (llm.name, llm.dtype) == (str(tmp_path), "float32")
+    np.testing.assert_allclose(llm.next_logprobs(prefix, [prompt]), direct.next_logprobs(prefix, [prompt]), atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["{}/empty", "{}/missing.gguf"])
+def test_a_model_that_is_not_there_is_named(tmp_path: Path, name: str) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=name.format(tmp_path)):
+        open_llm(LLMConfig(llm=name.format(tmp_path)))
+
+
+def test_the_scripted_model_gives_normalised_probabilities_and_its_answers() -> None:
+    llm = ScriptedLLM(answer=lambda prompt: f" {prompt[-3:]}!\nmore", logit=lambda _, token: 3.0 * (token == " dog"))
+    ids = llm.encode("a dog saw 10\tcats")
+    assert llm.decode(ids) == "a dog saw 10\tcats"
+    assert len(llm.encode("10")) == 1
+    logprobs = llm.next_logprobs([], [ids])[0]
+    assert np.exp(logprobs).sum() == pytest.approx(1)
+    assert logprobs.argmax() == llm.encode(" dog")[0]
+    assert llm.generate([], [ids], 60, "\n") == [" ats!"]
