@@ -11,6 +11,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Tiny models are fastest on one thread; subprocesses inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from jaxtyping import install_import_hook
+
+# Shapes in signatures are checked in tests only. It must come before the first import of what it checks.
+install_import_hook(["cratescope.lm", "cratescope.neurons"], "shapes.check")
+
 from cratescope.config import PrepareConfig, TrainConfig
 from cratescope.lm.data import prepare
 from cratescope.lm.train import train

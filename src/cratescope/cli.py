@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import tyro
 
 from cratescope import config as settings
+from cratescope.hardware import keep_freed_memory
 from cratescope.run import UserError
 
 Whole = tyro.conf.arg(name="")
@@ -91,18 +92,20 @@ def study(config: Annotated[settings.StudyConfig, Whole]) -> str:
     return str(study(config))
 
 
-def _quietly(command: Callable[..., str]) -> Callable[..., str]:
-    """Without the library's own progress bars for files that take no time, which would break ours."""
+def _set_up(command: Callable[..., str]) -> Callable[..., str]:
+    """What a whole process may decide and a library may not, done before `command`."""
 
     @functools.wraps(command)
-    def quiet(*arguments: Any, **options: Any) -> str:
+    def prepared(*arguments: Any, **options: Any) -> str:
         from transformers.utils import logging
 
+        # The library's own progress bars, for files that take no time, would break ours.
         logging.disable_progress_bar()
         logging.set_verbosity_error()
+        keep_freed_memory()
         return command(*arguments, **options)
 
-    return quiet
+    return prepared
 
 
 def _percent(value: float | None, error: float | None) -> str:
@@ -128,7 +131,7 @@ def run(arguments: list[str] | None) -> str:
     app = tyro.extras.SubcommandApp()
     for name, (command, config) in COMMANDS.items():
         command.__doc__ = config.__doc__
-        app.command(name=name)(_quietly(command))
+        app.command(name=name)(_set_up(command))
     return app.cli(
         prog="cratescope", description="Train, explain and score: neurons of CRATE and GPT-2.", args=arguments
     )

@@ -15,20 +15,18 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from jaxtyping import Int64
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from transformers import PreTrainedTokenizerFast
 
 from cratescope.config import PrepareConfig
 from cratescope.lm.sources import Source, open_sources
 from cratescope.lm.tokenizer import encode, load_tokenizer, train_bpe, vocabulary_size
 from cratescope.run import UserError, atomic_path, claim, read_json, sha256, versions, write_json
-
-if TYPE_CHECKING:
-    from jaxtyping import Int64
-    from transformers import PreTrainedTokenizerFast
 
 SPLITS = ("train", "validation", "heldout")
 BLOCK_BYTES = 8_000_000

@@ -5,22 +5,20 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float, Int
 from rich.console import Console
 from rich.progress import track
 from torch.nn import functional as F
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cratescope.config import EvaluateConfig
 from cratescope.hardware import pick_device
 from cratescope.lm.data import TokenData, TokenSplit
 from cratescope.run import Run, UserError, read_json, versions, write_json
-
-if TYPE_CHECKING:
-    from jaxtyping import Float, Int
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # The prompts of paper section 7 (next-token examples and steering).
 PROMPTS = ("They saw some boats on the", "Beijing is the capital of", "1 2 3 4 5")

@@ -277,8 +277,7 @@ def _sections(service: dict[str, Any]) -> Iterator[str]:
     shapes = dict(service["shapes"])
     for name, operation in service["operations"].items():
         yield f"{name}\n{_plain(operation.get('documentation', ''))}"
-        for key in ("input", "output"):
-            shape = operation.get(key, {}).get("shape")
+        for shape in (operation[key]["shape"] for key in ("input", "output") if key in operation):
             yield from _shape(shape, shapes.pop(shape, {}))
     for name, shape in shapes.items():
         yield from _shape(name, shape)

@@ -7,14 +7,15 @@ import json
 import shutil
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Int
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 from cratescope.config import TrainConfig
 from cratescope.hardware import pick_device, pick_dtype
@@ -32,10 +33,6 @@ from cratescope.run import (
     write_json,
     write_text,
 )
-
-if TYPE_CHECKING:
-    from jaxtyping import Int
-    from transformers import PreTrainedModel
 
 WHOLE = "whole.json"
 """Written last into a checkpoint: the sizes of its files. A checkpoint without it was cut short."""
@@ -226,7 +223,7 @@ def last_whole_checkpoint(folder: Path) -> Path | None:
                 return path
         except (FileNotFoundError, json.JSONDecodeError):
             pass
-        Console(stderr=True).print(f"[yellow]{path} was cut short; using the checkpoint before it")
+        Console(stderr=True, soft_wrap=True).print(f"[yellow]{path} was cut short; using the checkpoint before it")
         shutil.rmtree(path)
     return None
 

@@ -9,14 +9,17 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float, Int
 from rich.console import Console
 from rich.progress import track
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from cratescope.config import CollectConfig
 from cratescope.lm.evaluate import data_of, load_model
@@ -30,11 +33,6 @@ from cratescope.neurons.records import (
 )
 from cratescope.neurons.sites import Site, read_site, site_named
 from cratescope.run import Run, UserError, atomic_path, claim, sha256
-
-if TYPE_CHECKING:
-    from jaxtyping import Float, Int
-    from torch import Tensor
-    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Container, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from jaxtyping import Int
 from rich.console import Console
 from rich.progress import track
 from transformers import PreTrainedTokenizerFast
@@ -26,9 +27,6 @@ from cratescope.neurons.records import (
     write_explanation,
 )
 from cratescope.run import Run, UserError, claim, read_json
-
-if TYPE_CHECKING:
-    from jaxtyping import Int
 
 MAX_TOKENS = 60
 """Longest answer (paper section 4)."""

@@ -8,14 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
+from jaxtyping import Float, Int
 
 from cratescope.neurons.llm import LanguageModel
-
-if TYPE_CHECKING:
-    from jaxtyping import Float, Int
 
 EXPLAIN_PROMPT = "words-1"
 LIST_PROMPT = "list-1"

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 from rich.progress import track
 
 from cratescope.config import SimulateConfig
@@ -27,9 +28,6 @@ from cratescope.neurons.records import (
     write_simulation,
 )
 from cratescope.run import Run, UserError, claim, read_json
-
-if TYPE_CHECKING:
-    from jaxtyping import Float
 
 ITEMS = 3
 """list-pmi averages the distributions of this many list items, the first ones written greedily."""

@@ -10,13 +10,11 @@ import contextlib
 import difflib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from cratescope.run import UserError
-
-if TYPE_CHECKING:
-    from torch import Tensor, nn
-    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)

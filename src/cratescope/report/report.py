@@ -6,11 +6,13 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup, escape
+from transformers import PreTrainedTokenizerFast
 
 from cratescope.config import ReportConfig
 from cratescope.neurons.records import ActivationRecord, NeuronId, NeuronRecord, layer_file, neuron_file, read_records
@@ -18,10 +20,6 @@ from cratescope.report import tables
 from cratescope.report.figures import draw_figures
 from cratescope.report.tables import Comparison, Results
 from cratescope.run import UserError, read_json, write_json, write_text
-
-if TYPE_CHECKING:
-    from jaxtyping import Float
-    from transformers import PreTrainedTokenizerFast
 
 Decode = Callable[[Sequence[int]], list[str]]
 

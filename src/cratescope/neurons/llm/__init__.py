@@ -7,17 +7,17 @@ shared by many calls (instructions and examples, computed once) and what is new 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Float
 
 from cratescope.config import LLMConfig
-
-if TYPE_CHECKING:
-    import numpy as np
-    from jaxtyping import Float
 
 Ids = Sequence[int]
 
 
+@runtime_checkable
 class LanguageModel(Protocol):
     """What the stages need: `explain` generate; `all-at-once` slot_logprobs; `list-pmi` next_logprobs; all need encode.
 

@@ -5,20 +5,18 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float, Int
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from cratescope.config import LLMConfig
 from cratescope.hardware import pick_device, pick_dtype
 from cratescope.neurons.llm import Ids
 from cratescope.run import UserError
-
-if TYPE_CHECKING:
-    from jaxtyping import Float, Int
-    from torch import Tensor
 
 
 class LocalLLM:
@@ -100,7 +98,7 @@ class LocalLLM:
 
     def _batch(
         self, prefix: Ids, prompts: Sequence[Ids], room: int = 0
-    ) -> tuple[DynamicCache, Int[Tensor, "n t"], Int[Tensor, "n p+t"]]:
+    ) -> tuple[DynamicCache, Int[Tensor, "n t"], Int[Tensor, "n seen"]]:
         """The prefix's cache repeated for every prompt, the left-padded prompts, and the mask over both."""
         width = max(len(prompt) for prompt in prompts)
         needed = len(self._bos) + len(prefix) + width + room
@@ -127,7 +125,7 @@ class LocalLLM:
         return self._cache
 
     def _logits(
-        self, cache: DynamicCache, ids: Int[Tensor, "n t"], mask: Int[Tensor, "n p+t"], where: Sequence[Ids]
+        self, cache: DynamicCache, ids: Int[Tensor, "n t"], mask: Int[Tensor, "n seen"], where: Sequence[Ids]
     ) -> Float[Tensor, "m vocab"]:
         """Run `ids` behind `cache` (which grows) and return float32 logits at column `where[row]` of every row.
 

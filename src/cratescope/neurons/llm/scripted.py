@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
+from jaxtyping import Float
 
 from cratescope.neurons.llm import Ids
-
-if TYPE_CHECKING:
-    from jaxtyping import Float
 
 _PIECE = re.compile(r" ?\w+|\s|[^\w\s]")
 
