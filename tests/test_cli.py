@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import sys
 import pytest
 
 from cratescope import cli
+from cratescope import config as settings
 from cratescope.lm.data import TokenData
 
 
@@ -23,13 +25,35 @@ def fails(capsys, *arguments):
     return lines[0]
 
 
-def test_every_subcommand_has_a_help_with_a_text_for_every_option(capsys):
-    for name, (_, config) in cli.COMMANDS.items():
+def test_the_overview_names_every_subcommand(capsys):
+    shown = cli.run(["--help"])
+    assert all(f"\n  {name} " in shown for name in cli.COMMANDS) and cli.run([]) == shown
+
+
+def test_every_subcommand_has_a_help_with_all_of_its_options(capsys):
+    for name, (_, kind) in cli.COMMANDS.items():
         with pytest.raises(SystemExit) as stop:
             cli.run([name, "--help"])
         assert stop.value.code == 0
         shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
-        assert config.__doc__.split(".")[0] in shown
+        assert kind.__doc__.split(".")[0] in shown
+        flags = {f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(kind)}
+        positional = {"--source", "--run", "--runs", "--config", "--out", "--llm"}
+        assert not [flag for flag in flags - positional if flag not in shown]
+
+
+def test_a_budget_sets_defaults_that_options_override():
+    config = settings.parse(settings.TrainConfig, ["run", "--data", "d", "--budget", "minutes", "--steps", "7"])
+    assert (config.steps, config.context, config.learning_rate) == (7, 256, 2e-3)
+    paper = settings.parse(settings.TrainConfig, ["run", "--data", "d"])
+    assert (paper.steps, paper.batch_tokens, paper.learning_rate) == (600_000, 491_520, 6e-4)
+
+
+def test_an_unknown_command_or_option_exits_with_2(capsys):
+    assert "no command 'trian'" in fails(capsys, "trian")
+    with pytest.raises(SystemExit) as stop:
+        cli.run_and_exit(["train", "run", "--data", "d", "--stepz", "3"])
+    assert stop.value.code == 2
 
 
 def test_bad_input_is_one_line_that_names_the_thing_and_the_fix(capsys, tmp_path, runs_folder, data_folder):
@@ -100,9 +124,7 @@ def test_an_interrupt_says_how_to_go_on(capsys, monkeypatch):
     assert "the same command goes on" in capsys.readouterr().err
 
 
-def test_the_module_runs_as_a_program(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-m", "cratescope", "collect", str(tmp_path)], capture_output=True, text=True
-    )
+def test_the_module_runs_as_a_program():
+    done = subprocess.run([sys.executable, "-m", "cratescope", "trian"], capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.startswith("cratescope: ") and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("cratescope: no command") and done.stderr.count("\n") == 1

@@ -153,7 +153,7 @@ def test_records_hold_what_the_model_does_on_their_text(collected, runs_folder, 
     excerpts = TokenData.open(data_folder).split("heldout").spaced(SMALL["excerpts"], SMALL["context"])
     record = read_records(layer_file(collected[family], 0), [5])[5]
     assert record.neuron == NeuronId(family, {"crate": "codes", "gpt2": "mlp"}[family], 0, 5)
-    with torch.no_grad(), module.read_site(model, site_named("auto", model), [0]) as found:
+    with torch.no_grad(), module.read_site(model, site_named("auto", model.config.model_type), [0]) as found:
         model(torch.from_numpy(excerpts))
     for one in record.top[:3] + record.random:
         window = slice(one.start, one.start + len(one.tokens))
@@ -195,7 +195,8 @@ def test_a_kill_between_parts_loses_no_whole_part_and_changes_no_byte(runs_folde
     ("changes", "message"),
     [
         ({"context": 33}, "longer than the 32 tokens"),
-        ({"excerpts": 10_000_000}, "room for"),
+        ({"excerpts": 41}, "was made with excerpts = 40, not 41"),
+        ({"site": "transformer.h.{layer}.ln_2", "excerpts": 10_000_000}, "room for"),
         ({"site": "nonsense"}, "no site 'nonsense'"),
         ({"site": "transformer.h.{layer}.ista.cods"}, "nearest: transformer.h.0.ista.codes"),
         ({"top": 7}, "was made with top = 6, not 7"),
@@ -218,7 +219,7 @@ def test_a_layer_or_neuron_out_of_range_is_refused(collected, runs_folder):
         Site("codes", "transformer.h.{layer}.ista.codes").module(model, 1)
     with (
         pytest.raises(UserError, match="neuron 600 is out of range"),
-        intervene(model, Intervention(site_named("auto", model), 0, 600, 1.0)),
+        intervene(model, Intervention(site_named("auto", model.config.model_type), 0, 600, 1.0)),
     ):
         model(torch.zeros(1, 2, dtype=torch.long))
 

@@ -307,3 +307,17 @@ def test_the_papers_means_are_those_of_its_layers() -> None:
         layers = entry.get("layers", ())
         kept = layers[:-1] if len(layers) >= 6 else layers
         assert not kept or np.mean(kept) == pytest.approx(entry["mean"], abs=0.06), preset
+
+
+def test_a_report_is_made_again_only_when_something_it_shows_has_changed(
+    runs: tuple[Path, Path], tmp_path: Path
+) -> None:
+    run = copy_of(runs[0], tmp_path)
+    config = ReportConfig(runs=(run,), out=tmp_path / "report", cards=1)
+    page = report(config, tokenizer=fake_tokenizer())
+    first = page.stat().st_mtime_ns
+    report(config, tokenizer=fake_tokenizer())
+    assert page.stat().st_mtime_ns == first
+    edit(Run(run).evaluation, loss=1.23)
+    report(config, tokenizer=fake_tokenizer())
+    assert page.stat().st_mtime_ns > first and "1.230" in page.read_text()

@@ -110,8 +110,6 @@ def test_a_second_study_does_nothing_again(whole, plan):
 
 
 KILLS = (
-    "data/tokenizer/tokenizer.json",
-    "runs/crate/checkpoints/checkpoint-4/whole.json",
     "runs/crate/records/codes/.parts/part-00001.safetensors",
     "runs/gpt2/checkpoints/checkpoint-8/model.safetensors",
     "runs/crate/explanations/*/*/0/*.json",

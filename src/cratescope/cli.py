@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import errno
-import functools
 import sys
 from collections.abc import Callable
-from typing import Annotated, Any
-
-import tyro
+from typing import Any, NoReturn
 
 from cratescope import config as settings
 from cratescope.hardware import keep_freed_memory
 from cratescope.run import UserError
 
-Whole = tyro.conf.arg(name="")
 
-
-def prepare(config: Annotated[settings.PrepareConfig, Whole]) -> str:
+def prepare(config: settings.PrepareConfig) -> str:
     from rich.console import Console
 
     from cratescope.lm.data import prepare
@@ -29,13 +24,13 @@ def prepare(config: Annotated[settings.PrepareConfig, Whole]) -> str:
     )
 
 
-def train(config: Annotated[settings.TrainConfig, Whole]) -> str:
+def train(config: settings.TrainConfig) -> str:
     from cratescope.lm.train import train
 
     return str(train(config).model)
 
 
-def evaluate(config: Annotated[settings.EvaluateConfig, Whole]) -> str:
+def evaluate(config: settings.EvaluateConfig) -> str:
     from cratescope.lm.evaluate import evaluate
 
     result = evaluate(config)
@@ -45,67 +40,50 @@ def evaluate(config: Annotated[settings.EvaluateConfig, Whole]) -> str:
     )
 
 
-def collect(config: Annotated[settings.CollectConfig, Whole]) -> str:
+def collect(config: settings.CollectConfig) -> str:
     from cratescope.neurons.collect import collect
 
     return str(collect(config))
 
 
-def explain(config: Annotated[settings.ExplainConfig, Whole]) -> str:
+def explain(config: settings.ExplainConfig) -> str:
     from cratescope.neurons.explain import explain
 
     return str(explain(config))
 
 
-def simulate(config: Annotated[settings.SimulateConfig, Whole]) -> str:
+def simulate(config: settings.SimulateConfig) -> str:
     from cratescope.neurons.simulate import simulate
 
     return str(simulate(config))
 
 
-def score(config: Annotated[settings.ScoreConfig, Whole]) -> str:
+def score(config: settings.ScoreConfig) -> str:
     from cratescope.neurons.score import score
 
-    summary = score(config)["protocols"]
     return "\n".join(
         f"{name}: {_percent(row['model']['mean'], row['model']['standard_error'])}, "
         f"shuffled {_percent(row['model']['null_mean'], row['model']['null_standard_error'])} (r x 100)"
-        for name, row in summary.items()
+        for name, row in score(config)["protocols"].items()
     )
 
 
-def report(config: Annotated[settings.ReportConfig, Whole]) -> str:
+def report(config: settings.ReportConfig) -> str:
     from cratescope.report.report import report
 
     return str(report(config))
 
 
-def convert(config: Annotated[settings.ConvertConfig, Whole]) -> str:
+def convert(config: settings.ConvertConfig) -> str:
     from cratescope.models.convert import convert
 
     return str(convert(config.source, config.out))
 
 
-def study(config: Annotated[settings.StudyConfig, Whole]) -> str:
+def study(config: settings.StudyConfig) -> str:
     from cratescope.study import study
 
     return str(study(config))
-
-
-def _set_up(command: Callable[..., str]) -> Callable[..., str]:
-    """What a whole process may decide and a library may not, done before `command`."""
-
-    @functools.wraps(command)
-    def prepared(*arguments: Any, **options: Any) -> str:
-        from transformers.utils import logging
-
-        # The library's own progress bars, for files that take no time, would break ours.
-        logging.disable_progress_bar()
-        logging.set_verbosity_error()
-        keep_freed_memory()
-        return command(*arguments, **options)
-
-    return prepared
 
 
 def _percent(value: float | None, error: float | None) -> str:
@@ -126,23 +104,56 @@ COMMANDS: dict[str, tuple[Callable[[Any], str], type]] = {
 }
 
 
-def run(arguments: list[str] | None) -> str:
-    """Parse the command line, run the subcommand and return what it says."""
-    app = tyro.extras.SubcommandApp()
-    for name, (command, config) in COMMANDS.items():
-        command.__doc__ = config.__doc__
-        app.command(name=name)(_set_up(command))
-    return app.cli(
-        prog="cratescope", description="Train, explain and score: neurons of CRATE and GPT-2.", args=arguments
+def overview() -> str:
+    """What `cratescope --help` says."""
+    lines = [f"  {name:10} {(kind.__doc__ or '').splitlines()[0]}" for name, (_, kind) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: cratescope COMMAND [OPTIONS]",
+            "",
+            "Train CRATE language models and GPT-2 twins, then explain and score their neurons with LLMs.",
+            "",
+            *lines,
+            "",
+            "`cratescope COMMAND --help` explains the options of a command. Every command skips what is done, so the",
+            "same command again goes on after an interruption.",
+        ]
     )
+
+
+def run(arguments: list[str]) -> str:
+    """Parse the command line, run the subcommand and return what it says.
+
+    Raises:
+        UserError: no such subcommand, or whatever the subcommand refuses.
+    """
+    name, rest = (arguments or ["--help"])[0], arguments[1:]
+    if name in ("--help", "-h"):
+        return overview()
+    if name not in COMMANDS:
+        raise UserError(f"no command {name!r}; there are {', '.join(COMMANDS)}")
+    command, kind = COMMANDS[name]
+    config: Any = settings.parse(kind, rest, prog=f"cratescope {name}")
+    _set_up_process()
+    return command(config)
+
+
+def _set_up_process() -> None:
+    """What a program may decide for its whole process and a library may not."""
+    from transformers.utils import logging
+
+    # The library's own progress bars, for files that take no time, would break ours.
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    keep_freed_memory()
 
 
 def main() -> None:
     """Entry point of the console script."""
-    run_and_exit(None)
+    run_and_exit(sys.argv[1:])
 
 
-def run_and_exit(arguments: list[str] | None) -> None:
+def run_and_exit(arguments: list[str]) -> None:
     """Results go to stdout. Bad input is one line on stderr and exit code 2, a full disk likewise."""
     try:
         sys.stdout.write(run(arguments) + "\n")
@@ -165,7 +176,6 @@ def _disk_full(error: Exception) -> bool:
     return getattr(error, "errno", None) == errno.ENOSPC or any(words in str(error) for words in FULL)
 
 
-def _fail(message: str, code: int = 2) -> None:
+def _fail(message: str, code: int = 2) -> NoReturn:
     sys.stderr.write(f"cratescope: {' '.join(message.split())}\n")
-    sys.stderr.flush()
     sys.exit(code)

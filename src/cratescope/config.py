@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
+Config = TypeVar("Config")
 PositionalPath = Annotated[Path, tyro.conf.Positional]
 PositionalPaths = Annotated[tuple[Path, ...], tyro.conf.Positional]
 Simulator = Literal["list-pmi", "all-at-once"]
@@ -46,6 +47,8 @@ class TrainConfig:
     """Run directory to write; the same command resumes from the last whole checkpoint."""
     data: Path
     """Folder made by `cratescope prepare`."""
+    budget: Literal["paper", "hour", "minutes"] = "paper"
+    """Sets the defaults of the options below: the paper's recipe, or about 25 or 2 million tokens for a CPU."""
     preset: str = "crate-2l"
     """crate-1l, -2l, -3l, -s, -b, or gpt2- likewise; the vocabulary is the data's."""
     steps: int = 600_000
@@ -86,6 +89,34 @@ class TrainConfig:
     """Where to train."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """bfloat16 is autocast with float32 weights; auto takes it where the hardware has it."""
+
+
+# What a smaller budget changes: fewer tokens a step, and the higher learning rate that small models then take.
+BUDGETS: dict[str, dict[str, Any]] = {
+    "paper": {},
+    "hour": {
+        "steps": 1500,
+        "batch_tokens": 16_384,
+        "micro_batch": 16,
+        "context": 256,
+        "learning_rate": 2e-3,
+        "min_learning_rate": 2e-4,
+        "warmup_steps": 100,
+        "validate_every": 100,
+        "save_every": 100,
+    },
+    "minutes": {
+        "steps": 500,
+        "batch_tokens": 4096,
+        "micro_batch": 16,
+        "context": 256,
+        "learning_rate": 2e-3,
+        "min_learning_rate": 2e-4,
+        "warmup_steps": 50,
+        "validate_every": 100,
+        "save_every": 100,
+    },
+}
 
 
 @dataclass(frozen=True)
@@ -236,3 +267,16 @@ class StudyConfig:
     """TOML file; `studies/demo.toml` shows every section."""
     out: Path
     """Folder to write; finished work is skipped, so the same command resumes."""
+
+
+def parse(kind: type[Config], arguments: list[str], prog: str | None = None) -> Config:
+    """Settings of `kind` from command-line arguments; `--budget` of training chooses the defaults of the others.
+
+    Ends the process as a command line does: exit code 0 after --help, 2 for what cannot be parsed.
+    """
+    default: Any = tyro.MISSING_NONPROP
+    if kind is TrainConfig and "--budget" in arguments[:-1]:
+        budget = arguments[arguments.index("--budget") + 1]
+        if budget in BUDGETS:
+            default = TrainConfig(tyro.MISSING, tyro.MISSING, budget, **BUDGETS[budget])  # type: ignore[arg-type]
+    return tyro.cli(kind, prog=prog, args=arguments, default=default)

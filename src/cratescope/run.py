@@ -184,9 +184,12 @@ class Run:
             raise UserError(f"{self.root}: not a run directory (no run.json); make one with `cratescope train`")
         return read_json(self.manifest)
 
+    def trained_model(self) -> Path:
+        """The model's folder. Raises UserError when training has not finished."""
+        if not (self.model / "model.safetensors").exists():
+            raise UserError(f"{self.model}: no model there yet; finish `cratescope train` for {self.root} first")
+        return self.model
+
     def fingerprint(self) -> str:
         """SHA-256 of the model's weights: what every later stage says it was made from."""
-        weights = self.model / "model.safetensors"
-        if not weights.exists():
-            raise UserError(f"{weights}: no such file; finish `cratescope train` for {self.root} first")
-        return sha256(weights)
+        return sha256(self.trained_model() / "model.safetensors")

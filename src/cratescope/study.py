@@ -12,9 +12,8 @@ import functools
 import io
 import tomllib
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import tyro
 from rich.console import Console
 
 from cratescope import config as settings
@@ -31,7 +30,6 @@ SECTIONS: dict[str, tuple[type, tuple[str, ...]]] = {
     "report": (settings.ReportConfig, ("runs", "out", "title")),
 }
 """Section -> its settings, and the options that the study itself gives."""
-Config = TypeVar("Config")
 
 
 def study(config: settings.StudyConfig) -> Path:
@@ -112,7 +110,7 @@ def _options(path: Path, plan: dict[str, Any], section: str, **given: Any) -> An
     return parse_options(kind, from_file | given, f"{path}: [{section}]")
 
 
-def parse_options(kind: type[Config], options: dict[str, Any], where: str) -> Config:
+def parse_options(kind: type[settings.Config], options: dict[str, Any], where: str) -> settings.Config:
     """Settings of `kind` from named options, parsed by the same code as the command line.
 
     Raises:
@@ -134,7 +132,7 @@ def parse_options(kind: type[Config], options: dict[str, Any], where: str) -> Co
     said = io.StringIO()
     try:
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-            return tyro.cli(kind, args=[*positional, *arguments])
+            return settings.parse(kind, [*positional, *arguments])
     except SystemExit as error:
         named = next((o for o in options if f"--{o.replace('_', '-')}" in said.getvalue()), "an option")
         value = options.get(named)

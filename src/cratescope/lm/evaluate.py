@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from cratescope.config import EvaluateConfig
 from cratescope.hardware import pick_device
 from cratescope.lm.data import TokenData, TokenSplit
+from cratescope.models.convert import load_folder
 from cratescope.run import Run, UserError, read_json, versions, write_json
 
 # The prompts of paper section 7 (next-token examples and steering).
@@ -99,7 +100,7 @@ def next_token_examples(
 def data_of(run: Run, data_path: Path | None) -> TokenData:
     """The data given, or the data the run was trained on; its vocabulary must be the model's."""
     manifest = run.read_manifest()
-    data = TokenData.open(data_path or manifest["data"]["path"])
+    data = TokenData.open(data_path or run.root / manifest["data"]["path"])
     if data.vocab_size != manifest["vocab_size"]:
         raise UserError(
             f"{data.path} has a vocabulary of {data.vocab_size}, {run.root} one of {manifest['vocab_size']}; "
@@ -110,11 +111,7 @@ def data_of(run: Run, data_path: Path | None) -> TokenData:
 
 def load_model(run: Run, device: str) -> PreTrainedModel:
     """The run's trained model, for reading."""
-    from cratescope.models.convert import load_folder
-
-    if not (run.model / "config.json").exists():
-        raise UserError(f"{run.model}: no model there yet; finish `cratescope train` for {run.root} first")
-    model: Any = load_folder(run.model)  # Any: the library's own annotation of `to` takes no device
+    model: Any = load_folder(run.trained_model())  # Any: the library's own annotation of `to` takes no device
     return model.to(pick_device(device)).eval()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 import time
 from pathlib import Path
@@ -36,7 +37,7 @@ from cratescope.run import (
 
 WHOLE = "whole.json"
 """Written last into a checkpoint: the sizes of its files. A checkpoint without it was cut short."""
-NOT_IDENTITY = ("out", "data", "device", "dtype", "keep", "micro_batch", "log_every", "save_every")
+NOT_IDENTITY = ("budget", "out", "data", "device", "dtype", "keep", "micro_batch", "log_every", "save_every")
 """Settings that may change between a run and its resumption."""
 
 
@@ -113,8 +114,6 @@ def _accumulation(config: TrainConfig) -> int:
         UserError: batch_tokens is no multiple of what one pass of all devices reads, or a checkpoint would fall
             between two lines of the log (whose loss is a mean since the line before).
     """
-    import os
-
     devices = int(os.environ.get("WORLD_SIZE", "1"))
     a_pass = config.micro_batch * config.context * devices
     if config.batch_tokens % a_pass:
@@ -249,7 +248,11 @@ def _finish(config: TrainConfig, run: Run, model: PreTrainedModel, data: TokenDa
             "context": config.context,
             "steps": config.steps,
             "tokens_trained": config.steps * config.batch_tokens,
-            "data": {"path": str(data.path), "manifest_sha256": sha256(data.path / "manifest.json")},
+            "data": {
+                # From the run's folder, so that a study can be moved as a whole.
+                "path": os.path.relpath(data.path, run.root),
+                "manifest_sha256": sha256(data.path / "manifest.json"),
+            },
             "settings": settings,
             "versions": versions(),
             "seconds": round(seconds, 1),

@@ -19,7 +19,7 @@ from rich.progress import track
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from cratescope.config import CollectConfig
 from cratescope.lm.evaluate import data_of, load_model
@@ -217,20 +217,22 @@ def collect(config: CollectConfig) -> Path:
     """
     run = Run(config.run)
     data = data_of(run, config.data)
+    shape = AutoConfig.from_pretrained(run.trained_model())
+    context = config.context or shape.max_position_embeddings
+    if context > shape.max_position_embeddings:
+        raise UserError(f"context = {context} is longer than the {shape.max_position_embeddings} tokens of this model")
+    site = site_named(config.site, shape.model_type)
+    folder = run.records(site.name)
+    identity = _identity(config, run, site, context, sha256(data.path / "manifest.json"))
+    layers = range(shape.num_hidden_layers)
+    if all(layer_file(folder, layer).exists() for layer in layers):
+        claim(folder, identity)
+        return folder
     model = load_model(run, config.device)
-    longest = model.config.max_position_embeddings
-    context = config.context or longest
-    if context > longest:
-        raise UserError(f"context = {context} is longer than the {longest} tokens this model can read")
-    site = site_named(config.site, model)
-    layers = range(model.config.num_hidden_layers)
     for layer in layers:
         site.module(model, layer)  # a wrong pattern is found before anything is written
     excerpts = data.split("heldout").spaced(config.excerpts, context)
-    folder = run.records(site.name)
-    claim(folder, _identity(config, run, site, context, sha256(data.path / "manifest.json")))
-    if all(layer_file(folder, layer).exists() for layer in layers):
-        return folder
+    claim(folder, identity)
     _finish(config, run, site, _collect_parts(config, model, site, excerpts, folder / ".parts"), excerpts, folder)
     shutil.rmtree(folder / ".parts")
     return folder

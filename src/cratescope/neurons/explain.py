@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from cratescope.config import ExplainConfig, LLMConfig
 from cratescope.lm.tokenizer import load_tokenizer, token_strings
 from cratescope.neurons import prompts
-from cratescope.neurons.llm import LanguageModel, open_llm
+from cratescope.neurons.llm import LanguageModel, llm_identity, open_llm
 from cratescope.neurons.records import (
     PROTOCOLS,
     Explanation,
@@ -48,14 +48,14 @@ def explain(config: ExplainConfig, llm: LanguageModel | None = None) -> Path:
     run = Run(config.run)
     site = find_site(run, config.site)
     samples = _samples(config, run.records(site))
-    llm = llm or open_llm(config.llm)
     folder = run.explanations(site, config.llm.llm)
-    wanted = {"llm": llm.name, "dtype": llm.dtype, "prompt": prompts.EXPLAIN_PROMPT, "neuron_seed": config.neuron_seed}
-    claim(folder, records_identity(run, site) | wanted)
+    wanted = {"prompt": prompts.EXPLAIN_PROMPT, "neuron_seed": config.neuron_seed}
+    claim(folder, records_identity(run, site) | llm_identity(config.llm, llm) | wanted)
     tokenizer = load_tokenizer(run.model)
     for layer, indices in samples.items():
         done = {index for index in indices if (folder / str(layer) / f"{index}.json").exists()}
         if len(done) < len(indices):
+            llm = llm or open_llm(config.llm)
             records = read_records(layer_file(run.records(site), layer), indices)
             _explain_layer([records[index] for index in indices], done, folder, llm, tokenizer, config.llm)
     return folder

@@ -14,7 +14,7 @@ from cratescope.config import SimulateConfig
 from cratescope.lm.tokenizer import load_tokenizer, token_strings
 from cratescope.neurons import prompts
 from cratescope.neurons.explain import STDERR, check_identity, find_site, layer_width, neuron_order, records_identity
-from cratescope.neurons.llm import LanguageModel, open_llm
+from cratescope.neurons.llm import LanguageModel, llm_identity, open_llm
 from cratescope.neurons.records import (
     PROTOCOLS,
     ActivationRecord,
@@ -134,23 +134,30 @@ def simulate(config: SimulateConfig, llm: LanguageModel | None = None) -> Path:
     layers, identity = explained_layers(run, site, config.explainer)
     if config.neurons is not None and config.neurons < 1:
         raise UserError(f"--neurons {config.neurons}: give a number of 1 or more")
-    plans = {layer: null_texts(explanations) for layer, explanations in layers.items()}
+    folder = run.simulations(site, config.explainer, config.simulator)
+    known = records_identity(run, site) | llm_identity(config.llm, llm) | {"explanations": identity}
+    planned = {
+        layer: list(zip(explanations, null_texts(explanations), strict=True))[: config.neurons]
+        for layer, explanations in layers.items()
+    }
+    pending = {
+        layer: [(own, null) for own, null in pairs if not _done(folder, own, null)] for layer, pairs in planned.items()
+    }
+    if (folder / "manifest.json").exists():
+        check_identity(folder, known)
+    if not any(pending.values()):
+        return folder
     llm = llm or open_llm(config.llm)
     tokenizer = load_tokenizer(run.model)
     vocabulary = token_strings(tokenizer, range(len(tokenizer)))
     make = ListPMI if config.simulator == "list-pmi" else AllAtOnce
     simulator = make(llm, vocabulary, config.llm.llm_batch)
-    folder = run.simulations(site, config.explainer, config.simulator)
-    made_with = {"llm": llm.name, "dtype": llm.dtype, "prompt": simulator.prompt, "scale": simulator.scale}
-    claim(folder, records_identity(run, site) | made_with | {"explanations": identity})
-    for layer, explanations in layers.items():
-        planned = list(zip(explanations, plans[layer], strict=True))[: config.neurons]
-        pending = [(own, null) for own, null in planned if not _done(folder, own, null)]
-        if pending:
-            simulator.plan([explanation.text for explanation in explanations if explanation.text])
-            records = read_records(layer_file(run.records(site), layer), [own.neuron.index for own, _ in pending])
-            for own, null in track(pending, f"simulate {run.name} layer {layer}", console=STDERR, transient=True):
-                write_simulation(folder, _simulation(own, null, records[own.neuron.index], simulator, config.simulator))
+    claim(folder, known | {"prompt": simulator.prompt, "scale": simulator.scale})
+    for layer, pairs in pending.items():
+        simulator.plan([explanation.text for explanation in layers[layer] if explanation.text])
+        records = read_records(layer_file(run.records(site), layer), [own.neuron.index for own, _ in pairs])
+        for own, null in track(pairs, f"simulate {run.name} layer {layer}", console=STDERR, transient=True):
+            write_simulation(folder, _simulation(own, null, records[own.neuron.index], simulator, config.simulator))
     return folder
 
 

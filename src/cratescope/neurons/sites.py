@@ -48,9 +48,12 @@ BUILT_IN = {
 }
 
 
-def site_named(name: str, model: PreTrainedModel) -> Site:
-    """`auto` (the model family's built-in site), a built-in site's name, or a pattern with {layer}."""
-    kind = model.config.model_type
+def site_named(name: str, kind: str) -> Site:
+    """`auto` (the built-in site of this `model_type`), a built-in site's name, or a pattern with {layer}.
+
+    Raises:
+        UserError: no such site.
+    """
     if "{layer}" in name:
         return Site(name.replace("{layer}", "N"), name)
     built_in = BUILT_IN.get(kind)

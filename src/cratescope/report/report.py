@@ -19,7 +19,7 @@ from cratescope.neurons.records import ActivationRecord, NeuronId, NeuronRecord,
 from cratescope.report import tables
 from cratescope.report.figures import draw_figures
 from cratescope.report.tables import Comparison, Results
-from cratescope.run import UserError, read_json, write_json, write_text
+from cratescope.run import UserError, read_json, sha256, write_json, write_text
 
 Decode = Callable[[Sequence[int]], list[str]]
 
@@ -71,18 +71,38 @@ class Group:
 def report(config: ReportConfig, tokenizer: PreTrainedTokenizerFast | None = None) -> Path:
     """Write the report of `config.runs` to `config.out` and return the path of its report.html.
 
-    The runs' own tokenizers are read from their model folders unless `tokenizer` is given.
+    The runs' own tokenizers are read from their model folders unless `tokenizer` is given. A report made from the
+    same files is kept.
 
     Raises:
         UserError: a run has no evaluation, records, simulations or scores; names the file and the command.
     """
+    made_from, stamp, page = _made_from(config), config.out / "manifest.json", config.out / "report.html"
+    if page.exists() and stamp.exists() and read_json(stamp) == made_from:
+        return page
+    write_text(page, _page(config, tokenizer))
+    write_json(stamp, made_from)
+    return page
+
+
+def _made_from(config: ReportConfig) -> dict[str, str]:
+    """SHA-256 of every number and text that the report shows, of this code, and the settings."""
+    inputs = ("run.json", "evaluation.json", "metrics.jsonl", "scores/*/*/*/*.json*", "simulations/*/*/*/manifest.json")
+    files = [path for run in config.runs for pattern in inputs for path in sorted(run.glob(pattern))]
+    files += sorted(Path(__file__).parent.glob("*.[ph]*"))
+    settings = {name: str(value) for name, value in vars(config).items() if name != "out"}
+    return settings | {str(path): sha256(path) for path in files if path.is_file()}
+
+
+def _page(config: ReportConfig, tokenizer: PreTrainedTokenizerFast | None) -> str:
+    """The HTML; the numbers and figures are written on the way."""
     results = tables.load_results(config)
     compared = tables.comparisons(results)
     pairs = [pair for group in compared for pair in group]
     groups = [group for item in results for group in _groups(item, config, _decoder(item, tokenizer))]
     _write_numbers(config.out, results, pairs)
     figures = draw_figures(results, config.out / "figures")
-    page = _template().render(
+    return _template().render(
         config=config,
         explainer=Path(config.explainer).name if Path(config.explainer).is_absolute() else config.explainer,
         results=results,
@@ -96,9 +116,6 @@ def report(config: ReportConfig, tokenizer: PreTrainedTokenizerFast | None = Non
         prompts=_prompts(results),
         paper_source=tables.PAPER_SOURCE,
     )
-    path = config.out / "report.html"
-    write_text(path, page)
-    return path
 
 
 def _write_numbers(out: Path, results: Sequence[Results], pairs: Sequence[Comparison]) -> None:

@@ -6,6 +6,7 @@ shared by many calls (instructions and examples, computed once) and what is new 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
@@ -13,6 +14,7 @@ import numpy as np
 from jaxtyping import Float
 
 from cratescope.config import LLMConfig
+from cratescope.hardware import pick_device, pick_dtype
 
 Ids = Sequence[int]
 
@@ -48,8 +50,17 @@ class LanguageModel(Protocol):
         """log P(choice | prefix + the prompt before the slot): `slots` are positions in the prompt, never 0."""
 
 
+@functools.lru_cache(maxsize=1)
 def open_llm(config: LLMConfig) -> LanguageModel:
-    """Open the model named by `config.llm`. Raises UserError when it cannot be loaded."""
+    """Open the model named by `config.llm`; the last one opened is kept. Raises UserError when it cannot be loaded."""
     from cratescope.neurons.llm.local import LocalLLM
 
     return LocalLLM.open(config)
+
+
+def llm_identity(config: LLMConfig, llm: LanguageModel | None) -> dict[str, str]:
+    """What a result says of the model it was made with; known without opening it."""
+    if llm is not None:
+        return {"llm": llm.name, "dtype": llm.dtype}
+    dtype = pick_dtype(config.llm_dtype, pick_device(config.llm_device))
+    return {"llm": config.llm, "dtype": str(dtype).removeprefix("torch.")}
