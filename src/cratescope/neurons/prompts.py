@@ -137,7 +137,7 @@ def whole_word(tokens: Sequence[str], place: int) -> str:
     return "".join(tokens[first : last + 1])
 
 
-def strongest_words(windows: Sequence[tuple[Sequence[str], Int[np.ndarray, _]]]) -> list[str]:
+def strongest_words(windows: Sequence[tuple[Sequence[str], Int[np.ndarray, " _"]]]) -> list[str]:
     """At most 8 different words, the strongest first, out of (token strings, levels) of the explaining records."""
     found = [
         (-int(level[place]), whole_word(tokens, int(place)))
