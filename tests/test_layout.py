@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -53,3 +54,10 @@ def test_help_loads_nothing_heavy():
     heavy = "('torch', 'transformers', 'numpy', 'pyarrow')"
     code = f"import sys, cratescope.cli; print([m for m in {heavy} if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+def test_every_relative_link_of_the_docs_leads_somewhere():
+    root = SOURCE.parent.parent
+    for page in (*root.glob("*.md"), *root.glob("docs/*.md")):
+        for link in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
+            assert (page.parent / link).exists(), f"{page.name}: {link}"

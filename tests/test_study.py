@@ -54,12 +54,8 @@ llm = "{llm}"
 llm_batch = 4
 [simulate]
 llm = "{llm}"
-explainer = "{llm}"
 llm_batch = 4
-[score]
-explainer = "{llm}"
 [report]
-explainer = "{llm}"
 cards = 2
 """
 
@@ -121,14 +117,14 @@ KILLS = (
 def test_a_study_killed_in_every_stage_ends_with_the_same_files(whole, plan, tmp_path):
     out = tmp_path / "killed"
     command = [sys.executable, "-m", "cratescope", "study", str(plan), "--out", str(out)]
+    silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     for pattern in KILLS:
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
+        assert not any(out.glob(pattern))
+        process = subprocess.Popen(command, start_new_session=True, **silent)
         while process.poll() is None and not any(out.glob(pattern)):
             time.sleep(0.003)
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-        assert process.wait() in (0, -signal.SIGKILL), process.stderr.read().decode()
-        process.stderr.close()
+        os.killpg(process.pid, signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL, "the study ended before it was killed"
     study(StudyConfig(plan, out))
     wanted, found = results(whole), results(out)
     assert found.keys() == wanted.keys()
@@ -147,12 +143,21 @@ def test_options_are_parsed_as_on_the_command_line(tmp_path):
         parse_options(TrainConfig, {"out": "x", "data": "d", "steps": "many"}, "here:")
 
 
+def test_a_mistake_in_the_last_section_is_found_before_any_work(plan, tmp_path):
+    (tmp_path / "plan.toml").write_text(plan.read_text().replace("cards = 2", "cads = 2"))
+    with pytest.raises(UserError, match=r"\[report\] has no option 'cads'"):
+        study(StudyConfig(tmp_path / "plan.toml", tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("[[model", "not valid TOML"),
         ("[trian]\nsteps = 1", r"no section \[trian\]"),
         ("[train]\nsteps = 1", "at least one"),
+        ("train = 3", r"write \[train\]"),
+        ("[model]\nname = 'a'", "two brackets"),
         ("[[model]]\npreset = 'crate-1l'", "each with a name"),
         ("[[model]]\nname = 'a'\n[[model]]\nname = 'a'", "a name of its own"),
     ],

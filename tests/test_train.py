@@ -141,7 +141,7 @@ def test_a_checkpoint_cut_short_is_passed_over(tmp_path, capsys):
     [
         (
             {"batch_tokens": 100},
-            "batch_tokens = 100 is no multiple of micro_batch x context x devices = 2 x 32 x 1 = 64",
+            "batch_tokens = 100 is no multiple of micro_batch x context = 2 x 32 = 64",
         ),
         ({"save_every": 3, "log_every": 2}, "save_every = 3 is no multiple of log_every = 2"),
         ({"context": 100_000, "batch_tokens": 200_000}, "fewer than one crop of 100000"),

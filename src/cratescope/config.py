@@ -7,14 +7,28 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import tyro
+
+from cratescope.run import UserError
 
 Config = TypeVar("Config")
 PositionalPath = Annotated[Path, tyro.conf.Positional]
 PositionalPaths = Annotated[tuple[Path, ...], tyro.conf.Positional]
 Simulator = Literal["list-pmi", "all-at-once"]
+
+
+class _Positive:
+    """Refuses numbers below 1 in the named fields when settings are made."""
+
+    _positive: ClassVar[tuple[str, ...]] = ()
+
+    def __post_init__(self) -> None:
+        for name in self._positive:
+            value = getattr(self, name)
+            if isinstance(value, int) and value < 1:
+                raise UserError(f"--{name.replace('_', '-')} {value}: has to be 1 or more")
 
 
 @dataclass(frozen=True)
@@ -40,8 +54,13 @@ class PrepareConfig:
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(_Positive):
     """Train one language model with the paper's recipe (section 3) and write it as a Hugging Face checkpoint."""
+
+    _positive: ClassVar[tuple[str, ...]] = (
+        *("batch_tokens", "micro_batch", "context"),
+        *("validation_crops", "log_every", "save_every"),
+    )
 
     out: Annotated[Path, tyro.conf.Positional]
     """Run directory to write; the same command resumes from the last whole checkpoint."""
@@ -120,8 +139,10 @@ BUDGETS: dict[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True)
-class EvaluateConfig:
+class EvaluateConfig(_Positive):
     """Loss, perplexity and bits per byte with standard errors, and next-token examples (paper section 7)."""
+
+    _positive: ClassVar[tuple[str, ...]] = ("crops", "batch_size")
 
     run: PositionalPath
     """Run directory with a trained model."""
@@ -138,8 +159,10 @@ class EvaluateConfig:
 
 
 @dataclass(frozen=True)
-class CollectConfig:
+class CollectConfig(_Positive):
     """Read held-out text once and write, for every neuron, top and random windows, moments and density."""
+
+    _positive: ClassVar[tuple[str, ...]] = ("excerpts", "context", "top", "window", "batch_size", "part")
 
     run: PositionalPath
     """Run directory with a trained model."""
@@ -168,8 +191,10 @@ class CollectConfig:
 
 
 @dataclass(frozen=True)
-class LLMConfig:
+class LLMConfig(_Positive):
     """The language model that explains or simulates."""
+
+    _positive: ClassVar[tuple[str, ...]] = ("llm_batch",)
 
     llm: str = "offline"
     """`offline` (SmolLM2-135M-Instruct from the package registry), a hub name, a model folder or a .gguf file."""
@@ -275,8 +300,9 @@ def parse(kind: type[Config], arguments: list[str], prog: str | None = None) -> 
     Ends the process as a command line does: exit code 0 after --help, 2 for what cannot be parsed.
     """
     default: Any = tyro.MISSING_NONPROP
-    if kind is TrainConfig and "--budget" in arguments[:-1]:
-        budget = arguments[arguments.index("--budget") + 1]
+    words = [word for argument in arguments for word in argument.split("=", 1 if argument[:9] == "--budget=" else 0)]
+    if kind is TrainConfig and "--budget" in words[:-1]:
+        budget = words[words.index("--budget") + 1]
         if budget in BUDGETS:
             default = TrainConfig(tyro.MISSING, tyro.MISSING, budget, **BUDGETS[budget])  # type: ignore[arg-type]
     return tyro.cli(kind, prog=prog, args=arguments, default=default)

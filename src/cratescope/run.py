@@ -24,6 +24,16 @@ class UserError(Exception):
     """Something the user can mend. The message is one line: what is wrong, where, and the fix (exit code 2)."""
 
 
+def first_line(error: BaseException) -> str:
+    """What another library says of a failure, cut to one line."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__).strip()
+
+
+def last_line(error: BaseException) -> str:
+    """The same for errors whose last line is the cause."""
+    return next(reversed(str(error).strip().splitlines()), type(error).__name__).strip()
+
+
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; rename it to `path` when the block ends without an error."""
@@ -121,7 +131,10 @@ def claim(folder: Path, identity: dict[str, Any]) -> None:
     if not path.exists():
         write_json(path, {"identity": identity, "versions": versions()})
         return
-    found = read_json(path)["identity"]
+    found = read_json(path)
+    found = found.get("identity") if isinstance(found, dict) else None
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: not a file of cratescope; use another folder")
     for key in sorted(found.keys() | identity.keys()):
         if found.get(key) != identity.get(key):
             raise UserError(

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import io
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,9 @@ SECTIONS: dict[str, tuple[type, tuple[str, ...]]] = {
     "evaluate": (settings.EvaluateConfig, ("run",)),
     "collect": (settings.CollectConfig, ("run",)),
     "explain": (settings.ExplainConfig, ("run",)),
-    "simulate": (settings.SimulateConfig, ("run",)),
-    "score": (settings.ScoreConfig, ("run",)),
-    "report": (settings.ReportConfig, ("runs", "out", "title")),
+    "simulate": (settings.SimulateConfig, ("run", "explainer")),
+    "score": (settings.ScoreConfig, ("run", "explainer")),
+    "report": (settings.ReportConfig, ("runs", "out", "title", "explainer")),
 }
 """Section -> its settings, and the options that the study itself gives."""
 
@@ -41,6 +42,8 @@ def study(config: settings.StudyConfig) -> Path:
     plan = read_plan(config.config)
     say = Console(stderr=True).print
     options = functools.partial(_options, config.config, plan)
+    models = {model["name"]: {key: value for key, value in model.items() if key != "name"} for model in plan["model"]}
+    _check(options, models)
 
     from cratescope.lm.data import prepare
     from cratescope.lm.evaluate import evaluate
@@ -50,11 +53,10 @@ def study(config: settings.StudyConfig) -> Path:
     data = config.out / "data"
     say(f"[bold]prepare[/] {data}")
     prepare(options("prepare", out=data), Console(stderr=True))
-    runs = [config.out / "runs" / model["name"] for model in plan["model"]]
-    for run, model in zip(runs, plan["model"], strict=True):
+    runs = [config.out / "runs" / name for name in models]
+    for run, own in zip(runs, models.values(), strict=True):
         say(f"[bold]train, evaluate, collect[/] {run}")
-        own = {key: value for key, value in model.items() if key != "name"}
-        train(options("train", out=run, data=data, **own))
+        train(options("train", own, out=run, data=data))
         result = evaluate(options("evaluate", run=run))
         margin = result["unigram_entropy"] - result["loss"]
         say(
@@ -62,25 +64,35 @@ def study(config: settings.StudyConfig) -> Path:
             f"{margin:.3f} below the unigram entropy of {result['unigram_entropy']:.3f}"
         )
         collect(options("collect", run=run))
-    _score_neurons(options, runs, say)
+    explainer = _score_neurons(options, runs, say)
 
     from cratescope.report.report import report
 
     say("[bold]report[/]")
-    return report(options("report", runs=tuple(runs), out=config.out / "report", title=plan["title"]))
+    given = {"runs": tuple(runs), "out": config.out / "report", "title": plan["title"], "explainer": explainer}
+    return report(options("report", **given))
 
 
-def _score_neurons(options: Any, runs: list[Path], say: Any) -> None:
-    """Explain, simulate and score every run. The LLM is opened once, and not at all when nothing is left to ask it."""
+def _check(options: Callable[..., Any], models: dict[str, dict[str, Any]]) -> None:
+    """Parse every section once, so that a mistake in the last one is found before hours of work on the first."""
+    for section, (_, given) in SECTIONS.items():
+        for own in models.values() if section == "train" else [{}]:
+            options(section, own, **dict.fromkeys(given, "x"))
+
+
+def _score_neurons(options: Callable[..., Any], runs: list[Path], say: Callable[[str], None]) -> str:
+    """Explain, simulate and score every run, and return the name of the explainer."""
     from cratescope.neurons.explain import explain
     from cratescope.neurons.score import score
     from cratescope.neurons.simulate import simulate
 
+    explainer = options("explain", run="").llm.llm
     for run in runs:
         say(f"[bold]explain, simulate, score[/] {run}")
         explain(options("explain", run=run))
-        simulate(options("simulate", run=run))
-        score(options("score", run=run))
+        simulate(options("simulate", run=run, explainer=explainer))
+        score(options("score", run=run, explainer=explainer))
+    return explainer
 
 
 def read_plan(path: Path) -> dict[str, Any]:
@@ -91,19 +103,27 @@ def read_plan(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: no such file; `studies/demo.toml` is an example") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid TOML ({error})") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     unknown = plan.keys() - SECTIONS.keys() - {"title", "model"}
     if unknown:
         raise UserError(f"{path}: no section [{sorted(unknown)[0]}]; there are {', '.join(SECTIONS)} and [[model]]")
-    names = [model.get("name") for model in plan.get("model", [])]
-    if not names or None in names or len(set(names)) < len(names):
+    for name in SECTIONS.keys() & plan.keys():
+        if not isinstance(plan[name], dict):
+            raise UserError(f"{path}: {name} is a section; write [{name}] and its options below it")
+    models = plan.get("model", [])
+    if not isinstance(models, list):
+        raise UserError(f"{path}: write [[model]] with two brackets, one for each model")
+    names = [model.get("name") for model in models]
+    if not all(isinstance(name, str) and name for name in names) or len(set(names)) < len(names) or not names:
         raise UserError(f"{path}: give at least one [[model]], each with a name of its own")
     return {"title": path.stem} | plan
 
 
-def _options(path: Path, plan: dict[str, Any], section: str, **given: Any) -> Any:
-    """The settings of a section: what the study gives, over what the file says, over the defaults."""
+def _options(path: Path, plan: dict[str, Any], section: str, own: dict[str, Any] | None = None, **given: Any) -> Any:
+    """The settings of a section: what the study gives, over the file's (`own`: one model's), over the defaults."""
     kind, reserved = SECTIONS[section]
-    from_file = plan.get(section, {})
+    from_file = plan.get(section, {}) | (own or {})
     taken = sorted(from_file.keys() & set(reserved))
     if taken:
         raise UserError(f"{path}: [{section}] {taken[0]} is given by the study itself; leave it out")

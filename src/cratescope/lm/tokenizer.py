@@ -33,7 +33,7 @@ def load_tokenizer(spec: str | Path) -> PreTrainedTokenizerFast:
     if Path(spec).is_absolute() and not Path(spec).is_dir():
         raise UserError(f"tokenizer {spec}: no such folder; use `gpt2`, `bpe:N`, or a folder with tokenizer.json")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(spec))
+        tokenizer = AutoTokenizer.from_pretrained(str(spec), trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(

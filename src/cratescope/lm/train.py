@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import shutil
 import time
@@ -66,13 +67,16 @@ def train(config: TrainConfig) -> Run:
     """
     run = Run(config.out)
     data = TokenData.open(config.data)
-    claim(run.root, _identity(config, data))
     if run.manifest.exists():
+        claim(run.root, _identity(config, data))
         return run
     started = time.monotonic()
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
+    _check(config, data)
     model_config = preset_config(config.preset, data.vocab_size, config.context, data.eos_id, config.crate)
+    # Only now: a refused command must not claim the folder for its mistake.
+    claim(run.root, _identity(config, data))
     model = build(model_config, config.seed)
     console = Console(stderr=True)
     console.print(f"{run.name}: {config.preset}, {count_parameters(model):,} parameters, {device.type}, {dtype}")
@@ -90,13 +94,12 @@ def _identity(config: TrainConfig, data: TokenData) -> dict[str, Any]:
 def _fit(
     config: TrainConfig, run: Run, model: PreTrainedModel, data: TokenData, device: torch.device, bf16: bool
 ) -> None:
-    accumulation = _accumulation(config)
-    crops = config.steps * config.batch_tokens // config.context
+    log = _Log(config, run, data.split("validation"))
     trainer = Trainer(
         model=model,
-        args=_arguments(config, run, accumulation, device, bf16),
-        train_dataset=RandomCrops(data.split("train"), config.context, config.seed, crops),
-        callbacks=[_Log(config, run, data.split("validation"))],
+        args=_arguments(config, run, device, bf16),
+        train_dataset=_crops(config, data),
+        callbacks=[log],
     )
     for unwanted in (c for c in list(trainer.callback_handler.callbacks) if type(c).__name__ == "PrinterCallback"):
         trainer.remove_callback(unwanted)
@@ -104,37 +107,49 @@ def _fit(
     step = int(last.name.rpartition("-")[2]) if last else 0
     rows = [row for row in read_jsonl(run.metrics) if row["step"] <= step]
     write_text(run.metrics, "".join(json.dumps(row) + "\n" for row in rows))
-    trainer.train(resume_from_checkpoint=str(last) if last else None)
+    try:
+        trainer.train(resume_from_checkpoint=str(last) if last else None)
+    finally:
+        log.progress.stop()
 
 
-def _accumulation(config: TrainConfig) -> int:
-    """Forward passes in one optimiser step on one device.
+def _crops(config: TrainConfig, data: TokenData) -> RandomCrops:
+    length = config.steps * config.batch_tokens // config.context
+    return RandomCrops(data.split("train"), config.context, config.seed, length)
+
+
+def _check(config: TrainConfig, data: TokenData) -> None:
+    """Refuse settings that do not fit together before anything is written.
 
     Raises:
-        UserError: batch_tokens is no multiple of what one pass of all devices reads, or a checkpoint would fall
-            between two lines of the log (whose loss is a mean since the line before).
+        UserError: too little text; batch_tokens is no multiple of what one forward pass reads; a checkpoint would fall
+            between two lines of the log (whose loss is a mean since the line before); several processes.
     """
-    devices = int(os.environ.get("WORLD_SIZE", "1"))
-    a_pass = config.micro_batch * config.context * devices
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("training in several processes is not supported yet; start one process")
+    a_pass = config.micro_batch * config.context
     if config.batch_tokens % a_pass:
         raise UserError(
-            f"batch_tokens = {config.batch_tokens} is no multiple of micro_batch x context x devices = "
-            f"{config.micro_batch} x {config.context} x {devices} = {a_pass}; change one of them"
+            f"batch_tokens = {config.batch_tokens} is no multiple of micro_batch x context = "
+            f"{config.micro_batch} x {config.context} = {a_pass}; change one of them"
         )
+    if config.steps < 0 or config.learning_rate <= 0:
+        raise UserError(f"steps = {config.steps}, learning_rate = {config.learning_rate}: give numbers above 0")
     for name in ("save_every", "validate_every"):
         if getattr(config, name) % config.log_every:
             raise UserError(f"{name} = {getattr(config, name)} is no multiple of log_every = {config.log_every}")
     if config.keep < 2:
         raise UserError(f"keep = {config.keep}: at least 2, so that one whole checkpoint is left while one is written")
-    return config.batch_tokens // a_pass
+    _crops(config, data)
+    data.split("validation").spaced(1, config.context)
 
 
-def _arguments(config: TrainConfig, run: Run, accumulation: int, device: torch.device, bf16: bool) -> TrainingArguments:
-    return TrainingArguments(
+def _arguments(config: TrainConfig, run: Run, device: torch.device, bf16: bool) -> TrainingArguments:
+    arguments = TrainingArguments(
         output_dir=str(run.checkpoints),
         max_steps=config.steps,
         per_device_train_batch_size=config.micro_batch,
-        gradient_accumulation_steps=accumulation,
+        gradient_accumulation_steps=config.batch_tokens // (config.micro_batch * config.context),
         learning_rate=config.learning_rate,
         lr_scheduler_type="cosine_with_min_lr",
         lr_scheduler_kwargs={"min_lr_rate": config.min_learning_rate / config.learning_rate},
@@ -158,6 +173,9 @@ def _arguments(config: TrainConfig, run: Run, accumulation: int, device: torch.d
         disable_tqdm=True,
         label_names=["labels"],
     )
+    # Several GPUs in one process would each read a micro-batch of their own, unseen by the count of tokens.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
 
 
 class _Log(TrainerCallback):
@@ -190,9 +208,7 @@ class _Log(TrainerCallback):
         every = self.config.validate_every
         if (every and state.global_step % every == 0) or state.global_step == state.max_steps:
             loss = mean_loss(crop_losses(model, self.crops, self.config.micro_batch), self.config.context)
-            self._append(
-                state, {"validation_loss": loss.mean, "validation_standard_error": _finite(loss.standard_error)}
-            )
+            self._append(state, {"validation_loss": loss.mean, "validation_standard_error": loss.standard_error})
 
     def on_save(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
@@ -203,13 +219,10 @@ class _Log(TrainerCallback):
         self.progress.stop()
 
     def _append(self, state, values: dict[str, float | None]) -> None:
-        row = {"step": state.global_step, "tokens": state.global_step * self.config.batch_tokens} | values
+        row = {"step": state.global_step, "tokens": state.global_step * self.config.batch_tokens}
+        row |= {name: value if value is not None and math.isfinite(value) else None for name, value in values.items()}
         with open(self.run.metrics, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
-
-
-def _finite(value: float) -> float | None:
-    return value if np.isfinite(value) else None
 
 
 def last_whole_checkpoint(folder: Path) -> Path | None:

@@ -1,5 +1,7 @@
 """Configuration of the CRATE language model. Self-contained, so that it can be published beside the weights."""
 
+import math
+
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
@@ -56,8 +58,10 @@ class CrateConfig(PreTrainedConfig):
             raise ValueError(f"n_embd = {self.n_embd} is not a multiple of n_head = {self.n_head}")
         if self.ista_steps < 1:
             raise ValueError(f"ista_steps = {self.ista_steps}, but at least one step is needed")
-        if self.ista_step_size <= 0 or self.ista_lambda < 0:
-            raise ValueError("ista_step_size must be above 0 and ista_lambda not below 0")
+        if self.ista_expansion < 1:
+            raise ValueError(f"ista_expansion = {self.ista_expansion}, but it has to be 1 or more")
+        if not (0 < self.ista_step_size < math.inf and 0 <= self.ista_lambda < math.inf):
+            raise ValueError("ista_step_size has to be above 0, ista_lambda 0 or more, and both finite")
 
     @property
     def n_atoms(self) -> int:

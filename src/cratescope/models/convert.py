@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedModel
 
 from cratescope.models import CrateConfig
-from cratescope.run import UserError, atomic_folder, atomic_path
+from cratescope.run import UserError, atomic_folder, atomic_path, first_line, last_line
 
 # Our name -> theirs, inside one block. "*" is weight or bias.
 CRATE_BLOCK = {
@@ -40,6 +41,8 @@ def convert(source: Path, out: Path) -> Path:
     """
     if not source.exists():
         raise UserError(f"{source}: no such file or folder")
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        raise UserError(f"{out}: exists already; delete it or give a new name")
     if source.is_dir():
         if out.suffix != ".pt":
             raise UserError(f"{out}: a folder converts to a checkpoint whose name ends in .pt")
@@ -59,12 +62,14 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
+        if "GLOBAL" not in str(error):
+            raise UserError(f"{path}: not a readable PyTorch checkpoint") from error
         raise UserError(
             f"{path}: refused, because it holds Python objects other than tensors and plain values, which could run "
             "code when loaded; ask its author for a checkpoint with weights only"
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError) as error:
-        raise UserError(f"{path}: not a readable PyTorch checkpoint ({str(error).splitlines()[0]})") from error
+        raise UserError(f"{path}: not a readable PyTorch checkpoint ({first_line(error)})") from error
     if not isinstance(checkpoint, dict) or not {"model", "model_args"} <= checkpoint.keys():
         raise UserError(f"{path}: not a nanoGPT-style checkpoint, which has the entries 'model' and 'model_args'")
     return checkpoint
@@ -77,8 +82,8 @@ def load_folder(folder: Path) -> PreTrainedModel:
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, dtype="auto")
         model, info = loaded
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"{folder}: cannot be loaded ({str(error).splitlines()[0]})") from error
+    except (OSError, ValueError, RuntimeError, StrictDataclassError) as error:
+        raise UserError(f"{folder}: cannot be loaded ({first_line(error)})") from error
     wrong = [f"{kind[:-5]} {sorted(info[kind])[0]}" for kind in ("missing_keys", "unexpected_keys") if info[kind]]
     if wrong:
         raise UserError(f"{folder}: the weights do not fit config.json: {', '.join(wrong)}")
@@ -113,6 +118,8 @@ def from_reference(checkpoint: dict[str, Any], name: Path | str) -> PreTrainedMo
             raise UserError(f"{name}: {reference} has shape {tuple(theirs[reference].shape)}, not {tuple(shape)}")
         else:
             state[ours] = theirs[reference].t() if _transposed(model, ours) else theirs[reference]
+    if not torch.equal(theirs["lm_head.weight"], theirs["transformer.wte.weight"]):
+        raise UserError(f"{name}: lm_head.weight and transformer.wte.weight differ, but the models here tie them")
     extra = sorted(theirs.keys() - set(names.values()))
     if extra:
         raise UserError(f"{name}: the tensor {extra[0]} belongs to no CRATE or GPT-2 model of the reference code")
@@ -127,6 +134,10 @@ def to_reference(model: PreTrainedModel) -> dict[str, Any]:
         UserError: the model differs from what the reference code can express.
     """
     config = model.config
+    if not isinstance(config, CrateConfig | GPT2Config):
+        raise UserError(f"a {config.model_type} model: the reference code has CRATE and GPT-2 only")
+    if isinstance(config, GPT2Config) and config.activation_function != "relu":
+        raise UserError(f"activation_function = {config.activation_function}: the reference code has relu only")
     if isinstance(config, CrateConfig):
         paper = CrateConfig()
         for field in ("ista_expansion", "ista_steps", "ista_step_size", "ista_lambda", "ista_skip", "ista_tied"):
@@ -162,7 +173,10 @@ def _config(arguments: dict[str, Any], theirs: dict[str, Tensor], name: Path | s
     except KeyError as error:
         raise UserError(f"{name}: model_args has no {error.args[0]!r}") from error
     if any(key.endswith("ista.weight") for key in theirs):
-        return CrateConfig(**shape)
+        try:
+            return CrateConfig(**shape)
+        except StrictDataclassError as error:
+            raise UserError(f"{name}: model_args do not fit together ({last_line(error)})") from error
     if any(key.endswith("mlp.c_fc.weight") for key in theirs):
         return GPT2Config(
             **shape,

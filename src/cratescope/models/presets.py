@@ -6,10 +6,11 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedModel
 
 from cratescope.models import CrateConfig
-from cratescope.run import UserError
+from cratescope.run import UserError, last_line
 
 GPT2_VOCABULARY = 50304
 """GPT-2's 50257 tokens padded to a multiple of 64, as in the paper."""
@@ -56,7 +57,10 @@ def preset_config(
     shape: dict[str, Any] = dataclasses.asdict(SIZES[size]) | {"vocab_size": vocab_size, "n_positions": context}
     shape |= {"bos_token_id": eos_id, "eos_token_id": eos_id}
     if family == "crate":
-        return CrateConfig(**shape, **_parse_crate(crate or {}))
+        try:
+            return CrateConfig(**shape, **_parse_crate(crate or {}))
+        except StrictDataclassError as error:
+            raise UserError(f"{preset}: {last_line(error)}") from error
     if crate:
         raise UserError(f"{preset} has no CRATE fields; leave out {', '.join(crate)}")
     # Everything but attention and feed-forward block as in CRATE: no dropout, same initialisation, tied head.

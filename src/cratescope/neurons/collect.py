@@ -227,6 +227,7 @@ def collect(config: CollectConfig) -> Path:
     layers = range(shape.num_hidden_layers)
     if all(layer_file(folder, layer).exists() for layer in layers):
         claim(folder, identity)
+        shutil.rmtree(folder / ".parts", ignore_errors=True)
         return folder
     model = load_model(run, config.device)
     for layer in layers:

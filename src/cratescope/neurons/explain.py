@@ -49,7 +49,7 @@ def explain(config: ExplainConfig, llm: LanguageModel | None = None) -> Path:
     site = find_site(run, config.site)
     samples = _samples(config, run.records(site))
     folder = run.explanations(site, config.llm.llm)
-    wanted = {"prompt": prompts.EXPLAIN_PROMPT, "neuron_seed": config.neuron_seed}
+    wanted = {"prompt": prompts.EXPLAIN_PROMPT, "max_tokens": MAX_TOKENS, "neuron_seed": config.neuron_seed}
     claim(folder, records_identity(run, site) | llm_identity(config.llm, llm) | wanted)
     tokenizer = load_tokenizer(run.model)
     for layer, indices in samples.items():
@@ -67,6 +67,7 @@ def find_site(run: Run, site: str) -> str:
     Raises:
         UserError: no such folder, or several and `auto` cannot choose.
     """
+    site = site.replace("{layer}", "N")  # as `collect` names the folder of a pattern
     folder = run.root / "records"
     found = sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.exists() else []
     listed = ", ".join(found) or "none"
@@ -107,6 +108,8 @@ def layer_width(path: Path) -> int:
 
 def _samples(config: ExplainConfig, folder: Path) -> dict[int, list[int]]:
     """The neurons to explain in every layer, in the order they were drawn."""
+    if (folder / ".parts").exists():
+        raise UserError(f"{folder}: not finished; run the same `cratescope collect` again")
     files = {int(path.stem.removeprefix("layer-")): path for path in sorted(folder.glob("layer-*.parquet"))}
     samples = {}
     for layer in sorted(files) if config.layers is None else config.layers:

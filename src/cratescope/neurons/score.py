@@ -53,7 +53,7 @@ def score(config: ScoreConfig) -> dict[str, Any]:
         raise UserError(f"--protocols {' '.join(unknown)}: not a protocol; choose from {', '.join(PROTOCOLS)}")
     run = Run(config.run)
     site = find_site(run, config.site)
-    simulations, explanations = _read(run, site, config)
+    simulations, explanations, made_with = _read(run, site, config)
     pairs: list[Pair] = []
     for layer in sorted({neuron.layer for neuron in simulations}):
         chosen = {neuron: item for neuron, item in simulations.items() if neuron.layer == layer}
@@ -66,6 +66,7 @@ def score(config: ScoreConfig) -> dict[str, Any]:
         "explainer": config.explainer,
         "simulator": config.simulator,
         "site": site,
+        "made_with": made_with,
     }
     folder = run.scores(site, config.explainer, config.simulator)
     write_scores(folder / "scores.jsonl", [item for pair in pairs for item in (pair.own, pair.null)])
@@ -153,14 +154,16 @@ def _model_row(layers: Sequence[Sequence[Pair]]) -> dict[str, float | None]:
     }
 
 
-def _read(run: Run, site: str, config: ScoreConfig) -> tuple[dict[NeuronId, Simulation], dict[NeuronId, Explanation]]:
-    """The simulations and the explanations they were made from, checked to belong to this model's records."""
+def _read(
+    run: Run, site: str, config: ScoreConfig
+) -> tuple[dict[NeuronId, Simulation], dict[NeuronId, Explanation], dict[str, Any]]:
+    """The simulations, the explanations they were made from, checked to belong to this model's records, and how."""
     folder = run.simulations(site, config.explainer, config.simulator)
     simulations = read_simulations(folder)
     explanations = read_explanations(run.explanations(site, config.explainer))
     if not simulations:
         raise UserError(f"{folder}: no simulations; run `cratescope simulate` first, or name another --explainer")
-    check_identity(folder, records_identity(run, site))
+    made_with = check_identity(folder, records_identity(run, site))
     for neuron, simulation in simulations.items():
         explanation = explanations.get(neuron)
         if explanation is None or explanation.text != simulation.text:
@@ -168,4 +171,4 @@ def _read(run: Run, site: str, config: ScoreConfig) -> tuple[dict[NeuronId, Simu
             raise UserError(
                 f"{path}: simulates another explanation than the one on file; run `cratescope simulate` again"
             )
-    return simulations, explanations
+    return simulations, explanations, made_with

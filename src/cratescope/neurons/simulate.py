@@ -45,6 +45,7 @@ class ListPMI:
 
     prompt = prompts.LIST_PROMPT
     scale = "nats"
+    constants = {"items": ITEMS, "threshold": THRESHOLD}
 
     def __init__(self, llm: LanguageModel, vocabulary: Sequence[str], batch: int) -> None:
         self._llm, self._batch, self._vocabulary = llm, batch, vocabulary
@@ -93,6 +94,7 @@ class AllAtOnce:
     """
 
     prompt = prompts.ALL_AT_ONCE_PROMPT
+    constants: dict[str, float] = {}
 
     def __init__(self, llm: LanguageModel, vocabulary: Sequence[str], batch: int) -> None:
         self._llm, self._batch, self._vocabulary = llm, batch, vocabulary
@@ -152,7 +154,7 @@ def simulate(config: SimulateConfig, llm: LanguageModel | None = None) -> Path:
     vocabulary = token_strings(tokenizer, range(len(tokenizer)))
     make = ListPMI if config.simulator == "list-pmi" else AllAtOnce
     simulator = make(llm, vocabulary, config.llm.llm_batch)
-    claim(folder, known | {"prompt": simulator.prompt, "scale": simulator.scale})
+    claim(folder, known | {"prompt": simulator.prompt, "scale": simulator.scale} | simulator.constants)
     for layer, pairs in pending.items():
         simulator.plan([explanation.text for explanation in layers[layer] if explanation.text])
         records = read_records(layer_file(run.records(site), layer), [own.neuron.index for own, _ in pairs])

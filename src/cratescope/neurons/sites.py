@@ -10,6 +10,7 @@ import contextlib
 import difflib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -67,10 +68,14 @@ def site_named(name: str, kind: str) -> Site:
 def read_site(model: PreTrainedModel, site: Site, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
     """While open, every forward pass leaves each layer's activations (b, t, h) in the yielded dict."""
     found: dict[int, Tensor] = {}
+
+    def keep(layer: int, output: Any) -> None:
+        if not isinstance(output, Tensor):
+            raise UserError(f"site {site.pattern} gives a {type(output).__name__}; name a module that gives a tensor")
+        found[layer] = output
+
     handles = [
-        site.module(model, layer).register_forward_hook(
-            lambda module, inputs, output, layer=layer: found.__setitem__(layer, output)
-        )
+        site.module(model, layer).register_forward_hook(lambda module, inputs, output, layer=layer: keep(layer, output))
         for layer in layers
     ]
     try:

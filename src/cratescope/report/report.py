@@ -77,8 +77,9 @@ def report(config: ReportConfig, tokenizer: PreTrainedTokenizerFast | None = Non
     Raises:
         UserError: a run has no evaluation, records, simulations or scores; names the file and the command.
     """
-    made_from, stamp, page = _made_from(config), config.out / "manifest.json", config.out / "report.html"
-    if page.exists() and stamp.exists() and read_json(stamp) == made_from:
+    made_from, stamp, page = _made_from(config), config.out / "report.json", config.out / "report.html"
+    outputs = ("report.html", "scores.csv", "scores.json", "neurons.csv", "losses.csv", "figures")
+    if all((config.out / name).exists() for name in outputs) and stamp.exists() and read_json(stamp) == made_from:
         return page
     write_text(page, _page(config, tokenizer))
     write_json(stamp, made_from)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,6 +99,11 @@ class Results:
         return self.preset.rpartition("-")[2]
 
     @property
+    def made_with(self) -> dict[str, Any]:
+        """How records, explanations and simulations were made: `explanations.llm`, `records.excerpts` and so on."""
+        return dict(_flat(self.summary.get("made_with", {})))
+
+    @property
     def layers(self) -> list[int]:
         """The layers scored with any protocol."""
         return sorted({row["layer"] for protocol in self.summary["protocols"].values() for row in protocol["layers"]})
@@ -116,6 +121,16 @@ class Results:
             if name == protocol and control == "none" and neuron.layer == layer and value is not None
         ]
         return [neuron for _, neuron in sorted(found)]
+
+
+def _flat(settings: Row, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested settings as dotted names, without hashes and without the copy of the records' in the explanations'."""
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            if not (prefix and name == "records"):
+                yield from _flat(value, f"{prefix}{name}.")
+        elif not name.endswith("sha256"):
+            yield f"{prefix}{name}", Path(value).name if str(value).startswith("/") else value
 
 
 def load_results(config: ReportConfig) -> list[Results]:
@@ -371,7 +386,10 @@ def comparisons(results: Sequence[Results]) -> list[list[Comparison]]:
     groups: dict[tuple[Any, ...], dict[str, list[Results]]] = {}
     for item in (item for item in results if item.plain):
         run = item.manifest
-        key = (run["n_layer"], item.size, run["tokens_trained"], run["context"], run["data"]["manifest_sha256"])
+        data = run["data"]["manifest_sha256"]
+        # Scores by another language model or on other records are not comparable; the site differs by family.
+        made_with = str([pair for pair in item.made_with.items() if not pair[0].endswith("site")])
+        key = (run["n_layer"], item.size, run["tokens_trained"], run["context"], data, made_with)
         groups.setdefault(key, {}).setdefault(item.family, []).append(item)
     shared = [(key, sides) for key, sides in groups.items() if sides.keys() >= {"crate", "gpt2"}]
     shared.sort(key=lambda group: (group[0][2] == 0, group[0]))  # untrained controls last

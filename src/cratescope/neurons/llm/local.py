@@ -45,8 +45,8 @@ class LocalLLM:
         device = pick_device(config.llm_device)
         dtype = pick_dtype(config.llm_dtype, device)
         try:
-            tokenizer = AutoTokenizer.from_pretrained(source, **options)
-            model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
+            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **options)
+            model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, trust_remote_code=False, **options)
         except (OSError, ValueError, KeyError) as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             fix = "give `offline`, a hub name, a model folder or a .gguf file"
