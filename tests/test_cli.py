@@ -45,6 +45,7 @@ def test_every_subcommand_has_a_help_with_all_of_its_options(capsys):
 def test_a_budget_sets_defaults_that_options_override():
     config = settings.parse(settings.TrainConfig, ["run", "--data", "d", "--budget", "minutes", "--steps", "7"])
     assert (config.steps, config.context, config.learning_rate) == (7, 256, 2e-3)
+    assert settings.parse(settings.TrainConfig, ["run", "--data", "d", "--budget=minutes", "--steps", "7"]) == config
     paper = settings.parse(settings.TrainConfig, ["run", "--data", "d"])
     assert (paper.steps, paper.batch_tokens, paper.learning_rate) == (600_000, 491_520, 6e-4)
 
@@ -67,6 +68,18 @@ def test_bad_input_is_one_line_that_names_the_thing_and_the_fix(capsys, tmp_path
     assert "longer than the 32 tokens" in fails(capsys, "collect", runs_folder / "crate", "--context", "64")
     assert "run `cratescope collect` first" in fails(capsys, "explain", runs_folder / "crate", "--site", "resid")
     assert "no such file" in fails(capsys, "convert", tmp_path / "none.pt", tmp_path / "out")
+
+
+def test_numbers_below_1_are_refused_where_they_make_no_sense(capsys, runs_folder):
+    assert "--part 0: has to be 1 or more" in fails(capsys, "collect", runs_folder / "crate", "--part", 0)
+    assert "--llm-batch 0" in fails(capsys, "explain", runs_folder / "crate", "--llm-batch", 0)
+
+
+def test_a_folder_of_something_else_is_not_claimed(capsys, data_folder, tmp_path):
+    (tmp_path / "manifest.json").write_text('{"name": "a web page"}')
+    assert "use another folder" in fails(capsys, "train", tmp_path, "--data", data_folder, "--context", 32,
+                                         "--micro-batch", 2, "--batch-tokens", 64)  # fmt: skip
+    assert (tmp_path / "manifest.json").read_text() == '{"name": "a web page"}'
 
 
 def test_a_shard_that_was_changed_is_refused_by_name(capsys, data_folder, tmp_path):

@@ -137,3 +137,32 @@ def test_a_model_the_reference_code_cannot_express_is_refused():
     model.config.ista_skip = True
     with pytest.raises(UserError, match="ista_skip = True"):
         to_reference(model)
+
+
+def test_nothing_that_exists_is_overwritten(tmp_path):
+    (tmp_path / "letters.txt").write_text("keep me")
+    with pytest.raises(UserError, match="exists already"):
+        convert(FIXTURES / "reference-crate-2l.pt", tmp_path)
+    assert (tmp_path / "letters.txt").read_text() == "keep me"
+
+
+def test_a_gpt2_with_another_activation_is_refused():
+    path = FIXTURES / "reference-gpt-relu-2l.pt"
+    model = from_reference(load_checkpoint(path), path)
+    model.config.activation_function = "gelu_new"
+    with pytest.raises(UserError, match="gelu_new"):
+        to_reference(model)
+
+
+def test_an_untied_head_is_refused():
+    checkpoint = copy.deepcopy(load_checkpoint(FIXTURES / "reference-crate-2l.pt"))
+    checkpoint["model"]["_orig_mod.lm_head.weight"] = checkpoint["model"]["_orig_mod.lm_head.weight"] + 1
+    with pytest.raises(UserError, match="differ"):
+        from_reference(checkpoint, "x.pt")
+
+
+@pytest.mark.parametrize("content", [b"", b"just text"])
+def test_a_file_that_is_no_checkpoint_is_refused(tmp_path, content):
+    (tmp_path / "x.pt").write_bytes(content)
+    with pytest.raises(UserError, match="not a readable"):
+        convert(tmp_path / "x.pt", tmp_path / "out")

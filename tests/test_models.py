@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
@@ -252,7 +253,7 @@ def test_a_saved_folder_loads_without_cratescope_installed(tmp_path):
 
 
 def test_wrong_settings_are_refused():
-    with pytest.raises(Exception, match="not a multiple of n_head"):
+    with pytest.raises(StrictDataclassError, match="not a multiple of n_head"):
         CrateConfig(n_embd=30, n_head=4)
     with pytest.raises(UserError, match="no preset 'crate-9l'"):
         preset_config("crate-9l")
@@ -260,6 +261,14 @@ def test_wrong_settings_are_refused():
         preset_config("crate-1l", crate={"lambda": "1"})
     with pytest.raises(UserError, match="'x' is not a float"):
         preset_config("crate-1l", crate={"ista_lambda": "x"})
+    for field, value in (
+        ("ista_steps", "0"),
+        ("ista_expansion", "0"),
+        ("ista_lambda", "nan"),
+        ("ista_step_size", "-1"),
+    ):
+        with pytest.raises(UserError, match=field):
+            preset_config("crate-1l", crate={field: value})
     with pytest.raises(UserError, match="has no CRATE fields"):
         preset_config("gpt2-1l", crate={"ista_lambda": "1"})
 

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -193,3 +194,36 @@ def test_the_standard_error_is_over_crops():
     loss = mean_loss(np.array([1.0, 2.0, 3.0]), context=11)
     assert (loss.mean, loss.n_tokens) == (2.0, 30)
     assert loss.standard_error == pytest.approx(1 / math.sqrt(3))
+
+
+def test_a_refused_command_does_not_claim_the_folder_for_its_mistake(data_folder, tmp_path):
+    for mistake in ({"batch_tokens": 100}, {"preset": "crate-9l"}, {"crate": {"ista_steps": "0"}}, {"steps": -1}):
+        with pytest.raises(UserError):
+            train(config_of(tmp_path / "run", data_folder, **mistake))
+    assert train(config_of(tmp_path / "run", data_folder, steps=0)).manifest.exists()
+
+
+def test_an_evaluation_of_other_data_is_not_answered_from_the_old_one(runs_folder, text_folder, tmp_path):
+    from cratescope.config import PrepareConfig
+    from cratescope.lm.data import prepare
+
+    run = Run(shutil.copytree(runs_folder / "crate", tmp_path / "crate"))
+    options = PrepareConfig(str(text_folder), tmp_path / "data", "bpe:320", validation=0.2, heldout=0.3, seed=1)
+    prepare(options)
+    shutil.copytree(tmp_path / "data", tmp_path / "same")
+    first = evaluate(EvaluateConfig(run.root, tmp_path / "data", crops=4, device="cpu"))
+    split = evaluate(EvaluateConfig(run.root, tmp_path / "data", split="heldout", crops=4, device="cpu"))
+    assert first["loss"] != split["loss"]
+    prepare(dataclasses.replace(options, out=tmp_path / "other", seed=2))
+    other = evaluate(EvaluateConfig(run.root, tmp_path / "other", crops=4, device="cpu"))
+    assert other["loss"] != first["loss"]
+
+
+def test_one_crop_has_no_standard_error():
+    assert mean_loss(np.array([1.5]), context=11).standard_error is None
+
+
+def test_several_processes_are_refused(data_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="several processes"):
+        train(config_of(tmp_path / "run", data_folder))

@@ -72,10 +72,13 @@ def unigram_entropy(split: TokenSplit, vocab_size: int) -> float:
 def next_token_examples(
     model: Any, tokenizer: PreTrainedTokenizerBase, prompts: tuple[str, ...] = PROMPTS, top: int = 5
 ) -> list[dict[str, Any]]:
-    """For each prompt the `top` likeliest next tokens and a greedy continuation (paper section 7)."""
+    """For each prompt that fits the context: the `top` likeliest next tokens and a greedy continuation."""
     examples = []
     for prompt in prompts:
         ids: list[int] = tokenizer(prompt, add_special_tokens=False).input_ids
+        room = model.config.max_position_embeddings - len(ids)
+        if room < 1:
+            continue
         tokens = torch.tensor([ids], device=model.device)
         logits = model(tokens, use_cache=False).logits[0, -1, : len(tokenizer)].float()
         best = logits.topk(top)
@@ -83,7 +86,7 @@ def next_token_examples(
         continued = model.generate(
             tokens,
             attention_mask=torch.ones_like(tokens),
-            max_new_tokens=12,
+            max_new_tokens=min(room, 12),
             do_sample=False,
             pad_token_id=tokenizer.eos_token_id,
         )

@@ -68,7 +68,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             f"{path}: refused, because it holds Python objects other than tensors and plain values, which could run "
             "code when loaded; ask its author for a checkpoint with weights only"
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
+    except Exception as error:  # what torch raises on a file that is none of its own depends on the file's bytes
         raise UserError(f"{path}: not a readable PyTorch checkpoint ({first_line(error)})") from error
     if not isinstance(checkpoint, dict) or not {"model", "model_args"} <= checkpoint.keys():
         raise UserError(f"{path}: not a nanoGPT-style checkpoint, which has the entries 'model' and 'model_args'")
