@@ -34,8 +34,9 @@ def evaluate(config: settings.EvaluateConfig) -> str:
     from cratescope.lm.evaluate import evaluate
 
     result = evaluate(config)
+    error = result["standard_error"]
     return (
-        f"{result['split']} loss {result['loss']:.4f} +- {result['standard_error']:.4f} nats a token, "
+        f"{result['split']} loss {result['loss']:.4f} +- {'-' if error is None else f'{error:.4f}'} nats a token, "
         f"{result['bits_per_byte']:.3f} bits a byte; unigram entropy {result['unigram_entropy']:.4f}"
     )
 
