@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from cratescope.config import ReportConfig
 from cratescope.neurons.records import NeuronId, layer_file, read_records, read_scores
+from cratescope.report import tables
 from cratescope.report.figures import inline
 from cratescope.report.report import highlight, report, spread, visible
 from cratescope.report.tables import (
@@ -321,3 +322,12 @@ def test_a_report_is_made_again_only_when_something_it_shows_has_changed(
     edit(Run(run).evaluation, loss=1.23)
     report(config, tokenizer=fake_tokenizer())
     assert page.stat().st_mtime_ns > first and "1.230" in page.read_text()
+
+
+def test_a_second_run_of_the_same_seed_is_no_replicate(runs: tuple[Path, Path], tmp_path: Path) -> None:
+    again = Path(shutil.copytree(runs[0], tmp_path / "again"))
+    results = tables.load_results(ReportConfig(runs=(*runs, again), out=tmp_path))
+    assert [pair.crate.runs for group in tables.comparisons(results) for pair in group] == [1, 1]
+    edit(again / "run.json", seed=99)
+    results = tables.load_results(ReportConfig(runs=(*runs, again), out=tmp_path))
+    assert [pair.crate.runs for group in tables.comparisons(results) for pair in group] == [2, 2]

@@ -406,6 +406,8 @@ def _compare(key: tuple[Any, ...], sides: dict[str, list[Results]], names: Seque
 
 
 def _side(items: Sequence[Results], protocol: str) -> Side:
+    # Seeds are the unit of replication, so a second run of a seed (the first given stays) is none.
+    items = list({item.manifest["seed"]: item for item in reversed(items)}.values())[::-1]
     tables = [item.summary["protocols"][protocol] for item in items]
     mean, error = _over_runs(tables, "mean", "standard_error")
     gain, gain_error = _over_runs(tables, "gain_mean", "gain_standard_error")
