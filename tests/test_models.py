@@ -279,3 +279,27 @@ def test_the_output_matrix_starts_smaller_with_depth_and_the_dictionary_is_kaimi
     assert model.transformer.h[0].mssa.U.weight.std().item() == pytest.approx(0.02, rel=0.05)
     assert model.transformer.h[0].ista.D.abs().max().item() == pytest.approx(math.sqrt(6 / 128), rel=0.01)
     assert isinstance(model, CrateForCausalLM) and isinstance(model.transformer.h[0].mssa, MSSA)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_fused_ista_equals_the_loop_in_value_and_every_gradient(steps, tied):
+    ista = ISTA(CrateConfig(n_embd=8, n_head=2, n_layer=1, ista_steps=steps, ista_tied=tied)).double()
+    torch.manual_seed(0)
+    for parameter in ista.parameters():
+        torch.nn.init.normal_(parameter)
+    X = torch.randn(2, 5, 8, dtype=torch.double, requires_grad=True)
+    G = torch.randn(2, 5, 8, dtype=torch.double)
+    loop, fused = ista.eval()(X), ista.train()(X)
+    assert "ISTAFunction" in type(fused.grad_fn.next_functions[0][0]).__name__
+    torch.testing.assert_close(fused, loop)
+    leaves = (X, *ista.parameters())
+    for mine, other in zip(*(torch.autograd.grad(out, leaves, G) for out in (fused, loop)), strict=True):
+        torch.testing.assert_close(mine, other)
+
+
+def test_hooks_see_and_edit_the_codes_in_training_too():
+    ista = ISTA(CrateConfig(n_embd=8, n_head=2, n_layer=1)).train()
+    torch.nn.init.normal_(ista.D)
+    ista.codes.register_forward_hook(lambda module, inputs, output: torch.zeros_like(output))
+    assert not ista(torch.randn(1, 3, 8)).any()

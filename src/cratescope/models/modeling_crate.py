@@ -97,7 +97,61 @@ class ISTA(nn.Module):
 
     def forward(self, X):
         """X (B, T, d) -> D A_t (B, T, d)."""
+        hooked = self.first_codes._forward_hooks or self.codes._forward_hooks
+        if self.training and torch.is_grad_enabled() and not hooked:
+            return self.fused(X)
         return self.encode(X) @ (self.D if self.D_out is None else self.D_out)
+
+    def fused(self, X):
+        """The same as one operation, for training; no hook sees the codes."""
+        device = X.device.type
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+            X, D, D_out = X.to(dtype), self.D.to(dtype), None if self.D_out is None else self.D_out.to(dtype)
+        else:
+            D, D_out = self.D, self.D_out
+        out = ISTAFunction.apply(X.reshape(-1, X.shape[-1]), D, D_out, self.t, self.eta, self.lam)
+        return out.view(X.shape)
+
+
+class ISTAFunction(torch.autograd.Function):
+    """ISTA.forward as one operation with its gradient by hand: 2 t products forward, 4 t backward, no copy of them.
+
+    Of every step k only the residual R_k = X - D A_k and the codes A_{k+1} are kept; where a code is zero its gradient
+    is, so no masks are needed. With G the gradient by the output and H_k that by the argument of the k-th relu:
+    H_k = [A_{k+1} > 0] (gradient by A_{k+1}), gradient by R_k = eta H_k D, by A_k = H_k - (gradient by R_k) D^T.
+    """
+
+    @staticmethod
+    def forward(ctx, X, D, D_out, t, eta, lam):
+        """X (n, d), D and D_out (h, d) or D_out None for D -> (n, d)."""
+        residuals, codes = [X], [torch.mm(X, D.t()).mul_(eta).sub_(eta * lam).relu_()]
+        for _ in range(t - 1):
+            residuals.append(torch.addmm(X, codes[-1], D, alpha=-1))
+            codes.append(codes[-1].addmm(residuals[-1], D.t(), alpha=eta).sub_(eta * lam).relu_())
+        ctx.eta, ctx.untied = eta, D_out is not None
+        ctx.save_for_backward(D, D_out, *residuals, *codes)
+        return codes[-1] @ (D if D_out is None else D_out)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, G):
+        D, D_out, *saved = ctx.saved_tensors
+        eta, t = ctx.eta, len(saved) // 2
+        residuals, codes = saved[:t], saved[t:]
+        grad_out = codes[-1].t() @ G
+        grad_D = torch.zeros_like(D) if ctx.untied else grad_out
+        grad_A = G @ (D_out if ctx.untied else D).t()
+        grad_X = torch.zeros_like(G)
+        for k in reversed(range(t)):
+            H = torch.ops.aten.threshold_backward(grad_A, codes[k], 0)
+            grad_D.addmm_(H.t(), residuals[k], alpha=eta)
+            grad_R = (H @ D).mul_(eta)
+            grad_X.add_(grad_R)
+            if k:
+                grad_D.addmm_(codes[k - 1].t(), grad_R, alpha=-1)
+                grad_A = H.addmm_(grad_R, D.t(), alpha=-1)
+        return grad_X, grad_D, grad_out if ctx.untied else None, None, None, None
 
 
 class CrateBlock(GradientCheckpointingLayer):

@@ -1,0 +1,264 @@
+"""Training speed and memory, side by side in one run: plain PyTorch, transformers' GPT-2, torch.compile, and ours.
+
+Every way is a process of its own that takes one training step when told to; the ways take turns, round after round,
+and medians are compared, so a machine that slows down slows all of them. A step is forward, backward, clipping and
+AdamW on one batch of English text (the docstrings and comments of the standard library). Peak memory is the process's
+largest resident size less what it held before the model was built.
+
+    python benchmarks/train.py                    # the table of docs/performance.md
+    python benchmarks/train.py --check            # losses of 50 steps: ours against plain, from the same weights
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import sysconfig
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+WAYS = {
+    "plain": "plain eager float32, ordinary cross-entropy",
+    "kept": "the same with freed memory kept (hardware.keep_freed_memory)",
+    "compiled": "the same under torch.compile, in ours' number format",
+    "hf": "transformers' GPT-2 with its own loss, float32",
+    "hf-bf16": "transformers' GPT-2 with its own loss, bfloat16 autocast",
+    "ours": "ours",
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """Time one training step of every way, in turns."""
+
+    cases: tuple[str, ...] = ("crate-2l:4", "crate-2l:12", "crate-3l:4", "crate-3l:12", "gpt2-2l:4", "crate-s:1")
+    """PRESET:BATCH, sequences of `context` tokens in a step."""
+    ways: tuple[str, ...] = ("plain", "kept", "compiled", "hf", "hf-bf16", "ours")
+    """Which ways, of those that make sense for a case."""
+    threads: tuple[int, ...] = (1,)
+    """Threads; 0 for all."""
+    context: int = 1024
+    """Tokens in a sequence."""
+    rounds: int = 5
+    """Timed steps of each way, after one that is not counted."""
+    check: bool = False
+    """Compare the losses of `check_steps` steps instead."""
+    check_steps: int = 50
+    """Steps compared."""
+    device: str = "cpu"
+    """Where to train."""
+    json: Path | None = None
+    """Also write the measurements here."""
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--worker"]:
+        return work(json.loads(sys.argv[2]))
+    options = tyro.cli(Options, description=__doc__)
+    console = Console(width=140, soft_wrap=True)
+    rows = []
+    for threads in options.threads:
+        for case in options.cases:
+            if options.check:
+                check(case, threads, options, console)
+            else:
+                rows += compare(case, threads, options, console)
+                if options.json:
+                    options.json.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+# --- the driver ---
+
+
+class Worker:
+    """One way in a process of its own."""
+
+    def __init__(self, way: str, case: str, threads: int, options: Options) -> None:
+        preset, _, batch = case.partition(":")
+        told = {"way": way, "preset": preset, "batch": int(batch), "threads": threads}
+        told |= {"context": options.context, "device": options.device}
+        command = [sys.executable, __file__, "--worker", json.dumps(told)]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.ready = self.hear()
+
+    def hear(self) -> dict[str, Any]:
+        line = self.process.stdout.readline()  # type: ignore[union-attr]
+        if not line:
+            raise SystemExit(f"a worker ended with code {self.process.wait()}")
+        return json.loads(line)
+
+    def step(self) -> dict[str, Any]:
+        self.process.stdin.write("step\n")  # type: ignore[union-attr]
+        self.process.stdin.flush()  # type: ignore[union-attr]
+        return self.hear()
+
+    def stop(self) -> None:
+        self.process.stdin.close()  # type: ignore[union-attr]
+        self.process.wait()
+
+
+def sensible(way: str, preset: str, native_bf16: bool) -> bool:
+    """Transformers' own loss is the rival of its own model; emulated bfloat16 says nothing about bfloat16."""
+    return preset.startswith("gpt2") and (native_bf16 or way != "hf-bf16") if way.startswith("hf") else True
+
+
+def compare(case: str, threads: int, options: Options, console: Console) -> list[dict[str, Any]]:
+    from cratescope.hardware import pick_device, pick_dtype
+
+    dtype = str(pick_dtype("auto", pick_device(options.device))).removeprefix("torch.")
+    ways = [way for way in options.ways if sensible(way, case, dtype == "bfloat16")]
+    workers = {way: Worker(way, case, threads, options) for way in ways}
+    answers: dict[str, list[dict[str, Any]]] = {way: [] for way in ways}
+    for number in range(options.rounds + 1):
+        for way, worker in workers.items():
+            answer = worker.step()
+            if number:
+                answers[way].append(answer)
+    table = Table(title=f"{case} x {options.context}, {threads or 'all'} thread(s), {dtype}")
+    for name in ("way", "seconds", "tokens/s", "x plain", "x kept", "net peak GB", "share of GEMM peak"):
+        table.add_column(name, justify="left" if name == "way" else "right")
+    rows = []
+    for way in ways:
+        seconds = statistics.median(answer["seconds"] for answer in answers[way])
+        rows.append({"case": case, "threads": threads, "context": options.context, "way": way, "seconds": seconds})
+        rows[-1] |= {"dtype": answers[way][-1]["dtype"], "tokens_per_second": workers[way].ready["tokens"] / seconds}
+        rows[-1] |= {"net_peak_bytes": answers[way][-1]["peak"] - workers[way].ready["before"]}
+        rows[-1] |= {"flops_per_second": workers[way].ready["flops"] / seconds}
+    for worker in workers.values():
+        worker.stop()
+    peaks = {dtype: gemm_peak(dtype, threads, options) for dtype in {row["dtype"] for row in rows}}
+    by_way = {row["way"]: row for row in rows}
+    for row in rows:
+        row["share_of_peak"] = row["flops_per_second"] / peaks[row["dtype"]]
+        ratios = [f"{by_way[of]['seconds'] / row['seconds']:.2f}" if of in by_way else "" for of in ("plain", "kept")]
+        figures = [f"{row['seconds']:.3f}", f"{row['tokens_per_second']:,.0f}", *ratios]
+        figures += [f"{row['net_peak_bytes'] / 1e9:.2f}", f"{row['share_of_peak']:.0%} of {row['dtype']}"]
+        table.add_row(WAYS[row["way"]], *figures)
+    console.print(table)
+    return rows
+
+
+def gemm_peak(dtype: str, threads: int, options: Options) -> float:
+    """Measured with the machine to itself: the workers have stopped."""
+    code = (
+        "import torch, sys; from cratescope.hardware import gemm_peak; torch.set_num_threads(int(sys.argv[1]) or "
+        "torch.get_num_threads()); print(max(gemm_peak(torch.device(sys.argv[3]), getattr(torch, sys.argv[2])) "
+        "for _ in range(3)))"
+    )
+    command = [sys.executable, "-c", code, str(threads), dtype, options.device]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def check(case: str, threads: int, options: Options, console: Console) -> None:
+    workers = [Worker(way, case, threads, options) for way in ("plain", "ours")]
+    losses = [[worker.step()["loss"] for _ in range(options.check_steps)] for worker in workers]
+    for worker in workers:
+        worker.stop()
+    largest = max(abs(ours - plain) for plain, ours in zip(*losses, strict=True))
+    console.print(f"{case}: losses {losses[0][0]:.4f} to {losses[0][-1]:.4f}; largest difference {largest:.2e}")
+
+
+# --- one way ---
+
+
+def work(told: dict[str, Any]) -> None:
+    """Take a training step for every line on standard input, and say what it took."""
+    import torch
+
+    from cratescope.hardware import keep_freed_memory, pick_device, pick_dtype
+    from cratescope.lm.loss import fuse
+    from cratescope.models.presets import build, flops_per_token, preset_config
+
+    torch.set_num_threads(told["threads"] or torch.get_num_threads())
+    way, device = told["way"], pick_device(told["device"])
+    if way in ("ours", "kept"):
+        keep_freed_memory()
+    bf16 = way == "hf-bf16" or (way in ("ours", "compiled") and pick_dtype("auto", device) == torch.bfloat16)
+    batches = text(told["batch"], told["context"])
+    before = resident()
+    config = preset_config(told["preset"], context=told["context"])
+    model = build(config, seed=0).to(device).train()
+    if way == "ours":
+        forward = fuse(model)
+    else:
+        plain_ista(model)
+        forward = torch.compile(model) if way == "compiled" else model
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=6e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True if way == "ours" else None
+    )
+    tokens = told["batch"] * told["context"]
+    say({"before": before, "tokens": tokens, "flops": tokens * flops_per_token(config, told["context"])})
+    for _ in sys.stdin:
+        batch = torch.from_numpy(next(batches)).to(device)
+        start = time.perf_counter()
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
+            loss = loss_of(way, forward, batch)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        value = loss.item()
+        seconds = time.perf_counter() - start
+        say({"seconds": seconds, "loss": value, "peak": peak(device), "dtype": "bfloat16" if bf16 else "float32"})
+
+
+def loss_of(way: str, forward: Any, batch: Any) -> Any:
+    from torch.nn import functional as F
+
+    if way == "ours" or way.startswith("hf"):
+        return forward(batch, labels=batch).loss
+    logits = forward(batch, use_cache=False).logits[:, :-1]
+    return F.cross_entropy(logits.reshape(-1, logits.shape[-1]), batch[:, 1:].reshape(-1))
+
+
+def plain_ista(model: Any) -> None:
+    """The readable loop instead of the fused operation: a hook that does nothing asks for it."""
+    for module in model.modules():
+        if hasattr(module, "first_codes"):
+            module.codes.register_forward_hook(lambda *_: None)
+
+
+def text(batch: int, context: int) -> Any:
+    """Batches of token ids of the standard library's sources, never the same twice in a row."""
+    import numpy as np
+
+    from cratescope.lm.tokenizer import load_tokenizer
+
+    sources = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+    joined = "\n".join(path.read_text(encoding="utf-8", errors="replace") for path in sources[:60])
+    ids = np.array(load_tokenizer("gpt2").backend_tokenizer.encode(joined).ids)
+    chance = np.random.default_rng(0)
+    while True:
+        starts = chance.integers(0, len(ids) - context, batch)
+        yield np.stack([ids[start : start + context] for start in starts])
+
+
+def resident() -> int:
+    """Bytes resident now."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def peak(device: Any) -> int:
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def say(value: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(value) + "\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
