@@ -8,7 +8,7 @@ TORCH ?= torch==2.13.0
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test check lint help
+.PHONY: demo test slow check lint help
 
 help: ## this list
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -29,6 +29,10 @@ demo: $(VENV)/installed ## train CRATE and GPT-2, explain and score their neuron
 
 test: $(VENV)/installed-dev ## the tests
 	$(BIN)/python -m pytest
+
+slow: $(VENV)/installed-dev ## the slow tests: lm-eval on our models
+	$(PIP) -c constraints.txt -e '.[eval]'
+	$(BIN)/python -m pytest -m slow
 
 lint: $(VENV)/installed-dev ## style and types
 	$(BIN)/ruff check .

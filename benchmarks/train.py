@@ -11,17 +11,21 @@ largest resident size less what it held before the model was built.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import resource
 import statistics
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tyro
 from rich.console import Console
 from rich.table import Table
@@ -58,6 +62,8 @@ class Options:
     """Where to train."""
     json: Path | None = None
     """Also write the measurements here."""
+    text: tyro.conf.Suppress[Path] = Path()
+    """Token ids that the workers read; made by the driver."""
 
 
 def main() -> None:
@@ -65,7 +71,15 @@ def main() -> None:
         return work(json.loads(sys.argv[2]))
     options = tyro.cli(Options, description=__doc__)
     console = Console(width=140, soft_wrap=True)
-    rows = []
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        # Read here once: a worker that tokenised would hold memory that is not the training step's.
+        options = dataclasses.replace(options, text=Path(folder) / "text.npy")
+        write_text(options.text)
+        run(options, console, rows)
+
+
+def run(options: Options, console: Console, rows: list[dict[str, Any]]) -> None:
     for threads in options.threads:
         for case in options.cases:
             if options.check:
@@ -85,7 +99,7 @@ class Worker:
     def __init__(self, way: str, case: str, threads: int, options: Options) -> None:
         preset, _, batch = case.partition(":")
         told = {"way": way, "preset": preset, "batch": int(batch), "threads": threads}
-        told |= {"context": options.context, "device": options.device}
+        told |= {"context": options.context, "device": options.device, "text": str(options.text)}
         command = [sys.executable, __file__, "--worker", json.dumps(told)]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.ready = self.hear()
@@ -183,7 +197,8 @@ def work(told: dict[str, Any]) -> None:
     if way in ("ours", "kept"):
         keep_freed_memory()
     bf16 = way == "hf-bf16" or (way in ("ours", "compiled") and pick_dtype("auto", device) == torch.bfloat16)
-    batches = text(told["batch"], told["context"])
+    crops = batches(told["text"], told["batch"], told["context"])
+    next(crops)
     before = resident()
     config = preset_config(told["preset"], context=told["context"])
     model = build(config, seed=0).to(device).train()
@@ -198,7 +213,7 @@ def work(told: dict[str, Any]) -> None:
     tokens = told["batch"] * told["context"]
     say({"before": before, "tokens": tokens, "flops": tokens * flops_per_token(config, told["context"])})
     for _ in sys.stdin:
-        batch = torch.from_numpy(next(batches)).to(device)
+        batch = torch.from_numpy(next(crops)).to(device)
         start = time.perf_counter()
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
             loss = loss_of(way, forward, batch)
@@ -227,19 +242,21 @@ def plain_ista(model: Any) -> None:
             module.codes.register_forward_hook(lambda *_: None)
 
 
-def text(batch: int, context: int) -> Any:
-    """Batches of token ids of the standard library's sources, never the same twice in a row."""
-    import numpy as np
-
+def write_text(path: Path) -> None:
+    """Token ids of the standard library's sources."""
     from cratescope.lm.tokenizer import load_tokenizer
 
     sources = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
-    joined = "\n".join(path.read_text(encoding="utf-8", errors="replace") for path in sources[:60])
-    ids = np.array(load_tokenizer("gpt2").backend_tokenizer.encode(joined).ids)
+    joined = "\n".join(file.read_text(encoding="utf-8", errors="replace") for file in sources[:60])
+    np.save(path, np.array(load_tokenizer("gpt2").backend_tokenizer.encode(joined).ids))
+
+
+def batches(path: str, batch: int, context: int) -> Iterator[np.ndarray]:
+    """Random crops, the same for every way."""
+    ids = np.load(path)
     chance = np.random.default_rng(0)
     while True:
-        starts = chance.integers(0, len(ids) - context, batch)
-        yield np.stack([ids[start : start + context] for start in starts])
+        yield np.stack([ids[start : start + context] for start in chance.integers(0, len(ids) - context, batch)])
 
 
 def resident() -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -57,7 +58,9 @@ def texts(data: TokenData, split: str) -> list[str]:
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    return {file.relative_to(folder).as_posix(): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    """Name and content of every file but the hidden ones (`.verified.json` has times in it)."""
+    found = ((file.relative_to(folder).as_posix(), file) for file in folder.rglob("*") if file.is_file())
+    return {name: file.read_bytes() for name, file in found if not name.startswith(".")}
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +142,12 @@ def test_preparing_twice_gives_the_same_bytes_and_another_seed_other_splits(tmp_
     assert set(texts(made[0], "heldout")) != set(texts(made[2], "heldout"))
 
 
+def test_repeated_documents_do_not_weigh_in_the_training_of_a_tokenizer(tmp_path):
+    for name, all_texts in (("once", documents(60)), ("often", [*documents(60), *documents(20) * 9])):
+        prepare(config(write_jsonl(tmp_path / f"{name}.jsonl", all_texts), tmp_path / name))
+    assert files(tmp_path / "once" / "tokenizer") == files(tmp_path / "often" / "tokenizer")
+
+
 def test_a_finished_folder_is_found_again_and_another_request_is_refused(prepared):
     source, out = prepared.path.parent / "source.jsonl", prepared.path
     before = (out / "train-00000.npy").stat().st_mtime_ns
@@ -158,18 +167,18 @@ from pathlib import Path
 from cratescope.config import PrepareConfig
 from cratescope.lm import data
 data.BLOCK_BYTES = 1500
-encode = data.encode
+write = data.write_block
 def slow(*args):
     time.sleep(0.2)
-    return encode(*args)
-data.encode = slow
+    write(*args)
+data.write_block = slow
 config = PrepareConfig(source=sys.argv[1], out=Path(sys.argv[2]), tokenizer="bpe:300", validation=0.2, heldout=0.2)
 data.prepare(config)
 """
 
 
 def test_a_killed_preparation_goes_on_and_ends_in_the_same_bytes(tmp_path, monkeypatch):
-    source = write_jsonl(tmp_path / "source.jsonl", documents(80))
+    source = write_jsonl(tmp_path / "source.jsonl", [*documents(80), *documents(10)])
     command = [sys.executable, "-c", SLOW_PREPARE, str(source), str(tmp_path / "killed")]
     process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"})
     work = tmp_path / "killed" / ".work"
@@ -178,36 +187,75 @@ def test_a_killed_preparation_goes_on_and_ends_in_the_same_bytes(tmp_path, monke
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    monkeypatch.setattr(data_module, "BLOCK_BYTES", 1500)
-    kept = {file.name: file.stat().st_mtime_ns for file in work.glob("[0-9]*.npz")}
-    assert kept and not (tmp_path / "killed" / "train-00000.npy").exists()
+    assert not (tmp_path / "killed" / "train-00000.npy").exists()
     with pytest.raises(UserError, match="not finished"):
         TokenData.open(tmp_path / "killed")
+    monkeypatch.setattr(data_module, "BLOCK_BYTES", 1500)
     changes = {"shard_tokens": PrepareConfig.shard_tokens}
     prepare(config(source, tmp_path / "killed", **changes))
     prepare(config(source, tmp_path / "whole", **changes))
     assert files(tmp_path / "killed") == files(tmp_path / "whole")
 
 
-def test_finished_blocks_are_not_encoded_again(tmp_path, monkeypatch):
-    source = write_jsonl(tmp_path / "source.jsonl", documents(80))
-    monkeypatch.setattr(data_module, "BLOCK_BYTES", 1500)
-    encode, calls = data_module.encode, []
+def stop_at_block(number: int, patch: pytest.MonkeyPatch) -> None:
+    """From now on, the work ends when that many blocks are written."""
+    write, left = data_module.write_block, iter(range(number))
 
-    def failing(tokenizer, batch):
-        calls.append(len(batch))
-        if len(calls) == 3:
+    def failing(path, block):
+        if next(left, None) is None:
             raise KeyboardInterrupt
-        return encode(tokenizer, batch)
+        write(path, block)
 
-    monkeypatch.setattr(data_module, "encode", failing)
-    with pytest.raises(KeyboardInterrupt):
+    patch.setattr(data_module, "write_block", failing)
+
+
+def counted(patch: pytest.MonkeyPatch) -> list[str]:
+    """The list that every text read from now on is put into."""
+    choose, read = data_module._choose, []
+    patch.setattr(data_module, "_choose", lambda text, *rest: (read.append(text), choose(text, *rest))[1])
+    return read
+
+
+@pytest.mark.parametrize("stops", [(1,), (2, 1, 3), (7,)])
+def test_after_any_stop_no_finished_block_is_read_or_encoded_again(stops, tmp_path, monkeypatch):
+    """Several files, with empty and repeated documents across the borders of the blocks."""
+    folder, all_texts = tmp_path / "texts", documents(70)
+    write_jsonl(folder / "a.jsonl", [*all_texts[:30], "", *all_texts[:5]])
+    (folder / "b.txt").write_text(all_texts[30])
+    write_jsonl(folder / "c.jsonl", [*all_texts[20:], " ", *all_texts[60:]])
+    monkeypatch.setattr(data_module, "BLOCK_BYTES", 1000)
+    whole = prepare(config(folder, tmp_path / "whole"))
+    n_blocks = -(-sum(row["bytes"] for row in whole.manifest["splits"].values()) // 1000)
+    for stop in stops:
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            stop_at_block(stop, patch)
+            prepare(config(folder, tmp_path / "data"))
+    kept = len(list((tmp_path / "data" / ".work").glob("*.npz")))
+    assert kept == sum(stops) < n_blocks
+    read = counted(monkeypatch)
+    prepare(config(folder, tmp_path / "data"))
+    assert files(tmp_path / "data") == files(tmp_path / "whole")
+    assert 0 < len(read) <= 98 * (1 - (kept - 1) / n_blocks)
+
+
+def test_a_stop_before_the_shards_are_assembled_reads_nothing_again(tmp_path, monkeypatch):
+    source = write_jsonl(tmp_path / "source.jsonl", documents(80))
+    prepare(config(source, tmp_path / "whole"))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(data_module, "_write_split", lambda *_: exec("raise KeyboardInterrupt"))
         prepare(config(source, tmp_path / "data"))
-    done = calls[:2]
-    calls.clear()
-    calls.extend([0, 0, 0])
+    read = counted(monkeypatch)
     prepare(config(source, tmp_path / "data"))
-    assert sum(done) + sum(calls) == 80
+    assert not read and files(tmp_path / "data") == files(tmp_path / "whole")
+
+
+def test_several_processes_write_the_same_bytes_as_one_thread(tmp_path, monkeypatch):
+    source = write_jsonl(tmp_path / "source.jsonl", documents(300))
+    monkeypatch.setattr(data_module, "BLOCK_BYTES", 3000)
+    prepare(config(source, tmp_path / "thread"))
+    monkeypatch.setattr(data_module, "_n_workers", lambda *_: 2)
+    prepare(config(source, tmp_path / "processes"))
+    assert files(tmp_path / "processes") == files(tmp_path / "thread")
 
 
 def test_all_formats_of_a_folder_are_read(tmp_path):
@@ -276,13 +324,46 @@ def test_a_damaged_or_missing_shard_is_named_and_prepare_makes_it_again(tmp_path
     prepare(config(source, out))
     before, shard = files(out), out / "train-00001.npy"
     shard.write_bytes(shard.read_bytes()[:-2] + b"??")
-    with pytest.raises(UserError, match=r"train-00001.npy: damaged .* delete it"):
+    for use in (lambda: TokenData.open(out).split("train"), lambda: prepare(config(source, out))):
+        with pytest.raises(UserError, match=r"train-00001.npy: damaged .SHA-256 differs.; delete it"):
+            use()
+    assert TokenData.open(out).split("heldout").n_tokens and TokenData.open(out, verify=False).split("train").n_tokens
+    shard.write_bytes(shard.read_bytes()[:-2])
+    with pytest.raises(UserError, match=r"train-00001.npy: damaged .its size differs.; delete it"):
         TokenData.open(out)
     shard.unlink()
     with pytest.raises(UserError, match=r"train-00001.npy: no such file"):
-        TokenData.open(out, verify=False)
+        TokenData.open(out)
     prepare(config(source, out))
     assert files(out) == before
+
+
+def test_a_shard_is_hashed_once_and_again_when_it_was_touched(tmp_path, monkeypatch):
+    source = write_jsonl(tmp_path / "source.jsonl", documents(60))
+    prepare(config(source, tmp_path / "data"))
+    hashed = []
+    monkeypatch.setattr(data_module, "sha256", lambda path: (hashed.append(path.name), sha256(path))[1])
+    TokenData.open(tmp_path / "data").split("train")
+    assert not hashed, "prepare has just hashed them all"
+    (tmp_path / "data" / ".verified.json").unlink()
+    data = TokenData.open(tmp_path / "data")
+    shards = [row["file"] for row in data.manifest["splits"]["heldout"]["shards"]]
+    for expected in (shards, []):
+        hashed.clear()
+        data.split("heldout")
+        assert hashed == expected, "only the split that is asked for, and only once"
+    (tmp_path / "data" / shards[-1]).touch()
+    data.split("heldout")
+    assert hashed == shards[-1:]
+
+
+def test_an_opened_split_pickles_as_names_of_files(prepared):
+    split = prepared.split("train")
+    packed = pickle.dumps(split)
+    assert len(packed) < 1000 < sum(shard.nbytes for shard in split.shards)
+    again = pickle.loads(packed)
+    assert np.array_equal(again.window(0, again.n_tokens), split.window(0, split.n_tokens))
+    assert isinstance(again.shards[0], np.memmap) and again.n_bytes == split.n_bytes
 
 
 def damaged_zst(path: Path) -> None:
@@ -351,23 +432,72 @@ def test_a_hub_name_needs_the_extra_or_the_hub(tmp_path, monkeypatch):
         prepare(config("nobody/nothing", tmp_path / "data"))
 
 
-def test_a_hub_data_set_is_streamed_up_to_the_budget(tmp_path, monkeypatch):
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """Local files in the place of the hub's: `owner/json:small` is three files of JSON lines."""
     datasets = pytest.importorskip("datasets")
-    read: list[int] = []
-
-    def rows():
-        for index, text in enumerate(documents(5000)):
-            read.append(index)
-            yield {"text": text, "meta": "x"}
+    load, folder = datasets.load_dataset, tmp_path / "hub"
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    for number in range(3):
+        part = [*documents(40, seed=number), *documents(5)]
+        write_jsonl(folder / f"{number}.json", part)
+        pq.write_table(pa.table({"text": part}), folder / f"{number}.parquet", row_group_size=16)
+        (folder / f"{number}.text").write_text("\n".join(part) + "\n")
 
     def load_dataset(name, configuration, split, streaming):
-        assert (name, configuration, split, streaming) == ("owner/name", "small", "train", True)
-        return datasets.IterableDataset.from_generator(rows)
+        assert (configuration, split, streaming) == ("small", "train", True)
+        kind = name.removeprefix("owner/")
+        return load(kind, data_files=sorted(map(str, folder.glob(f"*.{kind}"))), split="train", streaming=True)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    data = prepare(config("owner/name:small", tmp_path / "data", max_megabytes=0.02))
-    assert 0.02e6 <= data.manifest["sources"][0]["bytes"] < 0.021e6
-    assert max(read) < 1000 and data.manifest["identity"]["source"] == "owner/name:small"
+    monkeypatch.setattr(data_module, "_n_workers", lambda *_: 1)
+
+
+@pytest.mark.parametrize("kind", ["json", "parquet", "text"])
+def test_a_stopped_stream_goes_on_from_its_last_finished_block(kind, hub, tmp_path, monkeypatch):
+    monkeypatch.setattr(data_module, "BLOCK_BYTES", 1500)
+    name = f"owner/{kind}:small"
+    whole = prepare(config(name, tmp_path / "whole"))
+    assert whole.manifest["sources"][0]["documents"] == 120 and whole.manifest["identity"]["source"] == name
+    assert whole.manifest["sources"][0]["skipped"]["duplicate"] == 15
+    for stop in (2, 3):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            stop_at_block(stop, patch)
+            prepare(config(name, tmp_path / "data"))
+    read = counted(monkeypatch)
+    prepare(config(name, tmp_path / "data"))
+    assert files(tmp_path / "data") == files(tmp_path / "whole")
+    assert 0 < len(read) < 80
+
+
+def test_a_hub_data_set_is_streamed_up_to_the_budget_also_after_a_stop(hub, tmp_path, monkeypatch):
+    monkeypatch.setattr(data_module, "BLOCK_BYTES", 1500)
+    changes = {"max_megabytes": 0.007}
+    data = prepare(config("owner/json:small", tmp_path / "whole", **changes))
+    assert 7000 <= data.manifest["sources"][0]["bytes"] < 7200
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_at_block(3, patch)
+        prepare(config("owner/json:small", tmp_path / "data", **changes))
+    prepare(config("owner/json:small", tmp_path / "data", **changes))
+    assert files(tmp_path / "data") == files(tmp_path / "whole")
+
+
+def test_a_stream_that_breaks_off_ends_in_one_line_and_can_be_continued(hub, tmp_path, monkeypatch):
+    monkeypatch.setattr(data_module, "BLOCK_BYTES", 1500)
+    prepare(config("owner/json:small", tmp_path / "whole"))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_at_block(1, patch)
+        prepare(config("owner/json:small", tmp_path / "data"))
+    broken = tmp_path / "hub" / "2.json"
+    text = broken.read_text()
+    broken.write_text(text[: len(text) // 2] + "\n[[")
+    with pytest.raises(UserError, match="owner/json:small: reading stopped .*; the same command goes on") as error:
+        prepare(config("owner/json:small", tmp_path / "data"))
+    assert "\n" not in str(error.value)
+    broken.write_text(text)
+    read = counted(monkeypatch)
+    prepare(config("owner/json:small", tmp_path / "data"))
+    assert files(tmp_path / "data") == files(tmp_path / "whole") and len(read) < 80
 
 
 def test_the_offline_corpus_names_its_parts_in_the_manifest(tmp_path, monkeypatch):

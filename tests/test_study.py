@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -80,6 +81,8 @@ def results(folder):
     found = {
         str(path.relative_to(folder)): path.read_bytes() for kind in kept for path in (folder / "runs").rglob(kind)
     }
+    for name in [name for name in found if name.endswith("metrics.jsonl")]:
+        found[name] = re.sub(rb', "tokens_per_second".*?(?=})', b"", found[name])
     found |= {path.name: path.read_bytes() for path in (folder / "data").glob("*.npy")}
     return found | {path.name: path.read_bytes() for path in (folder / "report").glob("*.csv")}
 

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from cratescope import config as settings
-from cratescope.hardware import keep_freed_memory
-from cratescope.run import UserError
+from cratescope.hardware import keep_freed_memory, processes, rank
+from cratescope.run import Stopped, UserError
 
 
 def prepare(config: settings.PrepareConfig) -> str:
@@ -34,11 +34,22 @@ def evaluate(config: settings.EvaluateConfig) -> str:
     from cratescope.lm.evaluate import evaluate
 
     result = evaluate(config)
-    error = result["standard_error"]
-    return (
-        f"{result['split']} loss {result['loss']:.4f} +- {'-' if error is None else f'{error:.4f}'} nats a token, "
-        f"{result['bits_per_byte']:.3f} bits a byte; unigram entropy {result['unigram_entropy']:.4f}"
-    )
+    lines = [_loss("validation", result)]
+    lines += [_loss(name, result["sets"][name]) for name in dict.fromkeys(config.on) if name != "validation"]
+    for name in config.task_names():
+        for task, metrics in result["tasks"][name]["results"].items():
+            lines += [f"{task} {metric} {_plus_minus(*row.values())}" for metric, row in metrics.items()]
+    return "\n".join(lines)
+
+
+def _loss(name: str, row: dict[str, Any]) -> str:
+    line = f"{name} loss {_plus_minus(row['loss'], row['standard_error'])} nats a token, "
+    line += f"{row['bits_per_byte']:.3f} bits a byte"
+    if "unigram_entropy" in row:
+        line += f"; unigram entropy {row['unigram_entropy']:.4f}"
+    if word := row.get("last_word"):
+        line += f"; last word {_percent(word['accuracy'], word['accuracy_standard_error'])} % right"
+    return line
 
 
 def collect(config: settings.CollectConfig) -> str:
@@ -87,6 +98,10 @@ def study(config: settings.StudyConfig) -> str:
     return str(study(config))
 
 
+def _plus_minus(*numbers: float | None) -> str:
+    return " +- ".join("-" if number is None else f"{number:.4f}" for number in numbers)
+
+
 def _percent(value: float | None, error: float | None) -> str:
     return " +- ".join("-" if number is None else f"{100 * number:.1f}" for number in (value, error))
 
@@ -133,6 +148,8 @@ def run(arguments: list[str]) -> str:
         return overview()
     if name not in COMMANDS:
         raise UserError(f"no command {name!r}; there are {', '.join(COMMANDS)}")
+    if processes() > 1 and name != "train":
+        raise UserError(f"{name} runs in one process; start it without torchrun or accelerate")
     command, kind = COMMANDS[name]
     config: Any = settings.parse(kind, rest, prog=f"cratescope {name}")
     _set_up_process()
@@ -157,9 +174,13 @@ def main() -> None:
 def run_and_exit(arguments: list[str]) -> None:
     """Results go to stdout. Bad input is one line on stderr and exit code 2, a full disk likewise."""
     try:
-        sys.stdout.write(run(arguments) + "\n")
+        said = run(arguments)
+        if rank() == 0:
+            sys.stdout.write(said + "\n")
     except UserError as error:
         _fail(str(error))
+    except Stopped as stop:
+        _fail(str(stop), code=stop.code)
     except KeyboardInterrupt:
         _fail("interrupted; the same command goes on where it stopped", code=130)
     except Exception as error:
@@ -178,5 +199,6 @@ def _disk_full(error: Exception) -> bool:
 
 
 def _fail(message: str, code: int = 2) -> NoReturn:
-    sys.stderr.write(f"cratescope: {' '.join(message.split())}\n")
+    if rank(local=True) == 0:  # once a machine: what is wrong may be wrong on one of them only
+        sys.stderr.write(f"cratescope: {' '.join(message.split())}\n")
     sys.exit(code)

@@ -36,9 +36,10 @@ class PrepareConfig:
     """Turn text into tokenised shards with a manifest, split by document into train, validation and heldout."""
 
     source: Annotated[str, tyro.conf.Positional]
-    """`offline` (packaged corpus), a file or folder (.txt .md .jsonl .jsonl.zst .parquet), or a hub dataset name."""
+    """`offline` (packaged corpus), a file or folder (.txt .md .jsonl .jsonl.zst .parquet), or a hub data set that is
+    streamed, such as monology/pile-uncopyrighted (the paper's)."""
     out: Path
-    """Folder to write; finished parts are kept, so the same command resumes."""
+    """Folder to write; the same command goes on where a killed one was, also in the midst of a stream."""
     tokenizer: str = "gpt2"
     """`gpt2` (packaged GPT-2 BPE), `bpe:N` (N entries, trained on the text), or a tokenizer folder or hub name."""
     max_megabytes: float | None = None
@@ -47,8 +48,8 @@ class PrepareConfig:
     """Fraction of the documents in the validation split (loss curves)."""
     heldout: float = 0.05
     """Fraction of the documents in the heldout split (neuron records are collected here)."""
-    shard_tokens: int = 16_777_216
-    """Tokens in one shard file."""
+    shard_tokens: int = 268_435_456
+    """Tokens in one shard file; each is an open file while training."""
     seed: int = 0
     """Decides which document is in which split."""
 
@@ -99,7 +100,17 @@ class TrainConfig(_Positive):
     save_every: int = 1000
     """Steps between two checkpoints."""
     keep: int = 2
-    """Checkpoints kept."""
+    """Last checkpoints kept."""
+    milestones: tuple[float, ...] = ()
+    """Fractions of the steps, such as 0.1 0.5, at which the model is kept as a run of its own in RUN/milestones."""
+    sampling: Literal["random", "packed"] = "random"
+    """Crops that start anywhere (paper), or that share no token until every one was read."""
+    workers: int = 0
+    """Processes that read crops ahead of each training process (0: it reads them itself)."""
+    fsdp: bool = False
+    """Shard weights and optimizer over the processes (FSDP) instead of copying them to each (DDP)."""
+    report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    """Also send the log to these; each needs its own package. metrics.jsonl is always written."""
     crate: dict[str, str] = field(default_factory=dict)
     """Overrides of CRATE config fields, such as `--crate ista_steps 3 ista_lambda 0.2`."""
     seed: int = 0
@@ -140,50 +151,77 @@ BUDGETS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class EvaluateConfig(_Positive):
-    """Loss, perplexity and bits per byte with standard errors, and next-token examples (paper section 7)."""
+    """Loss, perplexity and bits per byte with standard errors on any text, lm-eval tasks, and next-token examples."""
 
-    _positive: ClassVar[tuple[str, ...]] = ("crops", "batch_size")
+    _positive: ClassVar[tuple[str, ...]] = ("crops", "max_documents", "batch_size")
 
     run: PositionalPath
     """Run directory with a trained model."""
     data: Path | None = None
     """Folder made by `cratescope prepare`; the run's own by default."""
-    split: Literal["validation", "heldout"] = "validation"
-    """Which split to read."""
+    on: tuple[str, ...] = ()
+    """What to read besides the validation split: heldout, a text file or folder (.txt .md .jsonl .jsonl.zst .parquet),
+    a hub set by name (pile, openwebtext, lambada, wikitext, ptb), or a local copy of one (lambada=FILE)."""
     crops: int = 256
-    """Crops of the model's context read, evenly spaced over the split."""
+    """Crops of the model's context read of a split, evenly spaced over it."""
+    max_documents: int = 6000
+    """Documents read of a file or hub set, from its start (all of LAMBADA are 5,153)."""
+    tasks: tuple[str, ...] = ()
+    """lm-eval tasks, such as lambada_openai,wikitext (pip install 'cratescope[eval]')."""
+    task_folder: Path | None = None
+    """Folder with YAML files of lm-eval tasks of your own, to be named in --tasks."""
     batch_size: int = 8
-    """Crops in one forward pass."""
+    """Crops in one forward pass, or as many tokens of other text."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to run the model."""
+
+    def task_names(self) -> list[str]:
+        """The tasks one by one, separated by spaces or commas."""
+        return [name for part in self.tasks for name in part.split(",") if name]
 
 
 @dataclass(frozen=True)
 class CollectConfig(_Positive):
-    """Read held-out text once and write, for every neuron, top and random windows, moments and density."""
+    """Read held-out text once and write, for every neuron, windows, moments, histogram and token means."""
 
-    _positive: ClassVar[tuple[str, ...]] = ("excerpts", "context", "top", "window", "batch_size", "part")
+    _positive: ClassVar[tuple[str, ...]] = (
+        *("excerpts", "context", "top", "per_excerpt", "window", "batch_size"),
+        *("part", "tokens"),
+    )
 
     run: PositionalPath
     """Run directory with a trained model."""
     data: Path | None = None
     """Folder made by `cratescope prepare`; the run's own by default."""
     site: str = "auto"
-    """`auto` (CRATE: codes, GPT-2: mlp), or a module path with {layer}, such as `transformer.h.{layer}.mlp.act`."""
+    """`auto` (CRATE: codes, others: mlp), codes, first_codes, mlp, attention, residual, or a module path with {layer}
+    such as `transformer.h.{layer}.mlp.act`, `:input` behind it for what the module is given."""
+    layers: tuple[int, ...] | None = None
+    """Layers to read; all by default. The pass stops behind the last of them."""
     excerpts: int = 8000
     """Excerpts read, evenly spaced over the heldout split (paper: 8000)."""
     context: int | None = None
     """Tokens in an excerpt (paper: 1024); the model's longest context by default."""
     top: int = 50
-    """Windows of the highest activations kept, at most one an excerpt."""
+    """Windows of the highest activations kept."""
+    per_excerpt: int = 1
+    """At most this many of them from one excerpt."""
     random: int = 50
     """Windows of uniformly drawn positions kept."""
     window: int = 64
     """Tokens in a window: this many halves before the chosen token and the rest from it on (paper: -32..+31)."""
+    strata: bool = True
+    """Count every activation in a histogram and keep random windows by quantile, by rank and by level."""
+    tokens: int = 8192
+    """Token ids whose mean activation is kept: the most frequent ones of the text."""
+    dump: bool = False
+    """Also write every non-zero activation with its position."""
     batch_size: int = 8
     """Excerpts in one forward pass."""
     part: int = 256
     """Excerpts in one part; a kill loses at most one part of work."""
+    worker: str = "auto"
+    """i/n: do every n-th part from the i-th on, i from 0; auto reads torchrun's RANK and WORLD_SIZE."""
     seed: int = 0
     """Draws the random positions."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

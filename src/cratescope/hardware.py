@@ -1,8 +1,10 @@
-"""Which device and which number format to compute with, chosen once and said aloud."""
+"""Which device, number format and processes compute, and how fast the hardware is at its best."""
 
 from __future__ import annotations
 
 import ctypes
+import os
+import time
 from typing import TYPE_CHECKING
 
 from cratescope.run import UserError
@@ -54,3 +56,31 @@ def keep_freed_memory() -> None:
     mallopt(mmap_max, 0)
     mallopt(trim_threshold, 2**31 - 1)
     mallopt(top_pad, 2**28)
+
+
+def processes() -> int:
+    """How many processes train one model together, as torchrun and accelerate say in the environment."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def rank(local: bool = False) -> int:
+    """This process's number among them, or among those of its machine; number 0 writes files and speaks."""
+    return int(os.environ.get("LOCAL_RANK" if local else "RANK", "0"))
+
+
+def gemm_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """The fastest matrix product of this process, in FLOP/s: the best of a third of a second on large squares."""
+    import torch
+
+    n = 8192 if device.type == "cuda" else 1024
+    own = torch.Generator(device).manual_seed(0)  # the caller's random state is left as it was
+    left, right = (torch.randn(n, n, device=device, generator=own).to(dtype) for _ in range(2))
+    out = torch.empty_like(left)
+    seconds: list[float] = []
+    while len(seconds) < 3 or sum(seconds) < 1 / 3:
+        start = time.perf_counter()
+        torch.mm(left, right, out=out)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return 2 * n**3 / min(seconds)

@@ -24,6 +24,14 @@ class UserError(Exception):
     """Something the user can mend. The message is one line: what is wrong, where, and the fix (exit code 2)."""
 
 
+class Stopped(KeyboardInterrupt):
+    """A signal asked for the end and what was done is saved; the exit code is 128 and the signal's number."""
+
+    def __init__(self, message: str, signal: int) -> None:
+        super().__init__(message)
+        self.code = 128 + signal
+
+
 def first_line(error: BaseException) -> str:
     """What another library says of a failure, cut to one line."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__).strip()
@@ -151,7 +159,9 @@ class Run:
 
     @property
     def name(self) -> str:
-        return self.root.resolve().name
+        """The folder's name; of a milestone also that of its run, since all runs call theirs alike."""
+        root = self.root.resolve()
+        return f"{root.parents[1].name}-{root.name}" if root.parent.name == "milestones" else root.name
 
     @property
     def manifest(self) -> Path:
@@ -167,9 +177,13 @@ class Run:
     def checkpoints(self) -> Path:
         return self.root / "checkpoints"
 
+    def milestone(self, step: int) -> Run:
+        """The run as it was after `step`: a run directory of its own, never rotated away."""
+        return Run(self.root / "milestones" / f"step-{step:06d}")
+
     @property
     def metrics(self) -> Path:
-        """One JSON line a logged step: step, tokens, loss, learning_rate, or validation_loss."""
+        """One JSON line a logged step: step, tokens, loss, learning_rate, speed; or step, tokens, validation_loss."""
         return self.root / "metrics.jsonl"
 
     @property

@@ -59,8 +59,9 @@ def study(config: settings.StudyConfig) -> Path:
         train(options("train", own, out=run, data=data))
         result = evaluate(options("evaluate", run=run))
         margin = result["unigram_entropy"] - result["loss"]
+        error = "-" if result["standard_error"] is None else f"{result['standard_error']:.3f}"
         say(
-            f"  {result['split']} loss {result['loss']:.3f} +- {result['standard_error']:.3f} nats a token, "
+            f"  {result['split']} loss {result['loss']:.3f} +- {error} nats a token, "
             f"{margin:.3f} below the unigram entropy of {result['unigram_entropy']:.3f}"
         )
         collect(options("collect", run=run))
@@ -147,6 +148,8 @@ def parse_options(kind: type[settings.Config], options: dict[str, Any], where: s
             values = [str(part) for pair in value.items() for part in pair]
         if name in ("source", "run", "runs") or (name == "out" and kind is settings.TrainConfig):
             positional += values
+        elif isinstance(value, bool):
+            arguments.append(f"--{'' if value else 'no-'}{name.replace('_', '-')}")
         else:
             arguments += [f"--{name.replace('_', '-')}", *values]
     said = io.StringIO()

@@ -1,18 +1,22 @@
 """Text to token shards (`prepare`), and reading them (`TokenData`).
 
-Reading is cheap and is repeated after a kill; encoding is dear and is kept, block by block, in a hidden work folder.
-The finished shards are assembled from the blocks, so they hold the same bytes however often the work was interrupted.
+One process reads and cuts the text into blocks, several encode them into a hidden work folder. A block also says how
+far the reading had come, so a kill loses only the blocks under way. The finished shards are assembled from the blocks,
+so they hold the same bytes however often the work was interrupted.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import os
 import re
 import shutil
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -20,23 +24,23 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int64
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, track
 from transformers import PreTrainedTokenizerFast
 
 from cratescope.config import PrepareConfig
+from cratescope.lm.blocks import REMEMBERED, SPLITS, Block, Encoder, Past, block_path, open_workers, write_block
 from cratescope.lm.sources import Source, open_sources
-from cratescope.lm.tokenizer import encode, load_tokenizer, train_bpe, vocabulary_size
-from cratescope.run import UserError, atomic_path, claim, read_json, sha256, versions, write_json
+from cratescope.lm.tokenizer import load_tokenizer, train_bpe, vocabulary_size
+from cratescope.run import UserError, atomic_path, claim, first_line, read_json, sha256, versions, write_json
 
-SPLITS = ("train", "validation", "heldout")
 BLOCK_BYTES = 8_000_000
-"""Text in one unit of work: a kill loses at most the encoding of one."""
-BATCH = 256
-"""Documents encoded at once, on all cores."""
+"""Text in one unit of work: a kill loses at most the encoding of those under way."""
+PROCESS_BYTES = 10_000_000
+"""Text for which another process is worth its start."""
 BPE_BYTES = 6_000_000
 """Text that `bpe:N` is trained on."""
-REMEMBERED = 20_000_000
-"""Documents whose hashes are kept to find duplicates; about 100 bytes of memory each."""
+NPY_HEADER = 128
+"""Bytes in front of the values in a file of one row written by numpy."""
 _COLUMNS = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
 _SURROGATES = re.compile("[\ud800-\udfff]")
 
@@ -57,6 +61,10 @@ class TokenSplit:
     @property
     def n_tokens(self) -> int:
         return int(self.starts[-1])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A memmap pickles as all it holds; a worker process is sent the name of the file and opens it."""
+        return _reopen, (self.name, tuple(getattr(shard, "filename", shard) for shard in self.shards), self.n_bytes)
 
     def window(self, start: int, length: int) -> Int64[np.ndarray, " length"]:
         """`length` tokens from position `start` on, across shards. Raises IndexError past the end."""
@@ -89,19 +97,25 @@ class TokenSplit:
         return np.stack([self.window(index * self.n_tokens // n, length) for index in range(n)])
 
 
+def _reopen(name: str, shards: tuple[Any, ...], n_bytes: int) -> TokenSplit:
+    opened = (shard if isinstance(shard, np.ndarray) else np.load(shard, mmap_mode="r") for shard in shards)
+    return TokenSplit(name, tuple(opened), n_bytes)
+
+
 @dataclass(frozen=True)
 class TokenData:
-    """A data folder made by `prepare`."""
+    """A data folder made by `prepare`. verify: compare shards with their SHA-256 (one of several processes does)."""
 
     path: Path
     manifest: dict[str, Any]
+    verify: bool = True
 
     @classmethod
     def open(cls, path: Path | str, verify: bool = True) -> TokenData:
-        """Open a finished data folder; `verify` compares every shard with its SHA-256.
+        """Open a finished data folder, of which it looks at the manifest and at the sizes of the shards.
 
         Raises:
-            UserError: no finished data folder, or a shard is missing or damaged.
+            UserError: no finished data folder, or a shard is missing or has another size.
         """
         path = Path(path)
         if not (path / "manifest.json").exists():
@@ -109,13 +123,14 @@ class TokenData:
         manifest = read_json(path / "manifest.json")
         if "splits" not in manifest:
             raise UserError(f"{path}: not finished; run the same `cratescope prepare` again")
+        width = np.dtype(manifest["dtype"]).itemsize
         for shard in (shard for split in manifest["splits"].values() for shard in split["shards"]):
             file = path / shard["file"]
             if not file.exists():
                 raise UserError(f"{file}: no such file; run the same `cratescope prepare` again")
-            if verify and sha256(file) != shard["sha256"]:
-                raise UserError(f"{file}: damaged (SHA-256 differs); delete it and run the same `cratescope prepare`")
-        return cls(path, manifest)
+            if file.stat().st_size != NPY_HEADER + width * shard["tokens"]:
+                raise _damaged(file, "its size differs")
+        return cls(path, manifest, verify)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerFast:
@@ -131,29 +146,55 @@ class TokenData:
         return self.manifest["tokenizer"]["eos_id"]
 
     def split(self, name: str) -> TokenSplit:
-        """One of train, validation and heldout."""
+        """One of train, validation and heldout; its shards are compared with their SHA-256 the first time.
+
+        Raises:
+            UserError: no such split, or a shard is damaged.
+        """
         if name not in self.manifest["splits"]:
             raise UserError(f"split {name}: not in {self.path}, which has {', '.join(self.manifest['splits'])}")
         entry = self.manifest["splits"][name]
+        if self.verify:
+            _verify(self.path, entry["shards"])
         shards = []
         for shard in entry["shards"]:
             try:
                 shards.append(np.load(self.path / shard["file"], mmap_mode="r", allow_pickle=False))
-            except (OSError, ValueError) as error:
-                raise UserError(
-                    f"{self.path / shard['file']}: damaged; delete it and run `cratescope prepare`"
-                ) from error
-            if shards[-1].shape != (shard["tokens"],):
-                raise UserError(f"{self.path / shard['file']}: damaged; delete it and run `cratescope prepare`")
+            except OSError as error:
+                raise UserError(f"{self.path / shard['file']}: cannot be opened ({first_line(error)})") from error
         return TokenSplit(name, tuple(shards), entry["bytes"])
 
 
-@dataclass
-class Tally:
-    """What became of the documents: a counter for each source, and one for each split (documents, bytes)."""
+def _damaged(file: Path, why: str) -> UserError:
+    return UserError(f"{file}: damaged ({why}); delete it and run the same `cratescope prepare`")
 
-    sources: list[Counter[str]] = field(default_factory=list)
-    splits: dict[str, Counter[str]] = field(default_factory=lambda: {name: Counter() for name in SPLITS})
+
+def _seal(folder: Path, shard: dict[str, Any]) -> list[Any]:
+    """What holds as long as nobody touches a shard whose SHA-256 was right."""
+    stat = (folder / shard["file"]).stat()
+    return [shard["sha256"], stat.st_size, stat.st_mtime_ns]
+
+
+def _verify(folder: Path, shards: Sequence[dict[str, Any]]) -> None:
+    """Compare shards with their SHA-256, unless that was done since they were written (`.verified.json`).
+
+    Raises:
+        UserError: a shard differs.
+    """
+    path, seals = folder / ".verified.json", {}
+    with contextlib.suppress(UserError):
+        seals = read_json(path)
+    new = [shard for shard in shards if seals.get(shard["file"]) != _seal(folder, shard)]
+    if not new:
+        return
+    try:
+        for shard in track(new, f"checking {folder}", console=Console(stderr=True), transient=True):
+            if sha256(folder / shard["file"]) != shard["sha256"]:
+                raise _damaged(folder / shard["file"], "SHA-256 differs")
+            seals[shard["file"]] = _seal(folder, shard)
+    finally:
+        with contextlib.suppress(OSError):  # a folder that cannot be written to is checked every time
+            write_json(path, seals)
 
 
 def prepare(config: PrepareConfig, console: Console | None = None) -> TokenData:
@@ -169,26 +210,37 @@ def prepare(config: PrepareConfig, console: Console | None = None) -> TokenData:
     for name in ("tokenizer", "max_megabytes", "validation", "heldout", "shard_tokens", "seed"):
         identity[name] = getattr(config, name)
     if _finished(config.out, identity):
-        return TokenData.open(config.out)
+        return _opened(config.out)
     fractions = _fractions(sources, config.max_megabytes)
     tokenizer = _tokenizer(config, sources, fractions, report)
-    tally = Tally()
-    paths = _encode_blocks(_blocks(sources, fractions, config, tally), config.out / ".work", tokenizer, console)
+    work = config.out / ".work"
+    past = Past.load(work)
+    encoder = Encoder(tokenizer.backend_tokenizer, tokenizer.eos_token_id, _dtype(tokenizer))
+    _encode_blocks(_blocks(config, sources, fractions, past), past, work, encoder, _n_workers(config, sources), console)
     manifest: dict[str, Any] = {
         "tokenizer": {"spec": config.tokenizer, "vocab_size": len(tokenizer), "eos_id": tokenizer.eos_token_id},
-        "dtype": _dtype(tokenizer).name,
+        "dtype": encoder.dtype.name,
         "seed": config.seed,
         "identity": identity,
-        "sources": [_row(source, counter) for source, counter in zip(sources, tally.sources, strict=True)],
-        "splits": {name: _write_split(config, name, tally.splits[name], paths) for name in SPLITS},
+        "sources": [_row(source, number, past.tally) for number, source in enumerate(sources)],
+        "splits": {name: _write_split(config, name, past) for name in SPLITS},
         "versions": versions(),
     }
+    shards = [shard for split in manifest["splits"].values() for shard in split["shards"]]
+    write_json(config.out / ".verified.json", {shard["file"]: _seal(config.out, shard) for shard in shards})
     write_json(config.out / "manifest.json", manifest)
-    shutil.rmtree(config.out / ".work")
+    shutil.rmtree(work)
     for row in manifest["sources"]:
         if row["invalid_utf8"]:
             report(f"warning: {row['origin']}: {row['invalid_utf8']} documents had invalid UTF-8, now U+FFFD")
-    return TokenData.open(config.out)
+    return _opened(config.out)
+
+
+def _opened(out: Path) -> TokenData:
+    data = TokenData.open(out)
+    for name in SPLITS:
+        data.split(name)
+    return data
 
 
 def _check(config: PrepareConfig) -> None:
@@ -258,15 +310,21 @@ def _tokenizer(
 
 def _sample(sources: Sequence[Source], fractions: Sequence[float], config: PrepareConfig) -> Iterator[str]:
     """The first training documents of every source, about BPE_BYTES in all."""
-    sizes = [fraction * (source.size or BPE_BYTES) for source, fraction in zip(sources, fractions, strict=True)]
+    unknown = min(BPE_BYTES, (config.max_megabytes or BPE_BYTES) * 1e6)
+    sizes = [fraction * (source.size or unknown) for source, fraction in zip(sources, fractions, strict=True)]
     for source, fraction, size, share in zip(sources, fractions, sizes, shares(sizes, BPE_BYTES), strict=True):
-        left = size * share if share < 1 else float("inf")
-        for split, text, n_bytes in _chosen(source, fraction, config, set(), Counter()):
+        # A small source is read to its end, whatever its size was thought to be.
+        left = size * share if share < 1 or source.size is None else float("inf")
+        seen: set[int] = set()
+        for text in source.documents():
             if left <= 0:
                 break
-            if split == "train":
-                yield text
-                left -= n_bytes
+            document = _choose(text, fraction, config, seen)
+            if isinstance(document, Document):
+                seen.add(document.name)
+                if document.split == "train":
+                    yield document.text
+                    left -= document.n_bytes
 
 
 def _draw(text: bytes, seed: int) -> tuple[int, float, float]:
@@ -276,28 +334,37 @@ def _draw(text: bytes, seed: int) -> tuple[int, float, float]:
     return name, place / 2**64, chance / 2**64
 
 
-def _chosen(
-    source: Source, fraction: float, config: PrepareConfig, seen: set[int], tally: Counter[str]
-) -> Iterator[tuple[str, str, int]]:
-    """(split, text, bytes) of the source's documents but empty ones, duplicates and those past the wanted fraction."""
-    limit = config.max_megabytes * 1e6 if config.max_megabytes and source.size is None else float("inf")
-    for text in source.documents():
-        if tally["bytes"] >= limit:
-            return
-        encoded, invalid = _utf8(text)
-        if not text.strip():
-            tally["empty"] += 1
-            continue
-        name, place, chance = _draw(encoded, config.seed)
-        if chance >= fraction or name in seen:
-            tally["duplicate" if name in seen else "not_taken"] += 1
-            continue
-        if len(seen) < REMEMBERED:
-            seen.add(name)
-        tally.update(documents=1, bytes=len(encoded), invalid_utf8=int(invalid))
-        in_validation, in_heldout = place < config.validation, place < config.validation + config.heldout
-        split = "validation" if in_validation else "heldout" if in_heldout else "train"
-        yield split, encoded.decode("utf-8") if invalid else text, len(encoded)
+@dataclass(frozen=True)
+class Document:
+    """A document that is taken. name: a hash of its text. invalid: characters that have no UTF-8 were replaced."""
+
+    split: str
+    text: str
+    name: int
+    n_bytes: int
+    invalid: bool
+
+    def counts(self, source: int) -> dict[str, int]:
+        """What it adds to the tally, as a document of that source."""
+        of_source = {"documents": 1, "bytes": self.n_bytes, "invalid_utf8": int(self.invalid)}
+        of_split = {"documents": 1, "bytes": self.n_bytes}
+        rows = ((source, of_source), (self.split, of_split))
+        return {f"{owner} {name}": count for owner, row in rows for name, count in row.items()}
+
+
+def _choose(text: str, fraction: float, config: PrepareConfig, seen: set[int]) -> Document | str:
+    """The text as a document, or why it is not taken: it is empty, a duplicate, or past the wanted fraction."""
+    if not text.strip():
+        return "empty"
+    encoded, invalid = _utf8(text)
+    name, place, chance = _draw(encoded, config.seed)
+    if name in seen:
+        return "duplicate"
+    if chance >= fraction:
+        return "not_taken"
+    in_validation, in_heldout = place < config.validation, place < config.validation + config.heldout
+    split = "validation" if in_validation else "heldout" if in_heldout else "train"
+    return Document(split, encoded.decode("utf-8") if invalid else text, name, len(encoded), invalid)
 
 
 def _utf8(text: str) -> tuple[bytes, bool]:
@@ -309,103 +376,107 @@ def _utf8(text: str) -> tuple[bytes, bool]:
 
 
 def _blocks(
-    sources: Sequence[Source], fractions: Sequence[float], config: PrepareConfig, tally: Tally
-) -> Iterator[list[tuple[str, str]]]:
-    """(split, text) of all documents in blocks of about BLOCK_BYTES; the same blocks every time."""
-    seen: set[int] = set()
-    block: list[tuple[str, str]] = []
-    size = 0
-    for source, fraction in zip(sources, fractions, strict=True):
-        tally.sources.append(Counter())
-        for split, text, n_bytes in _chosen(source, fraction, config, seen, tally.sources[-1]):
-            tally.splits[split].update(documents=1, bytes=n_bytes)
-            block.append((split, text))
-            size += n_bytes
-            if size >= BLOCK_BYTES:
+    config: PrepareConfig, sources: Sequence[Source], fractions: Sequence[float], past: Past
+) -> Iterator[Block]:
+    """The blocks after `past`, of about BLOCK_BYTES of text each; the same ones every time. Adds them to `past`."""
+    if past.source is None:
+        return
+    limit = config.max_megabytes * 1e6 if config.max_megabytes and sources[0].size is None else float("inf")
+    block = Block(past.blocks)
+    for number in range(past.source, len(sources)):
+        documents = sources[number].documents(past.position if number == past.source else None)
+        for text in documents:
+            if past.tally[f"{number} bytes"] >= limit:
+                break
+            _add(block, past, number, _choose(text, fractions[number], config, past.seen))
+            if block.n_bytes >= BLOCK_BYTES:
+                block.source, block.position = number, documents.position
                 yield block
-                block, size = [], 0
+                block = Block(block.number + 1)
     # Before the last block is encoded: for a small source, a mistake is then found before there is any work to lose.
-    _check_splits(config, tally)
-    if block:
-        yield block
+    _check_splits(config, past.tally)
+    yield block
 
 
-def _check_splits(config: PrepareConfig, tally: Tally) -> None:
-    documents = sum(counter["documents"] for counter in tally.splits.values())
+def _add(block: Block, past: Past, source: int, document: Document | str) -> None:
+    """Count a document, or the reason why there is none, and put it into the block."""
+    counts = {f"{source} {document}": 1} if isinstance(document, str) else document.counts(source)
+    for tally in (block.tally, past.tally):
+        tally.update(counts)
+    if isinstance(document, Document):
+        block.documents.append((document.split, document.text))
+        block.names.append(document.name)
+        block.n_bytes += document.n_bytes
+        if len(past.seen) < REMEMBERED:
+            past.seen.add(document.name)
+
+
+def _check_splits(config: PrepareConfig, tally: Counter[str]) -> None:
+    documents = sum(tally[f"{name} documents"] for name in SPLITS)
     if not documents:
-        empty = sum(counter["empty"] for counter in tally.sources)
+        empty = sum(count for name, count in tally.items() if name.endswith(" empty"))
         raise UserError(f"{config.source}: has no text ({empty} empty documents); give a source with documents")
-    for name, counter in tally.splits.items():
-        if not counter["documents"]:
+    for name in SPLITS:
+        if not tally[f"{name} documents"]:
             fix = "smaller --validation and --heldout" if name == "train" else f"a larger --{name}"
             raise UserError(
                 f"split {name} is empty: none of {documents} documents fell into it; give more text or {fix}"
             )
 
 
+def _n_workers(config: PrepareConfig, sources: Sequence[Source]) -> int:
+    """Processes to encode in: one a core, if there is text enough for their start."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    known = sum(source.size if source.size is not None else float("inf") for source in sources)
+    return int(max(1, min(cores, known // PROCESS_BYTES, (config.max_megabytes or known) * 1e6 // PROCESS_BYTES)))
+
+
 def _encode_blocks(
-    blocks: Iterator[list[tuple[str, str]]], work: Path, tokenizer: PreTrainedTokenizerFast, console: Console
-) -> list[Path]:
-    """Encode every block to a file of `work` (an array for each split), unless it is there; read the next meanwhile.
+    blocks: Iterator[Block], past: Past, work: Path, encoder: Encoder, n_workers: int, console: Console
+) -> None:
+    """Encode blocks into files of `work`, several at once, while the next ones are read.
 
-    A file is named by its block's number and text, so a source that changed since a kill is encoded anew.
+    Raises:
+        UserError: a worker process was ended from outside.
     """
-    paths: list[Path] = []
-    with Progress(*_COLUMNS, console=console, transient=True) as progress, ThreadPoolExecutor(1) as encoder:
+    writing: deque[Future[None]] = deque()
+    with Progress(*_COLUMNS, console=console, transient=True) as progress, open_workers(encoder, n_workers) as pool:
         task = progress.add_task("reading", total=None)
-        encoding: Future[None] | None = None
-        for number, block in enumerate(blocks):
-            if encoding:
-                encoding.result()
-            progress.update(task, description=f"reading and encoding, {number * BLOCK_BYTES // 1_000_000:,} MB done")
-            paths.append(work / f"{number:05d}-{_digest(block)}.npz")
-            encoding = None if paths[-1].exists() else encoder.submit(_write_block, paths[-1], block, tokenizer)
-        if encoding:
-            encoding.result()
-    return paths
-
-
-def _digest(block: list[tuple[str, str]]) -> str:
-    digest = hashlib.blake2b(digest_size=8)
-    for split, text in block:
-        digest.update(f"{split}\0{text}\0".encode())
-    return digest.hexdigest()
-
-
-def _write_block(path: Path, block: list[tuple[str, str]], tokenizer: PreTrainedTokenizerFast) -> None:
-    with atomic_path(path) as temporary, open(temporary, "wb") as file:
-        np.savez(file, allow_pickle=False, **_encode_block(block, tokenizer))
-
-
-def _encode_block(block: list[tuple[str, str]], tokenizer: PreTrainedTokenizerFast) -> dict[str, np.ndarray]:
-    """The tokens of each split's documents one after the other, each followed by <eos>."""
-    parts: dict[str, list[np.ndarray]] = {name: [np.empty(0, _dtype(tokenizer))] for name in SPLITS}
-    for first in range(0, len(block), BATCH):
-        batch = block[first : first + BATCH]
-        for (split, _), ids in zip(batch, encode(tokenizer, [text for _, text in batch]), strict=True):
-            parts[split].append(np.array([*ids, tokenizer.eos_token_id], dtype=_dtype(tokenizer)))
-    return {name: np.concatenate(arrays) for name, arrays in parts.items()}
+        try:
+            for block in blocks:
+                writing.append(pool.submit(write_block, block_path(work, block.number), block))
+                past.blocks = block.number + 1
+                while len(writing) > n_workers:
+                    writing.popleft().result()
+                done = sum(past.tally[f"{name} bytes"] for name in SPLITS)
+                progress.update(task, description=f"reading and encoding, {done // 1_000_000:,} MB read")
+            for future in writing:
+                future.result()
+        except BrokenProcessPool as error:
+            raise UserError(
+                "a process that encoded text was ended (out of memory?); the same command goes on from there"
+            ) from error
 
 
 def _dtype(tokenizer: PreTrainedTokenizerFast) -> np.dtype:
     return np.dtype(np.uint16 if len(tokenizer) < 65536 else np.uint32)
 
 
-def _write_split(config: PrepareConfig, name: str, tally: Counter[str], paths: Sequence[Path]) -> dict[str, Any]:
+def _write_split(config: PrepareConfig, name: str, past: Past) -> dict[str, Any]:
     """Assemble one split's shards from the blocks; its row of the manifest."""
     rows: list[dict[str, Any]] = []
-    for number, shard in enumerate(reshape(_arrays(paths, name), config.shard_tokens)):
+    for number, shard in enumerate(reshape(_arrays(config.out / ".work", past.blocks, name), config.shard_tokens)):
         path = config.out / f"{name}-{number:05d}.npy"
         with atomic_path(path) as temporary, open(temporary, "wb") as file:
             np.save(file, shard, allow_pickle=False)
         rows.append({"file": path.name, "tokens": len(shard), "sha256": sha256(path)})
-    tokens = sum(row["tokens"] for row in rows)
-    return {"documents": tally["documents"], "tokens": tokens, "bytes": tally["bytes"], "shards": rows}
+    documents, n_bytes = (past.tally[f"{name} {what}"] for what in ("documents", "bytes"))
+    return {"documents": documents, "tokens": sum(row["tokens"] for row in rows), "bytes": n_bytes, "shards": rows}
 
 
-def _arrays(paths: Sequence[Path], name: str) -> Iterator[np.ndarray]:
-    for path in paths:
-        with np.load(path, allow_pickle=False) as block:
+def _arrays(work: Path, blocks: int, name: str) -> Iterator[np.ndarray]:
+    for number in range(blocks):
+        with np.load(block_path(work, number), allow_pickle=False) as block:
             yield block[name]
 
 
@@ -425,15 +496,19 @@ def reshape(arrays: Iterable[np.ndarray], length: int) -> Iterator[np.ndarray]:
         yield np.concatenate(held)
 
 
-def _row(source: Source, tally: Counter[str]) -> dict[str, Any]:
+def _row(source: Source, number: int, tally: Counter[str]) -> dict[str, Any]:
     """A source's row of the manifest."""
+
+    def count(name: str) -> int:
+        return tally[f"{number} {name}"]
+
     return {
         "name": source.name,
         "licence": source.licence,
         "origin": source.origin,
         "sha256": source.sha256(),
-        "documents": tally["documents"],
-        "bytes": tally["bytes"],
-        "skipped": {name: tally[name] for name in ("empty", "duplicate", "not_taken")},
-        "invalid_utf8": tally["invalid_utf8"],
+        "documents": count("documents"),
+        "bytes": count("bytes"),
+        "skipped": {name: count(name) for name in ("empty", "duplicate", "not_taken")},
+        "invalid_utf8": count("invalid_utf8"),
     }

@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,22 +21,66 @@ import pyarrow.parquet as pq
 import zstandard
 
 from cratescope.lm import offline
-from cratescope.run import UserError, sha256
+from cratescope.run import UserError, first_line, sha256
 
 SUFFIXES = (".txt", ".md", ".jsonl", ".jsonl.zst", ".parquet")
 FORMATS = ", ".join(SUFFIXES)
 BLOCK = 1 << 20
 
 
+class Documents:
+    """The documents of a file from number `position` on; `position` then counts those given."""
+
+    def __init__(self, read: Callable[[], Iterator[str]], position: int | None = None) -> None:
+        self.read, self.position = read, position or 0
+
+    def __iter__(self) -> Iterator[str]:
+        for text in islice(self.read(), self.position, None):
+            self.position += 1
+            yield text
+
+
+class HubDocuments:
+    """The rows of a streamed data set from `position` on, which is the library's own note of how far it has come."""
+
+    def __init__(self, name: str, rows: Any, position: dict[str, Any] | None = None) -> None:
+        self.name, self.rows = name, rows
+        if position:
+            rows.load_state_dict(position)
+
+    @property
+    def position(self) -> dict[str, Any]:
+        return self.rows.state_dict()
+
+    def __iter__(self) -> Iterator[str]:
+        try:
+            for row in self.rows:
+                if not isinstance(row.get("text"), str):
+                    columns = ", ".join(row)
+                    raise UserError(
+                        f"{self.name}: no `text` column of strings, only {columns}; use a data set with one"
+                    )
+                yield row["text"]
+        except UserError:
+            raise
+        except Exception as error:  # whatever the network and the many formats give rise to
+            reason = first_line(error)
+            raise UserError(f"{self.name}: reading stopped ({reason}); the same command goes on from there") from error
+
+
 @dataclass(frozen=True)
 class Source:
-    """One part or file of the text. size: its bytes of text (an estimate for compressed files), None when unknown."""
+    """One part or file of the text.
+
+    size: its bytes of text (an estimate for compressed files), None when unknown. documents: opens it, from a position
+    (the `position` of what it returned before, which is a JSON value) or from the beginning.
+    """
 
     name: str
     licence: str
     origin: str
     size: int | None
-    documents: Callable[[], Iterator[str]]
+    documents: Callable[..., Documents | HubDocuments]
     sha256: Callable[[], str | None]
 
 
@@ -49,7 +94,11 @@ def open_sources(source: str, report: Callable[[str], None]) -> tuple[dict[str, 
     if source == "offline":
         offline.fetch_all((name for part in offline.CORPUS for name in part.archives), report)
         sources = [
-            Source(part.name, part.licence, part.origin, part.size, part.documents, partial(str, part.sha256))
+            Source(
+                *(part.name, part.licence, part.origin, part.size),
+                documents=partial(Documents, part.documents),
+                sha256=partial(str, part.sha256),
+            )
             for part in offline.CORPUS
         ]
         listing = [part.sha256 for part in offline.CORPUS]
@@ -85,7 +134,8 @@ def _file_source(name: str, path: Path) -> Source:
         ".parquet": (read_parquet, 2),
     }[path.suffix.lower()]
     size = path.stat().st_size * expansion
-    return Source(name, "not stated", str(path), size, partial(read, path), partial(sha256, path))
+    documents = partial(Documents, partial(read, path))
+    return Source(name, "not stated", str(path), size, documents, partial(sha256, path))
 
 
 def read_text(path: Path) -> Iterator[str]:
@@ -173,14 +223,7 @@ def _hub(source: str) -> Source:
     try:
         rows = datasets.load_dataset(name, configuration or None, split="train", streaming=True)
     except Exception as error:  # the library raises many kinds, for the network, the name and the configuration
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise UserError(f"{missing}, and no data set of that name can be opened from the hub ({reason})") from error
     licence = (rows.info and rows.info.license) or "not stated"
-    return Source(source, licence, f"hub data set {source}", None, partial(_hub_documents, source, rows), lambda: None)
-
-
-def _hub_documents(source: str, rows: Iterable[dict[str, Any]]) -> Iterator[str]:
-    for row in rows:
-        if not isinstance(row.get("text"), str):
-            raise UserError(f"{source}: no `text` column of strings, only {', '.join(row)}; use a data set with one")
-        yield row["text"]
+    return Source(source, licence, f"hub data set {source}", None, partial(HubDocuments, source, rows), lambda: None)

@@ -1,31 +1,36 @@
-"""Training on transformers' Trainer with the paper's recipe (section 3), resumable to the last whole checkpoint."""
+"""Training on transformers' Trainer with the paper's recipe (section 3), in any number of processes, never lost."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import gc
+import importlib.util
 import json
-import math
 import os
-import shutil
+import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from jaxtyping import Int
+from accelerate.utils import broadcast_object_list
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch.utils.data import Dataset
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 
 from cratescope.config import TrainConfig
-from cratescope.hardware import pick_device, pick_dtype
-from cratescope.lm.data import TokenData, TokenSplit
-from cratescope.lm.evaluate import crop_losses, mean_loss
+from cratescope.hardware import pick_device, pick_dtype, processes, rank
+from cratescope.lm.checkpoints import last_whole_checkpoint, step_of
+from cratescope.lm.crops import PackedCrops, RandomCrops, open_crops
+from cratescope.lm.data import TokenData
+from cratescope.lm.loss import fuse
+from cratescope.lm.trainer import Watch, WatchedTrainer, milestone_steps
+from cratescope.models.convert import load_folder
 from cratescope.models.presets import build, count_parameters, preset_config
 from cratescope.run import (
     Run,
+    Stopped,
     UserError,
     atomic_folder,
     claim,
@@ -36,34 +41,21 @@ from cratescope.run import (
     write_text,
 )
 
-WHOLE = "whole.json"
-"""Written last into a checkpoint: the sizes of its files. A checkpoint without it was cut short."""
-NOT_IDENTITY = ("budget", "out", "data", "device", "dtype", "keep", "micro_batch", "log_every", "save_every")
+NOT_IDENTITY = (
+    *("budget", "out", "data", "device", "dtype", "keep", "micro_batch", "log_every", "save_every"),
+    *("milestones", "workers", "report_to"),
+)
 """Settings that may change between a run and its resumption."""
-
-
-class RandomCrops(Dataset):
-    """Uniformly random crops; crop i depends on (seed, i) alone, so any worker and any resumed run reads the same."""
-
-    def __init__(self, split: TokenSplit, context: int, seed: int, length: int) -> None:
-        if split.n_tokens < context:
-            raise UserError(f"the train split has {split.n_tokens} tokens, fewer than one crop of {context}")
-        self.split, self.context, self.seed, self.length = split, context, seed, length
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __getitem__(self, index: int) -> dict[str, Int[np.ndarray, " t"]]:
-        start = np.random.default_rng([self.seed, index]).integers(0, self.split.n_tokens - self.context + 1)
-        tokens = self.split.window(int(start), self.context)
-        return {"input_ids": tokens, "labels": tokens}
 
 
 def train(config: TrainConfig) -> Run:
     """Train one model and write the run directory; finished work is skipped.
 
+    Started by torchrun or `accelerate launch`, all processes call this together; number 0 writes the files.
+
     Raises:
-        UserError: settings that do not fit together, or a run directory of another model.
+        UserError: settings that do not fit together, a run directory of another model, or a loss that is no number.
+        Stopped: SIGTERM or SIGINT came; the step in work was finished and a checkpoint written.
     """
     run = Run(config.out)
     data = TokenData.open(config.data)
@@ -73,16 +65,24 @@ def train(config: TrainConfig) -> Run:
     started = time.monotonic()
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
-    _check(config, data)
+    _check(config, data, device)
     model_config = preset_config(config.preset, data.vocab_size, config.context, data.eos_id, config.crate)
     # Only now: a refused command must not claim the folder for its mistake.
-    claim(run.root, _identity(config, data))
+    if rank() == 0:
+        claim(run.root, _identity(config, data))
     model = build(model_config, config.seed)
-    console = Console(stderr=True)
-    console.print(f"{run.name}: {config.preset}, {count_parameters(model):,} parameters, {device.type}, {dtype}")
+    publish = functools.partial(_publish, config, data, started)
+    say = Console(stderr=True, soft_wrap=True, quiet=rank() > 0).print
+    together = f" x {processes()} processes" if processes() > 1 else ""
+    say(f"{run.name}: {config.preset}, {count_parameters(model):,} parameters, {device.type}{together}, {dtype}")
     if config.steps:
-        _fit(config, run, model, data, device, bf16=dtype == torch.bfloat16)
-    _finish(config, run, model, data, time.monotonic() - started)
+        number, step = _fit(config, run, model, data, _arguments(config, run, device, dtype), publish)
+        _leave_group()
+        if number:
+            what = f"{run.root}: stopped by {signal.Signals(number).name} after step {step}, which is saved"
+            raise Stopped(f"{what}; the same command goes on from there", number)
+    elif rank() == 0:
+        publish(0, model)
     return run
 
 
@@ -92,64 +92,103 @@ def _identity(config: TrainConfig, data: TokenData) -> dict[str, Any]:
 
 
 def _fit(
-    config: TrainConfig, run: Run, model: PreTrainedModel, data: TokenData, device: torch.device, bf16: bool
-) -> None:
-    log = _Log(config, run, data.split("validation"))
-    trainer = Trainer(
-        model=model,
-        args=_arguments(config, run, device, bf16),
+    config: TrainConfig,
+    run: Run,
+    model: PreTrainedModel,
+    data: TokenData,
+    arguments: TrainingArguments,
+    publish: Callable[[int, PreTrainedModel], None],
+) -> tuple[int, int]:
+    """Train from the newest whole checkpoint on, and publish the run at the end; the signal that came, and the step."""
+    watch = Watch(config, run, publish)
+    validation = data.split("validation")
+    n_crops = max(1, min(config.validation_crops, validation.n_tokens // config.context))
+    trainer = WatchedTrainer(
+        watch,
+        validation.spaced(n_crops, config.context),
+        model=fuse(model),
+        args=arguments,
         train_dataset=_crops(config, data),
-        callbacks=[log],
     )
-    for unwanted in (c for c in list(trainer.callback_handler.callbacks) if type(c).__name__ == "PrinterCallback"):
-        trainer.remove_callback(unwanted)
+    last = _resume(run, milestone_steps(config)) if rank() == 0 else None
+    (last,) = broadcast_object_list([last])
+    watch.last = last
+    with watch.watching():
+        trainer.train(resume_from_checkpoint=str(last) if last else None)
+    if trainer.state.global_step == config.steps and rank() == 0:
+        publish(config.steps, load_folder(run.checkpoints / f"checkpoint-{config.steps}"))
+    return watch.signal or watch.asked, trainer.state.global_step
+
+
+def _leave_group() -> None:
+    """Part from the other processes, when process 0 has written everything."""
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        # DDP has to go before its group: the last to go waits for the group's threads, and DDP does so holding the
+        # lock that they need.
+        gc.collect()
+        torch.distributed.destroy_process_group()
+
+
+def _resume(run: Run, milestones: set[int]) -> Path | None:
+    """The checkpoint to go on from, if any; the log is cut back to it."""
     last = last_whole_checkpoint(run.checkpoints)
-    step = int(last.name.rpartition("-")[2]) if last else 0
+    step = step_of(last) if last else 0
     rows = [row for row in read_jsonl(run.metrics) if row["step"] <= step]
     write_text(run.metrics, "".join(json.dumps(row) + "\n" for row in rows))
-    try:
-        trainer.train(resume_from_checkpoint=str(last) if last else None)
-    finally:
-        log.progress.stop()
+    for missed in sorted(m for m in milestones if m <= step and not run.milestone(m).manifest.exists()):
+        Console(stderr=True).print(f"[yellow]milestone {missed} is not kept: training is at step {step} already")
+    return last
 
 
-def _crops(config: TrainConfig, data: TokenData) -> RandomCrops:
+def _crops(config: TrainConfig, data: TokenData) -> RandomCrops | PackedCrops:
     length = config.steps * config.batch_tokens // config.context
-    return RandomCrops(data.split("train"), config.context, config.seed, length)
+    return open_crops(config.sampling, data.split("train"), config.context, config.seed, length)
 
 
-def _check(config: TrainConfig, data: TokenData) -> None:
+def _check(config: TrainConfig, data: TokenData, device: torch.device) -> None:
     """Refuse settings that do not fit together before anything is written.
 
     Raises:
-        UserError: too little text; batch_tokens is no multiple of what one forward pass reads; a checkpoint would fall
-            between two lines of the log (whose loss is a mean since the line before); several processes.
+        UserError: too little text; batch_tokens is no multiple of what one forward pass of all processes reads; a
+            checkpoint would fall between two lines of the log; a package or several processes are missing.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("training in several processes is not supported yet; start one process")
-    a_pass = config.micro_batch * config.context
+    a_pass = config.micro_batch * config.context * processes()
     if config.batch_tokens % a_pass:
         raise UserError(
-            f"batch_tokens = {config.batch_tokens} is no multiple of micro_batch x context = "
-            f"{config.micro_batch} x {config.context} = {a_pass}; change one of them"
+            f"batch_tokens = {config.batch_tokens} is no multiple of micro_batch x context x processes = "
+            f"{config.micro_batch} x {config.context} x {processes()} = {a_pass}; change one of them"
         )
-    if config.steps < 0 or config.learning_rate <= 0:
-        raise UserError(f"steps = {config.steps}, learning_rate = {config.learning_rate}: give numbers above 0")
+    if config.steps < 0 or config.learning_rate <= 0 or config.workers < 0:
+        raise UserError(
+            f"steps = {config.steps}, learning_rate = {config.learning_rate}, workers = {config.workers}: "
+            "give numbers above 0"
+        )
     for name in ("save_every", "validate_every"):
         if getattr(config, name) % config.log_every:
             raise UserError(f"{name} = {getattr(config, name)} is no multiple of log_every = {config.log_every}")
     if config.keep < 2:
-        raise UserError(f"keep = {config.keep}: at least 2, so that one whole checkpoint is left while one is written")
+        raise UserError(f"keep = {config.keep}: at least 2, so that one is left when the newest is damaged")
+    for fraction in config.milestones:
+        if not 0 < fraction <= 1:
+            raise UserError(f"milestones: {fraction} is no fraction of the steps; give numbers from 0 to 1")
+    for name in config.report_to:
+        if importlib.util.find_spec(name) is None:
+            raise UserError(f"report_to {name}: the package is not installed; run `pip install {name}` or leave it out")
+    if config.fsdp and (processes() == 1 or device.type == "cpu"):
+        raise UserError("fsdp shards over several GPUs; start it with `torchrun --nproc-per-node N -m cratescope ...`")
     _crops(config, data)
     data.split("validation").spaced(1, config.context)
 
 
-def _arguments(config: TrainConfig, run: Run, device: torch.device, bf16: bool) -> TrainingArguments:
+def _arguments(config: TrainConfig, run: Run, device: torch.device, dtype: torch.dtype) -> TrainingArguments:
     arguments = TrainingArguments(
         output_dir=str(run.checkpoints),
+        run_name=run.name,
         max_steps=config.steps,
         per_device_train_batch_size=config.micro_batch,
-        gradient_accumulation_steps=config.batch_tokens // (config.micro_batch * config.context),
+        gradient_accumulation_steps=config.batch_tokens // (config.micro_batch * config.context * processes()),
+        optim="adamw_torch_fused",
         learning_rate=config.learning_rate,
         lr_scheduler_type="cosine_with_min_lr",
         lr_scheduler_kwargs={"min_lr_rate": config.min_learning_rate / config.learning_rate},
@@ -158,18 +197,22 @@ def _arguments(config: TrainConfig, run: Run, device: torch.device, bf16: bool) 
         adam_beta1=config.adam_betas[0],
         adam_beta2=config.adam_betas[1],
         max_grad_norm=config.clip,
-        bf16=bf16,
+        bf16=dtype == torch.bfloat16,
         use_cpu=device.type == "cpu",
+        ddp_find_unused_parameters=False,
+        # Blocks are wrapped one by one: both models name theirs in _no_split_modules.
+        fsdp=config.fsdp or None,  # type: ignore[arg-type]  # annotated for its old form, a string
         seed=config.seed,
-        # The crops are random already; reading them in order is what makes a resumed run read the same ones.
+        # The crops are random already; reading them in order is what makes a resumed run read the same ones, and
+        # handing micro-batches to the processes in turn what makes them read those that one process would.
         train_sampling_strategy="sequential",
         remove_unused_columns=False,
+        dataloader_num_workers=config.workers,
         dataloader_pin_memory=device.type == "cuda",
         logging_steps=config.log_every,
         logging_nan_inf_filter=False,
         save_steps=config.save_every,
-        save_total_limit=config.keep,
-        report_to=[],
+        report_to=list(config.report_to),
         disable_tqdm=True,
         label_names=["labels"],
     )
@@ -178,73 +221,18 @@ def _arguments(config: TrainConfig, run: Run, device: torch.device, bf16: bool) 
     return arguments
 
 
-class _Log(TrainerCallback):
-    """Progress bar, metrics.jsonl, validation loss, and the mark of a whole checkpoint."""
+def _publish(config: TrainConfig, data: TokenData, started: float, step: int, model: PreTrainedModel) -> None:
+    """Write what later stages read: the run's own directory after the last step, else that of a milestone.
 
-    def __init__(self, config: TrainConfig, run: Run, validation: TokenSplit) -> None:
-        self.config, self.run = config, run
-        wanted = min(config.validation_crops, validation.n_tokens // config.context)
-        self.crops = validation.spaced(max(wanted, 1), config.context)
-        columns = (TextColumn("train {task.fields[name]}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        loss = TextColumn("loss {task.fields[loss]}")
-        self.progress = Progress(*columns, loss, console=Console(stderr=True), transient=True)
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        if state.is_world_process_zero:
-            self.progress.start()
-            self.task = self.progress.add_task(
-                "", name=self.run.name, total=state.max_steps, completed=state.global_step, loss="-"
-            )
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if state.is_world_process_zero and logs and "loss" in logs:
-            self._append(state, {key: logs[key] for key in ("loss", "learning_rate", "grad_norm")})
-            self.progress.update(self.task, loss=f"{logs['loss']:.3f}")
-
-    def on_step_end(self, args, state, control, model=None, **kwargs):
-        if not state.is_world_process_zero:
-            return
-        self.progress.update(self.task, completed=state.global_step)
-        every = self.config.validate_every
-        if (every and state.global_step % every == 0) or state.global_step == state.max_steps:
-            loss = mean_loss(crop_losses(model, self.crops, self.config.micro_batch), self.config.context)
-            self._append(state, {"validation_loss": loss.mean, "validation_standard_error": loss.standard_error})
-
-    def on_save(self, args, state, control, **kwargs):
-        if state.is_world_process_zero:
-            folder = self.run.checkpoints / f"checkpoint-{state.global_step}"
-            write_json(folder / WHOLE, {file.name: file.stat().st_size for file in sorted(folder.iterdir())})
-
-    def on_train_end(self, args, state, control, **kwargs):
-        self.progress.stop()
-
-    def _append(self, state, values: dict[str, float | None]) -> None:
-        row = {"step": state.global_step, "tokens": state.global_step * self.config.batch_tokens}
-        row |= {name: value if value is not None and math.isfinite(value) else None for name, value in values.items()}
-        with open(self.run.metrics, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-
-
-def last_whole_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint all of whose files have the size they had when it was finished; others are removed."""
-    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
-    for path in found:
-        try:
-            sizes = json.loads((path / WHOLE).read_text())
-            if all((path / name).stat().st_size == size for name, size in sizes.items()):
-                return path
-        except (FileNotFoundError, json.JSONDecodeError):
-            pass
-        Console(stderr=True, soft_wrap=True).print(f"[yellow]{path} was cut short; using the checkpoint before it")
-        shutil.rmtree(path)
-    return None
-
-
-def _finish(config: TrainConfig, run: Run, model: PreTrainedModel, data: TokenData, seconds: float) -> None:
-    """Write the model with its tokenizer, then run.json, which says that training is done."""
+    run.json comes last: it says that the directory is complete.
+    """
+    whole = Run(config.out)
+    run = whole if step == config.steps else whole.milestone(step)
     with atomic_folder(run.model) as folder:
         model.save_pretrained(folder)
         data.tokenizer.save_pretrained(folder)
+    if run is not whole:
+        write_text(run.metrics, whole.metrics.read_text())
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(config).items()}
     write_json(
         run.manifest,
@@ -259,8 +247,8 @@ def _finish(config: TrainConfig, run: Run, model: PreTrainedModel, data: TokenDa
             "n_neurons": 4 * model.config.n_embd if config.preset.startswith("gpt2") else model.config.n_atoms,
             "vocab_size": data.vocab_size,
             "context": config.context,
-            "steps": config.steps,
-            "tokens_trained": config.steps * config.batch_tokens,
+            "steps": step,
+            "tokens_trained": step * config.batch_tokens,
             "data": {
                 # From the run's folder, so that a study can be moved as a whole.
                 "path": os.path.relpath(data.path, run.root),
@@ -268,6 +256,6 @@ def _finish(config: TrainConfig, run: Run, model: PreTrainedModel, data: TokenDa
             },
             "settings": settings,
             "versions": versions(),
-            "seconds": round(seconds, 1),
+            "seconds": round(time.monotonic() - started, 1),
         },
     )

@@ -1,0 +1,98 @@
+"""Tasks of lm-eval (EleutherAI's language model evaluation harness), its own or local YAML ones, on our models."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from cratescope.run import UserError, first_line
+
+
+def identity(folder: Path | None) -> str | None:
+    """SHA-256 of what is in a task folder: names alone do not tell local tasks apart."""
+    if folder is None:
+        return None
+    if not folder.is_dir():
+        raise UserError(f"--task-folder {folder}: no such folder; give one with YAML files of tasks")
+    digest = hashlib.sha256()
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        digest.update(f"{file.relative_to(folder).as_posix()}\0".encode() + file.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def open_tasks(names: Sequence[str], folder: Path | None) -> Any:
+    """lm-eval's TaskManager, which knows every task of `names`.
+
+    Raises:
+        UserError: lm-eval is not installed, or has no task, group or tag of that name.
+    """
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise UserError("--tasks needs lm-eval: pip install 'cratescope[eval]'") from error
+    if folder:
+        # Without the thousands of YAML files of lm-eval's own tasks, which take half a minute to read.
+        manager = TaskManager(include_path=str(folder), include_defaults=False)
+        if set(names) <= set(manager.all_subtasks):
+            return manager
+    manager = TaskManager(include_path=str(folder) if folder else None)
+    for name in names:
+        if name not in manager.all_tasks:
+            fix = f"a YAML file of {folder}" if folder else "`lm-eval ls tasks`, or give --task-folder"
+            raise UserError(f"--tasks {name}: lm-eval has no such task; see {fix}")
+    return manager
+
+
+def run_tasks(
+    manager: Any, names: Sequence[str], model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, batch_size: int
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """One by one, the name and what lm-eval says of it: metrics with standard errors, versions and sample counts.
+
+    Raises:
+        UserError: the data of a task cannot be had.
+    """
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+
+    wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    for name in names:
+        try:
+            manager.load([name])
+        except Exception as error:  # the data library raises many kinds, for the network and for wrong YAML
+            raise UserError(
+                f"--tasks {name}: its data cannot be read ({first_line(error)}); "
+                "a YAML file of --task-folder can name local files"
+            ) from error
+        with contextlib.redirect_stdout(sys.stderr):  # it prints what it is doing; stdout is for results
+            found = lm_eval.simple_evaluate(wrapped, tasks=[name], task_manager=manager, log_samples=False)
+        yield (
+            name,
+            {
+                "lm_eval": lm_eval.__version__,
+                "task_versions": found["versions"],
+                "n_samples": {task: count["effective"] for task, count in found["n-samples"].items()},
+                "results": {task: metrics(row) for task, row in found["results"].items()},
+            },
+        )
+
+
+def metrics(row: dict[str, Any]) -> dict[str, dict[str, float | None]]:
+    """lm-eval's `acc,none` and `acc_stderr,none` as one entry, `acc`; other filters stay in the name."""
+    found = {}
+    for key, value in row.items():
+        name, comma, kind = key.partition(",")
+        if comma and not name.endswith("_stderr"):
+            label = name if kind == "none" else key
+            found[label] = {"value": _number(value), "standard_error": _number(row.get(f"{name}_stderr,{kind}"))}
+    return found
+
+
+def _number(value: Any) -> float | None:
+    """A finite number, or None: lm-eval writes N/A where it has no standard error."""
+    return float(value) if isinstance(value, int | float) and abs(value) < float("inf") else None

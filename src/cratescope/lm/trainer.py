@@ -1,0 +1,192 @@
+"""transformers' Trainer, watched: exact losses, speed, validation, signals, and checkpoints that can be trusted."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import gather, reduce, wait_for_everyone
+from jaxtyping import Int
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainerState
+
+from cratescope.config import TrainConfig
+from cratescope.hardware import gemm_peak, processes, rank
+from cratescope.lm.checkpoints import mark_whole, rotate
+from cratescope.lm.evaluate import crop_losses, mean_loss
+from cratescope.models.convert import load_folder
+from cratescope.models.presets import flops_per_token
+from cratescope.run import Run, UserError
+
+
+class Watch(TrainerCallback):
+    """Sees every step: stops at a signal or a loss that is no number, writes metrics.jsonl, marks checkpoints whole.
+
+    Args:
+        publish: called with the step and model of a milestone, by process 0, before its checkpoint is marked.
+    """
+
+    def __init__(self, config: TrainConfig, run: Run, publish: Callable[[int, PreTrainedModel], None]) -> None:
+        self.config, self.run, self.publish = config, run, publish
+        self.milestones = milestone_steps(config)
+        self.last: Path | None = None
+        self.signal = 0
+        self.asked = 0
+        self.step_loss: torch.Tensor | float = 0.0
+        self.seconds, self.timed_steps = 0.0, 0
+        self.progress = Progress(
+            TextColumn(f"train {run.name}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("loss {task.fields[loss]} {task.fields[speed]}"),
+            console=Console(stderr=True),
+            transient=True,
+            disable=rank() > 0,
+            speed_estimate_period=3600,  # a step of the paper takes minutes on a small machine
+        )
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Show progress, and let the first SIGTERM or SIGINT ask for an end instead of being one."""
+        main = threading.current_thread() is threading.main_thread()  # signals are handled nowhere else
+        before = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT) if main}
+        try:
+            with self.progress:
+                yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: Any) -> None:
+        if number == signal.SIGINT and self.asked == number:
+            raise KeyboardInterrupt  # twice: do not wait for the step
+        self.asked = number
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        peak = gemm_peak(args.device, torch.bfloat16 if args.bf16 else torch.float32)
+        # Every process measures at the same time, so cores and memory are shared as they will be in training.
+        self.peak = float(reduce(torch.tensor(peak, device=args.device), "sum"))
+        self.flops = flops_per_token(model.config, self.config.context)
+        self.task = self.progress.add_task("", total=state.max_steps, completed=state.global_step, loss="-", speed="")
+        self.clock = time.monotonic()
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        """Every process learns the loss and the signals of all, so that all stop after the same step or none does."""
+        asked = [self.asked == signal.SIGTERM, self.asked == signal.SIGINT]
+        told = torch.tensor([float(self.step_loss), *asked], dtype=torch.float64, device=args.device)
+        loss, terminate, interrupt = reduce(told, "sum").tolist()
+        loss /= args.world_size
+        self.step_loss = 0.0
+        self.signal = signal.SIGTERM if terminate else signal.SIGINT if interrupt else 0
+        norm: Any = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+        norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        if not math.isfinite(loss) or not math.isfinite(norm):
+            raise UserError(self._not_a_number(state.global_step, loss))
+        # The state is in every checkpoint: a run resumed between two lines of the log writes the mean it would have.
+        state.log_history.append({"step_loss": loss})
+        self.progress.update(self.task, loss=f"{loss:.3f}")
+
+    def _not_a_number(self, step: int, loss: float) -> str:
+        crops = self.config.batch_tokens // self.config.context
+        what = f"the loss is {loss}," if not math.isfinite(loss) else f"the loss is {loss:.3f} but its gradient is"
+        return (
+            f"{self.run.root}: step {step + 1} (crops {step * crops} to {(step + 1) * crops - 1}): {what} not a finite "
+            f"number; the last good checkpoint is {self.last or 'none yet'}; train in another run directory with a "
+            f"lower learning rate than {self.config.learning_rate:g}"
+        )
+
+    def on_step_end(self, args, state, control, **kwargs):
+        step, every = state.global_step, self.config.validate_every
+        self.seconds, self.timed_steps = self.seconds + time.monotonic() - self.clock, self.timed_steps + 1
+        self.clock = time.monotonic()
+        self.progress.update(self.task, completed=step)
+        control.should_evaluate = bool(every and step % every == 0) or step == state.max_steps
+        if step in self.milestones or self.signal:
+            control.should_save = True
+        if self.signal:
+            control.should_training_stop = True
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not (logs.keys() & {"loss", "validation_loss"}):
+            return
+        state.log_history.clear()  # metrics.jsonl has it
+        if "loss" in logs:
+            speed, share = logs["tokens_per_second"], logs["utilisation"]
+            self.progress.update(self.task, speed=f"{speed:,.0f} tokens/s, {share:.0%} of peak")
+        if state.is_world_process_zero:
+            row: dict[str, Any] = {"step": state.global_step, "tokens": state.global_step * self.config.batch_tokens}
+            row |= {name: value for name, value in logs.items() if name != "epoch"}
+            row |= {name: None for name, value in row.items() if not math.isfinite(value)}
+            with open(self.run.metrics, "a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        self.clock = time.monotonic()
+
+    def on_save(self, args, state, control, **kwargs):
+        checkpoint = self.run.checkpoints / f"checkpoint-{state.global_step}"
+        wait_for_everyone()  # each process writes its own random state
+        if state.is_world_process_zero:
+            if state.global_step in self.milestones:
+                self.publish(state.global_step, load_folder(checkpoint))
+            mark_whole(checkpoint)
+            rotate(self.run.checkpoints, self.config.keep)
+        self.last = checkpoint
+        self.clock = time.monotonic()
+
+    def means(self, state: TrainerState) -> dict[str, float]:
+        """Loss (nats), tokens a second and FLOP utilisation since the line of the log before this one."""
+        losses = [row["step_loss"] for row in state.log_history if "step_loss" in row]
+        speed = self.timed_steps * self.config.batch_tokens / self.seconds
+        self.seconds, self.timed_steps = 0.0, 0
+        return {
+            "loss": math.fsum(losses) / len(losses),
+            "tokens_per_second": round(speed, 1),
+            "utilisation": round(speed * self.flops / self.peak, 4),
+        }
+
+
+class WatchedTrainer(Trainer):
+    """The library's training loop with our loss in its log, and our validation."""
+
+    def __init__(self, watch: Watch, validation: Int[np.ndarray, "n t"], **kwargs: Any) -> None:
+        super().__init__(**kwargs, callbacks=[watch])
+        self.remove_callback(PrinterCallback)
+        self.watch, self.validation = watch, validation
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = super().training_step(*args, **kwargs)
+        self.watch.step_loss = self.watch.step_loss + loss
+        return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        super().log(logs | self.watch.means(self.state) if "loss" in logs else logs, start_time)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Validation loss; each process reads an equal share of the crops, some twice where they do not divide."""
+        model: Any = self.model
+        if hasattr(model, "unshard"):
+            model.unshard()  # FSDP: the losses are read from parts of the model
+        share = -(-len(self.validation) // processes())
+        mine = self.validation.take(range(rank() * share, (rank() + 1) * share), axis=0, mode="wrap")
+        losses = torch.from_numpy(crop_losses(model, mine, self.args.per_device_train_batch_size))
+        everyone = gather(losses.to(self.args.device)).cpu().numpy()[: len(self.validation)]
+        loss = mean_loss(everyone, self.watch.config.context)
+        found = {"validation_loss": loss.mean, "validation_standard_error": loss.standard_error or math.nan}
+        self.log(found)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
+        return found
+
+
+def milestone_steps(config: TrainConfig) -> set[int]:
+    """The steps after which the model is kept; the last is the run itself."""
+    return {max(1, round(fraction * config.steps)) for fraction in config.milestones} - {config.steps}
