@@ -8,7 +8,7 @@ TORCH ?= torch==2.13.0
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test slow check lint help
+.PHONY: demo test slow bench check lint help
 
 help: ## this list
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -33,6 +33,11 @@ test: $(VENV)/installed-dev ## the tests
 slow: $(VENV)/installed-dev ## the slow tests: lm-eval on our models
 	$(PIP) -c constraints.txt -e '.[eval]'
 	$(BIN)/python -m pytest -m slow
+
+bench: $(VENV)/installed ## speed and memory, side by side: training, collecting, preparing (about an hour)
+	$(BIN)/python benchmarks/train.py
+	$(BIN)/python benchmarks/collect.py
+	$(BIN)/python benchmarks/prepare.py
 
 lint: $(VENV)/installed-dev ## style and types
 	$(BIN)/ruff check .

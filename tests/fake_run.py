@@ -16,11 +16,14 @@ from cratescope.neurons.records import (
     PROTOCOLS,
     ActivationRecord,
     Explanation,
+    Histogram,
     Moments,
     NeuronId,
     NeuronRecord,
     Score,
     Simulation,
+    Stratum,
+    TokenMean,
     layer_file,
     write_explanation,
     write_records,
@@ -151,7 +154,22 @@ def _record(neuron: NeuronId, fake: Fake, random: np.random.Generator) -> Neuron
     maximum = float(top[0].activations.max())
     moments = Moments(10_000, float(everything.mean()), float(everything.var()), None, None, maximum)
     dead = neuron.index in fake.dead
-    return NeuronRecord(neuron, () if dead else tuple(top), chosen, moments, float((everything > 0).mean()))
+    count, edges = np.histogram(everything, 20, (0, max(maximum, 1)))
+    edges = edges.astype(float)
+    strata = [window(20 + place, 0.1 * place) for place in range(5)]
+    bounds = [0.0, 0.0, 0.5, 1.0, 2.0, maximum]
+    means = [TokenMean(int(token), 2.0 - place, 10) for place, token in enumerate(wanted[:3])]
+    return NeuronRecord(
+        neuron,
+        () if dead else tuple(top),
+        chosen,
+        moments,
+        float((everything > 0).mean()),
+        by_quantile=tuple(Stratum(*bounds[place : place + 2], (one,)) for place, one in enumerate(strata)),
+        histogram=Histogram(edges[:-1][count > 0], edges[1:][count > 0], count[count > 0]),
+        top_tokens=tuple(means),
+        bottom_tokens=tuple(means[::-1]),
+    )
 
 
 def _explain_and_score(run: Run, fake: Fake, record: NeuronRecord, random: np.random.Generator) -> list[Score]:

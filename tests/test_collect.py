@@ -1,22 +1,30 @@
-"""The streaming pass agrees with brute force, never crosses an excerpt, and resumes."""
+"""The pass over a model's text: its records, parts, workers, resuming, and what it refuses."""
 
 from __future__ import annotations
 
 import dataclasses
+import errno
+import shutil
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
 
 import numpy as np
 import pandas
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from tokenizers import Tokenizer, models
+from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from cratescope.config import CollectConfig
 from cratescope.lm.data import TokenData
+from cratescope.models.presets import build
 from cratescope.neurons import collect as module
-from cratescope.neurons.collect import LayerStatistics, Plan, collect
-from cratescope.neurons.records import PROTOCOLS, NeuronId, layer_file, read_records
-from cratescope.neurons.sites import Intervention, Site, intervene, site_named
+from cratescope.neurons.collect import collect
+from cratescope.neurons.records import NeuronId, layer_file, read_records
+from cratescope.neurons.shards import load_tensors
+from cratescope.neurons.sites import Intervention, Site, intervene, read_site, site_named
 from cratescope.run import UserError
 
 SMALL = {
@@ -27,117 +35,9 @@ SMALL = {
     "random": 6,
     "part": 16,
     "batch_size": 4,
+    "tokens": 50,
     "device": "cpu",
 }
-
-
-def statistics_of(activations, config, parts):
-    """Stream (n, t, h) activations in `parts` merged parts and return the neurons' records."""
-    n, t, h = activations.shape
-    plan = Plan.of(config, 0, h, t)
-    total = LayerStatistics(plan, h)
-    for part in np.array_split(np.arange(n), parts):
-        one = LayerStatistics(plan, h)
-        for batch in np.array_split(part, 2):
-            if len(batch):
-                one.update(torch.from_numpy(activations[batch]), int(batch[0]))
-        total.merge(one.state())
-    tokens = np.arange(n * t).reshape(n, t)
-    return total.records("m", "s", 0, tokens)
-
-
-def configuration(tmp_path, excerpts, **changes):
-    return CollectConfig(tmp_path, **(SMALL | {"excerpts": excerpts} | changes))
-
-
-@settings(deadline=None, max_examples=40)
-@given(
-    seed=st.integers(0, 10_000),
-    n=st.integers(1, 12),
-    t=st.integers(2, 20),
-    parts=st.integers(1, 4),
-    levels=st.sampled_from([2, 4, 1000]),
-)
-def test_streaming_statistics_equal_brute_force_also_with_ties_and_dead_and_constant_neurons(
-    seed, n, t, parts, levels, tmp_path_factory
-):
-    rng = np.random.default_rng(seed)
-    activations = np.maximum(rng.integers(-levels, levels, size=(n, t, 4)) / levels, 0).astype(np.float32)
-    activations[..., 2] = 0
-    activations[..., 3] = 0.5
-    config = configuration(tmp_path_factory.getbasetemp(), n)
-    for h, record in enumerate(statistics_of(activations, config, parts)):
-        a = activations[..., h].astype(np.float64)
-        moments = record.moments
-        assert moments.n_tokens == a.size
-        assert moments.mean == pytest.approx(a.mean())
-        assert moments.variance == pytest.approx(a.var(), abs=1e-12)
-        assert moments.maximum == a.max()
-        assert record.density == pytest.approx((a != 0).mean())
-        if a.var() > 1e-9:
-            central = a - a.mean()
-            assert moments.skewness == pytest.approx((central**3).mean() / a.var() ** 1.5, abs=1e-6)
-            assert moments.kurtosis == pytest.approx((central**4).mean() / a.var() ** 2, rel=1e-6)
-        else:
-            assert moments.skewness is None and moments.kurtosis is None
-        best = sorted((-a[e].max(), e, int(a[e].argmax())) for e in range(n))[: config.top]
-        wanted = [(e, position) for value, e, position in best if value < 0]
-        assert [(r.excerpt, r.start + r.peak) for r in record.top] == wanted
-    assert record.moments.skewness is None
-    assert statistics_of(activations, config, 1)[2].dead
-
-
-@settings(deadline=None, max_examples=40)
-@given(seed=st.integers(0, 10_000), n=st.integers(1, 30), t=st.integers(2, 40), window=st.integers(1, 50))
-def test_windows_never_cross_an_excerpt_and_never_overlap(seed, n, t, window, tmp_path_factory):
-    rng = np.random.default_rng(seed)
-    activations = rng.normal(size=(n, t, 2)).astype(np.float32)
-    config = configuration(tmp_path_factory.getbasetemp(), n, window=window)
-    for h, record in enumerate(statistics_of(activations, config, 2)):
-        windows = record.top + record.random
-        for one in windows:
-            assert one.start >= 0 and one.start + len(one.tokens) <= t and len(one.tokens) == min(window, t)
-            assert 0 <= one.peak < len(one.tokens)
-            where = slice(one.start, one.start + len(one.tokens))
-            assert np.array_equal(one.tokens, np.arange(n * t).reshape(n, t)[one.excerpt, where])
-            assert np.array_equal(one.activations, activations[one.excerpt, where, h])
-        tokens = np.concatenate([one.tokens for one in windows]) if windows else np.array([])
-        assert len(tokens) == len(set(tokens.tolist()))
-
-
-@settings(deadline=None, max_examples=20)
-@given(seed=st.integers(0, 10_000), protocol=st.sampled_from(sorted(PROTOCOLS)))
-def test_no_token_both_explains_and_scores_a_neuron(seed, protocol, tmp_path_factory):
-    activations = np.random.default_rng(seed).random((30, 16, 2), dtype=np.float32)
-    record = statistics_of(activations, configuration(tmp_path_factory.getbasetemp(), 30, top=12), 3)[0]
-    explain = {int(t) for one in PROTOCOLS[protocol].explain_records(record) for t in one.tokens}
-    scoring = {int(t) for one in PROTOCOLS[protocol].score_records(record) for t in one.tokens}
-    assert explain and scoring and not explain & scoring
-
-
-def test_how_the_excerpts_are_split_into_parts_and_batches_changes_nothing(tmp_path):
-    activations = np.random.default_rng(0).random((40, 24, 8), dtype=np.float32)
-    config = configuration(tmp_path, 40)
-    one, many = statistics_of(activations, config, 1), statistics_of(activations, config, 7)
-    for a, b in zip(one, many, strict=True):
-        assert [r.key for r in a.top + a.random] == [r.key for r in b.top + b.random]
-        assert a.moments.mean == pytest.approx(b.moments.mean, rel=1e-12)
-
-
-def test_random_windows_are_uniform_over_the_text(tmp_path):
-    activations = np.zeros((50, 20, 400), dtype=np.float32)
-    records = statistics_of(activations, configuration(tmp_path, 50, window=1, random=10), 2)
-    positions = np.array([r.excerpt * 20 + r.start for record in records for r in record.random])
-    counts = np.histogram(positions, bins=10, range=(0, 1000))[0]
-    assert len(positions) == 4000
-    assert ((counts - 400) ** 2 / 400).sum() < 27.9  # chi-squared with 9 degrees of freedom, p = 0.001
-
-
-def test_nan_is_refused_with_its_place(tmp_path):
-    activations = np.zeros((4, 5, 3), dtype=np.float32)
-    activations[2, 3, 1] = np.nan
-    with pytest.raises(UserError, match="neuron 1 is NaN at excerpt 2, token 3"):
-        statistics_of(activations, configuration(tmp_path, 4), 1)
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +53,7 @@ def test_records_hold_what_the_model_does_on_their_text(collected, runs_folder, 
     excerpts = TokenData.open(data_folder).split("heldout").spaced(SMALL["excerpts"], SMALL["context"])
     record = read_records(layer_file(collected[family], 0), [5])[5]
     assert record.neuron == NeuronId(family, {"crate": "codes", "gpt2": "mlp"}[family], 0, 5)
-    with torch.no_grad(), module.read_site(model, site_named("auto", model.config.model_type), [0]) as found:
+    with torch.no_grad(), read_site(model, site_named("auto", model.config.model_type), [0]) as found:
         model(torch.from_numpy(excerpts))
     for one in record.top[:3] + record.random:
         window = slice(one.start, one.start + len(one.tokens))
@@ -167,28 +67,134 @@ def test_records_read_in_pandas_in_one_line(collected):
     assert len(table) == 512 and {"layer", "index", "density", "top", "random"} <= set(table.columns)
 
 
-def test_a_kill_between_parts_loses_no_whole_part_and_changes_no_byte(runs_folder, tmp_path, monkeypatch, collected):
-    config = CollectConfig(runs_folder / "crate", site="transformer.h.{layer}.ista.first_codes", **SMALL)
-    whole = layer_file(collect(config), 0)
-    before = whole.read_bytes()
-    whole.unlink()
-    read_part, read = module._read_part, []
+@pytest.fixture
+def run_of_one(runs_folder, tmp_path):
+    """A copy of the CRATE run without its records."""
+    shutil.copytree(runs_folder / "crate", tmp_path / "crate", ignore=shutil.ignore_patterns("records"))
+    return tmp_path / "crate"
 
-    def killed_after_one(*arguments):
-        if read:
+
+def part_of(run, part):
+    return run / "records" / "codes" / ".parts" / "layer-00" / f"part-{part:05d}.safetensors"
+
+
+def read_parts(monkeypatch, stop_before=None):
+    """Note which parts are read from now on; one of them may end the process."""
+    read, read_part = [], module.Pass._read_part
+
+    def noting(self, part, statistics):
+        if part == stop_before:
             raise KeyboardInterrupt
-        read.append(arguments[-1])
-        return read_part(*arguments)
+        read.append(part)
+        read_part(self, part, statistics)
 
-    monkeypatch.setattr(module, "_read_part", killed_after_one)
-    with pytest.raises(KeyboardInterrupt):
-        collect(config)
-    part = whole.parent / ".parts" / "part-00000.safetensors"
-    assert part.exists()
-    monkeypatch.setattr(module, "_read_part", lambda *a: (read.append(a[-1]), read_part(*a))[1])
-    collect(config)
-    assert read == [0, 16, 32]
-    assert whole.read_bytes() == before and not part.exists()
+    monkeypatch.setattr(module.Pass, "_read_part", noting)
+    return read
+
+
+def test_a_kill_between_parts_loses_no_whole_part_and_changes_no_byte(run_of_one, data_folder, collected, monkeypatch):
+    config = CollectConfig(run_of_one, data=data_folder, **SMALL)
+    with monkeypatch.context() as patch:
+        read_parts(patch, stop_before=2)
+        with pytest.raises(KeyboardInterrupt):
+            collect(config)
+    part_of(run_of_one, 0).write_bytes(part_of(run_of_one, 0).read_bytes()[:-1] + b"?")
+    read = read_parts(monkeypatch)
+    folder = collect(config)
+    assert read == [0, 2]  # the damaged one and the one not read
+    assert layer_file(folder, 0).read_bytes() == layer_file(collected["crate"], 0).read_bytes()
+    assert not (folder / ".parts").exists()
+
+
+def test_killed_in_mid_part_a_run_resumes_to_the_same_bytes(run_of_one, data_folder, collected):
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()]
+    command = [sys.executable, "-m", "cratescope", "collect", str(run_of_one), f"--data={data_folder}", *options]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not part_of(run_of_one, 0).exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.002)
+    process.kill()
+    process.wait()
+    folder = collect(CollectConfig(run_of_one, data=data_folder, **SMALL))
+    assert layer_file(folder, 0).read_bytes() == layer_file(collected["crate"], 0).read_bytes()
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1)])
+def test_workers_write_what_one_would(run_of_one, data_folder, collected, order, capsys):
+    for worker in order:
+        folder = collect(CollectConfig(run_of_one, data=data_folder, worker=f"{worker}/3", **SMALL))
+    assert layer_file(folder, 0).read_bytes() == layer_file(collected["crate"], 0).read_bytes()
+    assert "worker 0: done" in capsys.readouterr().err
+
+
+def test_torchrun_names_the_workers(run_of_one, data_folder, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    read = read_parts(monkeypatch)
+    collect(CollectConfig(run_of_one, data=data_folder, **SMALL))
+    assert read == [1]
+
+
+def test_batches_change_nothing_but_rounding_and_layers_may_come_later(run_of_one, data_folder, collected):
+    changed = SMALL | {"batch_size": 7}
+    folder = collect(CollectConfig(run_of_one, data=data_folder, layers=(0,), **changed))
+    sample = range(0, 512, 73)
+    ours, theirs = (read_records(layer_file(f, 0), sample) for f in (folder, collected["crate"]))
+    for index in sample:
+        assert [w.key for w in ours[index].random] == [w.key for w in theirs[index].random]
+        assert ours[index].moments.mean == pytest.approx(theirs[index].moments.mean, rel=1e-5)
+
+
+def test_a_full_disk_says_what_is_kept(run_of_one, data_folder, monkeypatch):
+    save = module.save_tensors
+
+    def full(path, tensors):
+        if path.name == "part-00001.safetensors":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(path, tensors)
+
+    monkeypatch.setattr(module, "save_tensors", full)
+    with pytest.raises(UserError, match="disk full.* keeps 1 of 3 parts"):
+        collect(CollectConfig(run_of_one, data=data_folder, **SMALL))
+
+
+def test_the_dump_holds_every_non_zero_activation(run_of_one, data_folder, collected, monkeypatch):
+    folder = collect(CollectConfig(run_of_one, data=data_folder, dump=True, **SMALL))
+    parts = [load_tensors(folder / "dump" / "layer-00" / f"part-{part:05d}.safetensors") for part in range(3)]
+    joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    assert len(joined["counts"]) == 40 * 24 and joined["counts"].sum() == len(joined["values"])
+    for index, record in read_records(layer_file(folder, 0), range(0, 512, 73)).items():
+        values = joined["values"][joined["neurons"] == index]
+        assert len(values) == round(record.density * 960) and values.sum().item() / 960 == pytest.approx(
+            record.moments.mean, rel=1e-4, abs=1e-8
+        )
+    assert layer_file(folder, 0).read_bytes() == layer_file(collected["crate"], 0).read_bytes()
+
+
+def test_a_dump_too_large_for_the_disk_is_refused(run_of_one, data_folder, monkeypatch):
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda path: SimpleNamespace(free=9))
+    with pytest.raises(UserError, match=r"--dump needs about 0\.0 GB and .* has 0\.0 GB free"):
+        collect(CollectConfig(run_of_one, data=data_folder, dump=True, **SMALL))
+
+
+def test_a_model_trained_elsewhere_is_collected_and_kept_apart(data_folder, tmp_path):
+    shape = {"hidden_size": 16, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 2}
+    llama = LlamaConfig(vocab_size=384, max_position_embeddings=32, **shape)
+    build(llama, 0).save_pretrained(tmp_path / "llama")
+    TokenData.open(data_folder).tokenizer.save_pretrained(tmp_path / "llama")
+    config = CollectConfig(tmp_path / "run", model=str(tmp_path / "llama"), data=data_folder, **SMALL)
+    folder = collect(config)
+    assert folder == tmp_path / "run" / "records" / "mlp" and collect(config) == folder
+    record = read_records(layer_file(folder, 1), [39])[39]
+    assert record.neuron == NeuronId("run", "mlp", 1, 39) and len(record.top) == 6
+    with pytest.raises(UserError, match="is the run of another model"):
+        collect(dataclasses.replace(config, model="elsewhere"))
+    with pytest.raises(UserError, match="--model needs --data"):
+        collect(dataclasses.replace(config, data=None))
+    bpe = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, "a")), eos_token="a")
+    bpe.save_pretrained(tmp_path / "llama")
+    with pytest.raises(UserError, match="text of another tokenizer"):
+        collect(dataclasses.replace(config, run=tmp_path / "other"))
 
 
 @pytest.mark.parametrize(
@@ -199,6 +205,8 @@ def test_a_kill_between_parts_loses_no_whole_part_and_changes_no_byte(runs_folde
         ({"site": "transformer.h.{layer}.ln_2", "excerpts": 10_000_000}, "room for"),
         ({"site": "nonsense"}, "no site 'nonsense'"),
         ({"site": "transformer.h.{layer}.ista.cods"}, "nearest: transformer.h.0.ista.codes"),
+        ({"layers": (3,)}, "layer 3 is out of range"),
+        ({"worker": "2/2"}, "has to be i/n"),
         ({"top": 7}, "was made with top = 6, not 7"),
     ],
 )

@@ -22,7 +22,7 @@ def counting(n_tokens: int) -> TokenSplit:
 
 
 @given(st.integers(1, 700), st.integers(-3, 3), st.integers(0, 5))
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30)
 def test_shuffling_permutes(n, seed, epoch):
     assert sorted(shuffled(place, n, (seed, epoch)) for place in range(n)) == list(range(n))
 
@@ -40,7 +40,7 @@ def test_shuffling_has_no_order_left_in_it():
 
 
 @given(st.integers(1, 300), st.integers(1, 12), st.integers(0, 3))
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=20)
 def test_an_epoch_of_packed_windows_reads_every_window_once(n_tokens, context, seed):
     if n_tokens < context:
         return

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from cratescope.neurons.records import (
     ActivationRecord,
     Explanation,
+    Histogram,
     Moments,
     NeuronId,
     NeuronRecord,
     Protocol,
     Score,
     Simulation,
+    Stratum,
+    TokenMean,
     read_explanations,
     read_records,
     read_scores,
@@ -30,9 +35,9 @@ def record(excerpt, start, width=4):
     return ActivationRecord(np.arange(width), np.linspace(0, 1, width, dtype=np.float32), excerpt, start, 1)
 
 
-def neuron(index, top=(), random=(), density=0.5):
+def neuron(index, top=(), random=(), density=0.5, **more):
     moments = Moments(100, 0.1, 0.2, None, 3.0, 1.5)
-    return NeuronRecord(NeuronId("m", "codes", 0, index), tuple(top), tuple(random), moments, density)
+    return NeuronRecord(NeuronId("m", "codes", 0, index), tuple(top), tuple(random), moments, density, **more)
 
 
 def test_records_come_back_as_they_were_written(tmp_path):
@@ -46,6 +51,43 @@ def test_records_come_back_as_they_were_written(tmp_path):
     assert np.array_equal(back[3].top[0].activations, np.linspace(0, 1, 4, dtype=np.float32))
     assert back[1].dead and not back[3].dead
     assert list(read_records(path, [1])) == [1]
+
+
+def test_strata_histogram_and_token_means_come_back_as_they_were_written(tmp_path):
+    strata = (Stratum(0.0, 0.5, (record(0, 5),)), Stratum(0.5, 1.5, ()))
+    levels = (Stratum(0.1, 0.2, (record(1, 0, 2), record(2, 0, 2))),)
+    histogram = Histogram(np.array([-0.5, 0.0]), np.array([0.0, 0.25]), np.array([3, 97]))
+    tokens = (TokenMean(7, 0.5, 12), TokenMean(3, 0.25, 5))
+    full = neuron(0, by_quantile=strata, by_level=levels, histogram=histogram, top_tokens=tokens)
+    write_records(tmp_path / "layer-00.parquet", [full, neuron(1)])
+    back = read_records(tmp_path / "layer-00.parquet")
+    assert [(s.low, s.high, len(s.windows)) for s in back[0].by_quantile] == [(0.0, 0.5, 1), (0.5, 1.5, 0)]
+    assert [w.key for w in back[0].by_level[0].windows] == [(1, 0), (2, 0)] and back[0].by_rank == ()
+    assert back[0].histogram.count.tolist() == [3, 97] and back[0].histogram.low.tolist() == [-0.5, 0.0]
+    assert back[0].top_tokens == tokens and back[0].bottom_tokens == ()
+    assert back[1].by_quantile == () and back[1].histogram is None
+
+
+def test_raw_central_moments_are_the_standardised_ones_times_powers_of_the_deviation():
+    moments = Moments(10, 0.0, 4.0, 0.5, 3.0, 9.0)
+    assert (moments.third, moments.fourth) == (4.0, 48.0)
+    assert Moments(10, 0.0, 0.0, None, None, 0.0).third == 0.0
+
+
+@pytest.mark.parametrize(("peak", "start", "tokens"), [(32, 28, 8), (1, 0, 8), (62, 56, 8)])
+def test_a_short_window_is_cut_around_the_peak_and_inside_the_long_one(peak, start, tokens):
+    long = ActivationRecord(np.arange(64), np.arange(64, dtype=np.float32), 3, 100, peak)
+    short = long.cut(8)
+    assert len(short.tokens) == tokens and short.start == 100 + start
+    assert short.tokens[short.peak] == peak and short.excerpt == 3
+    assert len(short.cut(99).tokens) == 8
+
+
+def test_records_of_an_older_version_are_named(tmp_path):
+    path = tmp_path / "layer-00.parquet"
+    pq.write_table(pa.table({"index": [0], "top": [[]]}), path)
+    with pytest.raises(UserError, match="made by an older version"):
+        read_records(path)
 
 
 def test_a_damaged_records_file_is_named(tmp_path):

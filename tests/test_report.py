@@ -17,10 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cratescope.config import ReportConfig
-from cratescope.neurons.records import NeuronId, layer_file, read_records, read_scores
+from cratescope.neurons.records import Histogram, NeuronId, layer_file, read_records, read_scores
 from cratescope.report import tables
 from cratescope.report.figures import inline
-from cratescope.report.report import highlight, report, spread, visible
+from cratescope.report.report import highlight, report, spread
 from cratescope.report.tables import (
     PAPER_SCORES,
     caveats,
@@ -31,6 +31,8 @@ from cratescope.report.tables import (
     neuron_rows,
     number,
     score_rows,
+    sparkline,
+    visible,
 )
 from cratescope.run import Run, UserError, read_json, write_json
 from fake_run import Fake, fake_run, fake_tokenizer
@@ -103,6 +105,38 @@ def test_the_loss_table_has_the_curves_and_the_final_evaluation(written: Path) -
     kinds = [row["kind"] for row in rows if row["model"] == "crate"]
     assert (kinds.count("train"), kinds.count("validation"), kinds.count("final")) == (100, 10, 1)
     assert float(rows[kinds.index("final")]["unigram_entropy"]) == 6.61
+
+
+def test_the_activity_table_says_how_sparse_each_layer_is(runs: tuple[Path, Path], written: Path) -> None:
+    rows = {(row["model"], row["layer"]): row for row in rows_of(written / "activity.csv")}
+    assert len(rows) == 2 * 3
+    for path, site in zip(runs, ("codes", "mlp"), strict=True):
+        layers = []
+        for layer in range(2):
+            records = read_records(layer_file(Run(path).records(site), layer)).values()
+            row = rows[path.name, str(layer)]
+            layers.append(np.mean([record.density for record in records]))
+            assert float(row["active"]) == pytest.approx(layers[-1])
+            assert float(row["median_density"]) == pytest.approx(np.median([record.density for record in records]))
+            assert (row["n_dead"], row["n_neurons"]) == ("1", "6")
+        mean = rows[path.name, "mean"]
+        assert float(mean["active"]) == pytest.approx(np.mean(layers)) and mean["n_dead"] == "2"
+        page = plain_text((written / "report.html").read_text())
+        assert f"{100 * np.mean(layers):.1f} %2 dead" in page
+    as_json = json.loads((written / "scores.json").read_text())["activity"]
+    assert [row["active"] for row in as_json] == [float(row["active"]) for row in rows.values()]
+
+
+def histogram(low: list[float], high: list[float], count: list[int]) -> Histogram:
+    return Histogram(np.array(low), np.array(high), np.array(count))
+
+
+def test_bars_follow_the_logarithm_of_the_tokens_in_each_interval() -> None:
+    assert sparkline(histogram([0], [1], [8]), 1.0, 4) == "████"
+    assert sparkline(histogram([0, 3], [1, 4], [10**8, 1]), 4.0, 4) == "█  ▁"
+    assert sparkline(histogram([0, 0], [0, 2], [99, 1]), 2.0, 2) == "█▁"
+    assert sparkline(histogram([2], [2.5], [7]), 2.0, 3) == "█  "
+    assert sparkline(histogram([-np.inf, 1], [1, np.inf], [1, 9]), 3.0, 2).strip()
 
 
 def test_the_page_shows_the_numbers_times_100(runs: tuple[Path, Path], written: Path) -> None:
@@ -294,7 +328,7 @@ def test_two_sites_of_one_run_are_two_rows_with_one_loss_curve(runs: tuple[Path,
 
 def test_figures_follow_the_page_colours_and_have_no_address(written: Path) -> None:
     found = sorted((written / "figures").glob("*.svg"))
-    names = ["density", "histogram-random-only", "histogram-top-and-random", "layers", "loss"]
+    names = ["density", "histogram-density", "histogram-random-only", "histogram-top-and-random", "layers", "loss"]
     assert [path.stem for path in found] == names
     for path in found:
         assert "purl.org" not in path.read_text() and "dc:date" not in path.read_text()

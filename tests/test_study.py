@@ -109,7 +109,7 @@ def test_a_second_study_does_nothing_again(whole, plan):
 
 
 KILLS = (
-    "runs/crate/records/codes/.parts/part-00001.safetensors",
+    "runs/crate/records/codes/.parts/layer-00/part-00000.safetensors",
     "runs/gpt2/checkpoints/checkpoint-8/model.safetensors",
     "runs/crate/explanations/*/*/0/*.json",
     "runs/gpt2/simulations/*/*/*/0/*.json",

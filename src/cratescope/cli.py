@@ -86,6 +86,29 @@ def report(config: settings.ReportConfig) -> str:
     return str(report(config))
 
 
+def export(config: settings.ExportConfig) -> str:
+    from cratescope.neurons.exchange import export
+
+    return str(export(config))
+
+
+def import_(config: settings.ImportConfig) -> str:
+    from cratescope.neurons.exchange import import_records
+
+    return str(import_records(config))
+
+
+def show(config: settings.ShowConfig) -> str:
+    from rich.console import Console
+
+    from cratescope.report.card import neuron_card
+
+    console = Console()
+    with console.capture() as shown:
+        console.print(neuron_card(config))
+    return shown.get().rstrip("\n")
+
+
 def convert(config: settings.ConvertConfig) -> str:
     from cratescope.models.convert import convert
 
@@ -114,8 +137,11 @@ COMMANDS: dict[str, tuple[Callable[[Any], str], type]] = {
     "explain": (explain, settings.ExplainConfig),
     "simulate": (simulate, settings.SimulateConfig),
     "score": (score, settings.ScoreConfig),
+    "show": (show, settings.ShowConfig),
     "report": (report, settings.ReportConfig),
     "study": (study, settings.StudyConfig),
+    "export": (export, settings.ExportConfig),
+    "import": (import_, settings.ImportConfig),
     "convert": (convert, settings.ConvertConfig),
 }
 

@@ -191,6 +191,8 @@ class CollectConfig(_Positive):
 
     run: PositionalPath
     """Run directory with a trained model."""
+    model: str | None = None
+    """A causal language model trained elsewhere, folder or hub name: it is copied into the run directory first."""
     data: Path | None = None
     """Folder made by `cratescope prepare`; the run's own by default."""
     site: str = "auto"
@@ -292,6 +294,52 @@ class ScoreConfig:
     """Whose simulations: as given to `simulate`."""
     protocols: tuple[str, ...] = ("top-and-random", "random-only")
     """Which protocols to score."""
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Write neuron records in another tool's format: OpenAI's NeuronRecord JSON, or delphi's cache of activations."""
+
+    run: PositionalPath
+    """Run directory with neuron records."""
+    out: Path
+    """Folder to write."""
+    format: Literal["openai", "delphi"] = "openai"
+    """`openai`: one {layer}/{neuron}.json a neuron; `delphi`: all non-zero activations (needs `collect --dump`)."""
+    site: str = "auto"
+    """Site of the records, as given to `collect`."""
+    layers: tuple[int, ...] | None = None
+    """Layers to write; all by default."""
+    data: Path | None = None
+    """delphi: the folder of tokens given to `collect`; the run's own by default."""
+
+
+@dataclass(frozen=True)
+class ImportConfig:
+    """Read OpenAI NeuronRecord JSON made elsewhere into a run directory, to explain, simulate and score it here."""
+
+    source: PositionalPath
+    """Folder with one {layer}/{neuron}.json a neuron."""
+    out: Path
+    """Run directory to write; it has records and a tokenizer, and no model."""
+
+
+@dataclass(frozen=True)
+class ShowConfig:
+    """Print a card of one neuron: explanation, scores, moments, histogram, tokens and windows shaded by activation."""
+
+    run: PositionalPath
+    """Run directory with neuron records."""
+    layer: Annotated[int, tyro.conf.Positional]
+    """Its layer, from 0."""
+    neuron: Annotated[int, tyro.conf.Positional]
+    """Its index in the layer, from 0."""
+    site: str = "auto"
+    """Site of the records, as given to `collect`."""
+    explainer: str = "offline"
+    """Whose explanation: the --llm given to `explain`."""
+    simulator: Simulator = "list-pmi"
+    """Whose simulations the scores are of."""
 
 
 @dataclass(frozen=True)

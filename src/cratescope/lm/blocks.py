@@ -37,8 +37,7 @@ _OTHER = rf"[^!-~{_SPACE}]"
 _PIECES = re.compile(
     rf" ?[A-Za-z]++(?!{_OTHER})|'(?:[stmd]|re|ve|ll)| ?[!-/:-@\[-`{{-~]++(?!{_OTHER})| ?[0-9]++(?!{_OTHER})"
     rf"|[{_SPACE}]+(?=[{_SPACE}][!-~]|\Z)|[\t\n\r\f\v](?=[!-~])"
-    # U+180E was a space once.
-    rf"|(?s:.)+?(?:(?<=[^\s\u180e])(?=[{_SPACE}])|\Z)"
+    rf"|(?s:.)+?(?:(?<=\S)(?=[{_SPACE}])|\Z)"
 )
 _HAS_OTHER = re.compile(_OTHER)
 _BYTE_LEVEL_SPACES = str.maketrans({space: chr(256 + ord(space)) for space in " \t\n\r\f\v"})

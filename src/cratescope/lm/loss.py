@@ -17,7 +17,7 @@ from transformers.modeling_outputs import CausalLMOutput
 
 CHUNK = 512
 """Rows of logits held at once: memory is CHUNK x v numbers, time hardly depends on it."""
-TILE = 1024
+TILE = 512
 """Columns worked on at once: with CHUNK rows they fit the cache of a core, so exp and sums cost no memory traffic."""
 SAMPLE = 128
 """Columns whose largest logit is a row's first shift."""

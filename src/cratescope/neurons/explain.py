@@ -80,10 +80,14 @@ def find_site(run: Run, site: str) -> str:
 
 
 def records_identity(run: Run, site: str) -> dict[str, Any]:
-    """What every later stage says its neurons come from: the weights, and how the records were collected."""
+    """What every later stage says its neurons come from: the weights, and how the records were collected.
+
+    Imported records come without weights.
+    """
     manifest = run.records(site) / "manifest.json"
     collected = read_json(manifest)["identity"] if manifest.exists() else {}
-    return {"model_sha256": run.fingerprint(), "site": site, "records": collected}
+    weights = {} if "imported" in collected else {"model_sha256": run.fingerprint()}
+    return weights | {"site": site, "records": collected}
 
 
 def check_identity(folder: Path, wanted: dict[str, Any]) -> dict[str, Any]:
@@ -98,30 +102,46 @@ def neuron_order(seed: int, layer: int, n_neurons: int) -> Int[np.ndarray, " h"]
     return np.random.default_rng([seed, layer]).permutation(n_neurons)
 
 
-def layer_width(path: Path) -> int:
-    """Number of neurons of a layer's records. Raises UserError when the file is missing or damaged."""
+def draw_neurons(path: Path, seed: int, layer: int) -> list[int]:
+    """Every neuron of a layer's records in the order in which they are drawn.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
     try:
-        return pq.read_metadata(path).num_rows
+        known = pq.read_table(path, columns=["index"]).column("index").to_numpy()
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"{path}: cannot be read ({error}); delete it and run `cratescope collect`") from error
+    return known[neuron_order(seed, layer, len(known))].tolist()
+
+
+def record_files(folder: Path, layers: Sequence[int] | None = None) -> dict[int, Path]:
+    """The finished records of `layers`, or of every layer there is, by layer.
+
+    Raises:
+        UserError: the folder is not finished, or has no such layer.
+    """
+    if (folder / ".parts").exists():
+        raise UserError(f"{folder}: not finished; run the same `cratescope collect` again")
+    files = {int(path.stem.removeprefix("layer-")): path for path in sorted(folder.glob("layer-*.parquet"))}
+    for layer in layers or ():
+        if layer not in files:
+            known = ", ".join(map(str, files)) or "none"
+            raise UserError(f"--layers {layer}: no such layer; {folder} has layers {known}")
+    return {layer: files[layer] for layer in (sorted(files) if layers is None else layers)}
 
 
 def _samples(config: ExplainConfig, folder: Path) -> dict[int, list[int]]:
     """The neurons to explain in every layer, in the order they were drawn."""
-    if (folder / ".parts").exists():
-        raise UserError(f"{folder}: not finished; run the same `cratescope collect` again")
-    files = {int(path.stem.removeprefix("layer-")): path for path in sorted(folder.glob("layer-*.parquet"))}
     samples = {}
-    for layer in sorted(files) if config.layers is None else config.layers:
-        if layer not in files:
+    for layer, path in record_files(folder, config.layers).items():
+        drawn = draw_neurons(path, config.neuron_seed, layer)
+        wanted = len(drawn) if config.neurons is None else config.neurons
+        if not 1 <= wanted <= len(drawn):
             raise UserError(
-                f"--layers {layer}: no such layer; {folder} has layers {', '.join(map(str, files)) or 'none'}"
+                f"--neurons {wanted}: layer {layer} has {len(drawn)} neurons; give a number from 1 to {len(drawn)}"
             )
-        width = layer_width(files[layer])
-        wanted = width if config.neurons is None else config.neurons
-        if not 1 <= wanted <= width:
-            raise UserError(f"--neurons {wanted}: layer {layer} has {width} neurons; give a number from 1 to {width}")
-        samples[layer] = neuron_order(config.neuron_seed, layer, width)[:wanted].tolist()
+        samples[layer] = drawn[:wanted]
     return samples
 
 

@@ -48,6 +48,14 @@ class ActivationRecord:
         """(excerpt, start) names the window within the collected text."""
         return self.excerpt, self.start
 
+    def cut(self, width: int) -> ActivationRecord:
+        """The `width` tokens around the peak, half of them before it, moved inside this window."""
+        first = min(max(self.peak - width // 2, 0), max(len(self.tokens) - width, 0))
+        inside = slice(first, first + width)
+        return ActivationRecord(
+            self.tokens[inside], self.activations[inside], self.excerpt, self.start + first, self.peak - first
+        )
+
     def overlaps(self, other: ActivationRecord) -> bool:
         """Do the two windows share a token?"""
         return (
@@ -71,13 +79,60 @@ class Moments:
     kurtosis: float | None
     maximum: float
 
+    @property
+    def third(self) -> float:
+        """The third central moment, not standardised."""
+        return 0.0 if self.skewness is None else self.skewness * self.variance**1.5
+
+    @property
+    def fourth(self) -> float:
+        """The fourth central moment, not standardised."""
+        return 0.0 if self.kurtosis is None else self.kurtosis * self.variance**2
+
+
+@dataclass(frozen=True)
+class Stratum:
+    """Uniformly drawn windows of the tokens with an activation from `low` on, below `high`.
+
+    Bounds given by rank are lower edges of the histogram's bins, so up to a bin below the exact quantile; the last
+    upper bound, of rank or level, is the maximum itself.
+    """
+
+    low: float
+    high: float
+    windows: tuple[ActivationRecord, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Histogram:
+    """Exact numbers of tokens: `count` (n,) of them between `low` (n,) and `high` (n,), rising; empty bins left out."""
+
+    low: np.ndarray
+    high: np.ndarray
+    count: np.ndarray
+
+
+@dataclass(frozen=True)
+class TokenMean:
+    """Mean activation over all `count` occurrences of a token id."""
+
+    token: int
+    mean: float
+    count: int
+
 
 @dataclass(frozen=True)
 class NeuronRecord:
-    """What one neuron does on the collected text. No two windows of `top` and `random` together share a token.
+    """What one neuron does on the collected text.
 
     top: windows of the highest activations, highest first. random: windows of uniformly drawn positions.
     density: fraction of tokens with a non-zero activation.
+    by_quantile: five strata at the quantiles 0, .5, .9, .99, .999, 1 (OpenAI). by_rank: eleven between the ranks k/12,
+    k = 0..11 (Anthropic). by_level: eleven between the activations k/12 of the maximum, k = 1..12 (Bricken et al.).
+    top_tokens, bottom_tokens: token ids of the highest and the lowest mean activation.
+
+    No two windows of `top` and `random` together share a token, nor do those of a stratification share one with them
+    (cut to its width) or with each other.
     """
 
     neuron: NeuronId
@@ -85,6 +140,12 @@ class NeuronRecord:
     random: tuple[ActivationRecord, ...]
     moments: Moments
     density: float
+    by_quantile: tuple[Stratum, ...] = ()
+    by_rank: tuple[Stratum, ...] = ()
+    by_level: tuple[Stratum, ...] = ()
+    histogram: Histogram | None = None
+    top_tokens: tuple[TokenMean, ...] = ()
+    bottom_tokens: tuple[TokenMean, ...] = ()
 
     @property
     def dead(self) -> bool:
@@ -174,18 +235,20 @@ class Score:
     n_tokens: int
 
 
-_WINDOWS = pa.list_(
-    pa.struct(
-        [
-            ("excerpt", pa.int32()),
-            ("start", pa.int32()),
-            ("peak", pa.int32()),
-            ("tokens", pa.list_(pa.int32())),
-            ("activations", pa.list_(pa.float32())),
-        ]
-    )
+_WINDOW = pa.struct(
+    [
+        ("excerpt", pa.int32()),
+        ("start", pa.int32()),
+        ("peak", pa.int32()),
+        ("tokens", pa.list_(pa.int32())),
+        ("activations", pa.list_(pa.float32())),
+    ]
 )
-_SCHEMA = pa.schema(
+_STRATUM = pa.struct([("low", pa.float64()), ("high", pa.float64()), ("windows", pa.list_(_WINDOW))])
+_BIN = pa.struct([("low", pa.float64()), ("high", pa.float64()), ("count", pa.int64())])
+_TOKEN = pa.struct([("token", pa.int32()), ("mean", pa.float64()), ("count", pa.int64())])
+STRATIFICATIONS = ("by_quantile", "by_rank", "by_level")
+SCHEMA = pa.schema(
     [
         ("model", pa.string()),
         ("site", pa.string()),
@@ -194,14 +257,23 @@ _SCHEMA = pa.schema(
         ("n_tokens", pa.int64()),
         ("mean", pa.float64()),
         ("variance", pa.float64()),
+        ("third", pa.float64()),
+        ("fourth", pa.float64()),
         ("skewness", pa.float64()),
         ("kurtosis", pa.float64()),
         ("maximum", pa.float64()),
         ("density", pa.float64()),
-        ("top", _WINDOWS),
-        ("random", _WINDOWS),
+        ("dead", pa.bool_()),
+        ("top", pa.list_(_WINDOW)),
+        ("random", pa.list_(_WINDOW)),
+        *((name, pa.list_(_STRATUM)) for name in STRATIFICATIONS),
+        ("histogram", pa.list_(_BIN)),
+        ("top_tokens", pa.list_(_TOKEN)),
+        ("bottom_tokens", pa.list_(_TOKEN)),
     ]
 )
+_NEURONS_A_READ = 64
+"""Neurons in one row group, the least that is read from disk at once."""
 
 
 def layer_file(folder: Path, layer: int) -> Path:
@@ -209,20 +281,87 @@ def layer_file(folder: Path, layer: int) -> Path:
     return folder / f"layer-{layer:02d}.parquet"
 
 
+def list_column(counts: np.ndarray, values: pa.Array) -> pa.ListArray:
+    """Cut `values` into lists of `counts` (n,) entries each."""
+    offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets), values)
+
+
+def window_array(
+    tokens: np.ndarray,
+    activations: np.ndarray,
+    widths: np.ndarray,
+    excerpt: np.ndarray,
+    start: np.ndarray,
+    peak: np.ndarray,
+) -> pa.StructArray:
+    """m windows as an Arrow array; `tokens` and `activations` are those of all windows end to end."""
+    columns = [excerpt, start, peak]
+    arrays = [pa.array(column, pa.int32()) for column in columns]
+    arrays.append(list_column(widths, pa.array(tokens, pa.int32())))
+    arrays.append(list_column(widths, pa.array(activations, pa.float32())))
+    return pa.StructArray.from_arrays(arrays, fields=list(_WINDOW))
+
+
+def write_table(path: Path, columns: dict[str, Any]) -> None:
+    """Write one layer's columns (SCHEMA) to a Parquet file, atomically, one row a neuron."""
+    arrays = [pa.array(columns[field.name], field.type) for field in SCHEMA]
+    with atomic_path(path) as temporary:
+        table = pa.Table.from_arrays(arrays, schema=SCHEMA)
+        # Dictionaries of activations would be larger than these.
+        pq.write_table(table, temporary, compression="zstd", use_dictionary=False, row_group_size=_NEURONS_A_READ)
+
+
 def write_records(path: Path, records: Sequence[NeuronRecord]) -> None:
     """Write one layer's neuron records to a Parquet file, atomically, one row a neuron."""
-    rows = [
-        dataclasses.asdict(record.neuron)
-        | dataclasses.asdict(record.moments)
-        | {
-            "density": record.density,
-            "top": [vars(window) for window in record.top],
-            "random": [vars(window) for window in record.random],
-        }
-        for record in records
-    ]
-    with atomic_path(path) as temporary:
-        pq.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA), temporary, compression="zstd")
+    columns: dict[str, Any] = {
+        **{name: [getattr(record.neuron, name) for record in records] for name in ("model", "site", "layer", "index")},
+        **{
+            name: [getattr(record.moments, name) for record in records]
+            for name in ("n_tokens", "mean", "variance", "third", "fourth", "skewness", "kurtosis", "maximum")
+        },
+        **{name: [getattr(record, name) for record in records] for name in ("density", "dead")},
+        **{name: _window_lists([getattr(record, name) for record in records]) for name in ("top", "random")},
+        **{name: _stratum_lists([getattr(record, name) for record in records]) for name in STRATIFICATIONS},
+        "histogram": [_bins(record.histogram) for record in records],
+        **{
+            name: [[vars(token) for token in getattr(record, name)] for record in records]
+            for name in ("top_tokens", "bottom_tokens")
+        },
+    }
+    write_table(path, columns)
+
+
+def _window_lists(lists: Sequence[Sequence[ActivationRecord]]) -> pa.ListArray:
+    windows = [window for one in lists for window in one]
+    joined = {
+        name: np.concatenate([getattr(window, name) for window in windows] or [np.zeros(0)])
+        for name in ("tokens", "activations")
+    }
+    widths = np.array([len(window.tokens) for window in windows], dtype=np.int64)
+    places = [np.array([getattr(window, name) for window in windows]) for name in ("excerpt", "start", "peak")]
+    array = window_array(joined["tokens"].astype(np.int64), joined["activations"], widths, *places)
+    return list_column(np.array([len(one) for one in lists]), array)
+
+
+def _stratum_lists(lists: Sequence[Sequence[Stratum]]) -> pa.ListArray:
+    strata = [stratum for one in lists for stratum in one]
+    low, high = np.array([(stratum.low, stratum.high) for stratum in strata]).reshape(-1, 2).T
+    windows = _window_lists([stratum.windows for stratum in strata])
+    return stratum_lists(np.array([len(one) for one in lists]), low, high, windows)
+
+
+def stratum_lists(counts: np.ndarray, low: np.ndarray, high: np.ndarray, windows: pa.ListArray) -> pa.ListArray:
+    """`counts` (h,) strata of each neuron, with their bounds (s,) and their lists of windows (s,)."""
+    bounds = [pa.array(low, pa.float64()), pa.array(high, pa.float64())]
+    return list_column(counts, pa.StructArray.from_arrays([*bounds, windows], fields=list(_STRATUM)))
+
+
+def _bins(histogram: Histogram | None) -> list[dict[str, float]]:
+    if histogram is None:
+        return []
+    rows = zip(histogram.low, histogram.high, histogram.count, strict=True)
+    return [{"low": low, "high": high, "count": count} for low, high, count in rows]
 
 
 def read_records(path: Path, indices: Sequence[int] | None = None) -> dict[int, NeuronRecord]:
@@ -237,6 +376,8 @@ def read_records(path: Path, indices: Sequence[int] | None = None) -> dict[int, 
         table = pq.read_table(path)
     except pa.ArrowException as error:
         raise UserError(f"{path}: damaged Parquet file ({error}); delete it and run `cratescope collect`") from error
+    if set(SCHEMA.names) - set(table.column_names):
+        raise UserError(f"{path}: made by an older version; delete {path.parent} and run `cratescope collect`")
     known = table.column("index").to_pylist()
     if indices is not None:
         rows = {index: row for row, index in enumerate(known)}
@@ -244,29 +385,60 @@ def read_records(path: Path, indices: Sequence[int] | None = None) -> dict[int, 
             if index not in rows:
                 raise UserError(f"{path}: no neuron {index}; this layer has neurons 0 to {max(known)}")
         table = table.take(pa.array([rows[index] for index in indices], pa.int64()))
-    return {row["index"]: _record(row) for batch in table.to_batches(64) for row in batch.to_pylist()}
+    return {record.neuron.index: record for batch in table.to_batches(64) for record in _records(batch)}
 
 
-def _record(row: dict[str, Any]) -> NeuronRecord:
-    def windows(name: str) -> tuple[ActivationRecord, ...]:
-        return tuple(
-            ActivationRecord(
-                tokens=np.array(window["tokens"], dtype=np.int64),
-                activations=np.array(window["activations"], dtype=np.float32),
-                excerpt=window["excerpt"],
-                start=window["start"],
-                peak=window["peak"],
-            )
-            for window in row[name]
+def _records(batch: pa.RecordBatch) -> list[NeuronRecord]:
+    """Windows are read as arrays; the small rest as Python values."""
+    large = ("top", "random", *STRATIFICATIONS, "histogram")
+    top, random = (_read_windows(batch.column(name)) for name in ("top", "random"))
+    by_quantile, by_rank, by_level = (_read_strata(batch.column(name)) for name in STRATIFICATIONS)
+    histograms = _read_histograms(batch.column("histogram"))
+    rows = batch.drop_columns(list(large)).to_pylist()
+    return [
+        NeuronRecord(
+            neuron=NeuronId(row["model"], row["site"], row["layer"], row["index"]),
+            top=top[number],
+            random=random[number],
+            moments=Moments(*(row[field.name] for field in dataclasses.fields(Moments))),
+            density=row["density"],
+            by_quantile=by_quantile[number],
+            by_rank=by_rank[number],
+            by_level=by_level[number],
+            histogram=histograms[number],
+            top_tokens=tuple(TokenMean(**token) for token in row["top_tokens"]),
+            bottom_tokens=tuple(TokenMean(**token) for token in row["bottom_tokens"]),
         )
+        for number, row in enumerate(rows)
+    ]
 
-    return NeuronRecord(
-        neuron=NeuronId(row["model"], row["site"], row["layer"], row["index"]),
-        top=windows("top"),
-        random=windows("random"),
-        moments=Moments(*(row[field.name] for field in dataclasses.fields(Moments))),
-        density=row["density"],
+
+def _cut(lists: pa.ListArray, items: Any) -> list[Any]:
+    """`items` of all lists end to end, cut at the lists' ends."""
+    offsets = (lists.offsets.to_numpy() - lists.offsets[0].as_py()).tolist()
+    return [items[low:high] for low, high in zip(offsets[:-1], offsets[1:], strict=True)]
+
+
+def _read_windows(column: pa.ListArray) -> list[tuple[ActivationRecord, ...]]:
+    array = column.flatten()
+    tokens, activations = (
+        _cut(array.field(name), array.field(name).flatten().to_numpy().astype(kind))
+        for name, kind in (("tokens", np.int64), ("activations", np.float32))
     )
+    places = [array.field(name).to_pylist() for name in ("excerpt", "start", "peak")]
+    return _cut(column, tuple(map(ActivationRecord, tokens, activations, *places)))
+
+
+def _read_strata(column: pa.ListArray) -> list[tuple[Stratum, ...]]:
+    array = column.flatten()
+    bounds = [array.field(name).to_pylist() for name in ("low", "high")]
+    return _cut(column, tuple(map(Stratum, *bounds, _read_windows(array.field("windows")))))
+
+
+def _read_histograms(column: pa.ListArray) -> list[Histogram | None]:
+    array = column.flatten()
+    parts = [_cut(column, array.field(name).to_numpy()) for name in ("low", "high", "count")]
+    return [Histogram(*part) if len(part[0]) else None for part in zip(*parts, strict=True)]
 
 
 def neuron_file(folder: Path, neuron: NeuronId) -> Path:

@@ -13,7 +13,7 @@ from rich.progress import track
 from cratescope.config import SimulateConfig
 from cratescope.lm.tokenizer import load_tokenizer, token_strings
 from cratescope.neurons import prompts
-from cratescope.neurons.explain import STDERR, check_identity, find_site, layer_width, neuron_order, records_identity
+from cratescope.neurons.explain import STDERR, check_identity, draw_neurons, find_site, records_identity
 from cratescope.neurons.llm import LanguageModel, llm_identity, open_llm
 from cratescope.neurons.records import (
     PROTOCOLS,
@@ -178,8 +178,7 @@ def explained_layers(run: Run, site: str, explainer: str) -> tuple[dict[int, lis
     for neuron, explanation in found.items():
         layers.setdefault(neuron.layer, []).append(explanation)
     for layer, explanations in layers.items():
-        width = layer_width(layer_file(run.records(site), layer))
-        drawn = neuron_order(identity["neuron_seed"], layer, width).tolist()
+        drawn = draw_neurons(layer_file(run.records(site), layer), identity["neuron_seed"], layer)
         by_index = {item.neuron.index: item for item in explanations}
         layers[layer] = [by_index[index] for index in drawn if index in by_index]
     return layers, identity

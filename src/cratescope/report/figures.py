@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -128,6 +128,7 @@ def _figures(results: Sequence[Results]) -> Iterator[tuple[str, Figure]]:
     for name in protocols(results):
         yield f"histogram-{name}", histogram_figure(results, name)
     yield "density", density_figure(results)
+    yield "histogram-density", density_histogram_figure(results)
 
 
 def loss_figure(results: Sequence[Results]) -> Figure:
@@ -193,10 +194,29 @@ def _layer_lines(axes: Any, item: Results, protocol: str, style: Style) -> None:
 
 def histogram_figure(results: Sequence[Results], protocol: str) -> Figure:
     """Neuron scores of a protocol, one panel a size and layer with its runs overlaid; dashed lines are the means."""
-    panels = [(size, layer) for size, depth in _sizes(results).items() for layer in range(depth)]
     everything = [value for item in results for layer in item.layers for value in _values(item, protocol, layer)]
     low, high = min(everything, default=-1.0), max(everything, default=1.0)
     bins = np.linspace(math.floor(low * 10) / 10, math.ceil(high * 10) / 10 + 1e-9, 25)
+    return _histogram_panels(results, lambda item, layer: _values(item, protocol, layer), bins, "score (r)")
+
+
+def density_histogram_figure(results: Sequence[Results]) -> Figure:
+    """How often neurons that are not dead are active, one panel a size and layer; dashed lines are the means."""
+    everything = [value for item in results for layer in item.layers for value in _alive(item, layer)]
+    low = math.floor(math.log10(min(everything, default=1.0)))
+    bins = np.logspace(low, 2, 8 * (2 - low) + 1)
+    figure = _histogram_panels(results, _alive, bins, "% of tokens with a non-zero activation")
+    for axes in figure.axes:
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+    return figure
+
+
+def _histogram_panels(
+    results: Sequence[Results], values: Callable[[Results, int], Sequence[float]], bins: np.ndarray, label: str
+) -> Figure:
+    panels = [(size, layer) for size, depth in _sizes(results).items() for layer in range(depth)]
     columns = min(4, len(panels))
     rows = math.ceil(len(panels) / columns)
     figure = Figure(figsize=(WIDTH, 2.5 * rows + 0.4), layout="constrained")
@@ -204,14 +224,19 @@ def histogram_figure(results: Sequence[Results], protocol: str) -> Figure:
     for axes, (size, layer) in zip(grid, panels, strict=False):
         for item, style in _styled(results):
             if item.size == size:
-                _histogram(axes, np.array(_values(item, protocol, layer)), bins, style, item.label)
-        axes.set(title=f"{size.upper()}, layer {layer}", xlabel="score (r)")
+                _histogram(axes, np.array(values(item, layer)), bins, style, item.label)
+        axes.set(title=f"{size.upper()}, layer {layer}", xlabel=label)
         axes.tick_params(labelbottom=True)
     for axes in grid[len(panels) :]:
         axes.set_visible(False)
     grid[0].set_ylabel("% of neurons")
     _legend(figure, *grid[: len(panels)])
     return figure
+
+
+def _alive(item: Results, layer: int) -> list[float]:
+    """% of tokens on which each neuron is active, without the dead ones."""
+    return [100 * density for density in item.densities(layer) if density > 0]
 
 
 def _values(item: Results, protocol: str, layer: int) -> list[float]:
@@ -237,11 +262,10 @@ def density_figure(results: Sequence[Results]) -> Figure:
     for axes, (size, depth) in zip(grid, sizes.items(), strict=True):
         for item, style in _styled(results):
             for layer in item.layers if item.size == size else ():
-                densities = [item.activity[neuron].density for neuron in sorted(item.activity) if neuron.layer == layer]
-                alive = 100 * np.array([density for density in densities if density > 0])
+                alive = _alive(item, layer)
                 if len(alive):
                     label = item.label if layer == item.layers[0] else None
-                    _density_column(axes, alive, layer + style.dodge, style, label)
+                    _density_column(axes, np.array(alive), layer + style.dodge, style, label)
         axes.set_yscale("log")
         axes.set(title=size.upper(), xlabel="layer", xlim=(-0.5, depth - 0.5))
         axes.set_xticks(range(depth))

@@ -18,7 +18,7 @@ from cratescope.config import ReportConfig
 from cratescope.neurons.records import ActivationRecord, NeuronId, NeuronRecord, layer_file, neuron_file, read_records
 from cratescope.report import tables
 from cratescope.report.figures import draw_figures
-from cratescope.report.tables import Comparison, Results
+from cratescope.report.tables import Comparison, Results, visible
 from cratescope.run import UserError, read_json, sha256, write_json, write_text
 
 Decode = Callable[[Sequence[int]], list[str]]
@@ -26,10 +26,7 @@ Decode = Callable[[Sequence[int]], list[str]]
 TOP_EXCERPTS = 3
 RANDOM_EXCERPTS = 1
 SCORED_EXCERPTS = 3  # of the top and of the random ones each
-
-# Control characters would break the page or not be seen: show their pictures.
-_VISIBLE: dict[int, int | str] = {code: 0x2400 + code for code in range(32)}
-_VISIBLE |= {0x7F: 0x2421, ord("\n"): "↵", ord("\t"): "⇥", ord("\r"): "␍"}
+HISTOGRAM_BINS = 32
 
 
 @dataclass(frozen=True)
@@ -51,6 +48,7 @@ class Card:
     scores: list[tuple[str, float | None, float | None]]
     density: float | None
     maximum: float | None
+    histogram: str
     excerpts: list[Excerpt]
     scored: list[Excerpt]
     null_text: str
@@ -78,7 +76,7 @@ def report(config: ReportConfig, tokenizer: PreTrainedTokenizerFast | None = Non
         UserError: a run has no evaluation, records, simulations or scores; names the file and the command.
     """
     made_from, stamp, page = _made_from(config), config.out / "report.json", config.out / "report.html"
-    outputs = ("report.html", "scores.csv", "scores.json", "neurons.csv", "losses.csv", "figures")
+    outputs = ("report.html", "scores.csv", "scores.json", "neurons.csv", "losses.csv", "activity.csv", "figures")
     if all((config.out / name).exists() for name in outputs) and stamp.exists() and read_json(stamp) == made_from:
         return page
     write_text(page, _page(config, tokenizer))
@@ -112,6 +110,7 @@ def _page(config: ReportConfig, tokenizer: PreTrainedTokenizerFast | None) -> st
         caveats=tables.caveats(results, pairs),
         protocols=tables.protocols(results),
         score_table=_score_table(results),
+        activity_table=[(item, {row["layer"]: row for row in tables.activity_rows([item])}) for item in results],
         figures={name: Markup(svg) for name, svg in figures.items()},
         groups=groups,
         prompts=_prompts(results),
@@ -122,7 +121,10 @@ def _page(config: ReportConfig, tokenizer: PreTrainedTokenizerFast | None) -> st
 def _write_numbers(out: Path, results: Sequence[Results], pairs: Sequence[Comparison]) -> None:
     scores = tables.score_rows(results)
     tables.write_csv(out / "scores.csv", scores)
-    write_json(out / "scores.json", {"scores": scores, "comparisons": [_comparison(pair) for pair in pairs]})
+    activity = tables.activity_rows(results)
+    tables.write_csv(out / "activity.csv", activity)
+    compared = [_comparison(pair) for pair in pairs]
+    write_json(out / "scores.json", {"scores": scores, "comparisons": compared, "activity": activity})
     tables.write_csv(out / "neurons.csv", tables.neuron_rows(results))
     tables.write_csv(out / "losses.csv", tables.loss_rows(results))
 
@@ -135,6 +137,7 @@ def _comparison(pair: Comparison) -> dict[str, Any]:
 def _template() -> Template:
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
     environment.filters |= {"number": tables.number, "count": tables.count, "visible": visible, "span": _span}
+    environment.filters |= {"percent": tables.percent}
     environment.globals |= {
         "families": tables.FAMILIES,
         "headline": tables.headline,
@@ -234,6 +237,7 @@ def _card(item: Results, config: ReportConfig, record: NeuronRecord, rank: int, 
         ],
         density=record.density,
         maximum=peak,
+        histogram=tables.sparkline(record.histogram, peak, HISTOGRAM_BINS) if record.histogram else "",
         excerpts=[
             Excerpt(label, _place(window), highlight(decode(window.tokens.tolist()), window.activations, peak))
             for label, window in labelled
@@ -259,11 +263,6 @@ def _scored(record: NeuronRecord, simulation: dict[str, Any], decode: Decode) ->
 
 def _place(window: ActivationRecord) -> str:
     return f"excerpt {window.excerpt}, token {window.start}; highest activation {window.activations.max():.3g}"
-
-
-def visible(token: str) -> str:
-    """`token` with its line breaks, tabs and control characters shown, and as dots when it is only spaces."""
-    return token.translate(_VISIBLE) if token.strip(" ") else "·" * len(token) or "∅"
 
 
 def highlight(

@@ -10,14 +10,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cratescope.config import ReportConfig
-from cratescope.neurons.records import NeuronId, Score, layer_file, read_explanations, read_scores
+from cratescope.neurons.records import Histogram, NeuronId, Score, layer_file, read_explanations, read_scores
 from cratescope.run import Run, UserError, atomic_path, read_json, read_jsonl, slug
 
 Row = dict[str, Any]
+
+_BARS = " ▁▂▃▄▅▆▇█"
 
 FAMILIES = {"crate": "CRATE", "gpt2": "GPT-2"}
 NATIVE_SITES = {"codes", "mlp"}
@@ -112,6 +115,10 @@ class Results:
     def plain(self) -> bool:
         """Is it the preset as the paper has it, looked at where the paper looks?"""
         return self.site in NATIVE_SITES and not self.manifest.get("settings", {}).get("crate")
+
+    def densities(self, layer: int) -> list[float]:
+        """Fraction of tokens on which each neuron of a layer is not zero, in index order."""
+        return [self.activity[neuron].density for neuron in sorted(self.activity) if neuron.layer == layer]
 
     def ranking(self, protocol: str, layer: int) -> list[NeuronId]:
         """The neurons of a layer that have a score, best first; equal scores in index order."""
@@ -292,6 +299,31 @@ def neuron_rows(results: Sequence[Results]) -> list[Row]:
             row["maximum"] = finite(activity.maximum) if activity else None
             rows.append(row)
     return rows
+
+
+def activity_rows(results: Sequence[Results]) -> list[Row]:
+    """One row a model and layer, and one with layer "mean": how often its neurons, all of them, are not zero.
+
+    active: fraction of non-zero activations among all neurons and tokens; median_density: of the single neurons.
+    """
+    return [row for item in results for row in _activity_rows(item)]
+
+
+def _activity_rows(item: Results) -> list[Row]:
+    start = {"model": item.label, "family": item.family, "preset": item.preset, "seed": item.manifest["seed"]}
+    start |= {"tokens_trained": item.manifest["tokens_trained"], "site": item.site}
+    rows = []
+    for layer in item.layers:
+        densities = item.densities(layer)
+        rows.append(
+            start
+            | {"layer": layer, "active": statistics.fmean(densities), "median_density": statistics.median(densities)}
+            | {"n_dead": densities.count(0), "n_neurons": len(densities)}
+        )
+    names = ("active", "median_density")
+    mean = {name: statistics.fmean(row[name] for row in rows) for name in names}
+    counts = {name: sum(row[name] for row in rows) for name in ("n_dead", "n_neurons")}
+    return [*rows, start | {"layer": "mean"} | mean | counts]
 
 
 def loss_rows(results: Sequence[Results]) -> list[Row]:
@@ -491,9 +523,40 @@ def number(value: float | None, digits: int = 1, scale: float = 100, sign: bool 
     return text.replace("-", "−")
 
 
+def percent(fraction: float | None) -> str:
+    """A fraction for a reader, with more digits when it is small."""
+    small = finite(fraction) is not None and 0 < (fraction or 0) < 0.01
+    return f"{number(fraction, 3 if small else 1)} %"
+
+
 def count(value: float) -> str:
     """A large number for a reader: 1.84M."""
     for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
             return f"{value / size:.3g}{letter}"
     return f"{value:g}"
+
+
+# Control characters would break the page or not be seen: show their pictures.
+_VISIBLE: dict[int, int | str] = {code: 0x2400 + code for code in range(32)}
+_VISIBLE |= {0x7F: 0x2421, ord("\n"): "↵", ord("\t"): "⇥", ord("\r"): "␍"}
+
+
+def visible(token: str) -> str:
+    """`token` with its line breaks, tabs and control characters shown, and as dots when it is only spaces."""
+    return token.translate(_VISIBLE) if token.strip(" ") else "·" * len(token) or "∅"
+
+
+def sparkline(histogram: Histogram, maximum: float, bins: int) -> str:
+    """Bars for `bins` equal intervals from the lowest edge to `maximum`, by the logarithm of their tokens.
+
+    A bin of the histogram that spans several intervals is spread over them evenly.
+    """
+    ends = np.stack([histogram.low, histogram.high], 1).reshape(-1)
+    ends = np.minimum(np.nan_to_num(ends), maximum)  # far outside of half precision bins are endless
+    total = np.cumsum(histogram.count)
+    below = np.stack([total - histogram.count, total], 1).reshape(-1)
+    at_edges = np.interp(np.linspace(ends[0], maximum, bins + 1), ends, below)
+    at_edges[0] = 0
+    heights = np.log1p(np.diff(at_edges))
+    return "".join(_BARS[step] for step in np.ceil(heights / heights.max() * (len(_BARS) - 1)).astype(int))

@@ -1,0 +1,54 @@
+"""Files of tensors that know whether they are whole: safetensors with a checksum of their tensors in the header."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import zlib
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from cratescope.run import atomic_path
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write `path` atomically."""
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(save(tensors, {"crc32": _checksum(tensors)}))
+
+
+def save_first(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write `path` unless another process was faster."""
+    mine = path.with_name(f".{path.name}.{os.getpid()}.mine")
+    save_tensors(mine, tensors)
+    with contextlib.suppress(FileExistsError):
+        os.link(mine, path)
+    mine.unlink()
+
+
+def load_tensors(path: Path) -> dict[str, Tensor] | None:
+    """What `save_tensors` wrote, or None when there is no such file or it is damaged; a damaged file is deleted."""
+    try:
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            whole = (file.metadata() or {}).get("crc32") == _checksum(tensors)
+    except FileNotFoundError:
+        return None
+    except SafetensorError:
+        whole = False
+    if not whole:
+        path.unlink(missing_ok=True)
+        return None
+    return tensors
+
+
+def _checksum(tensors: dict[str, Tensor]) -> str:
+    total = 0
+    for name in sorted(tensors):
+        total = zlib.crc32(f"{name} {tuple(tensors[name].shape)}".encode(), total)
+        total = zlib.crc32(tensors[name].numpy().data, total)
+    return f"{total:08x}"

@@ -1,0 +1,158 @@
+"""A neuron in the terminal: what it was said to find, how it scored, its distribution, its tokens and its windows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.panel import Panel
+from rich.rule import Rule
+from rich.style import Style
+from rich.table import Table
+from rich.text import Text
+
+from cratescope.config import ShowConfig
+from cratescope.lm.tokenizer import load_tokenizer, token_strings
+from cratescope.neurons.explain import find_site, record_files
+from cratescope.neurons.records import (
+    ActivationRecord,
+    NeuronRecord,
+    TokenMean,
+    neuron_file,
+    read_records,
+    read_scores,
+)
+from cratescope.report.tables import number, percent, sparkline, visible
+from cratescope.run import Run, UserError, read_json
+
+Decode = Callable[[Sequence[int]], list[str]]
+
+TOP, RANDOM, STRATUM = 5, 3, 1
+"""Windows shown of each kind; of every stratum by quantile."""
+WIDTH = 32
+"""Tokens of a window that are shown, around the one it was chosen for."""
+BINS = 48
+# From weak to strong; each is readable on its own text colour, whatever the terminal's background.
+WEAK, STRONG = (58, 66, 84), (255, 150, 30)
+
+
+def neuron_card(config: ShowConfig) -> RenderableType:
+    """Everything known of one neuron, for a rich console.
+
+    Raises:
+        UserError: no records, no such site, layer or neuron.
+    """
+    run = Run(config.run)
+    site = find_site(run, config.site)
+    files = record_files(run.records(site))
+    if config.layer not in files:
+        known = ", ".join(map(str, files)) or "none"
+        raise UserError(f"layer {config.layer}: no such layer; {run.records(site)} has layers {known}")
+    record = read_records(files[config.layer], [config.neuron])[config.neuron]
+    tokenizer = load_tokenizer(run.model)
+
+    def decode(ids: Sequence[int]) -> list[str]:
+        return [visible(token) for token in token_strings(tokenizer, ids)]
+
+    parts: list[RenderableType] = [*_explained(run, site, record, config), _numbers(record)]
+    if record.histogram is not None:
+        parts.append(_histogram(record))
+    if record.top_tokens:
+        parts.append(_tokens(record, decode))
+    for title, windows in _sections(record):
+        parts += [Rule(title, align="left", style="dim"), _windows(windows, record.moments.maximum, decode)]
+    title = f"{run.name} · {site} · layer {config.layer} · neuron {config.neuron}"
+    return Panel(Group(*parts), title=Text(title, "bold"), title_align="left", box=box.ROUNDED)
+
+
+def _explained(run: Run, site: str, record: NeuronRecord, config: ShowConfig) -> Iterator[Text]:
+    """The explanation and the scores, where there are any."""
+    path = neuron_file(run.explanations(site, config.explainer), record.neuron)
+    found = read_json(path) if path.exists() else None
+    if found is None:
+        yield Text(f"not explained by {config.explainer}", "dim italic")
+    else:
+        yield Text(visible(found["text"]) if found["text"] else f"no explanation: {found['skipped']}", "bold")
+    scores = run.scores(site, config.explainer, config.simulator) / "scores.jsonl"
+    values = {
+        (score.protocol, score.control): score.value
+        for score in (read_scores(scores) if scores.exists() else ())
+        if score.neuron == record.neuron
+    }
+    for name in dict.fromkeys(protocol for protocol, _ in values):
+        shown, null = (number(values.get((name, control))) for control in ("none", "shuffled"))
+        yield Text.assemble(f"{name} ", (shown, "bold"), (f" · shuffled {null} (r × 100)", "dim"))
+
+
+def _numbers(record: NeuronRecord) -> Text:
+    """What was measured; a name and its number stay together where the line breaks."""
+    moments = record.moments
+    cells = {
+        "mean": f"{moments.mean:.4g}",
+        "variance": f"{moments.variance:.4g}",
+        "skewness": number(moments.skewness, 2, 1),
+        "kurtosis": number(moments.kurtosis, 2, 1),
+        "maximum": f"{moments.maximum:.4g}",
+        "active": "never" if record.dead else percent(record.density).replace(" ", "\u00a0"),
+        "tokens read": f"{moments.n_tokens:,}" if moments.n_tokens else "–",
+    }
+    shown = {name.replace(" ", "\u00a0"): value.replace("nan", "–") for name, value in cells.items()}
+    return Text("  ").join(Text.assemble((f"{name}\u00a0", "dim"), value) for name, value in shown.items())
+
+
+def _histogram(record: NeuronRecord) -> Text:
+    assert record.histogram is not None
+    low, high = (f"{edge:.3g}" for edge in (record.histogram.low[0], record.moments.maximum))
+    line = (sparkline(record.histogram, record.moments.maximum, BINS), "rgb(255,150,30)")
+    return Text.assemble((f"{low} ", "dim"), line, (f" {high}", "dim"), ("  tokens by activation, log scale", "dim"))
+
+
+def _tokens(record: NeuronRecord, decode: Decode) -> Table:
+    """The tokens of the highest and of the lowest mean."""
+
+    def line(means: Sequence[TokenMean]) -> Text:
+        shown = zip(decode([one.token for one in means]), means, strict=True)
+        return Text("  ").join(Text.assemble((token, "reverse"), f" {one.mean:.3g}") for token, one in shown)
+
+    table = Table.grid(padding=(0, 1))
+    table.add_row(Text("top tokens", "dim"), line(record.top_tokens))
+    table.add_row(Text("bottom tokens", "dim"), line(record.bottom_tokens))
+    return table
+
+
+def _sections(record: NeuronRecord) -> Iterator[tuple[str, list[tuple[str, ActivationRecord]]]]:
+    """Titles with labelled windows; kinds there are none of are left out."""
+    top = [(f"top {rank}", window) for rank, window in enumerate(record.top[:TOP], 1)]
+    strata = [
+        (f"from {number(stratum.low, 2, 1)}", window)
+        for stratum in reversed(record.by_quantile)
+        for window in stratum.windows[:STRATUM]
+    ]
+    random = [("random", window) for window in record.random[:RANDOM]]
+    for title, windows in (("highest", top), ("by quantile, highest first", strata), ("random", random)):
+        if windows:
+            yield title, windows
+
+
+def _windows(windows: Sequence[tuple[str, ActivationRecord]], peak: float, decode: Decode) -> Table:
+    """A row a window: label, largest activation, and the text shaded by activation."""
+    table = Table.grid(padding=(0, 1))
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(justify="right", style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for label, window in windows:
+        cut = window.cut(WIDTH)
+        tokens = zip(decode(cut.tokens.tolist()), cut.activations.tolist(), strict=True)
+        text = Text.assemble(*((token, shade(value, peak)) for token, value in tokens))
+        table.add_row(label, f"{cut.activations.max():.3g}", text)
+    return table
+
+
+def shade(activation: float, peak: float) -> Style:
+    """The background of a token: none where it would not be seen, else from dim to bright."""
+    if peak <= 0 or activation / peak < 0.005:
+        return Style()
+    strength = min(activation / peak, 1.0)
+    red, green, blue = (round(weak + strength * (strong - weak)) for weak, strong in zip(WEAK, STRONG, strict=True))
+    return Style(bgcolor=f"rgb({red},{green},{blue})", color="white" if strength < 0.5 else "black")

@@ -1,0 +1,108 @@
+"""The card in the terminal: it says what the files say, keeps to the width, and shades only where there is colour."""
+
+from __future__ import annotations
+
+import io
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.cells import cell_len
+from rich.console import Console
+
+from cratescope import cli
+from cratescope.config import ShowConfig
+from cratescope.neurons.records import layer_file, read_records, read_scores
+from cratescope.report.card import neuron_card, shade
+from cratescope.run import Run, UserError
+from fake_run import Fake, fake_run, fake_tokenizer
+from test_explain import make_run
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    run = fake_run(tmp_path_factory.mktemp("show") / "crate", Fake())
+    fake_tokenizer().save_pretrained(run.model)
+    return run
+
+
+def shown(run: Run, layer: int = 0, neuron: int = 1, width: int = 100, colour: bool = False, **changes: Any) -> str:
+    console = Console(
+        file=io.StringIO(), width=width, force_terminal=colour, color_system="truecolor" if colour else None
+    )
+    console.print(neuron_card(ShowConfig(run.root, layer, neuron, **changes)))
+    return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_the_card_says_what_the_files_say(run: Run) -> None:
+    text = shown(run).replace("\u00a0", " ")
+    record = read_records(layer_file(run.records("codes"), 0), [1])[1]
+    scores = read_scores(run.scores("codes", "offline", "list-pmi") / "scores.jsonl")
+    [own] = [
+        score.value
+        for score in scores
+        if score.neuron == record.neuron and (score.protocol, score.control) == ("random-only", "none")
+    ]
+    assert "crate · codes · layer 0 · neuron 1" in text and "months and dates" in text
+    assert f"random-only {100 * own:.1f} · shuffled" in text
+    for number in (record.moments.mean, record.moments.variance, record.moments.maximum):
+        assert f"{number:.4g}" in text
+    assert f"{100 * record.density:.1f} %" in text and "10,000" in text
+    assert [len(re.findall(label, text)) for label in ("top 5", "top 6", r"│ random +\d")] == [1, 0, 3]
+    assert "from 2.00" in text and "█" in text and "top tokens" in text and "bottom tokens" in text
+
+
+@pytest.mark.parametrize("width", [50, 80, 200])
+def test_no_line_is_wider_than_the_terminal(run: Run, width: int) -> None:
+    lines = shown(run, width=width).splitlines()
+    assert max(map(cell_len, lines)) == width
+
+
+def test_tokens_are_shaded_by_activation_where_there_is_colour(run: Run) -> None:
+    coloured = shown(run, width=500, colour=True)
+    assert "\x1b[" not in shown(run) and "\x1b[" in coloured
+    top = read_records(layer_file(run.records("codes"), 0), [1])[1].top[0]
+    strongest = top.cut(32).activations.argmax()
+    token = fake_tokenizer().decode([top.tokens[strongest]])
+    assert re.search(rf"48;2;255;150;30m *{re.escape(token.strip())}", coloured)
+
+
+def test_shades_rise_with_the_activation() -> None:
+    shades = [shade(value, 4.0).bgcolor for value in (0.1, 1.0, 3.0, 4.0, 9.0)]
+    reds = [colour.triplet.red for colour in shades]
+    assert reds == sorted(reds) and reds[0] < reds[2] and reds[-1] == 255
+    assert all(shade(value, peak).bgcolor is None for value, peak in ((0.0, 4.0), (-1.0, 4.0), (1.0, 0.0)))
+
+
+def test_a_dead_neuron_and_one_without_explanation_have_a_card(run: Run, tmp_path: Path) -> None:
+    dead = shown(run, neuron=5)
+    assert "no explanation: dead neuron" in dead and "never" in dead and "top 1" not in dead
+    bare = shown(make_run(tmp_path / "bare"))
+    assert "not explained by offline" in bare and "█" not in bare and "top 1" in bare
+    assert "not explained by another" in shown(run, explainer="another")
+
+
+def test_line_breaks_and_tabs_in_tokens_are_seen(run: Run) -> None:
+    cards = "".join(shown(run, layer, neuron, width=300) for layer in (0, 1) for neuron in range(5))
+    assert "↵" in cards and "⇥" in cards and "\t" not in cards
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"layer": 7}, "layer 7: no such layer; .* has layers 0, 1"),
+        ({"neuron": 6}, "no neuron 6; this layer has neurons 0 to 5"),
+        ({"site": "mlp"}, "no records of site mlp"),
+    ],
+)
+def test_what_is_not_there_is_named(run: Run, changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        shown(run, **changes)
+    with pytest.raises(UserError, match="cratescope collect"):
+        neuron_card(ShowConfig(run.root / "nowhere", 0, 0))
+
+
+def test_the_command_prints_without_colour_into_a_pipe(run: Run) -> None:
+    text = cli.run(["show", str(run.root), "1", "2"])
+    assert "layer 1 · neuron 2" in text and "\x1b[" not in text
