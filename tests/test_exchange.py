@@ -257,7 +257,9 @@ def test_delphis_files_hold_every_activation_of_the_dump(runs_folder: Path, data
     out = exported(run, tmp_path / "delphi", format="delphi", data=data_folder)
     [module] = (out / "latents").iterdir()
     assert module.name == "transformer.h.0.ista.codes"
-    assert read_json(module / "config.json")["cache_ctx_len"] == 24
+    config = read_json(module / "config.json")
+    assert config["cache_ctx_len"] == 24 and config["n_tokens"] == 20 * 24
+    assert load_tokenizer(config["model_name"]).get_vocab() == load_tokenizer(run.model).get_vocab()
     tokens = TokenData.open(data_folder).split("heldout").spaced(20, 24)
     dense = np.zeros((20, 24, 512), np.float32)
     files = sorted(module.glob("*.safetensors"), key=lambda path: int(path.stem.split("_")[0]))

@@ -67,7 +67,7 @@ def collect(config: CollectConfig) -> Path:
     layers = sorted(set(config.layers or range(shape.num_hidden_layers)))
     if all(layer_file(folder, layer).exists() for layer in layers):
         claim(folder, identity)
-        shutil.rmtree(folder / ".parts", ignore_errors=True)
+        _remove_parts(folder, layers)
         return folder
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
@@ -157,14 +157,18 @@ class Pass:
     def finish(self, labels: dict[str, Any]) -> None:
         """Add up the parts of each layer, write its records, and delete the parts."""
         for layer in track(self.layers, "records", console=Console(stderr=True), transient=True):
-            plan, path = self.plans[layer], layer_file(self.folder, layer)
-            if not path.exists():
-                totals = Totals.of(plan, self._shards(layer))
-                write_table(path, columns(plan, totals, self.excerpts, labels | {"layer": layer}))
-        shutil.rmtree(self.folder / ".parts", ignore_errors=True)
+            path = layer_file(self.folder, layer)
+            try:
+                if not path.exists():
+                    totals = Totals.of(self.plans[layer], self._shards(layer))
+                    write_table(path, columns(self.plans[layer], totals, self.excerpts, labels | {"layer": layer}))
+            except UserError:
+                if not path.exists():  # else another worker was faster and has deleted the parts
+                    raise
+        _remove_parts(self.folder, self.layers)
 
     def _file(self, layer: int, name: str) -> Path:
-        return self.folder / ".parts" / f"layer-{layer:02d}" / f"{name}.safetensors"
+        return _parts(self.folder, layer) / f"{name}.safetensors"
 
     def _part(self, layer: int, part: int) -> Path:
         return self._file(layer, f"part-{part:05d}")
@@ -237,6 +241,18 @@ class Pass:
                 f"--dump needs about {needed / 1e9:.1f} GB and {self.folder} has {free / 1e9:.1f} GB free; "
                 "free some space, or ask for fewer --excerpts or --layers"
             )
+
+
+def _parts(folder: Path, layer: int) -> Path:
+    return folder / ".parts" / f"layer-{layer:02d}"
+
+
+def _remove_parts(folder: Path, layers: Iterable[int]) -> None:
+    """Delete the parts of finished layers; those of others may still be worked on."""
+    for layer in layers:
+        shutil.rmtree(_parts(folder, layer), ignore_errors=True)
+    with contextlib.suppress(OSError):
+        (folder / ".parts").rmdir()
 
 
 def _non_zero(activations: Float[Tensor, "b t h"]) -> dict[str, Tensor]:

@@ -87,9 +87,9 @@ def _openai_json(record: NeuronRecord, vocabulary: Sequence[str]) -> Json:
         return [
             {
                 "dataclass_name": "ActivationRecord",
-                "tokens": [vocabulary[token] for token in window.tokens],
-                # Shortest decimals that give the same float32 back.
-                "activations": window.activations.astype(str).astype(float).tolist(),
+                "tokens": [vocabulary[token] for token in window.tokens.tolist()],
+                # Shortest decimals that give the same float32 back; most are zero.
+                "activations": [float(str(value)) if value else 0.0 for value in window.activations],
             }
             for window in found
         ]
@@ -242,15 +242,26 @@ def _window(where: str, row: Any) -> tuple[list[str], np.ndarray]:
     if not isinstance(activations, list) or len(activations) != len(tokens):
         found = len(activations) if isinstance(activations, list) else "no"
         raise UserError(f"{where}: {len(tokens)} tokens and {found} activations; it needs one for each")
-    values = [_number(f"{where}.activations[{place}]", value) for place, value in enumerate(activations)]
-    return tokens, np.array(values, np.float32)
+    for place, value in enumerate(activations):
+        if not _is_number(value):
+            raise _not_a_number(f"{where}.activations[{place}]", value)
+    return tokens, np.array(activations, np.float32)
 
 
-def _number(where: str, value: Any) -> float:
-    """A finite number within the range of float32."""
-    if type(value) not in (int, float) or not abs(value) <= LARGEST:
-        raise UserError(f"{where} is {value!r}, not a finite number; export the file again where it was made")
-    return float(value)
+def _is_number(value: Any) -> bool:
+    """Is it finite, and within the range of float32?"""
+    return type(value) in (int, float) and -LARGEST <= value <= LARGEST
+
+
+def _not_a_number(where: str, value: Any) -> UserError:
+    return UserError(f"{where} is {value!r}, not a finite number; export the file again where it was made")
+
+
+def _number(path: Path, name: str, value: Any) -> float:
+    """A number that is NaN where the file does not say it."""
+    if value is not None and not _is_number(value):
+        raise _not_a_number(f"{path}: {name}", value)
+    return math.nan if value is None else float(value)
 
 
 def _boundaries(path: Path, row: Json, n_samples: int) -> list[float]:
@@ -261,14 +272,11 @@ def _boundaries(path: Path, row: Json, n_samples: int) -> list[float]:
     found = _list(path, name, row[name])
     if len(found) != inner:
         raise UserError(f"{path}: {len(found)} {name} for {n_samples} samples; it needs the {inner} between them")
-    return [math.nan if x is None else _number(f"{path}: {name}[{place}]", x) for place, x in enumerate(found)]
+    return [_number(path, f"{name}[{place}]", value) for place, value in enumerate(found)]
 
 
 def _moments(path: Path, row: Json, maximum: float) -> Moments:
-    found = {
-        name: math.nan if row.get(name) is None else _number(f"{path}: {name}", row[name])
-        for name in ("mean", "variance", "skewness", "kurtosis")
-    }
+    found = {name: _number(path, name, row.get(name)) for name in ("mean", "variance", "skewness", "kurtosis")}
     skewness, kurtosis = (None if found["variance"] == 0 else found[name] for name in ("skewness", "kurtosis"))
     return Moments(0, found["mean"], found["variance"], skewness, kurtosis, maximum)
 
@@ -287,6 +295,9 @@ def _export_delphi(config: ExportConfig, run: Run, site: str, layers: Sequence[i
         raise UserError(f"{data.path}: not the data the records were collected from; name that folder with --data")
     tokens = data.split("heldout").spaced(collected["excerpts"], collected["context"])
     claim(config.out, identity)
+    # By itself: beside a model's config.json transformers would ask for leave to run the model's code.
+    with atomic_folder(config.out / "tokenizer") as folder_of_tokenizer:
+        load_tokenizer(run.model).save_pretrained(folder_of_tokenizer)
     for layer in layers:
         target = config.out / "latents" / collected["site"].replace("{layer}", str(layer))
         if not (target / "config.json").exists():
@@ -300,7 +311,7 @@ def _export_delphi(config: ExportConfig, run: Run, site: str, layers: Sequence[i
                 "cache_ctx_len": tokens.shape[1],
                 "n_tokens": tokens.size,
                 "n_splits": ranges,
-                "model_name": str(run.model.resolve()),  # where delphi finds the tokenizer
+                "model_name": str((config.out / "tokenizer").resolve()),
             }
             write_json(target / "config.json", settings)
 

@@ -32,7 +32,7 @@ TOP, RANDOM, STRATUM = 5, 3, 1
 """Windows shown of each kind; of every stratum by quantile."""
 WIDTH = 32
 """Tokens of a window that are shown, around the one it was chosen for."""
-BINS = 48
+BINS = 40
 # From weak to strong; each is readable on its own text colour, whatever the terminal's background.
 WEAK, STRONG = (58, 66, 84), (255, 150, 30)
 
@@ -105,7 +105,7 @@ def _histogram(record: NeuronRecord) -> Text:
     assert record.histogram is not None
     low, high = (f"{edge:.3g}" for edge in (record.histogram.low[0], record.moments.maximum))
     line = (sparkline(record.histogram, record.moments.maximum, BINS), "rgb(255,150,30)")
-    return Text.assemble((f"{low} ", "dim"), line, (f" {high}", "dim"), ("  tokens by activation, log scale", "dim"))
+    return Text.assemble((f"{low} ", "dim"), line, (f" {high}", "dim"), ("  tokens, log scale", "dim"))
 
 
 def _tokens(record: NeuronRecord, decode: Decode) -> Table:
@@ -125,7 +125,7 @@ def _sections(record: NeuronRecord) -> Iterator[tuple[str, list[tuple[str, Activ
     """Titles with labelled windows; kinds there are none of are left out."""
     top = [(f"top {rank}", window) for rank, window in enumerate(record.top[:TOP], 1)]
     strata = [
-        (f"from {number(stratum.low, 2, 1)}", window)
+        (f"from {stratum.low:.3g}", window)
         for stratum in reversed(record.by_quantile)
         for window in stratum.windows[:STRATUM]
     ]
