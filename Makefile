@@ -8,10 +8,10 @@ TORCH ?= torch==2.13.0
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test slow bench check lint help
+.PHONY: demo test slow bench bench-quality check lint help
 
 help: ## this list
-	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("cratescope needs Python 3.11 or newer; name one with make PYTHON=...")'
@@ -34,10 +34,15 @@ slow: $(VENV)/installed-dev ## the slow tests: lm-eval on our models
 	$(PIP) -c constraints.txt -e '.[eval]'
 	$(BIN)/python -m pytest -m slow
 
-bench: $(VENV)/installed ## speed and memory, side by side: training, collecting, preparing (about an hour)
+bench: $(VENV)/installed ## speed and memory, side by side: training, collecting, scoring, preparing (about an hour)
 	$(BIN)/python benchmarks/train.py
 	$(BIN)/python benchmarks/collect.py
+	$(BIN)/python benchmarks/score.py
 	$(BIN)/python benchmarks/prepare.py
+
+bench-quality: $(VENV)/installed ## planted neurons: how well simulators, judges and the explainer do (about an hour)
+	$(BIN)/cratescope prepare offline --out $(OUT)/data --tokenizer bpe:4096 --max-megabytes 16 --validation 0.04 --heldout 0.12
+	$(BIN)/python benchmarks/quality.py --data $(OUT)/data --out $(OUT)/quality
 
 lint: $(VENV)/installed-dev ## style and types
 	$(BIN)/ruff check .

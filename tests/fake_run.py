@@ -12,8 +12,10 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
+from cratescope.neurons.protocols import PROTOCOLS as EVERY_PROTOCOL
+from cratescope.neurons.protocols import scoring_windows
+from cratescope.neurons.quality import write_quality
 from cratescope.neurons.records import (
-    PROTOCOLS,
     ActivationRecord,
     Explanation,
     Histogram,
@@ -30,8 +32,11 @@ from cratescope.neurons.records import (
     write_scores,
     write_simulation,
 )
-from cratescope.run import Run, write_json, write_text
+from cratescope.neurons.sanity import on_records
+from cratescope.neurons.score import score_neuron, summarise
+from cratescope.run import Run, claim, write_json, write_text
 
+PROTOCOLS = {name: EVERY_PROTOCOL[name] for name in ("top-and-random", "random-only")}
 TOPICS = {
     "words about the law": ["court", "judge", "contract", "party", "licence", "agreement", "law", "clause"],
     "months and dates": ["January", "March", "July", "Monday", "1998", "2003", "year", "week"],
@@ -81,15 +86,22 @@ def fake_run(root: Path, fake: Fake | None = None) -> Run:
     run = Run(root)
     random = np.random.default_rng([fake.seed, len(fake.family)])
     _write_model(run, fake, random)
+    claim(run.records(fake.site), {"imported": "made up"})
     scores: list[Score] = []
+    every: list[NeuronRecord] = []
     for layer in range(fake.layers):
         records = [_record(NeuronId(run.name, fake.site, layer, index), fake, random) for index in range(fake.neurons)]
         write_records(layer_file(run.records(fake.site), layer), records)
+        every += records
         for record in records:
             scores += _explain_and_score(run, fake, record, random)
     folder = run.scores(fake.site, "offline", "list-pmi")
     write_scores(folder / "scores.jsonl", scores)
-    write_json(folder / "summary.json", _summary(fake, scores))
+    distinct = {str(layer): min(fake.neurons, len(TOPICS)) for layer in range(fake.layers)}
+    about = {"explainer": "offline", "simulator": "list-pmi", "site": fake.site, "distinct_explanations": distinct}
+    sanity = [verdict.row() for verdict in on_records(PROTOCOLS.values(), every)]
+    write_json(folder / "summary.json", {"protocols": summarise(scores), "sanity": sanity} | about)
+    write_quality(run, fake.site, range(fake.layers))
     return run
 
 
@@ -176,30 +188,24 @@ def _explain_and_score(run: Run, fake: Fake, record: NeuronRecord, random: np.ra
     neuron = record.neuron
     if record.dead:
         silent = Explanation(neuron, "", "offline", "words", skipped="dead neuron")
-        write_explanation(run.explanations(fake.site, "offline"), silent)
-        write_simulation(
-            run.simulations(fake.site, "offline", "list-pmi"), Simulation(neuron, "list-pmi", "", "", (), (), ())
-        )
-        return [Score(neuron, name, control, None, 0) for name in PROTOCOLS for control in ("none", "shuffled")]
+        write_explanation(run.explanations(fake.site, "offline", "top"), silent)
+        nothing = Simulation(neuron, "list-pmi", {}, (), {}, skipped="dead neuron")
+        write_simulation(run.simulations(fake.site, "offline", "list-pmi", "top"), nothing)
+        return [score for protocol in PROTOCOLS.values() for score in score_neuron(record, nothing, protocol)]
     text = fake.explanation or list(TOPICS)[neuron.index % len(TOPICS)]
-    write_explanation(run.explanations(fake.site, "offline"), Explanation(neuron, text, "offline", "words"))
-    windows = tuple({item.key: item for p in PROTOCOLS.values() for item in p.score_records(record)}.values())
+    write_explanation(run.explanations(fake.site, "offline", "top"), Explanation(neuron, text, "offline", "words"))
+    windows = scoring_windows(PROTOCOLS.values(), record)
     quality = fake.quality * random.random() * (neuron.index not in fake.flat)
-    expected = tuple(tuple(_guess(item.activations, quality, random)) for item in windows)
-    null = tuple(tuple(_guess(item.activations, 0.05, random)) for item in windows)
+    share = {"none": quality, "shuffled": 0.05, "empty": 0.05, "unigram": 0.4}
+    expected = {
+        control: tuple(tuple(_guess(item.activations, part, random)) for item in windows)
+        for control, part in share.items()
+    }
     keys = tuple(item.key for item in windows)
-    simulation = Simulation(neuron, "list-pmi", text, "words about the law", keys, expected, null)
-    write_simulation(run.simulations(fake.site, "offline", "list-pmi"), simulation)
-    scores = []
-    for name, protocol in PROTOCOLS.items():
-        rows = [keys.index(item.key) for item in protocol.score_records(record)]
-        truth = np.concatenate([windows[row].activations for row in rows])
-        for control, guesses in (("none", expected), ("shuffled", null)):
-            guess = np.concatenate([guesses[row] for row in rows])
-            constant = not guess.any() or not truth.any()
-            value = None if constant else float(np.corrcoef(truth, guess)[0, 1])
-            scores.append(Score(neuron, name, control, value, len(truth)))
-    return scores
+    texts = {"none": text, "shuffled": "words about the law", "empty": "some tokens of a text", "unigram": "the of"}
+    simulation = Simulation(neuron, "list-pmi", texts, keys, expected)
+    write_simulation(run.simulations(fake.site, "offline", "list-pmi", "top"), simulation)
+    return [score for protocol in PROTOCOLS.values() for score in score_neuron(record, simulation, protocol)]
 
 
 def _guess(truth: np.ndarray, quality: float, random: np.random.Generator) -> list[float]:
@@ -207,37 +213,3 @@ def _guess(truth: np.ndarray, quality: float, random: np.random.Generator) -> li
         return [0.0] * len(truth)
     noise = random.random(len(truth)) * (random.random(len(truth)) < 0.15)
     return [round(float(value), 4) for value in quality * (truth > 0.7) * 2 + (1 - quality) * noise]
-
-
-def _summary(fake: Fake, scores: list[Score]) -> dict[str, Any]:
-    protocols = {}
-    for name in PROTOCOLS:
-        layers = [_layer(fake, scores, name, layer) for layer in range(fake.layers)]
-        model: dict[str, Any] = {"variance_over_layers": float(np.var([row["mean"] for row in layers]))}
-        for key in ("mean", "null_mean", "gain_mean"):
-            model[key] = float(np.mean([row[key] for row in layers]))
-        for key in ("standard_error", "null_standard_error", "gain_standard_error"):
-            model[key] = float(np.sqrt(np.sum([row[key] ** 2 for row in layers])) / fake.layers)
-        protocols[name] = {"layers": layers, "model": model}
-    distinct = {str(layer): min(fake.neurons, len(TOPICS)) for layer in range(fake.layers)}
-    about = {"explainer": "offline", "simulator": "list-pmi", "site": fake.site}
-    return {"protocols": protocols, "distinct_explanations": distinct} | about
-
-
-def _layer(fake: Fake, scores: list[Score], protocol: str, layer: int) -> dict[str, Any]:
-    table = {
-        (score.neuron.index, score.control): score.value
-        for score in scores
-        if score.protocol == protocol and score.neuron.layer == layer and score.value is not None
-    }
-    own = [value for (_, control), value in table.items() if control == "none"]
-    null = [value for (_, control), value in table.items() if control == "shuffled"]
-    gain = [value - table[index, "shuffled"] for (index, control), value in table.items() if control == "none"]
-    row: dict[str, Any] = {"layer": layer, "standard_deviation": float(np.std(own, ddof=1))}
-    for name, values in (("", own), ("null_", null), ("gain_", gain)):
-        row[f"{name}mean"] = float(np.mean(values))
-        row[f"{name}standard_error"] = float(np.std(values, ddof=1) / np.sqrt(len(values)))
-    none, dead = fake.neurons - len(own), len(fake.dead)
-    reasons = {"constant simulation": none - dead, "dead neuron": dead}
-    counts = {"n_scored": len(own), "n_none": none, "n_dead": dead, "n_neurons": fake.neurons}
-    return row | counts | {"none_reasons": reasons}

@@ -117,7 +117,7 @@ def test_imported_records_are_explained_simulated_and_scored_like_their_original
         explain(settings_for(one), ScriptedLLM(first_word))
         simulate(config_for(one), knowing())
         site = "codes" if one is run else IMPORTED
-        found = read_explanations(one.explanations(site, "scripted"))
+        found = read_explanations(one.explanations(site, "scripted", "top"))
         score(ScoreConfig(one.root, explainer="scripted"))
         lines = (one.scores(site, "scripted", "list-pmi") / "scores.jsonl").read_text().splitlines()
         rows = [json.loads(line) for line in lines]

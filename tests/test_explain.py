@@ -13,10 +13,9 @@ from hypothesis import strategies as st
 
 from cratescope.config import ExplainConfig, LLMConfig
 from cratescope.lm.tokenizer import train_bpe
-from cratescope.neurons.explain import DEAD, EMPTY_ANSWER, explain, find_site, neuron_order
+from cratescope.neurons.explain import DEAD, EMPTY_ANSWER, UNDECODABLE, explain, find_site, neuron_order
 from cratescope.neurons.llm.scripted import ScriptedLLM
 from cratescope.neurons.records import (
-    PROTOCOLS,
     ActivationRecord,
     Moments,
     NeuronId,
@@ -83,10 +82,10 @@ def files(folder: Path) -> dict[str, bytes]:
 
 def test_a_lexical_neuron_is_explained_by_its_word(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
-    folder = explain(settings_for(run), ScriptedLLM(first_word))
+    (folder,) = explain(settings_for(run), ScriptedLLM(first_word))
     found = read_explanations(folder)
     assert len(found) == 2 * N_NEURONS
-    assert folder == run.explanations("codes", "scripted")
+    assert folder == run.explanations("codes", "scripted", "top")
     for neuron, item in found.items():
         if neuron.index != DEAD_INDEX:
             assert item.text == f'the word "{WORDS[neuron.index].strip()}"'
@@ -96,7 +95,7 @@ def test_a_lexical_neuron_is_explained_by_its_word(tmp_path: Path) -> None:
 def test_a_dead_neuron_stays_in_the_sample_without_an_explanation(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     llm = ScriptedLLM(first_word)
-    found = read_explanations(explain(settings_for(run, layers=(1,)), llm))
+    found = read_explanations(*explain(settings_for(run, layers=(1,)), llm))
     assert {neuron.index for neuron in found} == set(range(N_NEURONS))
     dead = found[NeuronId("run", "codes", 1, DEAD_INDEX)]
     assert (dead.text, dead.skipped) == ("", DEAD)
@@ -105,14 +104,14 @@ def test_a_dead_neuron_stays_in_the_sample_without_an_explanation(tmp_path: Path
 
 def test_an_empty_answer_is_a_named_skip(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", layers=(0,))
-    found = read_explanations(explain(settings_for(run), ScriptedLLM(lambda _: " \n something")))
+    found = read_explanations(*explain(settings_for(run), ScriptedLLM(lambda _: " \n something")))
     assert {item.skipped for item in found.values()} == {DEAD, EMPTY_ANSWER}
     assert {item.text for item in found.values()} == {""}
 
 
 def test_an_interrupted_run_ends_with_the_same_files(tmp_path: Path) -> None:
     whole, cut = make_run(tmp_path / "a" / "run"), make_run(tmp_path / "b" / "run")
-    expected = files(explain(settings_for(whole), ScriptedLLM(first_word)))
+    expected = files(*explain(settings_for(whole), ScriptedLLM(first_word)))
 
     def dies(prompt: str) -> str:
         if "judge" in prompt:
@@ -121,18 +120,18 @@ def test_an_interrupted_run_ends_with_the_same_files(tmp_path: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         explain(settings_for(cut), ScriptedLLM(dies))
-    folder = cut.explanations("codes", "scripted")
+    folder = cut.explanations("codes", "scripted", "top")
     assert files(folder) != expected
     some = next(folder.glob("0/*.json"), None)
     if some:
         some.unlink()
-    assert files(explain(settings_for(cut), ScriptedLLM(first_word))) == expected
+    assert files(*explain(settings_for(cut), ScriptedLLM(first_word))) == expected
 
 
 def test_a_batch_with_a_missing_file_is_asked_again_as_a_whole(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", layers=(0,))
     whole = ScriptedLLM(first_word)
-    folder = explain(settings_for(run), whole)
+    (folder,) = explain(settings_for(run), whole)
     order = neuron_order(0, 0, N_NEURONS).tolist()
     (folder / "0" / f"{order[1]}.json").unlink()
     again = ScriptedLLM(first_word)
@@ -151,8 +150,8 @@ def test_finished_explanations_are_not_asked_for_again(tmp_path: Path) -> None:
 
 def test_growing_the_sample_keeps_what_was_explained(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", layers=(0,))
-    small = files(explain(settings_for(run, neurons=3), ScriptedLLM(first_word)))
-    large = files(explain(settings_for(run, neurons=6), ScriptedLLM(first_word)))
+    small = files(*explain(settings_for(run, neurons=3), ScriptedLLM(first_word)))
+    large = files(*explain(settings_for(run, neurons=6), ScriptedLLM(first_word)))
     assert len(large) == len(small) + 3
     assert small.items() <= large.items()
 
@@ -208,26 +207,24 @@ def test_auto_takes_the_only_site_and_lists_several(tmp_path: Path) -> None:
         find_site(Run(tmp_path / "nothing"), "auto")
 
 
-def test_every_protocol_explains_from_the_same_records() -> None:
-    assert len({protocol.explain_top for protocol in PROTOCOLS.values()}) == 1
-
-
-def test_no_token_is_both_explained_from_and_scored_on(tmp_path: Path) -> None:
+def test_each_explanation_set_is_made_once_from_its_own_windows(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", layers=(0,))
-    for record in read_records(layer_file(run.records("codes"), 0)).values():
-        for protocol in PROTOCOLS.values():
-            scored = protocol.score_records(record)
-            assert scored
-            assert not any(seen.overlaps(other) for seen in protocol.explain_records(record) for other in scored)
+    llm = ScriptedLLM(first_word)
+    folders = explain(settings_for(run, protocols=("random-only", "openai", "uniform")), llm)
+    assert folders == [run.explanations("codes", "scripted", name) for name in ("top", "openai")]
+    assert len(llm.asked) == 2 * (N_NEURONS - 1)
+    assert [len(read_explanations(folder)) for folder in folders] == [N_NEURONS] * 2
 
 
-@settings(deadline=None, max_examples=30)
-@given(st.integers(0, 20), st.integers(0, 20))
-def test_splits_stay_disjoint_however_few_records_there_are(n_top: int, n_random: int) -> None:
-    zeros = np.zeros(4, dtype=np.float32)
-    windows = [ActivationRecord(zeros.astype(np.int64), zeros, place, 0, 2) for place in range(n_top + n_random)]
-    moments = Moments(1, 0.0, 0.0, None, None, 1.0)
-    record = NeuronRecord(NeuronId("m", "s", 0, 0), tuple(windows[:n_top]), tuple(windows[n_top:]), moments, 0.5)
-    for protocol in PROTOCOLS.values():
-        explained = {window.key for window in protocol.explain_records(record)}
-        assert explained.isdisjoint(window.key for window in protocol.score_records(record))
+def test_tokens_the_tokenizer_does_not_have_are_a_named_skip(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", layers=(0,))
+    path = layer_file(run.records("codes"), 0)
+    records = list(read_records(path).values())
+    records[1].top[0].tokens[3] = 100_000
+    write_records(path, records)
+    (folder,) = explain(settings_for(run), ScriptedLLM(first_word))
+    found = read_explanations(folder)
+    assert {neuron.index: item.skipped for neuron, item in found.items() if item.skipped} == {
+        1: UNDECODABLE,
+        DEAD_INDEX: DEAD,
+    }

@@ -8,7 +8,18 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    Gemma2Config,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+)
 
 from cratescope.config import LLMConfig
 from cratescope.lm.tokenizer import train_bpe
@@ -27,22 +38,27 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return train_bpe(iter(LINES), 300)
 
 
+def configuration(architecture: str, **shape: int) -> PreTrainedConfig:
+    if architecture == "gpt2":
+        sizes = {"n_positions": shape.pop("max_position_embeddings"), "n_embd": 32, "n_layer": 2, "n_head": 4}
+        return GPT2Config(**shape, **sizes)
+    if architecture == "bloom":
+        return BloomConfig(vocab_size=shape["vocab_size"], hidden_size=32, n_layer=2, n_head=4)
+    sizes = shape | {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    if architecture == "neox":
+        return GPTNeoXConfig(**sizes)
+    sizes["num_key_value_heads"] = 2
+    if architecture == "mistral":
+        return MistralConfig(**sizes, sliding_window=12)
+    if architecture == "gemma2":
+        return Gemma2Config(**sizes, head_dim=8, sliding_window=12)
+    return {"llama": LlamaConfig, "qwen2": Qwen2Config}[architecture](**sizes)
+
+
 def tiny(architecture: str, tokenizer: PreTrainedTokenizerFast, context: int = 64) -> torch.nn.Module:
     torch.manual_seed(0)
-    if architecture == "gpt2":
-        config = GPT2Config(vocab_size=len(tokenizer), n_positions=context, n_embd=32, n_layer=2, n_head=4)
-        model = GPT2LMHeadModel(config)
-    else:
-        config = LlamaConfig(
-            vocab_size=len(tokenizer),
-            max_position_embeddings=context,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-        )
-        model = LlamaForCausalLM(config)
+    config = configuration(architecture, vocab_size=len(tokenizer), max_position_embeddings=context)
+    model = AutoModelForCausalLM.from_config(config)
     # Larger weights than at initialisation, so that positions and masks matter to the answers.
     with torch.no_grad():
         for parameter in model.parameters():
@@ -52,9 +68,15 @@ def tiny(architecture: str, tokenizer: PreTrainedTokenizerFast, context: int = 6
     return model.eval()
 
 
-@pytest.fixture(scope="module", params=["gpt2", "llama"])
+SHARED = ("gpt2", "llama", "qwen2", "neox")
+"""The others have windows or caps in their attention."""
+
+
+@pytest.fixture(scope="module", params=[*SHARED, "mistral", "gemma2"])
 def llm(request: pytest.FixtureRequest, tokenizer: PreTrainedTokenizerFast) -> LocalLLM:
-    return LocalLLM(tiny(request.param, tokenizer), tokenizer, "tiny")
+    llm = LocalLLM(tiny(request.param, tokenizer), tokenizer, "tiny")
+    assert llm._shares == (request.param in SHARED)
+    return llm
 
 
 def plain(llm: LocalLLM, ids: list[int]) -> np.ndarray:
@@ -81,6 +103,23 @@ def test_slot_logprobs_equal_a_full_forward_pass_and_are_aligned(llm: LocalLLM) 
         np.testing.assert_allclose(rows, expected, atol=1e-5)
 
 
+def test_choices_of_several_tokens_are_scored_as_sequences(llm: LocalLLM) -> None:
+    prefix, prompts = llm.encode(PREFIX), [llm.encode(text) for text in PROMPTS[1:3]]
+    slots = [[1, len(prompts[0])], [3, 4]]
+    choices = [[5], [5, 7], [5, 7, 9], [6, 8], [9]]
+    found = llm.slot_logprobs(prefix, prompts, slots, choices)
+    for rows, prompt, places in zip(found, prompts, slots, strict=True):
+        for row, slot in zip(rows, places, strict=True):
+            for value, choice in zip(row, choices, strict=True):
+                before = prefix + prompt[:slot]
+                logprobs = plain(llm, before + choice)[len(before) - 1 :]
+                expected = sum(logprobs[step][token] for step, token in enumerate(choice))
+                assert value == pytest.approx(expected, abs=2e-5)
+    single = llm.slot_logprobs(prefix, prompts, slots, [5, 9])
+    for one, several in zip(single, found, strict=True):
+        np.testing.assert_allclose(one, several[:, [0, 4]], atol=1e-5)
+
+
 def test_a_slot_does_not_see_what_is_in_it_or_behind_it(llm: LocalLLM) -> None:
     prefix, prompt, choices = llm.encode(PREFIX), llm.encode(PROMPTS[1]), llm.encode("cat")
     other = [*prompt[:2], *reversed(prompt[2:])]
@@ -101,7 +140,7 @@ def test_generation_is_the_greedy_one_whatever_else_is_in_the_batch(llm: LocalLL
         ids = prefix + prompt
         for _ in range(8):
             ids = [*ids, int(plain(llm, ids)[-1].argmax())]
-        assert text == llm.tokenizer.decode(ids[len(prefix) + len(prompt) :])
+        assert text == llm.tokenizer.decode(ids[len(prefix) + len(prompt) :]).split("<|endoftext|>")[0]
     assert llm.generate(prefix, prompts[::-1], 8, "<never>") == together[::-1]
     assert len(set(together)) > 1
 
@@ -119,14 +158,45 @@ def test_generation_stops_before_the_stop_text_and_at_the_end_of_text(
     assert llm.generate(prefix, [prompt, llm.encode("boats")], 8, "<never>")[0] == ""
 
 
-def test_the_prefix_is_computed_once(llm: LocalLLM) -> None:
-    seen: list[int] = []
-    hook = llm.model.get_input_embeddings().register_forward_hook(lambda _m, _i, out: seen.append(out.shape[1]))
-    prefix = llm.encode("one bridge, ten boats.\n")
-    for _ in range(3):
-        llm.next_logprobs(prefix, [llm.encode("the cat")])
+def test_a_prefix_is_computed_once_and_several_are_kept(llm: LocalLLM) -> None:
+    seen: list[tuple[int, ...]] = []
+    hook = llm.model.get_input_embeddings().register_forward_hook(lambda _m, _i, out: seen.append(out.shape[:2]))
+    one, two, asked = llm.encode("one bridge, ten boats.\n"), llm.encode("the cat ran.\n"), llm.encode("the cat")
+    for prefix in (one, two, one, two):
+        llm.next_logprobs(prefix, [asked, asked])
     hook.remove()
-    assert seen == [len(prefix)] + [len(llm.encode("the cat"))] * 3
+    batch = (2, len(asked))
+    assert seen == [(1, len(one)), batch, (1, len(two)), batch, batch, batch]
+
+
+def test_finished_rows_leave_the_batch(llm: LocalLLM) -> None:
+    prefix, prompts = llm.encode(PREFIX), [llm.encode(text) for text in PROMPTS]
+    texts = llm.generate(prefix, prompts, 8, "<never>")
+    stop = next(sign for sign in "".join(texts) if any(sign not in text for text in texts))
+    sizes: list[int] = []
+    hook = llm.model.get_input_embeddings().register_forward_hook(lambda _m, _i, out: sizes.append(out.shape[0]))
+    assert llm.generate(prefix, prompts, 8, stop) == [text.split(stop)[0] for text in texts]
+    hook.remove()
+    assert sizes.count(len(prompts)) < 8
+
+
+def test_an_empty_prefix_is_no_special_case(llm: LocalLLM) -> None:
+    prompts = [llm.encode(text) for text in PROMPTS]
+    for row, prompt in zip(llm.next_logprobs([], prompts), prompts, strict=True):
+        np.testing.assert_allclose(row, plain(llm, prompt)[-1], atol=1e-5)
+
+
+def test_a_model_with_biases_in_its_attention_is_left_as_it_is(tokenizer: PreTrainedTokenizerFast) -> None:
+    llm = LocalLLM(tiny("bloom", tokenizer), tokenizer, "tiny")
+    prefix, prompts = llm.encode(PREFIX), [llm.encode(text) for text in PROMPTS]
+    assert not llm._shares
+    for row, prompt in zip(llm.next_logprobs(prefix, prompts), prompts, strict=True):
+        np.testing.assert_allclose(row, plain(llm, prefix + prompt)[-1], atol=1e-5)
+
+
+def test_four_bits_without_the_hardware_are_refused() -> None:
+    with pytest.raises(UserError, match="--llm-quantize 4bit needs a CUDA device"):
+        open_llm(LLMConfig(llm_device="cpu", llm_quantize="4bit"))
 
 
 def test_another_prefix_is_not_answered_from_the_old_one(llm: LocalLLM) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -9,166 +12,63 @@ from hypothesis import strategies as st
 
 from cratescope.neurons import prompts
 from cratescope.neurons.llm.scripted import ScriptedLLM
+from cratescope.run import UserError
 
-EXPLAIN_GOLDEN = """\
-Words: bread, cheese, soup, apples, dinner
-The detector finds: words about food
-
-Words: of
-The detector finds: the word "of"
-
-Words: (, )
-The detector finds: brackets
-
-Words: rain, storm, cloudy, wind
-The detector finds: words about the weather
-
-Words: London, Chicago, Tokyo, Rome, Vienna
-The detector finds: names of cities
-
-Words: but, But
-The detector finds: the word "but"
-
-Words: .
-The detector finds: full stops
-
-Words: walked, ran, moved, goes, climbing
-The detector finds: verbs of motion
-
-Words: 40, 7, three, 250
-The detector finds: numbers
-
-Words: doctor, hospital, disease, patients
-The detector finds: words about health
-
-Words: -, --
-The detector finds: dashes
-
-Words: Google, Ford, Microsoft, Sony
-The detector finds: names of companies
-
-Words: with
-The detector finds: the word "with"
-
-Words: large, small, huge, little, largest
-The detector finds: words about size
-
-Words: dog, horses
-The detector finds:"""
-
-LIST_GOLDEN = """\
-The detector finds: words about food
-Words: bread, cheese, soup, apples, dinner, rice
-
-The detector finds: the word "of"
-Words: of, of, of, of
-
-The detector finds: words about the weather
-Words: rain, storm, cloudy, sunshine, wind, snow
-
-The detector finds: punctuation at the end of a sentence
-Words: ., !, ., ?, .
-
-The detector finds: names of cities
-Words: London, Chicago, Tokyo, Rome, Vienna, Lima
-
-The detector finds: verbs in the past tense
-Words: went, walked, took, opened, fell, built
-
-The detector finds: numbers
-Words: 7, 40, three, 250, 12, hundred
-
-The detector finds: endings of words
-Words: ing, ed, tion, ly, ness, er
-
-The detector finds: words about animals
-Words:"""
-
-SLOTS_GOLDEN = """\
-A detector reads a text one token after another. Behind every token stands how strongly it fires, from 0 (not at all) \
-to 10 (as strongly as it ever does). Most tokens are not what it looks for and get 0.
-
-The detector finds: words about food
-Tokens:
-The\tunknown
- cook\tunknown
- left\tunknown
- early\tunknown
-,\t0
- so\t0
- she\t0
- ate\t7
- cold\t0
- soup\t10
- with\t0
- bread\t9
-.\t0
-
-The detector finds: the word "of"
-Tokens:
-One\tunknown
- of\tunknown
- them\tunknown
- saw\t0
- the\t0
- end\t0
- of\t10
- a\t0
- road\t0
- made\t0
- of\t10
- stone\t0
-
-The detector finds: names of cities
-Tokens:
-Trains\tunknown
- from\tunknown
- Vienna\tunknown
- to\tunknown
- Rome\tunknown
- stop\t0
- in\t0
- the\t0
- mountains\t0
- near\t0
- Geneva\t10
-\\n\t0
-
-The detector finds: words about animals
-Tokens:
-A\tunknown
- dog\tunknown
-\\n\tunknown
-\\t\tunknown
-"""
+GOLDEN = Path(__file__).parent / "golden"
+VERSIONS = {
+    "words-2": "c54d3a69a44a",
+    "list-2": "d3716895b9e4",
+    "slots-2": "549184ecb9e4",
+    "context-1": "c1a15c73e4eb",
+    "detection-1": "f1d8adbc8378",
+    "fuzzing-1": "372a7d3c471f",
+    "intruder-1": "e28d3f9f7f14",
+}
+"""First digits of each prompt's SHA-256. Whoever changes a prompt changes its version too."""
+TOKENS = ["A", " dog", "\n", "\t"]
+MARKED = np.array([False, True, False, False])
 
 
-def test_the_explainers_prompt_in_full() -> None:
-    assert prompts.explain_prefix() + prompts.explain_prompt(["dog", "horses"]) == EXPLAIN_GOLDEN
+def whole_prompts() -> dict[str, str]:
+    """Every prompt of ours, for one made-up neuron."""
+    llm, own = ScriptedLLM(), prompts.OwnWording()
+    about = "words about animals"
+    slots = llm.decode(own.slots_prefix(llm) + own.slot_prompt(llm, about, TOKENS).ids)
+    in_context = prompts.context_prompt(llm, about, TOKENS)
+    group = [(TOKENS, MARKED)] * 5
+    return {
+        "explain": own.explain_prefix() + prompts.explain_prompt(["dog", "horses"]),
+        "list": prompts.list_prefix() + prompts.list_prompt(about),
+        "all-at-once": slots,
+        "list-in-context": prompts.context_prefix() + llm.decode(in_context.ids),
+        "detection": prompts.judge_prefix("detection") + prompts.judge_prompt("detection", about, TOKENS, MARKED),
+        "fuzzing": prompts.judge_prefix("fuzzing") + prompts.judge_prompt("fuzzing", about, TOKENS, MARKED),
+        "intruder": prompts.judge_prefix("intruder") + prompts.intruder_prompt(group),
+    }
 
 
-def test_the_list_prompt_in_full() -> None:
-    assert prompts.list_prefix() + prompts.list_prompt("words about animals") == LIST_GOLDEN
+@pytest.mark.parametrize("name", list(whole_prompts()))
+def test_a_prompt_in_full(name: str) -> None:
+    assert whole_prompts()[name] == (GOLDEN / f"{name}.txt").read_text(encoding="utf-8")
 
 
-def test_the_all_at_once_prompt_in_full() -> None:
-    llm = ScriptedLLM()
-    prefix = prompts.slots_prefix(llm, 10)
-    prompt = prompts.slot_prompt(llm, "words about animals", ["A", " dog", "\n", "\t"])
-    assert llm.decode(prefix + prompt.ids) == SLOTS_GOLDEN
-
-
-def test_the_examples_stay_on_a_scale_of_nine() -> None:
-    llm = ScriptedLLM()
-    text = llm.decode(prompts.slots_prefix(llm, 9))
-    assert "10" not in text and " soup\t9\n" in text
+def test_every_prompt_has_a_version_that_changes_with_it() -> None:
+    """Else old and new results would be mixed."""
+    found = {name: hashlib.sha256(text.encode()).hexdigest()[:12] for name, text in whole_prompts().items()}
+    versions = {
+        "explain": prompts.EXPLAIN_PROMPT,
+        "list": prompts.LIST_PROMPT,
+        "all-at-once": prompts.ALL_AT_ONCE_PROMPT,
+    }
+    versions |= {"list-in-context": prompts.CONTEXT_PROMPT, **prompts.JUDGE_PROMPTS}
+    assert {versions[name]: digest for name, digest in found.items()} == VERSIONS
 
 
 @settings(deadline=None, max_examples=30)
 @given(st.lists(st.text(max_size=6), max_size=20))
 def test_every_slot_stands_behind_its_own_token(tokens: list[str]) -> None:
     llm = ScriptedLLM()
-    prompt = prompts.slot_prompt(llm, "anything", tokens)
+    prompt = prompts.OwnWording().slot_prompt(llm, "anything", tokens)
     lines = llm.decode(prompt.ids).split("\n")[2:-1]
     assert len(lines) == len(prompt.slots) == len(tokens)
     for token, slot in zip(tokens, prompt.slots, strict=True):
@@ -176,13 +76,13 @@ def test_every_slot_stands_behind_its_own_token(tokens: list[str]) -> None:
         assert llm.decode(prompt.ids[slot:]).startswith("unknown\n")
 
 
-def test_digits_go_to_ten_only_where_ten_is_one_token() -> None:
-    class Splitting(ScriptedLLM):
-        def encode(self, text: str) -> list[int]:
-            return [index for character in text for index in super(Splitting, self).encode(character)]
+def test_a_marked_token_keeps_its_space_outside() -> None:
+    assert prompts.mark(["A", " dog", "\n", " ran"], np.array([False, True, True, False])) == "A <<dog>><<\\n>> ran"
 
-    assert len(prompts.digit_choices(ScriptedLLM())) == 11
-    assert len(prompts.digit_choices(Splitting())) == 10
+
+def test_openai_prompts_without_the_package_say_how_to_get_it() -> None:
+    with pytest.raises(UserError, match="pip install --no-deps automated-interpretability"):
+        prompts.wording_named("openai")
 
 
 @settings(deadline=None, max_examples=50)
@@ -219,20 +119,22 @@ def test_no_more_words_than_the_prompt_has_room_for() -> None:
 
 
 @pytest.mark.parametrize(
-    ("token", "item"),
+    ("word", "items"),
     [
-        (" dog", " dog"),
-        ("Dog", " Dog"),
-        ("ing", " ing"),
-        (",", " ,"),
-        ("\n", None),
-        (" ", None),
-        ("a\ufffd", None),
-        ("", None),
+        (" dog", [" dog"]),
+        ("Dog", [" Dog"]),
+        (" it's", [" it's"]),
+        (",", [" ,"]),
+        ('("', [" (", ' "']),
+        (".\n", [" ."]),
+        ("\n", []),
+        (" ", []),
+        ("a\ufffd", []),
+        ("", []),
     ],
 )
-def test_a_token_as_an_item_of_the_list(token: str, item: str | None) -> None:
-    assert prompts.list_item(token) == item
+def test_a_word_as_items_of_the_list(word: str, items: list[str]) -> None:
+    assert prompts.list_items(word) == items
 
 
 @pytest.mark.parametrize(

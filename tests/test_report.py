@@ -18,25 +18,17 @@ from hypothesis import strategies as st
 
 from cratescope.config import ReportConfig
 from cratescope.neurons.records import Histogram, NeuronId, layer_file, read_records, read_scores
-from cratescope.report import tables
+from cratescope.report.comparison import Comparison, Quantity, caveats, comparisons, headline
 from cratescope.report.figures import inline
+from cratescope.report.paper import PAPER_SCORES
 from cratescope.report.report import highlight, report, spread
-from cratescope.report.tables import (
-    PAPER_SCORES,
-    caveats,
-    comparisons,
-    headline,
-    load_results,
-    loss_rows,
-    neuron_rows,
-    number,
-    score_rows,
-    sparkline,
-    visible,
-)
+from cratescope.report.results import Results, load_results
+from cratescope.report.tables import loss_rows, matched_rows, neuron_rows, quality_rows, score_rows
+from cratescope.report.text import number, sparkline, visible
 from cratescope.run import Run, UserError, read_json, write_json
 from fake_run import Fake, fake_run, fake_tokenizer
 
+PRIMARY = Quantity("random-only", "pearson", "shuffled")
 NASTY = "<script>alert('x')</script> \"a\" & $b_c$"
 
 
@@ -50,9 +42,25 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 @pytest.fixture(scope="session")
+def seeds(tmp_path_factory: pytest.TempPathFactory) -> list[Results]:
+    """Two seeds of each family, and the untrained copy of every run."""
+    root, made = tmp_path_factory.mktemp("seeds"), []
+    for family in ("crate", "gpt2"):
+        for seed in (0, 1):
+            for tokens in (2_000_000, 0):
+                fake = Fake(family, "1l", layers=1, seed=seed, tokens_trained=tokens, quality=0.7 if tokens else 0.1)
+                made.append(fake_run(root / f"{family}-{seed}-{tokens}", fake).root)
+    return load_results(ReportConfig(runs=tuple(made), out=root))
+
+
+def settings_for(runs: tuple[Path, ...], out: Path, **changes: Any) -> ReportConfig:
+    return ReportConfig(runs=runs, out=out, primary="random-only/pearson/shuffled", **changes)
+
+
+@pytest.fixture(scope="session")
 def written(runs: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("report")
-    return report(ReportConfig(runs=runs, out=out, cards=3), tokenizer=fake_tokenizer()).parent
+    return report(settings_for(runs, out, cards=3), tokenizer=fake_tokenizer()).parent
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:
@@ -73,18 +81,25 @@ def edit(path: Path, **changes: Any) -> None:
 
 
 def test_the_score_table_equals_the_summaries(runs: tuple[Path, Path], written: Path) -> None:
-    rows = {(row["model"], row["protocol"], row["layer"]): row for row in rows_of(written / "scores.csv")}
-    assert len(rows) == 2 * 2 * 3
+    names = ("model", "protocol", "measure", "layer")
+    rows = {tuple(row[name] for name in names): row for row in rows_of(written / "scores.csv")}
+    assert len(rows) == 2 * 2 * 2 * 3
+    kept = ("mean", "standard_error", "low", "high", "n_scored", "n_none", "n_dead", "n_neurons")
     for path, site in zip(runs, ("codes", "mlp"), strict=True):
         summary = read_json(Run(path).scores(site, "offline", "list-pmi") / "summary.json")
         for protocol, table in summary["protocols"].items():
-            for layer in table["layers"]:
-                row = rows[path.name, protocol, str(layer["layer"])]
-                numbers = {key: value for key, value in layer.items() if key != "none_reasons"}
-                assert {key: float(row[key]) for key in numbers} == numbers
-            row = rows[path.name, protocol, "mean"]
-            assert {key: float(row[key]) for key in table["model"]} == table["model"]
-    assert rows["crate", "top-and-random", "0"]["paper"] == "7.8"
+            for place, layer in enumerate(table["layers"]):
+                row = rows[path.name, protocol, "pearson", str(layer["layer"])]
+                assert {key: float(row[key]) for key in kept} == {key: layer[key] for key in kept}
+                for control, found in table["controls"].items():
+                    assert float(row[control]) == found["layers"][place]["mean"]
+                    assert float(row[f"over_{control}"]) == found["layers"][place]["gain_mean"]
+            row = rows[path.name, protocol, "pearson", "mean"]
+            assert {key: float(row[key]) for key in kept[:4]} == {key: table["model"][key] for key in kept[:4]}
+            other = rows[path.name, protocol, "spearman", "mean"]
+            assert float(other["mean"]) == table["measures"]["spearman"]["model"]["mean"]
+    assert rows["crate", "top-and-random", "pearson", "0"]["paper"] == "7.8"
+    assert rows["crate", "top-and-random", "spearman", "0"]["paper"] == ""
     as_json = json.loads((written / "scores.json").read_text())["scores"]
     assert [row["mean"] for row in as_json] == [float(row["mean"]) for row in rows.values()]
 
@@ -93,9 +108,12 @@ def test_the_neuron_table_has_every_neuron_with_its_scores(runs: tuple[Path, Pat
     rows = {(row["model"], int(row["layer"]), int(row["index"])): row for row in rows_of(written / "neurons.csv")}
     assert len(rows) == 2 * 2 * 6
     for score in read_scores(Run(runs[0]).scores("codes", "offline", "list-pmi") / "scores.jsonl"):
-        cell = rows["crate", score.neuron.layer, score.neuron.index]
-        cell_value = cell[f"{score.protocol}_{'score' if score.control == 'none' else 'null'}"]
-        assert cell_value == ("" if score.value is None else repr(score.value))
+        if score.measure == "pearson":
+            cell = rows["crate", score.neuron.layer, score.neuron.index]
+            name = f"{score.protocol}_{'score' if score.control == 'none' else score.control}"
+            assert cell[name] == ("" if score.value is None else repr(score.value))
+            if score.control == "none":
+                assert cell[f"{score.protocol}_low"] == ("" if score.low is None else repr(score.low))
     assert rows["crate", 0, 5]["explanation"] == "" and float(rows["crate", 0, 5]["density"]) == 0
     assert rows["gpt2", 0, 1]["explanation"] == NASTY
 
@@ -145,6 +163,7 @@ def test_the_page_shows_the_numbers_times_100(runs: tuple[Path, Path], written: 
     model = table["random-only"]["model"]
     assert f"{100 * model['mean']:.1f} ± {100 * model['standard_error']:.1f}" in page
     assert f"{100 * table['random-only']['layers'][1]['null_mean']:.1f} ±" in page
+    assert f"{100 * model['low']:.1f} … {100 * model['high']:.1f}" in page
     assert "8/4/2/12" in page
     assert "2 without a score (1 constant simulation, 1 dead neuron)" in page
 
@@ -165,7 +184,7 @@ def test_the_page_asks_nothing_of_the_network(written: Path) -> None:
 
 
 def test_the_same_inputs_give_the_same_bytes(runs: tuple[Path, Path], written: Path, tmp_path: Path) -> None:
-    again = report(ReportConfig(runs=runs, out=tmp_path, cards=3), tokenizer=fake_tokenizer()).parent
+    again = report(settings_for(runs, tmp_path, cards=3), tokenizer=fake_tokenizer()).parent
     names = sorted(path.relative_to(written) for path in written.rglob("*") if path.is_file())
     assert names == sorted(path.relative_to(again) for path in again.rglob("*") if path.is_file())
     assert {path.suffix for path in names} == {".html", ".csv", ".json", ".svg", ".png"}
@@ -179,16 +198,17 @@ def test_a_missing_number_is_a_dash_with_its_count_and_never_nan(tmp_path: Path)
     path.write_text(re.sub(r'"value": [^,]*', '"value": null', path.read_text()))
     summary = read_json(path.with_name("summary.json"))
     for table in summary["protocols"].values():
-        table["layers"][0] |= {name: None for name in table["layers"][0] if "mean" in name or "standard" in name}
-        table["layers"][0] |= {"n_scored": 0, "n_none": 5}
-        table["model"] = dict.fromkeys(table["model"])
+        for part in (table, *table["measures"].values()):
+            part["layers"][0] |= {name: None for name in part["layers"][0] if "mean" in name or "standard" in name}
+            part["layers"][0] |= {"n_scored": 0, "n_none": 5, "low": None, "high": None}
+            part["model"], part["controls"] = dict.fromkeys(part["model"]), {}
     write_json(path.with_name("summary.json"), summary)
     text = run.evaluation.read_text()
     run.evaluation.write_text(text.replace('"bits_per_byte": 1.72', '"bits_per_byte": NaN'))
     page = report(ReportConfig(runs=(run.root,), out=tmp_path / "out"), tokenizer=fake_tokenizer()).read_text()
     body = page.partition("<body>")[2].partition("<script>")[0]
     assert not re.search(r"\bnan\b", body, re.I) and ">None<" not in body
-    assert re.search(r'<td class="first">–</td>\s*<td class="se">–</td><td>–</td>\s*<td class="se">0/5/3/5', body)
+    assert re.search(r'<td class="first">–</td>\s*(<td class="se">–</td>\s*){5}<td class="se">0/5/3/5', body)
     assert "No neuron of this layer has a score." in body and "3 dead neuron" in body
     assert "nan" not in (tmp_path / "out" / "losses.csv").read_text()
 
@@ -201,7 +221,7 @@ def test_a_missing_number_is_a_dash_with_its_count_and_never_nan(tmp_path: Path)
         ("scores/codes/offline/list-pmi/summary.json", "cratescope score"),
         ("scores/codes/offline/list-pmi/scores.jsonl", "cratescope score"),
         ("records/codes/layer-01.parquet", "cratescope collect"),
-        ("simulations/codes/offline/list-pmi/0/0.json", "cratescope simulate"),
+        ("simulations/codes/offline/list-pmi/top/0/0.json", "cratescope simulate"),
     ],
 )
 def test_a_missing_piece_names_the_file_and_the_command(
@@ -272,30 +292,98 @@ def test_cards_are_spread_from_the_best_to_the_worst(ranked: int, cards: int) ->
     assert len(ranks) < 2 or ranks[-1] == ranked
 
 
+def find(
+    groups: list[list[Comparison]], over: str | None, protocol: str = "random-only", trained: bool = True
+) -> Comparison:
+    return next(
+        pair
+        for group in groups
+        for pair in group
+        if (pair.quantity.protocol, pair.quantity.over, pair.tokens_trained > 0) == (protocol, over, trained)
+    )
+
+
 def test_the_headline_follows_from_the_numbers(runs: tuple[Path, Path], tmp_path: Path) -> None:
     results = load_results(ReportConfig(runs=runs, out=tmp_path))
-    [[pair, _]] = comparisons(results)
-    crate, gpt2 = (item.summary["protocols"]["top-and-random"]["model"] for item in results)
-    assert pair.difference == crate["mean"] - gpt2["mean"]
-    assert pair.standard_error == pytest.approx(np.hypot(crate["standard_error"], gpt2["standard_error"]))
-    assert number(pair.difference, sign=True) in headline([pair])
-    larger = dataclasses.replace(pair, crate=dataclasses.replace(pair.crate, mean=0.9, standard_error=0.001))
-    equal = dataclasses.replace(pair, crate=pair.gpt2)
-    assert "on top-and-random exceeds two" in headline([larger]) and "No difference" in headline([equal])
-    assert "one training run" in " ".join(caveats(results, [pair]))
+    groups = comparisons(results, PRIMARY)
+    pair = groups[0][0]
+    assert pair.primary and pair.unit == "neurons"
+    crate, gpt2 = (item.summary["protocols"]["random-only"]["model"] for item in results)
+    assert pair.difference == pytest.approx(crate["gain_mean"] - gpt2["gain_mean"])
+    errors = crate["gain_standard_error"], gpt2["gain_standard_error"]
+    assert pair.standard_error == pytest.approx(np.hypot(*errors))
+    raw = find(groups, None)
+    assert raw.difference == pytest.approx(crate["mean"] - gpt2["mean"])
+    said = headline([pair])
+    assert number(pair.difference, sign=True) in said and "primary measure (random-only, pearson, gain over" in said
+    assert pair.test is not None and ("not told apart" in said) == (pair.test.p >= 0.05)
+    sure = dataclasses.replace(pair, test=pair.test._replace(p=0.001))
+    assert "CRATE is ahead" in headline([sure]) or "GPT-2 is ahead" in headline([sure])
+    assert "too few values" in headline([dataclasses.replace(pair, test=None)])
+    assert "one training run" in " ".join(caveats(results, groups, PRIMARY))
 
 
-def test_several_seeds_give_an_error_over_seeds(tmp_path: Path) -> None:
-    runs = [fake_run(tmp_path / f"crate-{seed}", Fake(seed=seed, layers=1, size="1l")).root for seed in range(2)]
-    runs += [
-        fake_run(tmp_path / f"gpt2-{seed}", Fake("gpt2", seed=seed, layers=1, size="1l")).root for seed in range(2)
+def test_several_seeds_are_compared_with_the_seed_as_the_unit(seeds: list[Results]) -> None:
+    groups = comparisons(seeds, PRIMARY)
+    pair = find(groups, None)
+    means = {
+        family: [item.summary["protocols"]["random-only"]["model"]["mean"] for item in seeds if item.family == family][
+            ::2
+        ]
+        for family in ("crate", "gpt2")
+    }
+    assert pair.crate.seeds.keys() == {0, 1} and pair.crate.mean == pytest.approx(np.mean(means["crate"]))
+    assert pair.crate.standard_error == pytest.approx(np.std(means["crate"], ddof=1) / np.sqrt(2))
+    differences = np.subtract(means["crate"], means["gpt2"])
+    assert pair.test is not None and pair.test.paired and pair.unit == "seeds"
+    assert pair.test.standard_error == pytest.approx(np.std(differences, ddof=1) / np.sqrt(2))
+    assert pair.test.effect == pytest.approx(differences.mean() / np.std(differences, ddof=1))
+    assert pair.seeds_needed() is not None and pair.neurons_needed(1e-4) > pair.neurons_needed(0.5)
+    assert "over training seeds" in " ".join(caveats(seeds, groups, PRIMARY))
+
+
+def test_an_untrained_run_of_the_same_preset_and_seed_is_a_control(seeds: list[Results]) -> None:
+    rows = [row for row in score_rows(seeds) if (row["protocol"], row["layer"]) == ("random-only", "mean")]
+    own = {row["model"]: row for row in rows if row["measure"] == "pearson"}
+    for family in ("crate", "gpt2"):
+        for seed in (0, 1):
+            trained, copy = own[f"{family}-{seed}-2000000"], own[f"{family}-{seed}-0"]
+            assert trained["untrained"] == copy["mean"] and copy["untrained"] is None
+            assert trained["over_untrained"] == pytest.approx(trained["mean"] - copy["mean"])
+    pair = find(comparisons(seeds, PRIMARY), "untrained")
+    assert pair.crate.seeds[0] == pytest.approx(own["crate-0-2000000"]["over_untrained"])
+    assert "No untrained model" not in " ".join(caveats(seeds, [], PRIMARY))
+
+
+def test_the_untrained_pair_is_compared_last(seeds: list[Results]) -> None:
+    groups = comparisons(seeds, PRIMARY)
+    assert [group[0].tokens_trained for group in groups] == [2_000_000, 0]
+    assert all(group[0].primary for group in groups)
+    assert "untrained" in headline(groups[1])
+
+
+@pytest.mark.parametrize("text", ["uniform", "a/b/c/d", "uniform//shuffled"])
+def test_a_primary_measure_that_is_none_is_refused(text: str) -> None:
+    with pytest.raises(UserError, match="protocol/measure/control"):
+        Quantity.parse(text)
+
+
+def test_a_primary_measure_that_was_not_scored_is_said_to_be_missing(runs: tuple[Path, Path], tmp_path: Path) -> None:
+    results = load_results(ReportConfig(runs=runs, out=tmp_path))
+    primary = Quantity.parse(ReportConfig.primary)
+    groups = comparisons(results, primary)
+    assert not any(pair.primary for group in groups for pair in group)
+    assert f"({primary.name}) was not scored" in " ".join(caveats(results, groups, primary))
+
+
+def test_activity_is_compared_at_matched_density_too(seeds: list[Results]) -> None:
+    rows = matched_rows(seeds)
+    assert [(row["crate"], row["gpt2"]) for row in rows] == [
+        (f"crate-{seed}-{tokens}", f"gpt2-{seed}-{tokens}") for seed in (0, 1) for tokens in (2_000_000, 0)
     ]
-    results = load_results(ReportConfig(runs=tuple(runs), out=tmp_path))
-    [[pair, _]] = comparisons(results)
-    means = [item.summary["protocols"]["top-and-random"]["model"]["mean"] for item in results[:2]]
-    assert pair.crate.runs == 2 and pair.crate.mean == pytest.approx(np.mean(means))
-    assert pair.crate.standard_error == pytest.approx(np.std(means, ddof=1) / np.sqrt(2))
-    assert "over training seeds" in " ".join(caveats(results, [pair]))
+    assert all(0 < row["lookup_n"] <= 5 for row in rows)
+    layers = [row for row in quality_rows(seeds) if row["layer"] == 0]
+    assert len(layers) == len(seeds) and {row["distinct_explanations"] for row in layers} == {6}
 
 
 @pytest.mark.parametrize(
@@ -312,8 +400,8 @@ def test_runs_that_differ_in_more_than_the_family_are_not_compared(
     run = copy_of(runs[0], tmp_path)
     edit(run / "run.json", **changes)
     results = load_results(ReportConfig(runs=(run, runs[1]), out=tmp_path))
-    assert comparisons(results) == []
-    assert "no comparison" in " ".join(caveats(results, []))
+    assert comparisons(results, PRIMARY) == []
+    assert "no comparison" in " ".join(caveats(results, [], PRIMARY))
 
 
 def test_two_sites_of_one_run_are_two_rows_with_one_loss_curve(runs: tuple[Path, Path], tmp_path: Path) -> None:
@@ -336,9 +424,10 @@ def test_figures_follow_the_page_colours_and_have_no_address(written: Path) -> N
         assert svg.startswith("<svg") and "var(--crate)" in svg and "var(--gpt2)" in svg and "currentColor" in svg
 
 
-def test_the_papers_means_are_those_of_its_layers() -> None:
+@pytest.mark.parametrize("protocol", PAPER_SCORES)
+def test_the_papers_means_are_those_of_its_layers(protocol: str) -> None:
     """A slip in copying a layer would break the mean; S and B leave out their last layer, as the paper does."""
-    for preset, entry in PAPER_SCORES["top-and-random"].items():
+    for preset, entry in PAPER_SCORES[protocol].items():
         layers = entry.get("layers", ())
         kept = layers[:-1] if len(layers) >= 6 else layers
         assert not kept or np.mean(kept) == pytest.approx(entry["mean"], abs=0.06), preset
@@ -360,8 +449,8 @@ def test_a_report_is_made_again_only_when_something_it_shows_has_changed(
 
 def test_a_second_run_of_the_same_seed_is_no_replicate(runs: tuple[Path, Path], tmp_path: Path) -> None:
     again = Path(shutil.copytree(runs[0], tmp_path / "again"))
-    results = tables.load_results(ReportConfig(runs=(*runs, again), out=tmp_path))
-    assert [pair.crate.runs for group in tables.comparisons(results) for pair in group] == [1, 1]
+    results = load_results(ReportConfig(runs=(*runs, again), out=tmp_path))
+    assert {len(pair.crate.seeds) for group in comparisons(results, PRIMARY) for pair in group} == {1}
     edit(again / "run.json", seed=99)
-    results = tables.load_results(ReportConfig(runs=(*runs, again), out=tmp_path))
-    assert [pair.crate.runs for group in tables.comparisons(results) for pair in group] == [2, 2]
+    results = load_results(ReportConfig(runs=(*runs, again), out=tmp_path))
+    assert {len(pair.crate.seeds) for group in comparisons(results, PRIMARY) for pair in group} == {2}

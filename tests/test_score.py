@@ -1,8 +1,12 @@
-"""Scoring: what a perfect, a constant and a wrong simulation get, the counts, and the summary."""
+"""Scoring: what a perfect, a constant and a wrong simulation get, controls, counts, judgements, and what is refused."""
 
 from __future__ import annotations
 
+import dataclasses
+import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,17 +14,38 @@ import pytest
 from cratescope.config import ScoreConfig
 from cratescope.neurons.explain import DEAD, EMPTY_ANSWER, explain
 from cratescope.neurons.llm.scripted import ScriptedLLM
-from cratescope.neurons.records import PROTOCOLS, NeuronRecord, Simulation, layer_file, read_records, read_scores
-from cratescope.neurons.score import CONSTANT_SIMULATION, CONSTANT_TRUTH, score, score_neuron
-from cratescope.neurons.simulate import scoring_records, simulate
-from cratescope.run import Run, UserError, read_json
+from cratescope.neurons.protocols import PROTOCOLS, Protocol, scoring_windows
+from cratescope.neurons.records import (
+    Judgement,
+    NeuronRecord,
+    Score,
+    Simulation,
+    layer_file,
+    neuron_file,
+    read_records,
+    read_scores,
+    write_judgements,
+)
+from cratescope.neurons.score import (
+    CONSTANT_SIMULATION,
+    CONSTANT_TRUTH,
+    ONE_ANSWER,
+    score,
+    score_judgement,
+    score_neuron,
+    summarise,
+)
+from cratescope.neurons.simulate import simulate
+from cratescope.run import Run, UserError, claim, read_json, write_json
 from test_explain import DEAD_INDEX, N_NEURONS, files, first_word, make_run, settings_for
 from test_simulate import config_for, knowing
 
 TOP_AND_RANDOM = PROTOCOLS["top-and-random"]
+OF_TOP = [protocol for protocol in PROTOCOLS.values() if protocol.explained == "top"]
+DEFAULT = OF_TOP[:2]
 
 
-def config(run: Run, **changes: object) -> ScoreConfig:
+def config(run: Run, **changes: Any) -> ScoreConfig:
     return ScoreConfig(run.root, explainer="scripted", **changes)
 
 
@@ -33,109 +58,154 @@ def run(tmp_path: Path) -> Run:
 
 
 @pytest.fixture(scope="module")
-def record(tmp_path_factory: pytest.TempPathFactory) -> NeuronRecord:
+def records(tmp_path_factory: pytest.TempPathFactory) -> dict[int, NeuronRecord]:
     run = make_run(tmp_path_factory.mktemp("score") / "run", layers=(0,))
-    return read_records(layer_file(run.records("codes"), 0))[1]
+    return read_records(layer_file(run.records("codes"), 0))
 
 
-def simulation(record: NeuronRecord, scale: float = 1.0, offset: float = 0.0) -> Simulation:
-    """A simulation that is the truth up to scale and offset; its control is its mirror image."""
-    windows = scoring_records(record)
-    rows = tuple(tuple(map(float, scale * window.activations + offset)) for window in windows)
+@pytest.fixture(scope="module")
+def record(records: dict[int, NeuronRecord]) -> NeuronRecord:
+    return records[1]
+
+
+def made_of(record: NeuronRecord, values: Callable[[np.ndarray], np.ndarray]) -> Simulation:
+    """A simulation that is a function of the truth; its shuffled control is its mirror image."""
+    windows = scoring_windows(OF_TOP, record)
+    rows = tuple(tuple(map(float, values(window.activations))) for window in windows)
     mirrored = tuple(tuple(-value for value in row) for row in rows)
-    return Simulation(record.neuron, "list-pmi", "x", "y", tuple(window.key for window in windows), rows, mirrored)
+    expected = {"none": rows, "shuffled": mirrored}
+    return Simulation(
+        record.neuron, "list-pmi", {"none": "x", "shuffled": "y"}, tuple(window.key for window in windows), expected
+    )
 
 
-@pytest.mark.parametrize("protocol", PROTOCOLS.values(), ids=PROTOCOLS)
+def values_of(scores: list[Score]) -> dict[tuple[str, str], float | None]:
+    return {(item.control, item.measure): item.value for item in scores}
+
+
+@pytest.mark.parametrize("protocol", OF_TOP, ids=lambda protocol: protocol.name)
 @pytest.mark.parametrize(("scale", "offset"), [(1.0, 0.0), (0.01, 3.0), (500.0, -2.0)])
-def test_a_perfect_simulation_scores_one_on_any_scale(
-    record: NeuronRecord, protocol: object, scale: float, offset: float
+def test_a_perfect_simulation_correlates_fully_on_any_scale(
+    record: NeuronRecord, protocol: Protocol, scale: float, offset: float
 ) -> None:
-    pair = score_neuron(record, simulation(record, scale, offset), protocol)
-    assert pair.own.value == pytest.approx(1.0, abs=1e-6)
-    assert pair.null.value == pytest.approx(-1.0, abs=1e-6)
-    assert pair.reason is None
+    scores = score_neuron(record, made_of(record, lambda truth: scale * truth + offset), protocol)
+    found = values_of(scores)
+    for name in ("pearson", "spearman"):
+        assert found["none", name] == pytest.approx(1.0, abs=1e-6)
+        assert found["shuffled", name] == pytest.approx(-1.0, abs=1e-6)
+    assert [item.reason for item in scores if item.value is not None] == [None] * len(scores)
+    own = next(item for item in scores if item.control == "none")
+    assert own.low == pytest.approx(1) and own.high == pytest.approx(1)
+    assert {item.low for item in scores if item is not own} == {None}
 
 
-def test_a_constant_simulation_has_no_score(record: NeuronRecord) -> None:
-    pair = score_neuron(record, simulation(record, 0.0, 0.3), TOP_AND_RANDOM)
-    assert (pair.own.value, pair.null.value, pair.reason) == (None, None, CONSTANT_SIMULATION)
+def test_a_perfect_simulation_on_uniform_text_has_every_measure_at_one(record: NeuronRecord) -> None:
+    found = values_of(score_neuron(record, made_of(record, lambda truth: truth), PROTOCOLS["uniform"]))
+    assert set(found) == {(control, name) for control in ("none", "shuffled") for name in PROTOCOLS["uniform"].measures}
+    assert [found["none", name] for name in PROTOCOLS["uniform"].measures] == pytest.approx([1.0] * 6)
+    assert found["shuffled", "f1"] == 0.0
 
 
-def test_a_constant_truth_has_no_score(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "run", layers=(0,))
-    dead = read_records(layer_file(run.records("codes"), 0))[DEAD_INDEX]
+def test_a_constant_simulation_has_no_correlation(record: NeuronRecord) -> None:
+    own, *_ = score_neuron(record, made_of(record, lambda truth: 0 * truth + 0.3), TOP_AND_RANDOM)
+    assert (own.value, own.reason, own.low) == (None, CONSTANT_SIMULATION, None)
+
+
+def test_a_constant_truth_has_no_score(records: dict[int, NeuronRecord]) -> None:
     rng = np.random.default_rng(0)
-    keys = tuple(window.key for window in scoring_records(dead))
-    rows = tuple(tuple(rng.random(len(window.tokens))) for window in scoring_records(dead))
-    pair = score_neuron(dead, Simulation(dead.neuron, "list-pmi", "x", "y", keys, rows, rows), TOP_AND_RANDOM)
-    assert (pair.own.value, pair.reason) == (None, CONSTANT_TRUTH)
+    made = made_of(records[DEAD_INDEX], lambda truth: rng.random(len(truth)))
+    own, *_ = score_neuron(records[DEAD_INDEX], made, TOP_AND_RANDOM)
+    assert (own.value, own.reason) == (None, CONSTANT_TRUTH)
 
 
-def test_tokens_are_pooled_over_the_records_of_the_protocol(record: NeuronRecord) -> None:
+def test_tokens_are_pooled_over_the_windows_of_the_protocol(record: NeuronRecord) -> None:
     rng = np.random.default_rng(0)
-    windows = scoring_records(record)
-    noise = {window.key: rng.random(len(window.tokens)) for window in windows}
-    rows = tuple(tuple(map(float, noise[window.key])) for window in windows)
-    made = Simulation(record.neuron, "list-pmi", "x", "y", tuple(noise), rows, rows)
-    for protocol in PROTOCOLS.values():
+    made = made_of(record, lambda truth: rng.random(len(truth)))
+    rows = dict(zip(made.keys, made.expected["none"], strict=True))
+    for protocol in OF_TOP:
         chosen = protocol.score_records(record)
         truth = np.concatenate([window.activations for window in chosen])
-        guess = np.concatenate([noise[window.key] for window in chosen])
-        found = score_neuron(record, made, protocol).own
+        guess = np.concatenate([rows[window.key] for window in chosen])
+        found = score_neuron(record, made, protocol)[0]
+        assert (found.control, found.measure) == ("none", protocol.measures[0])
         assert found.value == pytest.approx(np.corrcoef(truth, guess)[0, 1], abs=1e-9)
         assert found.n_tokens == len(truth) == 16 * len(chosen)
+        assert found.low is not None and found.high is not None and found.low <= found.value <= found.high
 
 
-def test_random_only_scores_the_random_records_alone(record: NeuronRecord) -> None:
-    whole = simulation(record)
+def test_random_only_scores_the_random_windows_alone(record: NeuronRecord) -> None:
+    whole = made_of(record, lambda truth: truth)
     random_keys = {window.key for window in record.random}
     spoilt = tuple(
-        row if key in random_keys else tuple(-9.0 for _ in row)
-        for key, row in zip(whole.keys, whole.expected, strict=True)
+        row if key in random_keys else tuple(9.0 * place for place, _ in enumerate(row))
+        for key, row in zip(whole.keys, whole.expected["none"], strict=True)
     )
-    made = Simulation(whole.neuron, "list-pmi", "x", "y", whole.keys, spoilt, spoilt)
-    assert score_neuron(record, made, PROTOCOLS["random-only"]).own.value == pytest.approx(1.0, abs=1e-6)
-    value = score_neuron(record, made, TOP_AND_RANDOM).own.value
+    made = dataclasses.replace(whole, expected={"none": spoilt})
+    assert score_neuron(record, made, PROTOCOLS["random-only"])[0].value == pytest.approx(1.0, abs=1e-6)
+    value = score_neuron(record, made, TOP_AND_RANDOM)[0].value
     assert value is not None and value < 0.99
 
 
-def mean_gain(run: Run, protocol: str, layer: int) -> float:
-    """Score minus shuffled score, averaged over the neurons of a layer that have both."""
-    values: dict[int, dict[str, float | None]] = {}
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda keys, rows: (keys[1:], rows[1:]), "has no window .* of protocol"),
+        (lambda keys, rows: (keys, (rows[0][:-1], *rows[1:])), "more or fewer values than tokens"),
+        (lambda keys, rows: (keys, ((float("nan"), *rows[0][1:]), *rows[1:])), "not a finite number"),
+        (lambda keys, rows: (keys, rows[1:]), "windows where"),
+    ],
+)
+def test_rows_that_do_not_fit_the_windows_are_never_scored(
+    record: NeuronRecord, change: Callable[..., Any], message: str
+) -> None:
+    made = made_of(record, lambda truth: truth)
+    keys, rows = change(made.keys, made.expected["none"])
+    with pytest.raises(ValueError, match=message):
+        score_neuron(record, dataclasses.replace(made, keys=keys, expected={"none": rows}), TOP_AND_RANDOM)
+
+
+def gains(run: Run, protocol: str, layer: int, control: str) -> float:
+    """Score minus the control's, averaged over the neurons of a layer that have both."""
+    values: dict[int, dict[str, float]] = {}
     for item in read_scores(run.scores("codes", "scripted", "list-pmi") / "scores.jsonl"):
-        if (item.protocol, item.neuron.layer) == (protocol, layer):
+        if (item.protocol, item.neuron.layer, item.measure) == (protocol, layer, "pearson") and item.value is not None:
             values.setdefault(item.neuron.index, {})[item.control] = item.value
-    both = [row for row in values.values() if None not in row.values()]
-    return float(np.mean([row["none"] - row["shuffled"] for row in both]))
+    both = [row["none"] - row[control] for row in values.values() if {"none", control} <= row.keys()]
+    return float(np.mean(both))
 
 
 def test_a_whole_run_with_a_knowing_model_scores_one(run: Run) -> None:
     summary = score(config(run))
-    for name in PROTOCOLS:
-        rows = summary["protocols"][name]["layers"]
-        assert [row["layer"] for row in rows] == [0, 1]
-        for row in rows:
-            assert row["mean"] == pytest.approx(1.0, abs=1e-6)
-            assert row["null_mean"] < 0.2
-            assert row["gain_mean"] == pytest.approx(mean_gain(run, name, row["layer"]), abs=1e-9)
+    assert list(summary["protocols"]) == [protocol.name for protocol in DEFAULT]
+    for name, table in summary["protocols"].items():
+        assert table["measure"] == "pearson" and set(table["measures"]) == {"spearman"}
+        assert {"shuffled", "unigram"} <= set(table["controls"])
+        for place, row in enumerate(table["layers"]):
+            assert row["layer"] == place and row["mean"] == pytest.approx(1.0, abs=1e-6)
+            assert row["low"] == pytest.approx(1.0, abs=1e-6) and row["null_mean"] < 0.2
+            assert row["gain_mean"] == pytest.approx(gains(run, name, place, "shuffled"), abs=1e-9)
+            for control, found in table["controls"].items():
+                if found["layers"][place]["n"]:
+                    assert found["layers"][place]["gain_mean"] == pytest.approx(gains(run, name, place, control))
             counts = {key: row[key] for key in ("n_scored", "n_none", "n_dead", "n_neurons")}
             assert counts == {"n_scored": N_NEURONS - 1, "n_none": 1, "n_dead": 1, "n_neurons": N_NEURONS}
             assert row["none_reasons"] == {DEAD: 1}
-        model = summary["protocols"][name]["model"]
-        assert model["mean"] == pytest.approx(1.0, abs=1e-6)
-        assert model["variance_over_layers"] == pytest.approx(0.0, abs=1e-9)
+        assert table["model"]["mean"] == pytest.approx(1.0, abs=1e-6)
+        assert table["model"]["variance_over_layers"] == pytest.approx(0.0, abs=1e-9)
     assert summary["distinct_explanations"] == {"0": N_NEURONS - 1, "1": N_NEURONS - 1}
     assert (summary["explainer"], summary["simulator"], summary["site"]) == ("scripted", "list-pmi", "codes")
     assert read_json(run.scores("codes", "scripted", "list-pmi") / "summary.json") == summary
+    assert len(read_json(run.quality("codes"))["neurons"]["lookup"]) == 2 * N_NEURONS
 
 
-def test_every_neuron_has_a_line_for_each_protocol_and_control(run: Run) -> None:
+def test_every_neuron_has_a_line_for_each_protocol_measure_and_control(run: Run) -> None:
     score(config(run))
     found = read_scores(run.scores("codes", "scripted", "list-pmi") / "scores.jsonl")
-    assert len(found) == 2 * N_NEURONS * len(PROTOCOLS) * 2
+    own = [item for item in found if item.control == "none"]
+    assert len(own) == 2 * N_NEURONS * sum(len(protocol.measures) for protocol in DEFAULT)
+    assert len({(item.neuron, item.protocol, item.control, item.measure) for item in found}) == len(found)
     dead = [item for item in found if item.neuron.index == DEAD_INDEX]
-    assert len(dead) == 8 and all(item.value is None for item in dead)
+    assert dead and all((item.value, item.reason) == (None, DEAD) for item in dead)
 
 
 def test_empty_answers_are_counted_and_get_no_score(tmp_path: Path) -> None:
@@ -143,18 +213,20 @@ def test_empty_answers_are_counted_and_get_no_score(tmp_path: Path) -> None:
     explain(settings_for(run), ScriptedLLM())
     simulate(config_for(run), knowing())
     summary = score(config(run))
-    row = summary["protocols"]["top-and-random"]["layers"][0]
-    assert row["mean"] is None and row["gain_mean"] is None
+    table = summary["protocols"]["top-and-random"]
+    row = table["layers"][0]
+    assert row["mean"] is None and row["gain_mean"] is None and row["low"] is None
     assert row["none_reasons"] == {DEAD: 1, EMPTY_ANSWER: N_NEURONS - 1}
-    assert summary["protocols"]["top-and-random"]["model"]["mean"] is None
+    assert table["model"]["mean"] is None
+    assert table["controls"]["unigram"]["model"]["mean"] is not None, "it needs no explanation"
     assert summary["distinct_explanations"] == {"0": 0}
 
 
 def test_scoring_again_writes_the_same_bytes(run: Run) -> None:
-    folder = run.scores("codes", "scripted", "list-pmi")
+    folder = run.scores("codes", "scripted", "list-pmi").parents[1]
     score(config(run))
     first = files(folder)
-    (folder / "summary.json").unlink()
+    (folder / "scripted" / "list-pmi" / "summary.json").unlink()
     score(config(run))
     assert files(folder) == first
 
@@ -166,8 +238,11 @@ def test_one_protocol_may_be_scored_alone(run: Run) -> None:
 def test_bad_settings_are_named(run: Run) -> None:
     with pytest.raises(UserError, match="nonsense: not a protocol; choose from top-and-random"):
         score(config(run, protocols=("nonsense",)))
-    with pytest.raises(UserError, match="cratescope simulate"):
-        score(config(run, simulator="all-at-once"))
+    for changes in ({"simulator": "all-at-once"}, {"protocols": ("anthropic",)}):
+        with pytest.raises(UserError, match="cratescope simulate"):
+            score(config(run, **changes))
+    with pytest.raises(UserError, match="of protocol uniform; run `cratescope simulate`"):
+        score(config(run, protocols=("uniform",)))
 
 
 def test_simulations_of_another_model_are_refused(run: Run) -> None:
@@ -176,8 +251,93 @@ def test_simulations_of_another_model_are_refused(run: Run) -> None:
         score(config(run))
 
 
+def test_explanations_of_another_model_are_refused(run: Run) -> None:
+    path = run.explanations("codes", "scripted", "top") / "manifest.json"
+    path.write_text(path.read_text().replace(run.fingerprint(), "0" * 64))
+    with pytest.raises(UserError, match="model_sha256"):
+        score(config(run))
+
+
 def test_simulations_of_replaced_explanations_are_refused(run: Run) -> None:
-    path = run.explanations("codes", "scripted") / "0" / f"{DEAD_INDEX + 1}.json"
+    path = run.explanations("codes", "scripted", "top") / "0" / f"{DEAD_INDEX + 1}.json"
     path.write_text(path.read_text().replace("the word", "no word"))
     with pytest.raises(UserError, match="simulates another explanation"):
         score(config(run))
+
+
+def test_a_damaged_simulation_is_named_with_the_way_out(run: Run) -> None:
+    path = run.simulations("codes", "scripted", "list-pmi", "top") / "0" / "1.json"
+    found = read_json(path)
+    found["expected"]["none"][0] = found["expected"]["none"][0][1:]
+    write_json(path, found)
+    with pytest.raises(UserError, match=r"0/1\.json: .* run `cratescope simulate` again"):
+        score(config(run))
+
+
+def test_a_killed_simulation_is_told_apart_from_a_small_one(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    explain(settings_for(run), ScriptedLLM(first_word))
+    (folder,) = simulate(config_for(run, neurons=3), knowing())
+    assert score(config(run))["protocols"]["random-only"]["layers"][0]["n_neurons"] == 3
+    next(folder.glob("1/*.json")).unlink()
+    with pytest.raises(UserError, match="2 of 3 neurons of layer 1 are simulated"):
+        score(config(run))
+
+
+def judgement(record: NeuronRecord, **changes: Any) -> Judgement:
+    text = 'the word "cat"'
+    made = Judgement(record.neuron, "detection", "none", text, (0.9, 0.6, 0.4, 0.1), (True, False, True, False))
+    return dataclasses.replace(made, **changes)
+
+
+def test_judgements_get_balanced_accuracy_and_auroc(record: NeuronRecord) -> None:
+    found = {item.measure: item for item in score_judgement(judgement(record), "detection")}
+    assert (found["accuracy"].value, found["auroc"].value) == (0.5, 0.75)
+    assert found["auroc"].n_tokens == 4 and found["auroc"].protocol == "detection"
+    silent = judgement(record, probabilities=(), labels=(), skipped="too few active windows")
+    assert {(item.value, item.reason) for item in score_judgement(silent, "x")} == {(None, "too few active windows")}
+    of_one = score_judgement(judgement(record, labels=(True,) * 4), "x")
+    assert {(item.value, item.reason) for item in of_one} == {(None, ONE_ANSWER)}
+    for wrong in ((0.9, 0.6, 0.4), (0.9, 0.6, 0.4, 1.2), (0.9, 0.6, 0.4, float("nan"))):
+        with pytest.raises(UserError, match="damaged judgements"):
+            score_judgement(judgement(record, probabilities=wrong), "x")
+
+
+def test_an_intruder_is_found_when_it_is_the_likeliest_of_its_group(record: NeuronRecord) -> None:
+    labels = (False, True, False, False, False) * 2
+    answers = (0.1, 0.6, 0.1, 0.1, 0.1, 0.5, 0.2, 0.1, 0.1, 0.1)
+    made = judgement(record, scorer="intruder", text="", probabilities=answers, labels=labels)
+    assert score_judgement(made, "intruder")[0].value == 0.5
+
+
+def test_judgements_are_scored_with_the_simulations(run: Run) -> None:
+    folder = run.judgements("codes", "scripted", "detection", "top")
+    claim(
+        folder,
+        json.loads((run.simulations("codes", "scripted", "list-pmi", "top") / "manifest.json").read_text())["identity"],
+    )
+    for layer in (0, 1):
+        record = read_records(layer_file(run.records("codes"), layer))[1]
+        write_judgements(folder, [judgement(record), judgement(record, control="shuffled", text="other words")])
+    summary = score(config(run))
+    table = summary["protocols"]["detection"]
+    assert table["measure"] == "accuracy" and table["layers"][0]["mean"] == 0.5
+    assert table["controls"]["shuffled"]["model"]["gain_mean"] == 0.0
+    assert table["measures"]["auroc"]["model"]["mean"] == 0.75
+    write_judgements(folder, [judgement(record, text="no such words")])
+    with pytest.raises(UserError, match=f"{neuron_file(folder, record.neuron).name}.*judges another explanation"):
+        score(config(run))
+
+
+def test_a_gain_counts_only_neurons_that_have_both(record: NeuronRecord) -> None:
+    other = dataclasses.replace(record.neuron, index=2)
+    made = [
+        Score(record.neuron, "random-only", "none", "pearson", 0.5, 9),
+        Score(record.neuron, "random-only", "empty", "pearson", 0.2, 9),
+        Score(other, "random-only", "none", "pearson", 0.1, 9),
+        Score(other, "random-only", "empty", "pearson", None, 9, reason=CONSTANT_SIMULATION),
+    ]
+    table = summarise(made)["random-only"]
+    assert table["model"]["mean"] == pytest.approx(0.3) and table["model"]["gain_mean"] is None
+    empty = table["controls"]["empty"]["model"]
+    assert (empty["mean"], empty["n"]) == (pytest.approx(0.2), 1) and empty["gain_mean"] == pytest.approx(0.3)

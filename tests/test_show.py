@@ -42,10 +42,11 @@ def test_the_card_says_what_the_files_say(run: Run) -> None:
     [own] = [
         score.value
         for score in scores
-        if score.neuron == record.neuron and (score.protocol, score.control) == ("random-only", "none")
+        if score.neuron == record.neuron
+        and (score.protocol, score.control, score.measure) == ("random-only", "none", "pearson")
     ]
     assert "crate · codes · layer 0 · neuron 1" in text and "months and dates" in text
-    assert f"random-only {100 * own:.1f} · shuffled" in text
+    assert re.search(rf"random-only {100 * own:.1f} \[.*\] · shuffled", text)
     for number in (record.moments.mean, record.moments.variance, record.moments.maximum):
         assert f"{number:.4g}" in text
     assert f"{100 * record.density:.1f} %" in text and "10,000" in text

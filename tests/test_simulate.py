@@ -11,8 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cratescope.config import LLMConfig, SimulateConfig
-from cratescope.neurons.explain import explain
+from cratescope.neurons import prompts
+from cratescope.neurons.explain import DEAD, EMPTY_ANSWER, UNDECODABLE, explain
 from cratescope.neurons.llm.scripted import ScriptedLLM
+from cratescope.neurons.protocols import PROTOCOLS, scoring_windows
 from cratescope.neurons.records import (
     ActivationRecord,
     Explanation,
@@ -21,10 +23,24 @@ from cratescope.neurons.records import (
     read_explanations,
     read_records,
     read_simulations,
+    write_records,
 )
-from cratescope.neurons.simulate import AllAtOnce, ListPMI, null_texts, scoring_records, simulate
+from cratescope.neurons.simulate import (
+    SMALLEST,
+    THRESHOLD,
+    UNREAD,
+    AllAtOnce,
+    ListInContext,
+    ListPMI,
+    null_texts,
+    simulate,
+    token_means,
+    unigram_text,
+)
 from cratescope.run import Run, UserError, read_json
 from test_explain import DEAD_INDEX, N_NEURONS, WORDS, files, first_word, make_run, settings_for
+
+DEFAULT = (PROTOCOLS["top-and-random"], PROTOCOLS["random-only"])
 
 
 def knows_the_word(prompt: str, token: str) -> float:
@@ -62,16 +78,16 @@ def run(tmp_path: Path) -> Run:
 
 @pytest.mark.parametrize("simulator", ["list-pmi", "all-at-once"])
 def test_a_model_that_knows_the_answer_simulates_the_truth(run: Run, simulator: str) -> None:
-    found = read_simulations(simulate(config_for(run, simulator), knowing()))
+    found = read_simulations(*simulate(config_for(run, simulator), knowing()))
     assert len(found) == 2 * N_NEURONS
     for layer in (0, 1):
         for index, record in read_records(layer_file(run.records("codes"), layer)).items():
             simulation = found[record.neuron]
             if index == DEAD_INDEX:
-                assert (simulation.text, simulation.expected, simulation.null_expected) == ("", (), ())
+                assert (simulation.texts, simulation.expected, simulation.skipped) == ({}, {}, DEAD)
                 continue
-            assert simulation.keys == tuple(window.key for window in scoring_records(record))
-            for window, row in zip(scoring_records(record), simulation.expected, strict=True):
+            assert simulation.keys == tuple(window.key for window in scoring_windows(DEFAULT, record))
+            for window, row in zip(scoring_windows(DEFAULT, record), simulation.expected["none"], strict=True):
                 assert ((np.array(row) > 0.01) == (window.activations > 0)).all()
 
 
@@ -80,7 +96,7 @@ def test_list_pmi_subtracts_what_every_list_holds_and_the_threshold() -> None:
         about_dogs = prompt.startswith("The detector finds: dogs")
         return {" dog": 9.0 if about_dogs else 5.0, " the": 6.0, " cat": 6.0 if about_dogs else 5.0}.get(token, 0.0)
 
-    vocabulary = [" dog", "dog", " the", " cat", "\n", "\N{REPLACEMENT CHARACTER}"]
+    vocabulary = [" dog", "\n", "dog", " the", " cat", "\N{REPLACEMENT CHARACTER}"]
     llm = ScriptedLLM(logit=logit)
     for token in vocabulary:
         llm.encode(token)
@@ -88,12 +104,53 @@ def test_list_pmi_subtracts_what_every_list_holds_and_the_threshold() -> None:
     simulator.plan(["dogs", "cats"])
     record = ActivationRecord(np.arange(6), np.zeros(6, dtype=np.float32), 0, 0, 3)
     (values,) = simulator("dogs", [record])
-    asked = [llm.encode(f"The detector finds: {text}\nWords:") for text in ("dogs", "words")]
-    about, generic = llm.next_logprobs([], asked)
+    asked = [llm.encode(f"The detector finds: {text}\nWords:\n-") for text in ("dogs", "words")]
+    about, generic = (np.log(np.exp(row) + SMALLEST) for row in llm.next_logprobs([], asked))
     dog = llm.encode(" dog")[0]
-    assert values[0] == pytest.approx(about[dog] - generic[dog] - 2)
-    assert values[1] == values[0], "a piece without a space stands for the same list item"
-    assert values[2:].tolist() == [0, 0, 0, 0]
+    assert values[0] == pytest.approx(about[dog] - generic[dog] - THRESHOLD)
+    assert values[2] == values[0], "a piece without a space stands for the same list item"
+    assert values[[1, 3, 4, 5]].tolist() == [0, 0, 0, 0]
+
+
+def list_values(tokens: list[str], liked: str) -> list[float]:
+    """list-pmi values of one window for an explanation that likes one word."""
+    llm = ScriptedLLM(
+        logit=lambda prompt, token: 9.0 * (prompt.startswith("The detector finds: it") and token == liked)
+    )
+    llm.encode(liked)
+    simulator = ListPMI(llm, tokens, batch=2)
+    simulator.plan(["it"])
+    record = ActivationRecord(np.arange(len(tokens)), np.zeros(len(tokens), dtype=np.float32), 0, 0, 0)
+    return simulator("it", [record])[0].tolist()
+
+
+def test_a_piece_of_a_word_has_the_value_of_its_whole_word() -> None:
+    values = list_values([" gar", "lic", " gar", ",", " garlic", "lic"], " garlic")
+    assert values[0] == values[1] > 0
+    assert values[2] == values[3] == 0
+    # The last word is garliclic.
+    assert values[4] == values[5] == 0
+
+
+def test_list_in_context_weighs_a_word_by_the_words_before_it() -> None:
+    def logit(prompt: str, token: str) -> float:
+        about = "The detector finds: dogs" in prompt
+        if "\nText:" in prompt:
+            return 5.0 * (about and token == " dog" and prompt.endswith(" big"))
+        return 9.0 * (about and token == " dog")
+
+    vocabulary = [" dog", " big", " a"]
+    llm = ScriptedLLM(logit=logit)
+    llm.encode("".join(vocabulary))
+    record = ActivationRecord(np.array([2, 0, 1, 0, 2]), np.zeros(5, dtype=np.float32), 0, 0, 2)
+    alone, context = ListPMI(llm, vocabulary, 2), ListInContext(llm, vocabulary, 2)
+    for simulator in (alone, context):
+        simulator.plan(["dogs", "cats", prompts.EMPTY_EXPLANATION])
+    (words,), (values,) = alone("dogs", [record]), context("dogs", [record])
+    np.testing.assert_allclose(values[[1, 3]], words[[1, 3]] * np.exp([0, 1]), rtol=1e-5)
+    assert values[[0, 2, 4]].tolist() == [0, 0, 0]
+    (nothing,) = context(prompts.EMPTY_EXPLANATION, [record])
+    assert nothing.tolist() == alone(prompts.EMPTY_EXPLANATION, [record])[0].tolist()
 
 
 def test_list_pmi_asks_in_the_same_batches_whatever_is_wanted_first() -> None:
@@ -114,9 +171,8 @@ def test_list_pmi_asks_in_the_same_batches_whatever_is_wanted_first() -> None:
 
 def test_all_at_once_is_the_expected_value_over_the_digits() -> None:
     llm = ScriptedLLM(logit=lambda _, token: float(np.log({"2": 0.1, "4": 0.3, "unknown": 0.6}.get(token, 1e-30))))
-    simulator = AllAtOnce(llm, ["a", "b"], batch=2)
+    simulator = AllAtOnce(llm, ["a", "b"], 2, prompts.OwnWording())
     record = ActivationRecord(np.array([0, 1, 0]), np.zeros(3, dtype=np.float32), 0, 0, 1)
-    assert simulator.scale == "0-10"
     np.testing.assert_allclose(simulator("anything", [record] * 3), np.full((3, 3), 3.5), atol=1e-9)
 
 
@@ -143,18 +199,18 @@ def test_the_control_is_a_derangement_when_all_texts_differ() -> None:
 
 
 def test_the_control_does_not_depend_on_what_is_already_simulated(run: Run) -> None:
-    expected = files(simulate(config_for(run), knowing()))
-    folder = run.simulations("codes", "scripted", "list-pmi")
+    expected = files(*simulate(config_for(run), knowing()))
+    folder = run.simulations("codes", "scripted", "list-pmi", "top")
     for path in list(folder.glob("*/*.json"))[::2]:
         path.unlink()
-    assert files(simulate(config_for(run), knowing())) == expected
+    assert files(*simulate(config_for(run), knowing())) == expected
 
 
 def test_an_interrupted_run_ends_with_the_same_files(tmp_path: Path) -> None:
     whole, cut = (make_run(tmp_path / name / "run", layers=(0,)) for name in "ab")
     for item in (whole, cut):
         explain(settings_for(item), ScriptedLLM(first_word))
-    expected = files(simulate(config_for(whole, "all-at-once"), knowing()))
+    expected = files(*simulate(config_for(whole, "all-at-once"), knowing()))
 
     def dies(prompt: str, token: str) -> float:
         if '"judge"' in prompt:
@@ -163,8 +219,8 @@ def test_an_interrupted_run_ends_with_the_same_files(tmp_path: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         simulate(config_for(cut, "all-at-once"), ScriptedLLM(logit=dies))
-    assert files(cut.simulations("codes", "scripted", "all-at-once")) != expected
-    assert files(simulate(config_for(cut, "all-at-once"), knowing())) == expected
+    assert files(cut.simulations("codes", "scripted", "all-at-once", "top")) != expected
+    assert files(*simulate(config_for(cut, "all-at-once"), knowing())) == expected
 
 
 def test_simulating_a_growing_sample_ends_like_simulating_it_at_once(tmp_path: Path) -> None:
@@ -173,16 +229,14 @@ def test_simulating_a_growing_sample_ends_like_simulating_it_at_once(tmp_path: P
         explain(settings_for(grown, neurons=neurons), ScriptedLLM(first_word))
         simulate(config_for(grown), knowing())
     explain(settings_for(once, neurons=6), ScriptedLLM(first_word))
-    found = read_simulations(simulate(config_for(grown), knowing()))
-    expected = read_simulations(simulate(config_for(once), knowing()))
-    assert {key: item.null_text for key, item in found.items()} == {
-        key: item.null_text for key, item in expected.items()
-    }
+    found = read_simulations(*simulate(config_for(grown), knowing()))
+    expected = read_simulations(*simulate(config_for(once), knowing()))
+    assert {key: item.texts for key, item in found.items()} == {key: item.texts for key, item in expected.items()}
 
 
 def test_fewer_neurons_are_the_first_drawn_and_keep_their_controls(run: Run) -> None:
-    few = read_simulations(simulate(config_for(run, neurons=2), knowing()))
-    every = read_simulations(simulate(config_for(run), knowing()))
+    few = read_simulations(*simulate(config_for(run, neurons=2), knowing()))
+    every = read_simulations(*simulate(config_for(run), knowing()))
     assert len(few) == 4
     assert few.items() <= every.items()
 
@@ -195,10 +249,12 @@ def test_simulations_of_another_model_are_refused(run: Run) -> None:
 
 
 def test_the_folder_says_what_it_was_made_with(run: Run) -> None:
-    identity = read_json(simulate(config_for(run, "all-at-once", neurons=1), knowing()) / "manifest.json")["identity"]
-    assert identity["scale"] == "0-10"
+    identity = read_json(simulate(config_for(run, "all-at-once", neurons=1), knowing())[0] / "manifest.json")[
+        "identity"
+    ]
+    assert (identity["scale"], identity["reference_quirks"]) == ("0-10", False)
     assert (identity["llm"], identity["dtype"], identity["site"]) == ("scripted", "float32", "codes")
-    assert identity["explanations"]["prompt"] == "words-1"
+    assert identity["explanations"]["prompt"] == prompts.EXPLAIN_PROMPT
 
 
 def test_no_explanations_is_a_user_error(tmp_path: Path) -> None:
@@ -207,7 +263,139 @@ def test_no_explanations_is_a_user_error(tmp_path: Path) -> None:
 
 
 def test_the_explanations_texts_are_the_simulations(run: Run) -> None:
-    told = read_explanations(run.explanations("codes", "scripted"))
-    found = read_simulations(simulate(config_for(run), knowing()))
-    assert {neuron: item.text for neuron, item in found.items()} == {neuron: item.text for neuron, item in told.items()}
-    assert {item.null_text for item in found.values()} - {""} <= {f'the word "{word.strip()}"' for word in WORDS}
+    told = read_explanations(run.explanations("codes", "scripted", "top"))
+    found = read_simulations(*simulate(config_for(run), knowing()))
+    assert {neuron: item.texts.get("none", "") for neuron, item in found.items()} == {
+        neuron: item.text for neuron, item in told.items()
+    }
+    shuffled = {item.texts["shuffled"] for item in found.values() if "shuffled" in item.texts}
+    assert shuffled <= {f'the word "{word.strip()}"' for word in WORDS}
+
+
+def test_every_control_is_simulated_on_the_same_windows(run: Run) -> None:
+    found = read_simulations(*simulate(config_for(run), knowing()))
+    live = [item for neuron, item in found.items() if neuron.index != DEAD_INDEX]
+    assert live
+    for item in live:
+        assert set(item.texts) == set(item.expected) == {"none", "shuffled", "empty", "unigram"}
+        assert {tuple(map(len, rows)) for rows in item.expected.values()} == {tuple(width for *_, width in item.keys)}
+        assert item.texts["empty"] == prompts.EMPTY_EXPLANATION
+        # The neuron fires on one word alone, so the lookup of its explaining windows knows it all.
+        assert item.texts["unigram"] == item.texts["none"].split('"')[1]
+
+
+def test_the_unigram_control_is_the_mean_activation_of_each_token() -> None:
+    windows = [
+        ActivationRecord(np.array([1, 2, 1]), np.array([4.0, 0.0, 1.0], np.float32), 0, 0, 1),
+        ActivationRecord(np.array([1, 3, 3]), np.array([1.0, 5.0, 6.0], np.float32), 1, 0, 1),
+    ]
+    means = token_means(windows)
+    assert means == {1: 2.0, 2: 0.0, 3: 5.5}
+    assert unigram_text(means, ["", " a", " b", "\n"]) == "\\n a"
+
+
+def test_a_neuron_without_an_explanation_keeps_the_control_that_needs_none(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", layers=(0,))
+    explain(settings_for(run), ScriptedLLM(lambda _: ""))
+    found = read_simulations(*simulate(config_for(run), knowing()))
+    for neuron, item in found.items():
+        dead = neuron.index == DEAD_INDEX
+        assert item.skipped == (DEAD if dead else EMPTY_ANSWER)
+        assert set(item.expected) == (set() if dead else {"unigram"})
+
+
+def test_another_protocol_adds_its_windows_and_takes_none_away(run: Run) -> None:
+    folder = run.simulations("codes", "scripted", "list-pmi", "top")
+    simulate(config_for(run, protocols=("top-and-random",)), knowing())
+    before = read_simulations(folder)
+    simulate(config_for(run, protocols=("uniform",)), knowing())
+    for neuron, item in read_simulations(folder).items():
+        assert {*before[neuron].keys} <= {*item.keys}
+        assert len(item.keys) == (0 if neuron.index == DEAD_INDEX else 25)
+    made = files(folder)
+    llm = knowing()
+    simulate(config_for(run, protocols=("random-only", "uniform")), llm)
+    assert files(folder) == made
+    assert llm.asked == []
+
+
+def test_tokens_the_tokenizer_does_not_have_are_a_named_skip(run: Run) -> None:
+    path = layer_file(run.records("codes"), 0)
+    records = list(read_records(path).values())
+    records[1].random[0].tokens[3] = 100_000
+    write_records(path, records)
+    found = read_simulations(*simulate(config_for(run), knowing()))
+    broken = found[records[1].neuron]
+    assert (broken.skipped, broken.expected) == (UNDECODABLE, {})
+
+
+class Splitting(ScriptedLLM):
+    """Has a token for every character only, so "10" is a 1 and a 0."""
+
+    def encode(self, text: str) -> list[int]:
+        return [index for character in text for index in super(Splitting, self).encode(character)]
+
+
+def test_a_split_ten_is_read_as_ten_and_by_the_reference_as_one() -> None:
+    def logit(prompt: str, token: str) -> float:
+        if prompt.endswith("\t1"):
+            return 40.0 * (token == "0")
+        return 40.0 * (token == ("1" if prompt.endswith("a\t") else "3")) if prompt.endswith("\t") else 0.0
+
+    record = ActivationRecord(np.array([0, 1]), np.zeros(2, dtype=np.float32), 0, 0, 1)
+    for quirks, expected in ((False, [10.0, 3.0]), (True, [1.0, 3.0])):
+        simulator = AllAtOnce(Splitting(logit=logit), ["a", "b"], 2, prompts.OwnWording(), quirks)
+        (values,) = simulator("anything", [record])
+        np.testing.assert_allclose(values, expected, atol=1e-6)
+
+
+def test_the_reference_reads_only_values_among_the_five_likeliest_tokens() -> None:
+    weights = {"7": 0.2, "a": 0.3, " b": 0.1, " c": 0.1, " d": 0.1, "1": 0.05, "2": 0.05}
+    record = ActivationRecord(np.array([0]), np.zeros(1, dtype=np.float32), 0, 0, 0)
+    found = []
+    for quirks in (False, True):
+        llm = ScriptedLLM(logit=lambda _, token: 50 + float(np.log(weights.get(token, 1e-30))), vocab_size=400)
+        simulator = AllAtOnce(llm, ["a"], 2, prompts.OwnWording(), quirks)
+        llm.encode("a b c d")
+        found.append(float(simulator("anything", [record])[0][0]))
+    assert found[0] == pytest.approx((7 * 0.2 + 0.05 + 2 * 0.05) / 0.3)
+    assert found[1] == pytest.approx(7.0)
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    st.lists(
+        st.sampled_from(["a", " b", "\n", "\t", "\t\n", "\ufffd", " ", "", "é", "10", "unknown", "\r"]), min_size=1
+    )
+)
+def test_whatever_a_token_is_every_token_gets_one_value(tokens: list[str]) -> None:
+    llm = ScriptedLLM(logit=lambda prompt, token: 30.0 * (token == str(len(prompt.split("\n")) % 10)))
+    record = ActivationRecord(np.arange(len(tokens)), np.zeros(len(tokens), dtype=np.float32), 0, 0, 0)
+    (values,) = AllAtOnce(llm, tokens, 2, prompts.OwnWording())("anything", [record])
+    # Line 3 of the prompt is the first token's, whatever stands in it: none is lost and none is counted twice.
+    assert np.round(values).astype(int).tolist() == [(3 + place) % 10 for place in range(len(tokens))]
+
+
+def test_a_slot_without_a_value_is_a_named_skip(run: Run) -> None:
+    class Reticent(ScriptedLLM):
+        def slot_logprobs(self, prefix, prompts, slots, choices):
+            found = super().slot_logprobs(prefix, prompts, slots, choices)
+            return [np.full_like(row, -np.inf) for row in found]
+
+    found = read_simulations(*simulate(config_for(run, "all-at-once", neurons=2), Reticent(first_word)))
+    for neuron, item in found.items():
+        if neuron.index != DEAD_INDEX:
+            assert item.skipped == UNREAD
+            assert set(item.expected) == {"unigram"}
+
+
+@pytest.mark.parametrize("option", [{"reference_quirks": True}, {"prompts": "openai"}])
+def test_options_of_all_at_once_go_with_it_alone(run: Run, option: dict[str, object]) -> None:
+    with pytest.raises(UserError, match="go with all-at-once"):
+        simulate(config_for(run, **option), knowing())
+
+
+def test_quirks_are_not_mixed_with_the_right_reading(run: Run) -> None:
+    simulate(config_for(run, "all-at-once", neurons=1), knowing())
+    with pytest.raises(UserError, match="reference_quirks"):
+        simulate(config_for(run, "all-at-once", neurons=1, reference_quirks=True), knowing())

@@ -1,4 +1,4 @@
-"""Correlation, means and their errors."""
+"""Means and their errors, intervals, and what a difference between two models is worth."""
 
 from __future__ import annotations
 
@@ -6,57 +6,22 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 
-from cratescope.neurons.statistics import Mean, is_constant, mean_of, mean_over_layers, pearson, variance_over_layers
+from cratescope.neurons.statistics import (
+    Mean,
+    compare_neurons,
+    compare_seeds,
+    interval,
+    mean_of,
+    mean_over_layers,
+    needed,
+    variance_over_layers,
+)
 
 seeds = st.integers(0, 10_000)
-
-
-@settings(deadline=None, max_examples=30)
-@given(seeds, st.integers(3, 200), st.floats(1e-3, 1e3))
-def test_pearson_equals_numpys_corrcoef(seed: int, n: int, scale: float) -> None:
-    rng = np.random.default_rng(seed)
-    a, b = rng.normal(size=n), rng.normal(size=n) * scale + rng.normal()
-    assert pearson(a, b) == pytest.approx(np.corrcoef(a, b)[0, 1], abs=1e-12)
-
-
-@settings(deadline=None, max_examples=30)
-@given(seeds, st.floats(1e-3, 1e3), st.floats(-100, 100))
-def test_pearson_does_not_mind_scale_and_offset(seed: int, scale: float, offset: float) -> None:
-    rng = np.random.default_rng(seed)
-    a, b = rng.normal(size=50), rng.normal(size=50)
-    value = pearson(a, b)
-    assert value is not None
-    assert pearson(a, scale * b + offset) == pytest.approx(value, abs=1e-8)
-    assert pearson(a, -b) == pytest.approx(-value, abs=1e-12)
-
-
-@settings(deadline=None, max_examples=30)
-@given(st.lists(st.floats(-1e300, 1e300), min_size=2, max_size=20))
-def test_pearson_of_a_side_with_itself_is_one_at_any_size(values: list[float]) -> None:
-    side = np.array(values)
-    assume(np.ptp(side / 1e300) > 1e-6)
-    with np.errstate(over="ignore"):
-        value = pearson(side, side)
-    assert value == pytest.approx(1.0, abs=1e-9)
-
-
-@pytest.mark.parametrize("value", [0.0, 0.1, -3.5, 1e-30])
-def test_a_constant_side_has_no_correlation(value: float) -> None:
-    varied, constant = np.linspace(0, 1, 7), np.full(7, value)
-    assert pearson(varied, constant) is None
-    assert pearson(constant, varied) is None
-    assert is_constant(constant) and not is_constant(varied)
-    assert is_constant(np.zeros(0)) and is_constant(np.ones(1))
-
-
-def test_pearson_of_float32_activations_is_computed_in_float64() -> None:
-    rng = np.random.default_rng(1)
-    a = (1000 + rng.normal(size=5000) * 1e-2).astype(np.float32)
-    b = rng.normal(size=5000)
-    assert pearson(a, b) == pytest.approx(np.corrcoef(a.astype(np.float64), b)[0, 1], abs=1e-12)
 
 
 def test_standard_error_of_a_layer_is_sd_over_root_n() -> None:
@@ -97,3 +62,78 @@ def test_errors_shrink_with_the_number_of_neurons() -> None:
     few, many = (mean_of(list(rng.normal(size=n))).standard_error for n in (50, 5000))
     assert few is not None and many is not None
     assert few / many == pytest.approx(10, rel=0.3)
+
+
+def test_the_interval_of_many_neurons_is_that_of_the_normal_distribution() -> None:
+    rng = np.random.default_rng(0)
+    layers = [list(rng.normal(0.1, 0.2, size=400)), list(rng.normal(0.3, 0.1, size=400))]
+    error = mean_over_layers([mean_of(layer) for layer in layers]).standard_error
+    mean = float(np.mean([np.mean(layer) for layer in layers]))
+    assert error is not None
+    assert interval(layers) == pytest.approx((mean - 1.96 * error, mean + 1.96 * error), abs=0.15 * error)
+    assert interval(layers) == interval(layers) != interval(layers, seed=1)
+    assert interval([[0.1], layers[0]]) is None and interval([]) is None
+    assert interval([[], layers[0]]) == interval([layers[0]])
+
+
+@settings(deadline=None, max_examples=30)
+@given(seeds, st.integers(2, 30), st.integers(2, 30))
+def test_neurons_of_one_layer_are_compared_by_welchs_test(seed: int, n: int, m: int) -> None:
+    rng = np.random.default_rng(seed)
+    a, b = rng.normal(0.3, 1, size=n), rng.normal(0, 2, size=m)
+    found, right = compare_neurons([a.tolist()], [b.tolist()]), stats.ttest_ind(a, b, equal_var=False)
+    assert found is not None
+    assert found.p == pytest.approx(right.pvalue) and found.difference == pytest.approx(a.mean() - b.mean())
+    bounds = right.confidence_interval()
+    assert (found.low, found.high) == pytest.approx((bounds.low, bounds.high))
+    assert found.effect == pytest.approx(found.difference / math.sqrt((a.var(ddof=1) + b.var(ddof=1)) / 2))
+    back = compare_neurons([b.tolist()], [a.tolist()])
+    assert back is not None and back.difference == -found.difference and back.p == pytest.approx(found.p)
+
+
+def test_layers_count_alike_whatever_their_number_of_neurons() -> None:
+    found = compare_neurons([[1.0, 1.2], [3.0, 3.1] * 50], [[0.0, 0.1], [0.0, 0.2] * 50])
+    assert found is not None and found.difference == pytest.approx((1.05 + 2.95) / 2)
+    assert compare_neurons([[1.0, 1.2]], [[0.0, 0.1], [1.0, 2.0]]) is None
+    assert compare_neurons([[1.0]], [[0.0, 0.1]]) is None
+    assert compare_neurons([[1.0, 1.0]], [[0.0, 0.0]]) is None
+
+
+def test_the_p_value_is_below_five_percent_in_five_percent_of_equal_models() -> None:
+    rng = np.random.default_rng(3)
+    found = [compare_neurons(*rng.normal(size=(2, 2, 20)).tolist()) for _ in range(600)]
+    assert np.mean([item.p < 0.05 for item in found if item]) == pytest.approx(0.05, abs=0.02)
+
+
+def test_seeds_in_common_are_paired_and_others_are_not() -> None:
+    a, b = {0: 0.10, 1: 0.15, 2: 0.12}, {0: 0.08, 1: 0.12, 2: 0.11}
+    paired, right = compare_seeds(a, b), stats.ttest_rel(list(a.values()), list(b.values()))
+    assert paired is not None and paired.paired and paired.p == pytest.approx(right.pvalue)
+    differences = np.array([0.02, 0.03, 0.01])
+    assert paired.effect == pytest.approx(differences.mean() / differences.std(ddof=1))
+    apart = compare_seeds(a, {seed + 7: value for seed, value in b.items()})
+    assert apart is not None and not apart.paired and apart.p > paired.p
+    assert compare_seeds({0: 0.1}, b) is None
+
+
+@pytest.mark.parametrize("paired", [False, True])
+@pytest.mark.parametrize("effect", [0.1, -0.5, 2.0])
+def test_the_number_needed_has_the_power_it_says(effect: float, paired: bool) -> None:
+    """Simulated: with that many values a side 4 tests in 5 find the difference, with a third fewer clearly less."""
+    n = needed(effect, paired)
+    assert n is not None
+    rng = np.random.default_rng(0)
+
+    def power(n: int) -> float:
+        a, b = rng.normal(effect, 1, size=(1000, n)), rng.normal(size=(1000, n))
+        test = stats.ttest_1samp(a, 0, axis=1) if paired else stats.ttest_ind(a, b, axis=1)
+        return float(np.mean(test.pvalue < 0.05))
+
+    assert power(n) == pytest.approx(0.8, abs=0.04 if n > 12 else 0.15)
+    if n > 12:
+        assert power(n * 2 // 3) < 0.7
+
+
+def test_what_is_not_there_is_never_found() -> None:
+    assert needed(0.0) is None and needed(math.nan) is None
+    assert needed(50.0) == 2

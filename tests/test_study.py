@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
@@ -15,10 +14,11 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from cratescope.config import StudyConfig, TrainConfig
+from cratescope.config import ReportConfig, StudyConfig, TrainConfig
 from cratescope.lm.data import TokenData
+from cratescope.report.comparison import Quantity
 from cratescope.run import UserError
-from cratescope.study import parse_options, read_plan, study
+from cratescope.study import check, parse_options, read_plan, study
 
 PLAN = """
 title = "A small study"
@@ -77,7 +77,7 @@ def plan(text_folder, data_folder, tmp_path_factory):
 
 def results(folder):
     """Every file that a rerun must reproduce: all but run times and the order of what was written when."""
-    kept = ("*.parquet", "metrics.jsonl", "model/model.safetensors", "scores.jsonl", "explanations/*/*/*/*.json")
+    kept = ("*.parquet", "metrics.jsonl", "model/model.safetensors", "scores.jsonl", "explanations/*/*/*/*/*.json")
     found = {
         str(path.relative_to(folder)): path.read_bytes() for kind in kept for path in (folder / "runs").rglob(kind)
     }
@@ -111,8 +111,8 @@ def test_a_second_study_does_nothing_again(whole, plan):
 KILLS = (
     "runs/crate/records/codes/.parts/layer-00/part-00000.safetensors",
     "runs/gpt2/checkpoints/checkpoint-8/model.safetensors",
-    "runs/crate/explanations/*/*/0/*.json",
-    "runs/gpt2/simulations/*/*/*/0/*.json",
+    "runs/crate/explanations/*/*/*/0/*.json",
+    "runs/gpt2/simulations/*/*/*/*/0/*.json",
     "runs/gpt2/scores/*/*/*/scores.jsonl",
 )
 
@@ -171,7 +171,26 @@ def test_a_wrong_study_file_is_refused(tmp_path, text, message):
         read_plan(tmp_path / "plan.toml")
 
 
-def test_the_demo_is_a_valid_study():
-    demo = Path(__file__).parent.parent / "studies" / "demo.toml"
-    assert {model["name"] for model in read_plan(demo)["model"]} >= {"crate-2l", "gpt2-2l"}
-    assert json.dumps(read_plan(demo)["train"])
+STUDIES = sorted((Path(__file__).parent.parent / "studies").glob("*.toml"))
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_every_study_of_the_repository_is_valid(path):
+    plan = read_plan(path)
+    check(plan, path)
+    assert {model["preset"] for model in plan["model"]} >= {"crate-2l", "gpt2-2l"}
+    assert Quantity.parse(plan["report"].get("primary", ReportConfig.primary)).protocol in plan["score"]["protocols"]
+
+
+def test_the_papers_study_has_two_seeds_and_an_untrained_copy_of_each():
+    models = read_plan(next(path for path in STUDIES if path.stem == "paper-cpu"))["model"]
+    found = {(model["preset"], model["seed"], model.get("steps", "all")) for model in models}
+    assert found == {(f"{f}-2l", seed, steps) for f in ("crate", "gpt2") for seed in (0, 1) for steps in (0, "all")}
+
+
+def test_several_scorers_may_judge(tmp_path):
+    (tmp_path / "plan.toml").write_text(
+        '[prepare]\nsource = "x"\n[judge]\nscorer = ["detection", "fussing"]\n[[model]]\nname = "a"\n'
+    )
+    with pytest.raises(UserError, match=r"\[judge\] scorer = 'fussing' is not a value"):
+        study(StudyConfig(tmp_path / "plan.toml", tmp_path / "out"))

@@ -61,23 +61,42 @@ def collect(config: settings.CollectConfig) -> str:
 def explain(config: settings.ExplainConfig) -> str:
     from cratescope.neurons.explain import explain
 
-    return str(explain(config))
+    return "\n".join(map(str, explain(config)))
 
 
 def simulate(config: settings.SimulateConfig) -> str:
     from cratescope.neurons.simulate import simulate
 
-    return str(simulate(config))
+    return "\n".join(map(str, simulate(config)))
+
+
+def judge(config: settings.JudgeConfig) -> str:
+    from cratescope.neurons.judge import judge
+
+    return "\n".join(map(str, judge(config)))
 
 
 def score(config: settings.ScoreConfig) -> str:
     from cratescope.neurons.score import score
 
-    return "\n".join(
-        f"{name}: {_percent(row['model']['mean'], row['model']['standard_error'])}, "
-        f"shuffled {_percent(row['model']['null_mean'], row['model']['null_standard_error'])} (r x 100)"
-        for name, row in score(config)["protocols"].items()
-    )
+    summary = score(config)
+    lines = [_score_line(name, table) for name, table in summary["protocols"].items()]
+    for passes in (True, False):
+        names = [f"{row['sample']} {row['measure']}" for row in summary["sanity"] if row["passes"] == passes]
+        if names:
+            lines.append(f"{'pass' if passes else 'fail'} the missing-label and extra-label tests: {', '.join(names)}")
+    return "\n".join(lines)
+
+
+def _score_line(name: str, table: dict[str, Any]) -> str:
+    """A protocol's own measure x100, and its gain over every control."""
+    model = table["model"]
+    gains = [
+        f"{control} {_percent(row['model']['gain_mean'], row['model']['gain_standard_error'])}"
+        for control, row in table["controls"].items()
+    ]
+    line = f"{name}: {table['measure']} x 100 {_percent(model['mean'], model['standard_error'])}"
+    return line + (f"; gain over {', '.join(gains)}" if gains else "")
 
 
 def report(config: settings.ReportConfig) -> str:
@@ -136,6 +155,7 @@ COMMANDS: dict[str, tuple[Callable[[Any], str], type]] = {
     "collect": (collect, settings.CollectConfig),
     "explain": (explain, settings.ExplainConfig),
     "simulate": (simulate, settings.SimulateConfig),
+    "judge": (judge, settings.JudgeConfig),
     "score": (score, settings.ScoreConfig),
     "show": (show, settings.ShowConfig),
     "report": (report, settings.ReportConfig),
@@ -174,11 +194,15 @@ def run(arguments: list[str]) -> str:
         return overview()
     if name not in COMMANDS:
         raise UserError(f"no command {name!r}; there are {', '.join(COMMANDS)}")
-    if processes() > 1 and name != "train":
-        raise UserError(f"{name} runs in one process; start it without torchrun or accelerate")
     command, kind = COMMANDS[name]
+    if processes() > 1 and name != "train" and not hasattr(kind, "worker"):
+        raise UserError(f"{name} runs in one process; start it without torchrun or accelerate")
     config: Any = settings.parse(kind, rest, prog=f"cratescope {name}")
     _set_up_process()
+    if getattr(config, "ray", 0):
+        from cratescope.neurons.spread import spread
+
+        return spread(command, config)
     return command(config)
 
 

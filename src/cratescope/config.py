@@ -16,7 +16,9 @@ from cratescope.run import UserError
 Config = TypeVar("Config")
 PositionalPath = Annotated[Path, tyro.conf.Positional]
 PositionalPaths = Annotated[tuple[Path, ...], tyro.conf.Positional]
-Simulator = Literal["list-pmi", "all-at-once"]
+Simulator = Literal["list-pmi", "list-in-context", "all-at-once"]
+Prompts = Literal["own", "openai"]
+DEFAULT_PROTOCOLS = ("top-and-random", "random-only")
 
 
 class _Positive:
@@ -224,6 +226,10 @@ class CollectConfig(_Positive):
     """Excerpts in one part; a kill loses at most one part of work."""
     worker: str = "auto"
     """i/n: do every n-th part from the i-th on, i from 0; auto reads torchrun's RANK and WORLD_SIZE."""
+    ray: int = 0
+    """Do it in this many Ray tasks, on a cluster or here (pip install 'cratescope[ray]'); each is one worker."""
+    ray_gpus: float = 0
+    """GPUs of a Ray task; 0.5 lets two share one."""
     seed: int = 0
     """Draws the random positions."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -234,16 +240,45 @@ class CollectConfig(_Positive):
 class LLMConfig(_Positive):
     """The language model that explains or simulates."""
 
-    _positive: ClassVar[tuple[str, ...]] = ("llm_batch",)
+    _positive: ClassVar[tuple[str, ...]] = ("llm_batch", "llm_concurrency", "llm_per_minute", "llm_timeout")
 
     llm: str = "offline"
-    """`offline` (SmolLM2-135M-Instruct from the package registry), a hub name, a model folder or a .gguf file."""
+    """`offline` (SmolLM2-135M-Instruct from the package registry), a hub name, a model folder, a .gguf file, or the
+    address of an OpenAI-compatible server such as http://127.0.0.1:8000/v1."""
     llm_device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to run it."""
     llm_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto takes bfloat16 where the hardware has it."""
+    llm_quantize: Literal["none", "4bit"] = "none"
+    """4bit loads the weights in 4 bits (CUDA, pip install bitsandbytes)."""
+    llm_device_map: Literal["one", "auto"] = "one"
+    """auto spreads the layers over all GPUs."""
     llm_batch: int = 16
     """Prompts in one forward pass."""
+    llm_model: str = ""
+    """Server: which of its models; also the explainer's name in files."""
+    llm_tokenizer: str = ""
+    """Server: hub name or folder of the model's tokenizer; simulating needs it."""
+    llm_chat: bool = False
+    """Server: ask through /chat/completions (explanations only)."""
+    llm_concurrency: int = 8
+    """Server: requests under way at once."""
+    llm_per_minute: int | None = None
+    """Server: at most this many requests a minute."""
+    llm_timeout: int = 120
+    """Server: seconds to wait for an answer; then the request is repeated."""
+    llm_key_env: str = "OPENAI_API_KEY"
+    """Server: environment variable with the key."""
+
+    @property
+    def served(self) -> bool:
+        """Is it a server's?"""
+        return self.llm.startswith(("http://", "https://"))
+
+    @property
+    def llm_name(self) -> str:
+        """What files call it: a server's address may be another tomorrow."""
+        return self.llm_model if self.served else self.llm
 
 
 @dataclass(frozen=True)
@@ -260,12 +295,22 @@ class ExplainConfig:
     """How many neurons a layer, drawn at random by the seed; all by default."""
     neuron_seed: int = 0
     """Draws the neurons; growing --neurons keeps those already done."""
+    protocols: tuple[str, ...] = DEFAULT_PROTOCOLS
+    """Protocols to explain for (docs/evaluation.md); those that explain from the same windows share explanations."""
+    prompts: Prompts = "own"
+    """`own`, or `openai`: the exact ones, from an installed automated-interpretability."""
+    worker: str = "auto"
+    """i/n: do every n-th batch from the i-th on, i from 0; auto reads torchrun's RANK and WORLD_SIZE."""
+    ray: int = 0
+    """Do it in this many Ray tasks, on a cluster or here (pip install 'cratescope[ray]'); each is one worker."""
+    ray_gpus: float = 0
+    """GPUs of a Ray task; 0.5 lets two share one."""
     llm: Annotated[LLMConfig, tyro.conf.arg(name="")] = field(default_factory=LLMConfig)
 
 
 @dataclass(frozen=True)
 class SimulateConfig:
-    """Predict activations from every explanation, and from another neuron's (the shuffled control)."""
+    """Predict activations from every explanation, and from the controls that a score is compared with."""
 
     run: PositionalPath
     """Run directory with explanations."""
@@ -274,15 +319,53 @@ class SimulateConfig:
     explainer: str = "offline"
     """Whose explanations: the --llm given to `explain`."""
     simulator: Simulator = "list-pmi"
-    """`list-pmi` (one forward an explanation, context-free) or `all-at-once` (OpenAI's protocol, digits)."""
+    """`list-pmi` (one forward an explanation, context-free), `list-in-context` (one forward a window), or
+    `all-at-once` (OpenAI's protocol, digits)."""
     neurons: int | None = None
     """Only this many of the explained neurons a layer; all by default."""
+    protocols: tuple[str, ...] = DEFAULT_PROTOCOLS
+    """Protocols whose windows are simulated."""
+    prompts: Prompts = "own"
+    """Wording of all-at-once: `own`, or `openai` from an installed automated-interpretability."""
+    reference_quirks: bool = False
+    """all-at-once: read values as the reference code does (docs/evaluation.md)."""
+    worker: str = "auto"
+    """i/n: do every n-th batch from the i-th on, i from 0; auto reads torchrun's RANK and WORLD_SIZE."""
+    ray: int = 0
+    """Do it in this many Ray tasks, on a cluster or here (pip install 'cratescope[ray]'); each is one worker."""
+    ray_gpus: float = 0
+    """GPUs of a Ray task; 0.5 lets two share one."""
+    llm: Annotated[LLMConfig, tyro.conf.arg(name="")] = field(default_factory=LLMConfig)
+
+
+@dataclass(frozen=True)
+class JudgeConfig:
+    """Ask an LLM about whole windows instead of simulating: detection, fuzzing or intruder detection."""
+
+    run: PositionalPath
+    """Run directory with explanations."""
+    site: str = "auto"
+    """Site of the records, as given to `collect`."""
+    explainer: str = "offline"
+    """Whose explanations: the --llm given to `explain`."""
+    scorer: Literal["detection", "fuzzing", "intruder"] = "detection"
+    """Does the window hold it; are the marked tokens it; which of five windows is foreign."""
+    neurons: int | None = None
+    """Only this many of the explained neurons a layer; all by default."""
+    protocols: tuple[str, ...] = DEFAULT_PROTOCOLS
+    """Protocols whose explanations are judged; those that explain from the same windows are one."""
+    worker: str = "auto"
+    """i/n: do every n-th batch from the i-th on, i from 0; auto reads torchrun's RANK and WORLD_SIZE."""
+    ray: int = 0
+    """Do it in this many Ray tasks, on a cluster or here (pip install 'cratescope[ray]'); each is one worker."""
+    ray_gpus: float = 0
+    """GPUs of a Ray task; 0.5 lets two share one."""
     llm: Annotated[LLMConfig, tyro.conf.arg(name="")] = field(default_factory=LLMConfig)
 
 
 @dataclass(frozen=True)
 class ScoreConfig:
-    """Pearson correlation of true and simulated activations for every simulated neuron, with its control."""
+    """Compare simulated with true activations, beside every control, and say which measures may be trusted."""
 
     run: PositionalPath
     """Run directory with simulations."""
@@ -292,8 +375,8 @@ class ScoreConfig:
     """Whose explanations: the --llm given to `explain`."""
     simulator: Simulator = "list-pmi"
     """Whose simulations: as given to `simulate`."""
-    protocols: tuple[str, ...] = ("top-and-random", "random-only")
-    """Which protocols to score."""
+    protocols: tuple[str, ...] = DEFAULT_PROTOCOLS
+    """Which protocols to score; judgements (detection, fuzzing, intruder) are scored where there are any."""
 
 
 @dataclass(frozen=True)
@@ -354,6 +437,9 @@ class ReportConfig:
     """Whose explanations."""
     simulator: Simulator = "list-pmi"
     """Whose simulations."""
+    primary: str = "uniform/pearson/shuffled"
+    """The measure that decides, named before the runs: protocol/measure, and /control for the gain over a control
+    (shuffled, empty, unigram, untrained); docs/evaluation.md says why this one. All others are secondary."""
     title: str = "cratescope report"
     """Title of the page."""
     cards: int = 8

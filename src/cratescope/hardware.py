@@ -5,12 +5,15 @@ from __future__ import annotations
 import ctypes
 import os
 import time
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, TypeVar
 
 from cratescope.run import UserError
 
 if TYPE_CHECKING:
     import torch
+
+T = TypeVar("T")
 
 
 def pick_device(name: str) -> torch.device:
@@ -66,6 +69,29 @@ def processes() -> int:
 def rank(local: bool = False) -> int:
     """This process's number among them, or among those of its machine; number 0 writes files and speaks."""
     return int(os.environ.get("LOCAL_RANK" if local else "RANK", "0"))
+
+
+def worker_of(text: str) -> tuple[int, int]:
+    """(number, how many) from i/n; `auto` reads the environment that torchrun makes.
+
+    Raises:
+        UserError: it is neither.
+    """
+    if text == "auto":
+        text = f"{rank()}/{processes()}"
+    number, _, total = text.partition("/")
+    if not (number.isdecimal() and total.isdecimal() and int(number) < int(total)):
+        raise UserError(f"--worker {text}: has to be i/n with i from 0 to n - 1, such as 0/4")
+    return int(number), int(total)
+
+
+def share(items: Sequence[T], worker: str, batch: int) -> list[T]:
+    """What worker i/n does of `items`: of batches of `batch`, every n-th from the i-th on.
+
+    A batch is computed together, and rounding depends on what is in it, so batches are the same for any n.
+    """
+    number, total = worker_of(worker)
+    return [item for place, item in enumerate(items) if place // batch % total == number]
 
 
 def gemm_peak(device: torch.device, dtype: torch.dtype) -> float:

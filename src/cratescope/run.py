@@ -194,17 +194,25 @@ class Run:
         """Folder with one Parquet file a layer."""
         return self.root / "records" / slug(site)
 
-    def explanations(self, site: str, explainer: str) -> Path:
-        """Folder with one JSON file a neuron, `{layer}/{index}.json`."""
-        return self.root / "explanations" / slug(site) / slug(explainer)
+    def explanations(self, site: str, explainer: str, explained: str) -> Path:
+        """Folder with one JSON file a neuron, `{layer}/{index}.json`; `explained` names the windows shown."""
+        return self.root / "explanations" / slug(site) / slug(explainer) / explained
 
-    def simulations(self, site: str, explainer: str, simulator: str) -> Path:
+    def simulations(self, site: str, explainer: str, simulator: str, explained: str) -> Path:
         """Folder with one JSON file a neuron, `{layer}/{index}.json`."""
-        return self.root / "simulations" / slug(site) / slug(explainer) / slug(simulator)
+        return self.root / "simulations" / slug(site) / slug(explainer) / slug(simulator) / explained
+
+    def judgements(self, site: str, explainer: str, scorer: str, explained: str) -> Path:
+        """Folder with one JSON file a neuron, `{layer}/{index}.json`."""
+        return self.root / "judgements" / slug(site) / slug(explainer) / slug(scorer) / explained
 
     def scores(self, site: str, explainer: str, simulator: str) -> Path:
-        """Folder with scores.jsonl (one line a neuron, protocol and control) and summary.json."""
+        """Folder with scores.jsonl (one line a neuron, protocol, control and measure) and summary.json."""
         return self.root / "scores" / slug(site) / slug(explainer) / slug(simulator)
+
+    def quality(self, site: str) -> Path:
+        """How neurons fire, layer by layer and neuron by neuron, from the records alone."""
+        return self.root / "scores" / slug(site) / "quality.json"
 
     def read_manifest(self) -> dict[str, Any]:
         if not self.manifest.exists():

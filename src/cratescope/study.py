@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import io
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ from rich.console import Console
 from cratescope import config as settings
 from cratescope.run import UserError
 
+Settings = dict[str, Any]
+
 SECTIONS: dict[str, tuple[type, tuple[str, ...]]] = {
     "prepare": (settings.PrepareConfig, ("out",)),
     "train": (settings.TrainConfig, ("out", "data")),
@@ -27,10 +29,11 @@ SECTIONS: dict[str, tuple[type, tuple[str, ...]]] = {
     "collect": (settings.CollectConfig, ("run",)),
     "explain": (settings.ExplainConfig, ("run",)),
     "simulate": (settings.SimulateConfig, ("run", "explainer")),
+    "judge": (settings.JudgeConfig, ("run", "explainer")),
     "score": (settings.ScoreConfig, ("run", "explainer")),
     "report": (settings.ReportConfig, ("runs", "out", "title", "explainer")),
 }
-"""Section -> its settings, and the options that the study itself gives."""
+"""Section -> its settings, and the options that the study itself gives. [judge] is done only if it is there."""
 
 
 def study(config: settings.StudyConfig) -> Path:
@@ -41,9 +44,7 @@ def study(config: settings.StudyConfig) -> Path:
     """
     plan = read_plan(config.config)
     say = Console(stderr=True).print
-    options = functools.partial(_options, config.config, plan)
-    models = {model["name"]: {key: value for key, value in model.items() if key != "name"} for model in plan["model"]}
-    _check(options, models)
+    options, models, judging = check(plan, config.config)
 
     from cratescope.lm.data import prepare
     from cratescope.lm.evaluate import evaluate
@@ -65,7 +66,7 @@ def study(config: settings.StudyConfig) -> Path:
             f"{margin:.3f} below the unigram entropy of {result['unigram_entropy']:.3f}"
         )
         collect(options("collect", run=run))
-    explainer = _score_neurons(options, runs, say)
+    explainer = _score_neurons(options, runs, judging, say)
 
     from cratescope.report.report import report
 
@@ -74,24 +75,48 @@ def study(config: settings.StudyConfig) -> Path:
     return report(options("report", **given))
 
 
-def _check(options: Callable[..., Any], models: dict[str, dict[str, Any]]) -> None:
-    """Parse every section once, so that a mistake in the last one is found before hours of work on the first."""
+def check(plan: dict[str, Any], path: Path) -> tuple[Callable[..., Any], dict[str, Settings], list[Settings]]:
+    """The options of every section, every model and every scorer of a plan that was read from `path`.
+
+    Every section is parsed once, so that a mistake in the last one is found before hours of work on the first.
+
+    Raises:
+        UserError: an unknown option or a wrong value.
+    """
+    options = functools.partial(_options, path, plan)
+    models = {model["name"]: {key: value for key, value in model.items() if key != "name"} for model in plan["model"]}
+    judging = _judging(plan)
+    several = {"train": list(models.values()), "judge": judging}
     for section, (_, given) in SECTIONS.items():
-        for own in models.values() if section == "train" else [{}]:
+        for own in several.get(section, [{}]):
             options(section, own, **dict.fromkeys(given, "x"))
+    return options, models, judging
 
 
-def _score_neurons(options: Callable[..., Any], runs: list[Path], say: Callable[[str], None]) -> str:
-    """Explain, simulate and score every run, and return the name of the explainer."""
+def _judging(plan: dict[str, Any]) -> list[Settings]:
+    """One set of options a scorer: `scorer` of [judge] may be a list. Empty without that section."""
+    if "judge" not in plan:
+        return []
+    scorers = plan["judge"].get("scorer", settings.JudgeConfig.scorer)
+    return [{"scorer": scorer} for scorer in (scorers if isinstance(scorers, list) else [scorers])]
+
+
+def _score_neurons(
+    options: Callable[..., Any], runs: list[Path], judging: Sequence[Settings], say: Callable[[str], None]
+) -> str:
+    """Explain, simulate, judge and score every run, and return the name of the explainer."""
     from cratescope.neurons.explain import explain
+    from cratescope.neurons.judge import judge
     from cratescope.neurons.score import score
     from cratescope.neurons.simulate import simulate
 
     explainer = options("explain", run="").llm.llm
     for run in runs:
-        say(f"[bold]explain, simulate, score[/] {run}")
+        say(f"[bold]explain, simulate, {'judge, ' if judging else ''}score[/] {run}")
         explain(options("explain", run=run))
         simulate(options("simulate", run=run, explainer=explainer))
+        for scorer in judging:
+            judge(options("judge", scorer, run=run, explainer=explainer))
         score(options("score", run=run, explainer=explainer))
     return explainer
 

@@ -26,6 +26,7 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
 from cratescope.config import CollectConfig
+from cratescope.hardware import worker_of
 from cratescope.lm.adopt import adopt
 from cratescope.lm.data import TokenData
 from cratescope.lm.evaluate import data_of, load_model
@@ -60,7 +61,7 @@ def collect(config: CollectConfig) -> Path:
     context = config.context or shape.max_position_embeddings
     if context > shape.max_position_embeddings:
         raise UserError(f"context = {context} is longer than the {shape.max_position_embeddings} tokens of this model")
-    worker, n_workers = _worker(config.worker)
+    worker, n_workers = worker_of(config.worker)
     site = site_named(config.site, shape.model_type)
     folder = run.records(site.name)
     identity = _identity(config, run, site, context, sha256(data.path / "manifest.json"))
@@ -94,16 +95,6 @@ def collect(config: CollectConfig) -> Path:
             "free some space and run the same command again"
         ) from error
     return folder
-
-
-def _worker(text: str) -> tuple[int, int]:
-    """(number, how many) from i/n, or from the environment torchrun makes."""
-    if text == "auto":
-        text = f"{os.environ.get('RANK', 0)}/{os.environ.get('WORLD_SIZE', 1)}"
-    number, _, total = text.partition("/")
-    if not (number.isdecimal() and total.isdecimal() and int(number) < int(total)):
-        raise UserError(f"--worker {text}: has to be i/n with i from 0 to n - 1, such as 0/4")
-    return int(number), int(total)
 
 
 def _identity(config: CollectConfig, run: Run, site: Site, context: int, data_sha256: str) -> dict[str, Any]:

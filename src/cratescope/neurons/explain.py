@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,14 @@ from rich.console import Console
 from rich.progress import track
 from transformers import PreTrainedTokenizerFast
 
-from cratescope.config import ExplainConfig, LLMConfig
+from cratescope.config import ExplainConfig
+from cratescope.hardware import share
 from cratescope.lm.tokenizer import load_tokenizer, token_strings
-from cratescope.neurons import prompts
 from cratescope.neurons.llm import LanguageModel, llm_identity, open_llm
+from cratescope.neurons.prompts import Shown, Wording, clean_answer, wording_named
+from cratescope.neurons.protocols import Protocol, protocols_named
 from cratescope.neurons.records import (
-    PROTOCOLS,
+    ActivationRecord,
     Explanation,
     NeuronRecord,
     layer_file,
@@ -33,32 +36,40 @@ MAX_TOKENS = 60
 DEAD = "dead neuron"
 NOTHING_TO_SHOW = "no readable token"
 EMPTY_ANSWER = "empty answer"
+UNDECODABLE = "tokens the tokenizer does not have"
 STDERR = Console(stderr=True)
 
 
-def explain(config: ExplainConfig, llm: LanguageModel | None = None) -> Path:
-    """Write one explanation file for every sampled neuron and return their folder.
+def explain(config: ExplainConfig, llm: LanguageModel | None = None) -> list[Path]:
+    """Write one explanation file for every sampled neuron and return the folder of each explanation set.
 
     A dead neuron, or one whose answer is empty, gets a file with no text and the reason in `skipped`, so that the
     sample stays what was drawn. Finished files are kept.
 
     Raises:
-        UserError: no such site, layer or number of neurons; or the folder holds explanations of something else.
+        UserError: no such site, layer, protocol or number of neurons; or a folder holds explanations of something else.
     """
     run = Run(config.run)
     site = find_site(run, config.site)
     samples = _samples(config, run.records(site))
-    folder = run.explanations(site, config.llm.llm)
-    wanted = {"prompt": prompts.EXPLAIN_PROMPT, "max_tokens": MAX_TOKENS, "neuron_seed": config.neuron_seed}
-    claim(folder, records_identity(run, site) | llm_identity(config.llm, llm) | wanted)
+    wording = wording_named(config.prompts)
+    made_with = {"prompt": wording.explain_version, "max_tokens": MAX_TOKENS, "neuron_seed": config.neuron_seed}
+    made_with = records_identity(run, site) | llm_identity(config.llm, llm) | made_with
     tokenizer = load_tokenizer(run.model)
-    for layer, indices in samples.items():
-        done = {index for index in indices if (folder / str(layer) / f"{index}.json").exists()}
-        if len(done) < len(indices):
-            llm = llm or open_llm(config.llm)
-            records = read_records(layer_file(run.records(site), layer), indices)
-            _explain_layer([records[index] for index in indices], done, folder, llm, tokenizer, config.llm)
-    return folder
+    folders = []
+    for explained, protocols in protocols_named(config.protocols).items():
+        folder = run.explanations(site, config.llm.llm_name, explained)
+        claim(folder, made_with | {"explained": explained})
+        folders.append(folder)
+        for layer, indices in samples.items():
+            indices = share(indices, config.worker, config.llm.llm_batch)
+            done = {index for index in indices if (folder / str(layer) / f"{index}.json").exists()}
+            if len(done) < len(indices):
+                llm = llm or open_llm(config.llm)
+                records = read_records(layer_file(run.records(site), layer), indices)
+                asking = Asking(llm, tokenizer, wording, protocols[0], config.llm.llm_name)
+                _explain_layer([records[index] for index in indices], done, folder, asking, config.llm.llm_batch)
+    return folders
 
 
 def find_site(run: Run, site: str) -> str:
@@ -146,52 +157,57 @@ def _samples(config: ExplainConfig, folder: Path) -> dict[int, list[int]]:
 
 
 def _explain_layer(
-    records: Sequence[NeuronRecord],
-    done: Container[int],
-    folder: Path,
-    llm: LanguageModel,
-    tokenizer: PreTrainedTokenizerFast,
-    settings: LLMConfig,
+    records: Sequence[NeuronRecord], done: Container[int], folder: Path, asking: Asking, batch: int
 ) -> None:
     """Explain one layer's sample in batches that depend on the sample alone.
 
     Rounding differs with what else is in a batch and may turn a close choice of the model, so a batch with a missing
     file is asked again as a whole: an interrupted run ends with the same bytes as one that was not.
     """
-    chunks = [records[start : start + settings.llm_batch] for start in range(0, len(records), settings.llm_batch)]
+    chunks = [records[start : start + batch] for start in range(0, len(records), batch)]
     for chunk in track(chunks, f"explain layer {records[0].neuron.layer}", console=STDERR, transient=True):
         if all(record.neuron.index in done for record in chunk):
             continue
-        for explanation in _ask(chunk, llm, tokenizer, settings.llm):
+        for explanation in asking.explanations(chunk):
             if explanation.neuron.index not in done:
                 write_explanation(folder, explanation)
 
 
-def _ask(
-    records: Sequence[NeuronRecord], llm: LanguageModel, tokenizer: PreTrainedTokenizerFast, explainer: str
-) -> list[Explanation]:
-    words = [_words(record, tokenizer) for record in records]
-    asked = [llm.encode(prompts.explain_prompt(row)) for row in words if row]
-    answers = iter(llm.generate(llm.encode(prompts.explain_prefix()), asked, MAX_TOKENS, "\n") if asked else [])
-    found = []
-    for record, row in zip(records, words, strict=True):
-        text = prompts.clean_answer(next(answers)) if row else ""
-        reason = DEAD if record.dead else NOTHING_TO_SHOW if not row else None if text else EMPTY_ANSWER
-        found.append(Explanation(record.neuron, text, explainer, prompts.EXPLAIN_PROMPT, reason))
-    return found
+@dataclass(frozen=True)
+class Asking:
+    """Who is asked for explanations, in which words, and from which windows."""
+
+    llm: LanguageModel
+    tokenizer: PreTrainedTokenizerFast
+    wording: Wording
+    protocol: Protocol
+    explainer: str
+
+    def explanations(self, records: Sequence[NeuronRecord]) -> list[Explanation]:
+        """One a neuron, in one call of the model."""
+        asked = [self._prompt(record) for record in records]
+        prompts = [self.llm.encode(prompt) for prompt, _ in asked if prompt]
+        prefix = self.llm.encode(self.wording.explain_prefix())
+        answers = iter(self.llm.generate(prefix, prompts, MAX_TOKENS, "\n") if prompts else [])
+        found = []
+        for record, (prompt, reason) in zip(records, asked, strict=True):
+            text = clean_answer(next(answers)) if prompt else ""
+            reason = reason or (None if text else EMPTY_ANSWER)
+            found.append(Explanation(record.neuron, text, self.explainer, self.wording.explain_version, reason))
+        return found
+
+    def _prompt(self, record: NeuronRecord) -> tuple[str, str | None]:
+        """The neuron's own part of the prompt, or why there is none."""
+        if record.dead:
+            return "", DEAD
+        windows = self.protocol.explain_records(record)
+        if undecodable(windows, len(self.tokenizer)):
+            return "", UNDECODABLE
+        shown = [Shown(token_strings(self.tokenizer, window.tokens.tolist()), window.activations) for window in windows]
+        prompt = self.wording.explain_prompt(shown, record.moments.maximum)
+        return prompt, None if prompt else NOTHING_TO_SHOW
 
 
-def _words(record: NeuronRecord, tokenizer: PreTrainedTokenizerFast) -> list[str]:
-    if record.dead:
-        return []
-    # Every protocol explains from the same records (their explain_top are equal), so one explanation serves them all.
-    windows = next(iter(PROTOCOLS.values())).explain_records(record)
-    return prompts.strongest_words(
-        [
-            (
-                token_strings(tokenizer, window.tokens.tolist()),
-                prompts.levels(window.activations, record.moments.maximum),
-            )
-            for window in windows
-        ]
-    )
+def undecodable(windows: Iterable[ActivationRecord], n_tokens: int) -> bool:
+    """Is there a token that the tokenizer (with `n_tokens` entries) does not have?"""
+    return any(((window.tokens < 0) | (window.tokens >= n_tokens)).any() for window in windows)

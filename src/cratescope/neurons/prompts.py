@@ -8,39 +8,44 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from cratescope.neurons.llm import LanguageModel
 
-EXPLAIN_PROMPT = "words-1"
-LIST_PROMPT = "list-1"
-ALL_AT_ONCE_PROMPT = "slots-1"
+EXPLAIN_PROMPT = "words-2"
+LIST_PROMPT = "list-2"
+CONTEXT_PROMPT = "context-1"
+ALL_AT_ONCE_PROMPT = "slots-2"
 
 LEVELS = 10
 MIN_LEVEL = 4
 """Tokens at this level or above are shown to the explainer."""
 MAX_WORDS = 8
 UNREADABLE = "\N{REPLACEMENT CHARACTER}"
-SEPARATOR = ","
+BULLET = "\n-"
+"""Begins an item of the list: no word and no sign that could be an item."""
 
-# Kinds alternate, because a small model leans on the last examples.
+# Kinds alternate, because a small model leans on the last examples. Naming two words keeps explanations apart.
 EXPLAIN_EXAMPLES: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("words about food", ("bread", "cheese", "soup", "apples", "dinner")),
+    ("words about food, such as bread and cheese", ("bread", "cheese", "soup", "apples", "dinner")),
     ('the word "of"', ("of",)),
-    ("brackets", ("(", ")")),
-    ("words about the weather", ("rain", "storm", "cloudy", "wind")),
-    ("names of cities", ("London", "Chicago", "Tokyo", "Rome", "Vienna")),
-    ('the word "but"', ("but", "But")),
-    ("full stops", (".",)),
-    ("verbs of motion", ("walked", "ran", "moved", "goes", "climbing")),
-    ("numbers", ("40", "7", "three", "250")),
-    ("words about health", ("doctor", "hospital", "disease", "patients")),
     ("dashes", ("-", "--")),
-    ("names of companies", ("Google", "Ford", "Microsoft", "Sony")),
+    ("words about the weather, such as rain and storm", ("rain", "storm", "cloudy", "wind")),
+    ("names of cities, such as London and Chicago", ("London", "Chicago", "Tokyo", "Rome", "Vienna")),
+    ('the word "but"', ("but", "But")),
+    ("verbs of motion, such as walked and ran", ("walked", "ran", "moved", "goes", "climbing")),
+    ("months, such as July and January", ("July", "January", "May", "October")),
+    ("question marks", ("?",)),
+    ("words about animals, such as dog and horses", ("dog", "horses", "cow", "birds", "sheep")),
+    ("names of companies, such as Google and Ford", ("Google", "Ford", "Microsoft", "Sony")),
     ('the word "with"', ("with",)),
-    ("words about size", ("large", "small", "huge", "little", "largest")),
+    ("prepositions, such as over and under", ("over", "under", "behind", "near")),
+    ("words about illness, such as doctor and hospital", ("doctor", "hospital", "disease", "patients")),
+    ("mathematical signs, such as + and <", ("+", "<", ">", "*")),
+    ("words about size, such as large and small", ("large", "small", "huge", "little", "largest")),
 )
 
 LIST_EXAMPLES: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -53,6 +58,18 @@ LIST_EXAMPLES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("numbers", ("7", "40", "three", "250", "12", "hundred")),
     ("endings of words", ("ing", "ed", "tion", "ly", "ness", "er")),
 )
+
+# Texts that hold much of what is looked for, so that what comes next is likely to be it where it can be.
+CONTEXT_EXAMPLES: tuple[tuple[str, str], ...] = (
+    ("words about food", "She cut the bread, warmed the soup, ate some cheese and drank the milk."),
+    ('the word "of"', "the end of the first part of the list of all of the names of the people"),
+    ("names of companies", "Ford, Sony and Google are larger than Nestle, IBM or Siemens."),
+    ("verbs of motion", "He went home, walked up the stairs, ran to the window and climbed out."),
+    ("a comma after a year", "In 1990, 1994, and 2003, it was sold; in 1998, it was not."),
+)
+
+EMPTY_EXPLANATION = "some tokens of a text"
+"""The fixed control: it has the form of an explanation and says nothing."""
 
 GENERIC_EXPLANATIONS = (
     "words",
@@ -74,7 +91,7 @@ GENERIC_EXPLANATIONS = (
 
 SLOTS_INSTRUCTION = (
     "A detector reads a text one token after another. Behind every token stands how strongly it fires, from 0 (not at "
-    "all) to {scale} (as strongly as it ever does). Most tokens are not what it looks for and get 0.\n\n"
+    "all) to 10 (as strongly as it ever does). Most tokens are not what it looks for and get 0.\n\n"
 )
 # (what the detector finds, how many values are hidden, tokens with values 0..10): values are hidden at first, because
 # the record to fill in hides all of its own.
@@ -104,6 +121,14 @@ SLOTS_EXAMPLES: tuple[tuple[str, int, tuple[tuple[str, int], ...]], ...] = (
         ),
     ),
 )
+
+
+@dataclass(frozen=True, eq=False)
+class Shown:
+    """A window as it is shown to the explainer: token strings and `activations` (w,)."""
+
+    tokens: list[str]
+    activations: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -157,57 +182,202 @@ def explain_prompt(words: Sequence[str], answer: str = "") -> str:
     return f"Words: {', '.join(words)}\nThe detector finds:" + (f" {answer}\n\n" if answer else "")
 
 
-def explain_prefix() -> str:
-    return "".join(explain_prompt(words, answer) for answer, words in EXPLAIN_EXAMPLES)
-
-
 def list_prompt(explanation: str, words: Sequence[str] = ()) -> str:
     """One entry of the list prompt, open where the first word belongs when there are no words yet."""
-    items = SEPARATOR.join(f" {word}" for word in words)
-    return f"The detector finds: {explanation}\nWords:" + (f"{items}\n\n" if words else "")
+    items = "".join(f"{BULLET} {word}" for word in words)
+    return f"The detector finds: {explanation}\nWords:" + (f"{items}\n\n" if words else BULLET)
 
 
 def list_prefix() -> str:
     return "".join(list_prompt(explanation, words) for explanation, words in LIST_EXAMPLES)
 
 
-def list_item(token: str) -> str | None:
-    """How a subject model's token stands in the list; None when it is no text of its own (bytes, spaces)."""
-    text = token.strip()
-    return f" {text}" if text and UNREADABLE not in text else None
+def list_items(word: str) -> list[str]:
+    """How a word, or each sign of a run of punctuation, stands in the list; nothing for what is no text."""
+    text = word.strip()
+    if not text or UNREADABLE in text:
+        return []
+    return [f" {text}"] if any(map(str.isalnum, text)) else [f" {sign}" for sign in text if not sign.isspace()]
 
 
-def digit_choices(llm: LanguageModel) -> list[int]:
-    """The ids of the values 0..10, or of 0..9 when the tokenizer has no single token for "10"."""
-    ids = [llm.encode(str(value)) for value in range(LEVELS + 1)]
-    return [value[0] for value in (ids if len(ids[-1]) == 1 else ids[:-1])]
+def context_prefix() -> str:
+    return "".join(_context_head(explanation) + f" {text}\n\n" for explanation, text in CONTEXT_EXAMPLES)
 
 
-def slots_prefix(llm: LanguageModel, scale: int) -> list[int]:
-    """Instruction and examples of the all-at-once prompt, on the scale 0..`scale`."""
-    ids = llm.encode(SLOTS_INSTRUCTION.format(scale=scale))
-    for explanation, hidden, pairs in SLOTS_EXAMPLES:
-        values = [str(min(value, scale)) for _, value in pairs]
-        known = [None] * hidden + list(values[hidden:])
-        ids += slot_prompt(llm, explanation, [token for token, _ in pairs], known).ids + llm.encode("\n")
-    return ids
+def context_prompt(llm: LanguageModel, explanation: str, tokens: Sequence[str]) -> SlotPrompt:
+    """A window as plain text behind its explanation; the slot of a token is its own first piece."""
+    ids = llm.encode(_context_head(explanation))
+    slots = []
+    for token in tokens:
+        slots.append(len(ids))
+        ids += llm.encode(display(token))
+    return SlotPrompt(ids, slots)
 
 
-def slot_prompt(
-    llm: LanguageModel, explanation: str, tokens: Sequence[str], known: Sequence[str | None] | None = None
-) -> SlotPrompt:
-    """A record with `unknown` (or a known value) behind every token, put together piece by piece.
+def _context_head(explanation: str) -> str:
+    return f"The detector finds: {explanation}\nText:"
 
-    No tokenizer sees more than one piece at a time, so the slot of a token is where its piece was put.
+
+def value_choices(llm: LanguageModel) -> list[list[int]]:
+    """How the tokenizer spells each of the values 0..10."""
+    return [llm.encode(str(value)) for value in range(LEVELS + 1)]
+
+
+def fill_in(llm: LanguageModel, head: str, tokens: Sequence[str], known: Sequence[str | None] = ()) -> SlotPrompt:
+    """`head` and a line `token<TAB>unknown` for every token (or a known value), put together piece by piece.
+
+    No tokenizer sees more than one piece at a time, so the slot of a token is where its piece was put, however the
+    tokenizer splits or merges.
     """
     tab, unknown, end = llm.encode("\t"), llm.encode("unknown"), llm.encode("\n")
-    ids = llm.encode(f"The detector finds: {explanation}\nTokens:\n")
+    ids = llm.encode(head)
     slots = []
     for token, value in zip(tokens, known or [None] * len(tokens), strict=True):
-        ids += llm.encode(display(token)) + tab
+        ids += llm.encode(token) + tab
         slots.append(len(ids))
         ids += (unknown if value is None else llm.encode(value)) + end
     return SlotPrompt(ids, slots)
+
+
+@runtime_checkable
+class Wording(Protocol):
+    """How a neuron is shown to the explainer and a window to the all-at-once simulator."""
+
+    explain_version: str
+    slots_version: str
+
+    def explain_prefix(self) -> str:
+        """What all neurons share."""
+
+    def explain_prompt(self, shown: Sequence[Shown], maximum: float) -> str:
+        """A neuron's own part, open where the answer belongs; empty when there is nothing to show."""
+
+    def slots_prefix(self, llm: LanguageModel) -> list[int]:
+        """What all windows share."""
+
+    def slot_prompt(self, llm: LanguageModel, explanation: str, tokens: Sequence[str]) -> SlotPrompt:
+        """A window's own part."""
+
+
+class OwnWording:
+    """Our prompts: a neuron is shown as its strongest words, a token on one line whatever is in it."""
+
+    explain_version = EXPLAIN_PROMPT
+    slots_version = ALL_AT_ONCE_PROMPT
+
+    def explain_prefix(self) -> str:
+        return "".join(explain_prompt(words, answer) for answer, words in EXPLAIN_EXAMPLES)
+
+    def explain_prompt(self, shown: Sequence[Shown], maximum: float) -> str:
+        words = strongest_words([(item.tokens, levels(item.activations, maximum)) for item in shown])
+        return explain_prompt(words) if words else ""
+
+    def slots_prefix(self, llm: LanguageModel) -> list[int]:
+        ids = llm.encode(SLOTS_INSTRUCTION)
+        for explanation, hidden, pairs in SLOTS_EXAMPLES:
+            known = [None] * hidden + [str(value) for _, value in pairs[hidden:]]
+            ids += fill_in(llm, _slots_head(explanation), [display(token) for token, _ in pairs], known).ids
+            ids += llm.encode("\n")
+        return ids
+
+    def slot_prompt(self, llm: LanguageModel, explanation: str, tokens: Sequence[str]) -> SlotPrompt:
+        return fill_in(llm, _slots_head(explanation), [display(token) for token in tokens])
+
+
+def _slots_head(explanation: str) -> str:
+    return f"The detector finds: {explanation}\nTokens:\n"
+
+
+def wording_named(name: str) -> Wording:
+    """`own`, or `openai` from the package that has them. Raises UserError when it is not installed."""
+    if name == "own":
+        return OwnWording()
+    from cratescope.neurons.openai_prompts import OpenAIWording
+
+    return OpenAIWording.load()
+
+
+JUDGE_PROMPTS = {"detection": "detection-1", "fuzzing": "fuzzing-1", "intruder": "intruder-1"}
+YES_OR_NO = (" yes", " no")
+PLACES = (" 1", " 2", " 3", " 4", " 5")
+JUDGE_QUESTIONS = {
+    "detection": "Does the text hold what the detector finds?\n\n",
+    "fuzzing": "In the text some tokens are marked with << and >>. Are they what the detector finds?\n\n",
+    "intruder": "A detector marks tokens with << and >> in four of five texts; in one text they are marked at random. "
+    "Which text is that?\n\n",
+}
+# (what the detector finds, text with the right tokens or wrong ones marked, answer); kinds and answers alternate.
+JUDGE_EXAMPLES: dict[str, tuple[tuple[str, str, str], ...]] = {
+    "detection": (
+        ("words about food", "She cut the bread and warmed the soup before the others came in.", " yes"),
+        ('the word "of"', "They walked home and said nothing until it was dark.", " no"),
+        ("names of cities", "A train leaves Vienna at nine and reaches Rome at night.", " yes"),
+        ("full stops", "the list of settings that are read when the program starts", " no"),
+        ("numbers", "Add the cream slowly, stir, and leave it to cool.", " no"),
+        ("verbs of motion", "He ran to the gate and climbed over it.", " yes"),
+    ),
+    "fuzzing": (
+        ("words about food", "She cut the <<bread>> and warmed the <<soup>> before the others came in.", " yes"),
+        ("words about food", "<<She>> cut the bread and warmed <<the>> soup before the others came in.", " no"),
+        ("names of cities", "A <<train>> leaves Vienna at nine and reaches Rome at <<night>>.", " no"),
+        ('the word "of"', "One <<of>> them saw the end <<of>> the road.", " yes"),
+        ("numbers", "It took <<40>> days, and <<7>> of them were lost.", " yes"),
+        ("verbs of motion", "He ran to the <<gate>> and climbed <<over>> it.", " no"),
+    ),
+    "intruder": (
+        (
+            "",
+            "1. She warmed the <<soup>> at once.\n2. They sold <<bread>> and oil.\n3. The <<road>> was closed.\n"
+            "4. Grate the <<cheese>> over it.\n5. He ate an <<apple>> a day.\n",
+            " 3",
+        ),
+        (
+            "",
+            "1. One <<of>> them left.\n2. a cup <<of>> tea\n3. the end <<of>> May\n4. He <<never>> wrote again.\n"
+            "5. part <<of>> the text\n",
+            " 4",
+        ),
+        (
+            "",
+            "1. It <<was>> late in June.\n2. born in <<Vienna>> in 1900\n3. a flight to <<Rome>>\n"
+            "4. <<London>> and its river\n5. She lives in <<Oslo>>.\n",
+            " 1",
+        ),
+    ),
+}
+
+
+def judge_prefix(scorer: str) -> str:
+    """Question and examples of a scorer without simulation."""
+    shown = [_judge_entry(scorer, text, body) + f"{answer}\n\n" for text, body, answer in JUDGE_EXAMPLES[scorer]]
+    return JUDGE_QUESTIONS[scorer] + "".join(shown)
+
+
+def judge_prompt(scorer: str, explanation: str, tokens: Sequence[str], marked: Bool[np.ndarray, " w"]) -> str:
+    """One window, open where yes or no belongs; detection marks nothing."""
+    text = mark(tokens, marked if scorer == "fuzzing" else np.zeros(len(tokens), dtype=bool))
+    return _judge_entry(scorer, explanation, text)
+
+
+def intruder_prompt(group: Sequence[tuple[Sequence[str], Bool[np.ndarray, " w"]]]) -> str:
+    """Numbered windows with their marks, open where the foreign one's number belongs."""
+    body = "".join(f"{place}. {mark(tokens, marked)}\n" for place, (tokens, marked) in enumerate(group, 1))
+    return _judge_entry("intruder", "", body)
+
+
+def _judge_entry(scorer: str, explanation: str, body: str) -> str:
+    if scorer == "intruder":
+        return f"{body}Text:"
+    return f"The detector finds: {explanation}\nText: {body}\nAnswer:"
+
+
+def mark(tokens: Sequence[str], marked: Bool[np.ndarray, " w"]) -> str:
+    """Text on one line with << and >> around marked tokens, the space before a token left outside."""
+    shown = []
+    for token, chosen in zip(map(display, tokens), marked, strict=True):
+        text = token.lstrip(" ")
+        shown.append(token[: len(token) - len(text)] + f"<<{text}>>" if chosen else token)
+    return "".join(shown).strip(" ")
 
 
 def clean_answer(text: str) -> str:

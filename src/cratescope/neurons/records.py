@@ -1,7 +1,7 @@
-"""The core types (neuron, record, explanation, simulation, score) and their files. Imports nothing else of neurons.
+"""The core types (neuron, record, explanation, simulation, judgement, score) and their files.
 
 A *record* is a window of tokens of one excerpt with one neuron's activations on it. Rows are keyed by NeuronId,
-never by their place in a list.
+never by their place in a list. Imports nothing else of neurons.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ class ActivationRecord:
     peak: int
 
     @property
-    def key(self) -> tuple[int, int]:
-        """(excerpt, start) names the window within the collected text."""
-        return self.excerpt, self.start
+    def key(self) -> tuple[int, int, int]:
+        """(excerpt, start, width) names the window within the collected text."""
+        return self.excerpt, self.start, len(self.tokens)
 
     def cut(self, width: int) -> ActivationRecord:
         """The `width` tokens around the peak, half of them before it, moved inside this window."""
@@ -154,43 +154,6 @@ class NeuronRecord:
 
 
 @dataclass(frozen=True)
-class Protocol:
-    """Which records an explanation is made from and which it is scored on, by rank within `top` and `random`."""
-
-    name: str
-    explain_top: tuple[int, ...]
-    score_top: tuple[int, ...]
-    score_random: tuple[int, ...]
-
-    def __post_init__(self) -> None:
-        if set(self.explain_top) & set(self.score_top):
-            raise ValueError(f"protocol {self.name}: a top record would both explain and score")
-
-    def explain_records(self, record: NeuronRecord) -> tuple[ActivationRecord, ...]:
-        return _take(record.top, self.explain_top)
-
-    def score_records(self, record: NeuronRecord) -> tuple[ActivationRecord, ...]:
-        """Random records first, as in the reference code; the order does not change a pooled correlation."""
-        return _take(record.random, self.score_random) + _take(record.top, self.score_top)
-
-
-def _take(records: Sequence[ActivationRecord], ranks: Iterable[int]) -> tuple[ActivationRecord, ...]:
-    return tuple(records[rank] for rank in ranks if rank < len(records))
-
-
-# Paper section 4 (OpenAI metrics): both protocols explain from the same five records.
-PROTOCOLS: dict[str, Protocol] = {
-    protocol.name: protocol
-    for protocol in (
-        Protocol(
-            "top-and-random", explain_top=(0, 2, 4, 6, 8), score_top=(1, 3, 5, 7, 9), score_random=(0, 2, 4, 6, 8)
-        ),
-        Protocol("random-only", (0, 2, 4, 6, 8), score_top=(), score_random=(0, 2, 4, 6, 8)),
-    )
-}
-
-
-@dataclass(frozen=True)
 class Explanation:
     """One phrase that says what a neuron finds; `prompt` names the prompt that asked for it.
 
@@ -206,33 +169,58 @@ class Explanation:
 
 @dataclass(frozen=True)
 class Simulation:
-    """Activations predicted from an explanation alone, a row for each scoring record.
+    """Activations predicted from a text alone, by control: a row for each window of `keys`.
 
-    expected: one (w,) list a record, on the simulator's own scale (a correlation does not mind).
-    null_expected: the same from another neuron's explanation (`null_text`), the shuffled control.
+    texts: what each control was simulated from. "none" is the neuron's own explanation, "shuffled" another neuron's,
+    "empty" a sentence that says nothing, "unigram" no text at all (its strongest tokens stand there): the mean
+    activation of each token in the windows explained from. A control that the neuron cannot have is missing.
+    expected: one list of numbers a window, one a token, on the simulator's own scale (a correlation does not mind).
+    skipped: why there is nothing, such as "dead neuron".
     """
 
     neuron: NeuronId
     simulator: str
+    texts: dict[str, str]
+    keys: tuple[tuple[int, int, int], ...]
+    expected: dict[str, tuple[tuple[float, ...], ...]]
+    skipped: str | None = None
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What an LLM answered about single windows: the probability of yes, and whether yes was right.
+
+    control: as in Simulation, "none" or "shuffled". Scorer "intruder" needs no text: its windows come in groups of
+    INTRUDER_GROUP, one of which is foreign (label true), and the probabilities of a group add up to 1.
+    """
+
+    neuron: NeuronId
+    scorer: str
+    control: str
     text: str
-    null_text: str
-    keys: tuple[tuple[int, int], ...]
-    expected: tuple[tuple[float, ...], ...]
-    null_expected: tuple[tuple[float, ...], ...]
+    probabilities: tuple[float, ...]
+    labels: tuple[bool, ...]
+    skipped: str | None = None
 
 
 @dataclass(frozen=True)
 class Score:
-    """Pearson r of true and simulated activations pooled over `n_tokens`; None when either is constant.
+    """How well a neuron's simulation, or an LLM's judgements of windows, agree with the truth by one measure.
 
-    control: "none" for the neuron's own explanation, "shuffled" for another neuron's.
+    protocol: of a simulation, or the scorer. control: "none" for the neuron's own explanation, else as in Simulation.
+    value: None where there is none, for `reason`. n_tokens: tokens, or windows judged, that it was measured on.
+    low, high: bootstrap interval of 95 % over windows, of the protocol's own measure and the own explanation only.
     """
 
     neuron: NeuronId
     protocol: str
     control: str
+    measure: str
     value: float | None
     n_tokens: int
+    low: float | None = None
+    high: float | None = None
+    reason: str | None = None
 
 
 _WINDOW = pa.struct(
@@ -247,6 +235,8 @@ _WINDOW = pa.struct(
 _STRATUM = pa.struct([("low", pa.float64()), ("high", pa.float64()), ("windows", pa.list_(_WINDOW))])
 _BIN = pa.struct([("low", pa.float64()), ("high", pa.float64()), ("count", pa.int64())])
 _TOKEN = pa.struct([("token", pa.int32()), ("mean", pa.float64()), ("count", pa.int64())])
+INTRUDER_GROUP = 5
+"""Windows shown at a time by intruder detection, one of them foreign."""
 STRATIFICATIONS = ("by_quantile", "by_rank", "by_level")
 SCHEMA = pa.schema(
     [
@@ -459,14 +449,34 @@ def write_simulation(folder: Path, simulation: Simulation) -> None:
     write_json(neuron_file(folder, simulation.neuron), dataclasses.asdict(simulation))
 
 
+def read_simulation(path: Path) -> Simulation:
+    """One neuron's file of a simulations folder."""
+    return _from_json(Simulation, path)
+
+
 def read_simulations(folder: Path) -> dict[NeuronId, Simulation]:
     """Every simulation of a folder, by neuron, in layer and index order."""
     return {item.neuron: item for item in (_from_json(Simulation, path) for path in _neuron_files(folder))}
 
 
+def write_judgements(folder: Path, judgements: Sequence[Judgement]) -> None:
+    """Write all judgements of one neuron by one scorer, one a control."""
+    write_json(neuron_file(folder, judgements[0].neuron), [dataclasses.asdict(item) for item in judgements])
+
+
+def read_judgement(path: Path) -> list[Judgement]:
+    """One neuron's file of a judgements folder."""
+    return [_from_row(Judgement, row) for row in read_json(path)]
+
+
+def read_judgements(folder: Path) -> list[Judgement]:
+    """Every judgement of a folder, in layer and index order."""
+    return [item for path in _neuron_files(folder) for item in read_judgement(path)]
+
+
 def write_scores(path: Path, scores: Iterable[Score]) -> None:
-    """One JSON line a score, sorted by neuron, protocol and control."""
-    ordered = sorted(scores, key=lambda score: (score.neuron, score.protocol, score.control))
+    """One JSON line a score, sorted by neuron, protocol, control and measure."""
+    ordered = sorted(scores, key=lambda score: (score.neuron, score.protocol, score.control, score.measure))
     with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
         for score in ordered:
             row = dataclasses.asdict(score)
@@ -489,9 +499,19 @@ def _neuron_files(folder: Path) -> list[Path]:
 
 
 def _from_json(kind: type, path: Path) -> Any:
-    row = read_json(path)
+    return _from_row(kind, read_json(path))
+
+
+def _from_row(kind: type, row: dict[str, Any]) -> Any:
     row["neuron"] = NeuronId(**row["neuron"])
-    for name in ("keys", "expected", "null_expected"):
+    if "expected" in row:
+        row["expected"] = {name: _tuples(rows) for name, rows in row["expected"].items()}
+        row["keys"] = _tuples(row["keys"])
+    for name in ("probabilities", "labels"):
         if name in row:
-            row[name] = tuple(tuple(item) for item in row[name])
+            row[name] = tuple(row[name])
     return kind(**row)
+
+
+def _tuples(rows: Iterable[Iterable[Any]]) -> tuple[tuple[Any, ...], ...]:
+    return tuple(tuple(row) for row in rows)

@@ -1,8 +1,9 @@
-"""Predict a neuron's activations from an explanation alone: its own, and another neuron's as a control."""
+"""Predict a neuron's activations from a text alone: its explanation, and controls that say what a score is worth."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,47 +12,60 @@ from jaxtyping import Float
 from rich.progress import track
 
 from cratescope.config import SimulateConfig
+from cratescope.hardware import share
 from cratescope.lm.tokenizer import load_tokenizer, token_strings
 from cratescope.neurons import prompts
-from cratescope.neurons.explain import STDERR, check_identity, draw_neurons, find_site, records_identity
+from cratescope.neurons.explain import (
+    STDERR,
+    UNDECODABLE,
+    check_identity,
+    draw_neurons,
+    find_site,
+    records_identity,
+    undecodable,
+)
 from cratescope.neurons.llm import LanguageModel, llm_identity, open_llm
+from cratescope.neurons.protocols import PROTOCOLS, Protocol, protocols_named, scoring_windows
 from cratescope.neurons.records import (
-    PROTOCOLS,
     ActivationRecord,
     Explanation,
+    NeuronId,
     NeuronRecord,
     Simulation,
     layer_file,
     neuron_file,
     read_explanations,
     read_records,
+    read_simulation,
     write_simulation,
 )
-from cratescope.run import Run, UserError, claim, read_json
+from cratescope.run import Run, UserError, claim, read_json, write_json
 
 ITEMS = 3
 """list-pmi averages the distributions of this many list items, the first ones written greedily."""
-THRESHOLD = 2.0
+THRESHOLD = 1.5
 """list-pmi: nats above the generic list below which a token counts as not meant."""
+SMALLEST = 1e-5
+"""list-pmi: probabilities below this are as good as none, so that rare words are not meant by chance."""
 DECIMALS = 4
+UNREAD = "a slot without a value"
+UNIGRAM_SHOWN = 8
+"""How many tokens the text of the unigram control lists."""
 
 
 class ListPMI:
-    """A value for every token of the vocabulary from the words the LLM would list for an explanation; ignores context.
+    """A value for every word from what the LLM would list for an explanation, whatever stands around the word.
 
-    value(token) = relu(log P(token | explanation) - mean over generic explanations of log P(token) - 2), P being
-    averaged over the first three list items. A token stands for the first LLM token of its text as a list item.
+    value(word) = relu(log P(word | explanation) - mean over generic explanations of log P(word) - 1.5), P being the
+    mean over the first three list items and 1e-5. A token has the value of the whole word it is part of, a word that of
+    the first LLM token of its list item, a run of punctuation that of its likeliest sign.
     """
-
-    prompt = prompts.LIST_PROMPT
-    scale = "nats"
-    constants = {"items": ITEMS, "threshold": THRESHOLD}
 
     def __init__(self, llm: LanguageModel, vocabulary: Sequence[str], batch: int) -> None:
         self._llm, self._batch, self._vocabulary = llm, batch, vocabulary
         self._prefix = llm.encode(prompts.list_prefix())
-        self._separator = llm.encode(prompts.SEPARATOR)
-        self._columns: dict[int, int] = {}
+        self._bullet = llm.encode(prompts.BULLET)
+        self._known: dict[str, list[int]] = {}
         self._texts: list[str] = []
         self._tables: dict[str, Float[np.ndarray, " vocab"]] = {}
         self._generic = self._list_logprobs(prompts.GENERIC_EXPLANATIONS).mean(0)
@@ -66,113 +80,247 @@ class ListPMI:
             chunk = self._texts[start : start + self._batch]
             values = np.maximum(self._list_logprobs(chunk) - self._generic - THRESHOLD, 0)
             self._tables |= dict(zip(chunk, np.pad(values, ((0, 0), (0, 1))), strict=True))
-        return [self._tables[text][[self._column(token) for token in record.tokens.tolist()]] for record in records]
+        table = self._tables[text]
+        return [np.array([table[columns].max() for columns in self._columns(record)]) for record in records]
 
-    def _column(self, token: int) -> int:
-        """The LLM token a subject token stands for: the first one of its list item, or the last column, of zeros."""
-        if token not in self._columns:
-            item = prompts.list_item(self._vocabulary[token])
-            self._columns[token] = self._llm.encode(item)[0] if item else -1
-        return self._columns[token]
+    def _columns(self, record: ActivationRecord) -> Iterator[list[int]]:
+        """The LLM tokens each token of a window may stand for; the last column, of zeros, for what is no text."""
+        tokens = [self._vocabulary[token] for token in record.tokens.tolist()]
+        for place in range(len(tokens)):
+            word = prompts.whole_word(tokens, place)
+            if word not in self._known:
+                self._known[word] = [self._llm.encode(item)[0] for item in prompts.list_items(word)] or [-1]
+            yield self._known[word]
 
     def _list_logprobs(self, texts: Sequence[str]) -> Float[np.ndarray, "n vocab"]:
-        """log of the mean over list items of P(token is the next item)."""
+        """log of SMALLEST + the mean over list items of P(token is the next item)."""
         asked = [self._llm.encode(prompts.list_prompt(text)) for text in texts]
         found = []
         for _ in range(ITEMS):
             logprobs = self._llm.next_logprobs(self._prefix, asked)
             found.append(logprobs)
             best = logprobs.argmax(1).tolist()
-            asked = [[*ids, token, *self._separator] for ids, token in zip(asked, best, strict=True)]
-        return np.logaddexp.reduce(found, axis=0) - np.log(ITEMS)
+            asked = [[*ids, token, *self._bullet] for ids, token in zip(asked, best, strict=True)]
+        mean = np.logaddexp.reduce(found, axis=0) - np.log(ITEMS)
+        return np.logaddexp(mean, np.log(SMALLEST))
 
 
-class AllAtOnce:
-    """OpenAI's protocol in our words: a value in the slot behind every token of a record, all in one forward pass.
+class ListInContext:
+    """list-pmi, weighted by where a word stands: how much likelier the explanation makes it behind the words before it.
 
-    expected value = sum of v P(v) / sum of P(v) over the values v = 0..10, or 0..9 where "10" is no single token.
+    value(token) = list-pmi value x exp(log P(token | explanation, text before) - log P(token | nothing said, text
+    before)), the exponent held between -1 and 1. One forward pass a window and text.
     """
-
-    prompt = prompts.ALL_AT_ONCE_PROMPT
-    constants: dict[str, float] = {}
 
     def __init__(self, llm: LanguageModel, vocabulary: Sequence[str], batch: int) -> None:
         self._llm, self._batch, self._vocabulary = llm, batch, vocabulary
-        self._choices = prompts.digit_choices(llm)
-        self.scale = f"0-{len(self._choices) - 1}"
-        self._prefix = prompts.slots_prefix(llm, len(self._choices) - 1)
+        self._words = ListPMI(llm, vocabulary, batch)
+        self._prefix = llm.encode(prompts.context_prefix())
+        self._silent: tuple[object, list[Float[np.ndarray, " w"]]] = (None, [])
 
     def plan(self, texts: Sequence[str]) -> None:
-        """Nothing to share between texts: every record is its own prompt."""
+        self._words.plan(texts)
 
     def __call__(self, text: str, records: Sequence[ActivationRecord]) -> list[Float[np.ndarray, " w"]]:
+        words = self._words(text, records)
+        keys = [record.key for record in records]
+        if self._silent[0] != keys:
+            self._silent = keys, self._logprobs(prompts.EMPTY_EXPLANATION, records)
+        told = self._logprobs(text, records)
+        return [
+            value * np.exp(np.clip(new - old, -1, 1))
+            for value, new, old in zip(words, told, self._silent[1], strict=True)
+        ]
+
+    def _logprobs(self, text: str, records: Sequence[ActivationRecord]) -> list[Float[np.ndarray, " w"]]:
+        """log P of each token's first piece behind the text before it."""
         asked = [
-            prompts.slot_prompt(self._llm, text, [self._vocabulary[token] for token in record.tokens])
+            prompts.context_prompt(self._llm, text, [self._vocabulary[token] for token in record.tokens])
             for record in records
         ]
         found = []
         for start in range(0, len(asked), self._batch):
             chunk = asked[start : start + self._batch]
+            # A token that is no text has no piece of its own; whatever is read there, its value is 0 in any list.
+            pieces = [[item.ids[min(slot, len(item.ids) - 1)] for slot in item.slots] for item in chunk]
+            choices = sorted({piece for row in pieces for piece in row})
+            slots = [item.slots for item in chunk]
+            logprobs = self._llm.slot_logprobs(self._prefix, [item.ids for item in chunk], slots, choices)
+            columns = {piece: column for column, piece in enumerate(choices)}
+            for rows, row in zip(logprobs, pieces, strict=True):
+                found.append(rows[np.arange(len(row)), [columns[piece] for piece in row]])
+        return found
+
+
+class AllAtOnce:
+    """OpenAI's protocol: a value in the slot behind every token of a window, all in one forward pass.
+
+    expected value = sum of v P(v) / sum of P(v) over the values v = 0..10. P(10) is that of its whole spelling, also
+    where the tokenizer splits it; then P(1) is that of a 1 with no 0 behind it. `quirks` reads like the reference code.
+    """
+
+    def __init__(
+        self, llm: LanguageModel, vocabulary: Sequence[str], batch: int, wording: prompts.Wording, quirks: bool = False
+    ) -> None:
+        self._llm, self._batch, self._vocabulary, self._wording = llm, batch, vocabulary, wording
+        self._read = TopFive(llm) if quirks else AllValues(llm)
+        self._prefix = wording.slots_prefix(llm)
+
+    def plan(self, texts: Sequence[str]) -> None:
+        """Nothing to share between texts: every window is its own prompt."""
+
+    def __call__(self, text: str, records: Sequence[ActivationRecord]) -> list[Float[np.ndarray, " w"]]:
+        asked = [
+            self._wording.slot_prompt(self._llm, text, [self._vocabulary[token] for token in record.tokens])
+            for record in records
+        ]
+        if any(len(item.slots) != len(record.tokens) for item, record in zip(asked, records, strict=True)):
+            raise AssertionError("a slot for every token")
+        found = []
+        for start in range(0, len(asked), self._batch):
+            chunk = asked[start : start + self._batch]
             ids, slots = [item.ids for item in chunk], [item.slots for item in chunk]
-            found += self._llm.slot_logprobs(self._prefix, ids, slots, self._choices)
-        return [self._expected(logprobs) for logprobs in found]
+            found += self._llm.slot_logprobs(self._prefix, ids, slots, self._read.choices)
+        return [self._read(logprobs) for logprobs in found]
 
-    def _expected(self, logprobs: Float[np.ndarray, "w choices"]) -> Float[np.ndarray, " w"]:
+
+class AllValues:
+    """Reads the expected value off the log-probabilities of all values 0..10."""
+
+    def __init__(self, llm: LanguageModel) -> None:
+        self.choices = prompts.value_choices(llm)
+        self._split = len(self.choices[-1]) > 1
+
+    def __call__(self, logprobs: Float[np.ndarray, "w choices"]) -> Float[np.ndarray, " w"]:
+        return expected_value(logprobs, self._split)
+
+
+def expected_value(logprobs: Float[np.ndarray, "w values"], split: bool = False) -> Float[np.ndarray, " w"]:
+    """Mean of the values 0..10 weighted by their probabilities; `split`: what is given for 1 may go on to be a 10.
+
+    NaN where no value has a probability (a server names the likeliest tokens only).
+    """
+    with np.errstate(invalid="ignore"):
         weights = np.exp(logprobs - logprobs.max(1, keepdims=True))
-        return (weights @ np.arange(len(self._choices))) / weights.sum(1)
+    if split:
+        weights[:, 1] = np.maximum(weights[:, 1] - weights[:, -1], 0)
+    return (weights @ np.arange(weights.shape[1])) / weights.sum(1)
 
 
-def simulate(config: SimulateConfig, llm: LanguageModel | None = None) -> Path:
-    """Write one simulation file for every explained neuron and return their folder; finished files are kept.
+class TopFive:
+    """Reads as the reference code does: only values among the five likeliest tokens, and 10 as 1 where it is split."""
 
-    A neuron without an explanation gets a file without values. A file is made again when its texts are no longer the
-    planned ones (more neurons were explained, so the control's partner may be another).
+    def __init__(self, llm: LanguageModel) -> None:
+        self.choices = range(llm.next_logprobs([], [llm.encode("0")]).shape[1])
+        values = prompts.value_choices(llm)
+        self._columns = [ids[0] for ids in values if len(ids) == 1]
+
+    def __call__(self, logprobs: Float[np.ndarray, "w vocab"]) -> Float[np.ndarray, " w"]:
+        fifth = np.partition(logprobs, -5, axis=1)[:, -5:].min(1, keepdims=True)
+        weights = np.where(logprobs >= fifth, np.exp(logprobs), 0)[:, self._columns]
+        return (weights @ np.arange(len(self._columns))) / np.maximum(weights.sum(1), 1e-30)
+
+
+Simulator = ListPMI | ListInContext | AllAtOnce
+
+
+def simulate(config: SimulateConfig, llm: LanguageModel | None = None) -> list[Path]:
+    """Write one simulation file for every explained neuron and return the folder of each explanation set.
+
+    A neuron without an explanation gets a file with the controls that need none. Finished files are kept; a file is
+    made again when its texts are no longer the planned ones (more neurons were explained, so the shuffled control's
+    partner may be another), or when a protocol asks for windows it does not have.
 
     Raises:
-        UserError: no such site or explanations; or the folder holds simulations of something else.
+        UserError: no such site, protocol or explanations; or a folder holds simulations of something else.
     """
     run = Run(config.run)
     site = find_site(run, config.site)
-    layers, identity = explained_layers(run, site, config.explainer)
     if config.neurons is not None and config.neurons < 1:
         raise UserError(f"--neurons {config.neurons}: give a number of 1 or more")
-    folder = run.simulations(site, config.explainer, config.simulator)
+    if config.simulator != "all-at-once" and (config.reference_quirks or config.prompts != "own"):
+        raise UserError(
+            f"--simulator {config.simulator} is our own; --reference-quirks and --prompts go with all-at-once"
+        )
+    chosen = protocols_named(config.protocols)
+    return [_simulate_set(config, run, site, explained, chosen[explained], llm) for explained in chosen]
+
+
+def _simulate_set(
+    config: SimulateConfig,
+    run: Run,
+    site: str,
+    explained: str,
+    protocols: Sequence[Protocol],
+    llm: LanguageModel | None,
+) -> Path:
+    layers, identity = explained_layers(run, site, config.explainer, explained)
+    folder = run.simulations(site, config.explainer, config.simulator, explained)
     known = records_identity(run, site) | llm_identity(config.llm, llm) | {"explanations": identity}
-    planned = {
-        layer: list(zip(explanations, null_texts(explanations), strict=True))[: config.neurons]
-        for layer, explanations in layers.items()
-    }
-    pending = {
-        layer: [(own, null) for own, null in pairs if not _done(folder, own, null)] for layer, pairs in planned.items()
-    }
-    if (folder / "manifest.json").exists():
-        check_identity(folder, known)
-    if not any(pending.values()):
-        return folder
-    llm = llm or open_llm(config.llm)
+    claim(folder, known | made_with(config))
     tokenizer = load_tokenizer(run.model)
     vocabulary = token_strings(tokenizer, range(len(tokenizer)))
-    make = ListPMI if config.simulator == "list-pmi" else AllAtOnce
-    simulator = make(llm, vocabulary, config.llm.llm_batch)
-    claim(folder, known | {"prompt": simulator.prompt, "scale": simulator.scale} | simulator.constants)
-    for layer, pairs in pending.items():
-        simulator.plan([explanation.text for explanation in layers[layer] if explanation.text])
-        records = read_records(layer_file(run.records(site), layer), [own.neuron.index for own, _ in pairs])
-        for own, null in track(pairs, f"simulate {run.name} layer {layer}", console=STDERR, transient=True):
-            write_simulation(folder, _simulation(own, null, records[own.neuron.index], simulator, config.simulator))
+    _plan(folder, {layer: len(explanations[: config.neurons]) for layer, explanations in layers.items()})
+    simulator: Simulator | None = None
+    for layer, explanations in layers.items():
+        pairs = list(zip(explanations, null_texts(explanations), strict=True))[: config.neurons]
+        pairs = share(pairs, config.worker, config.llm.llm_batch)
+        records = read_records(layer_file(run.records(site), layer), [item.neuron.index for item, _ in pairs])
+        tasks = [Task.of(own, null, records[own.neuron.index], protocols, vocabulary) for own, null in pairs]
+        pending = [task for task in tasks if not task.done(folder)]
+        if not pending:
+            continue
+        simulator = simulator or make_simulator(config, llm or open_llm(config.llm), vocabulary)
+        simulator.plan([prompts.EMPTY_EXPLANATION, *(item.text for item in explanations if item.text)])
+        for task in track(pending, f"simulate {run.name} layer {layer}", console=STDERR, transient=True):
+            write_simulation(folder, task.simulate(simulator, config.simulator, folder))
     return folder
 
 
-def explained_layers(run: Run, site: str, explainer: str) -> tuple[dict[int, list[Explanation]], dict[str, Any]]:
+def _plan(folder: Path, neurons: dict[int, int]) -> None:
+    """Write how many neurons a layer are wanted, so that `score` can tell a killed run from a smaller --neurons."""
+    path = folder / "plan.json"
+    planned = read_json(path) if path.exists() else {}
+    wanted = planned | {str(layer): max(n, planned.get(str(layer), 0)) for layer, n in neurons.items()}
+    if wanted != planned:
+        write_json(path, wanted)
+
+
+def made_with(config: SimulateConfig) -> dict[str, Any]:
+    """What decides a simulation beside the texts and the model."""
+    if config.simulator != "all-at-once":
+        names = {"list-pmi": prompts.LIST_PROMPT, "list-in-context": f"{prompts.LIST_PROMPT}, {prompts.CONTEXT_PROMPT}"}
+        constants = {"items": ITEMS, "threshold": THRESHOLD, "smallest": SMALLEST}
+        return {"prompt": names[config.simulator], "scale": "nats"} | constants
+    wording = prompts.wording_named(config.prompts)
+    return {"prompt": wording.slots_version, "scale": "0-10", "reference_quirks": config.reference_quirks}
+
+
+def make_simulator(config: SimulateConfig, llm: LanguageModel, vocabulary: Sequence[str]) -> Simulator:
+    """The simulator named by the settings; `vocabulary` is the text of every token of the neurons' model."""
+    if config.simulator == "list-pmi":
+        return ListPMI(llm, vocabulary, config.llm.llm_batch)
+    if config.simulator == "list-in-context":
+        return ListInContext(llm, vocabulary, config.llm.llm_batch)
+    wording = prompts.wording_named(config.prompts)
+    return AllAtOnce(llm, vocabulary, config.llm.llm_batch, wording, config.reference_quirks)
+
+
+def explained_layers(
+    run: Run, site: str, explainer: str, explained: str
+) -> tuple[dict[int, list[Explanation]], dict[str, Any]]:
     """Every layer's explanations in the order in which neurons were drawn, and what they were made from.
 
     Raises:
         UserError: there are none, or they belong to another model.
     """
-    folder = run.explanations(site, explainer)
+    folder = run.explanations(site, explainer, explained)
     found = read_explanations(folder)
     if not found:
-        raise UserError(f"{folder}: no explanations; run `cratescope explain` first, or name another --explainer")
+        raise UserError(
+            f"{folder}: no explanations; run `cratescope explain` with the same --protocols first, or name another "
+            "--explainer"
+        )
     identity = check_identity(folder, records_identity(run, site))
     layers: dict[int, list[Explanation]] = {}
     for neuron, explanation in found.items():
@@ -200,35 +348,89 @@ def _others(explanations: Sequence[Explanation], place: int) -> Iterator[str]:
             yield text
 
 
-def scoring_records(record: NeuronRecord) -> list[ActivationRecord]:
-    """Every record that some protocol scores on, once."""
-    found = [window for protocol in PROTOCOLS.values() for window in protocol.score_records(record)]
-    return list({window.key: window for window in found}.values())
+@dataclass(frozen=True)
+class Task:
+    """What one neuron's file has to hold: `texts` by control, each simulated on `windows`.
+
+    possible: windows that other protocols of the same explanation set would score on; what is there of them is kept.
+    means: mean activation of each token in the windows explained from, the unigram control.
+    """
+
+    neuron: NeuronId
+    texts: dict[str, str]
+    windows: tuple[ActivationRecord, ...]
+    possible: tuple[ActivationRecord, ...]
+    means: dict[int, float]
+    skipped: str | None
+
+    @classmethod
+    def of(
+        cls,
+        explanation: Explanation,
+        null_text: str,
+        record: NeuronRecord,
+        protocols: Sequence[Protocol],
+        vocabulary: Sequence[str],
+    ) -> Task:
+        shown = protocols[0].explain_records(record)
+        windows = tuple(scoring_windows(protocols, record))
+        skipped = explanation.skipped
+        if undecodable((*shown, *windows), len(vocabulary)):
+            skipped = UNDECODABLE
+        if record.dead or skipped == UNDECODABLE:
+            return cls(explanation.neuron, {}, (), (), {}, skipped)
+        every = [item for item in PROTOCOLS.values() if item.explained == protocols[0].explained]
+        means = token_means(shown)
+        texts = {"unigram": unigram_text(means, vocabulary)} if means else {}
+        if explanation.text:
+            own = {"none": explanation.text, "shuffled": null_text, "empty": prompts.EMPTY_EXPLANATION}
+            texts |= {control: text for control, text in own.items() if text}
+        return cls(explanation.neuron, texts, windows, tuple(scoring_windows(every, record)), means, skipped)
+
+    def done(self, folder: Path) -> bool:
+        found = self._found(folder)
+        keys = {window.key for window in self.windows}
+        return (
+            found is not None
+            and found.texts == self.texts
+            and found.skipped in (self.skipped, UNREAD)
+            and keys <= {*found.keys}
+        )
+
+    def simulate(self, simulator: Simulator, name: str, folder: Path) -> Simulation:
+        """Also on the windows that a file already there has of other protocols, so that none of them loses its own."""
+        found = self._found(folder)
+        keys = {window.key for window in self.windows} | {*(found.keys if found else ())}
+        windows = [window for window in self.possible if window.key in keys]
+
+        expected, skipped = {}, self.skipped
+        for control, text in self.texts.items():
+            rows = self._unigram(windows) if control == "unigram" else simulator(text, windows)
+            if any(np.isnan(row).any() for row in rows):
+                skipped = UNREAD
+            else:
+                expected[control] = tuple(tuple(round(float(value), DECIMALS) for value in row) for row in rows)
+        return Simulation(self.neuron, name, self.texts, tuple(window.key for window in windows), expected, skipped)
+
+    def _unigram(self, windows: Sequence[ActivationRecord]) -> list[Float[np.ndarray, " w"]]:
+        return [np.array([self.means.get(token, 0.0) for token in window.tokens.tolist()]) for window in windows]
+
+    def _found(self, folder: Path) -> Simulation | None:
+        path = neuron_file(folder, self.neuron)
+        return read_simulation(path) if path.exists() else None
 
 
-def _done(folder: Path, explanation: Explanation, null_text: str) -> bool:
-    path = neuron_file(folder, explanation.neuron)
-    if not path.exists():
-        return False
-    found = read_json(path)
-    return (found["text"], found["null_text"]) == (explanation.text, null_text)
+def token_means(windows: Sequence[ActivationRecord]) -> dict[int, float]:
+    """Mean activation of every token id in the windows."""
+    if not windows:
+        return {}
+    tokens, places = np.unique(np.concatenate([window.tokens for window in windows]), return_inverse=True)
+    activations = np.concatenate([window.activations for window in windows]).astype(np.float64)
+    means = np.bincount(places, activations) / np.bincount(places)
+    return dict(zip(tokens.tolist(), means.tolist(), strict=True))
 
 
-def _simulation(
-    explanation: Explanation, null_text: str, record: NeuronRecord, simulator: ListPMI | AllAtOnce, name: str
-) -> Simulation:
-    records = scoring_records(record) if explanation.text else []
-
-    def expected(text: str) -> tuple[tuple[float, ...], ...]:
-        rows = simulator(text, records) if text else []
-        return tuple(tuple(round(float(value), DECIMALS) for value in row) for row in rows)
-
-    return Simulation(
-        neuron=explanation.neuron,
-        simulator=name,
-        text=explanation.text,
-        null_text=null_text,
-        keys=tuple(window.key for window in records),
-        expected=expected(explanation.text),
-        null_expected=expected(null_text),
-    )
+def unigram_text(means: dict[int, float], vocabulary: Sequence[str]) -> str:
+    """The tokens of the highest means, the highest first."""
+    best = sorted((-mean, token) for token, mean in means.items() if mean > 0)[:UNIGRAM_SHOWN]
+    return " ".join(prompts.display(vocabulary[token]).strip() for _, token in best)

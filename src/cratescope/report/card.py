@@ -15,15 +15,18 @@ from rich.text import Text
 from cratescope.config import ShowConfig
 from cratescope.lm.tokenizer import load_tokenizer, token_strings
 from cratescope.neurons.explain import find_site, record_files
+from cratescope.neurons.protocols import PROTOCOLS
 from cratescope.neurons.records import (
     ActivationRecord,
     NeuronRecord,
+    Score,
     TokenMean,
     neuron_file,
     read_records,
     read_scores,
 )
-from cratescope.report.tables import number, percent, sparkline, visible
+from cratescope.neurons.score import CONTROLS
+from cratescope.report.text import number, percent, sparkline, visible
 from cratescope.run import Run, UserError, read_json
 
 Decode = Callable[[Sequence[int]], list[str]]
@@ -67,22 +70,30 @@ def neuron_card(config: ShowConfig) -> RenderableType:
 
 
 def _explained(run: Run, site: str, record: NeuronRecord, config: ShowConfig) -> Iterator[Text]:
-    """The explanation and the scores, where there are any."""
-    path = neuron_file(run.explanations(site, config.explainer), record.neuron)
-    found = read_json(path) if path.exists() else None
-    if found is None:
+    """The explanation of each set and the scores by each protocol's own measure, where there are any."""
+    folders = run.explanations(site, config.explainer, "*")
+    paths = [neuron_file(folder, record.neuron) for folder in sorted(folders.parent.glob("*"))]
+    found = [(path.parts[-3], read_json(path)) for path in paths if path.exists()]
+    if not found:
         yield Text(f"not explained by {config.explainer}", "dim italic")
-    else:
-        yield Text(visible(found["text"]) if found["text"] else f"no explanation: {found['skipped']}", "bold")
-    scores = run.scores(site, config.explainer, config.simulator) / "scores.jsonl"
-    values = {
-        (score.protocol, score.control): score.value
-        for score in (read_scores(scores) if scores.exists() else ())
-        if score.neuron == record.neuron
-    }
-    for name in dict.fromkeys(protocol for protocol, _ in values):
-        shown, null = (number(values.get((name, control))) for control in ("none", "shuffled"))
-        yield Text.assemble(f"{name} ", (shown, "bold"), (f" · shuffled {null} (r × 100)", "dim"))
+    for explained, item in found:
+        text = visible(item["text"]) if item["text"] else f"no explanation: {item['skipped']}"
+        yield Text.assemble((text, "bold"), (f" · from {explained}" if len(found) > 1 else "", "dim"))
+    path = run.scores(site, config.explainer, config.simulator) / "scores.jsonl"
+    mine = [score for score in (read_scores(path) if path.exists() else ()) if score.neuron == record.neuron]
+    for name in dict.fromkeys(score.protocol for score in mine):
+        yield _scored([score for score in mine if score.protocol == name])
+
+
+def _scored(scores: Sequence[Score]) -> Text:
+    """One protocol's own measure with its interval, and its controls."""
+    measured = PROTOCOLS[scores[0].protocol].measures[0] if scores[0].protocol in PROTOCOLS else "accuracy"
+    values = {score.control: score for score in scores if score.measure == measured}
+    own = values["none"]
+    between = f" [{number(own.low)}, {number(own.high)}]" if own.low is not None else ""
+    nulls = [f"{control} {number(values[control].value)}" for control in CONTROLS if control in values]
+    beside = "".join(f" · {null}" for null in nulls) + f" ({measured} × 100)"
+    return Text.assemble(f"{own.protocol} ", (number(own.value), "bold"), (between + beside, "dim"))
 
 
 def _numbers(record: NeuronRecord) -> Text:

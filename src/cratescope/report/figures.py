@@ -14,7 +14,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from cratescope.report.tables import Results, count, finite, one_per_run, protocols
+from cratescope.report.results import Results, one_per_run, protocols
+from cratescope.report.text import count, finite
 from cratescope.run import atomic_path
 
 # Okabe and Ito's blue and vermilion, told apart by every common kind of colour vision.
@@ -156,19 +157,23 @@ def loss_figure(results: Sequence[Results]) -> Figure:
 
 def layer_figure(results: Sequence[Results]) -> Figure:
     """Mean score of every layer (filled, plus or minus one standard error) and its shuffled null (hollow), x100."""
-    names, sizes = protocols(results), _sizes(results)
-    figure = Figure(figsize=(WIDTH, 2.8 * len(sizes) + 0.5), layout="constrained")
-    grid = figure.subplots(len(sizes), len(names), squeeze=False, sharey="row")
-    for row, (size, depth) in zip(grid, sizes.items(), strict=True):
-        for axes, name in zip(row, names, strict=True):
-            for item, style in _styled(results):
-                if item.size == size:
-                    _layer_lines(axes, item, name, style)
-            axes.axhline(0, color=INK, linewidth=0.6)
-            axes.set(title=f"{size.upper()}, {name}", xlabel="layer", xlim=(-0.5, depth - 0.5))
-            axes.set_xticks(range(depth))
-        row[0].set_ylabel("score (r × 100)")
-    _legend(figure, *grid[:, 0])
+    panels = [(size, depth, name) for size, depth in _sizes(results).items() for name in protocols(results)]
+    columns = min(3, len(protocols(results)))
+    rows = math.ceil(len(panels) / columns)
+    figure = Figure(figsize=(WIDTH, 2.8 * rows + 0.5), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for axes, (size, depth, name) in zip(grid.ravel(), panels, strict=False):
+        for item, style in _styled(results):
+            if item.size == size:
+                _layer_lines(axes, item, name, style)
+        axes.axhline(0, color=INK, linewidth=0.6)
+        axes.set(title=f"{size.upper()}, {name}", xlabel="layer", xlim=(-0.5, depth - 0.5))
+        axes.set_xticks(range(depth))
+    for axes in grid.ravel()[len(panels) :]:
+        axes.set_visible(False)
+    for row in grid:
+        row[0].set_ylabel("score × 100")
+    _legend(figure, *grid.ravel()[: len(panels)])
     return figure
 
 
@@ -197,7 +202,7 @@ def histogram_figure(results: Sequence[Results], protocol: str) -> Figure:
     everything = [value for item in results for layer in item.layers for value in _values(item, protocol, layer)]
     low, high = min(everything, default=-1.0), max(everything, default=1.0)
     bins = np.linspace(math.floor(low * 10) / 10, math.ceil(high * 10) / 10 + 1e-9, 25)
-    return _histogram_panels(results, lambda item, layer: _values(item, protocol, layer), bins, "score (r)")
+    return _histogram_panels(results, lambda item, layer: _values(item, protocol, layer), bins, "score")
 
 
 def density_histogram_figure(results: Sequence[Results]) -> Figure:
@@ -240,8 +245,9 @@ def _alive(item: Results, layer: int) -> list[float]:
 
 
 def _values(item: Results, protocol: str, layer: int) -> list[float]:
-    keys = [(neuron, protocol, "none") for neuron in item.ranking(protocol, layer)]
-    return [value for key in keys if (value := item.values[key]) is not None]
+    if protocol not in item.summary["protocols"]:
+        return []
+    return [*item.values(protocol).get(layer, {}).values()]
 
 
 def _histogram(axes: Any, values: np.ndarray, bins: np.ndarray, style: Style, label: str) -> None:

@@ -15,10 +15,25 @@ from markupsafe import Markup, escape
 from transformers import PreTrainedTokenizerFast
 
 from cratescope.config import ReportConfig
-from cratescope.neurons.records import ActivationRecord, NeuronId, NeuronRecord, layer_file, neuron_file, read_records
-from cratescope.report import tables
+from cratescope.neurons.quality import QUALITIES
+from cratescope.neurons.records import (
+    ActivationRecord,
+    NeuronId,
+    NeuronRecord,
+    Score,
+    Simulation,
+    layer_file,
+    neuron_file,
+    read_records,
+    read_simulation,
+)
+from cratescope.neurons.score import CONTROLS
+from cratescope.report import comparison, tables, text
+from cratescope.report.comparison import DETECTABLE, UNTRAINED, Comparison, Quantity
 from cratescope.report.figures import draw_figures
-from cratescope.report.tables import Comparison, Results, visible
+from cratescope.report.paper import PAPER_SOURCE
+from cratescope.report.results import FAMILIES, Results, Row, explanation_set, load_results, one_per_run, protocols
+from cratescope.report.text import visible
 from cratescope.run import UserError, read_json, sha256, write_json, write_text
 
 Decode = Callable[[Sequence[int]], list[str]]
@@ -27,6 +42,7 @@ TOP_EXCERPTS = 3
 RANDOM_EXCERPTS = 1
 SCORED_EXCERPTS = 3  # of the top and of the random ones each
 HISTOGRAM_BINS = 32
+CSV = ("scores", "neurons", "losses", "activity", "quality", "matched", "sanity")
 
 
 @dataclass(frozen=True)
@@ -45,13 +61,13 @@ class Card:
     neuron: NeuronId
     rank: int
     explanation: str
-    scores: list[tuple[str, float | None, float | None]]
+    scores: list[tuple[Score, dict[str, float | None]]]
     density: float | None
     maximum: float | None
     histogram: str
     excerpts: list[Excerpt]
     scored: list[Excerpt]
-    null_text: str
+    null_text: str | None
 
 
 @dataclass(frozen=True)
@@ -60,7 +76,7 @@ class Group:
 
     results: Results
     layer: int
-    row: tables.Row
+    row: Row
     ranked: int
     distinct: int | None
     cards: list[Card]
@@ -76,7 +92,7 @@ def report(config: ReportConfig, tokenizer: PreTrainedTokenizerFast | None = Non
         UserError: a run has no evaluation, records, simulations or scores; names the file and the command.
     """
     made_from, stamp, page = _made_from(config), config.out / "report.json", config.out / "report.html"
-    outputs = ("report.html", "scores.csv", "scores.json", "neurons.csv", "losses.csv", "activity.csv", "figures")
+    outputs = ("report.html", "scores.json", "figures", *(f"{name}.csv" for name in CSV))
     if all((config.out / name).exists() for name in outputs) and stamp.exists() and read_json(stamp) == made_from:
         return page
     write_text(page, _page(config, tokenizer))
@@ -86,7 +102,8 @@ def report(config: ReportConfig, tokenizer: PreTrainedTokenizerFast | None = Non
 
 def _made_from(config: ReportConfig) -> dict[str, str]:
     """SHA-256 of every number and text that the report shows, of this code, and the settings."""
-    inputs = ("run.json", "evaluation.json", "metrics.jsonl", "scores/*/*/*/*.json*", "simulations/*/*/*/manifest.json")
+    inputs = ["run.json", "evaluation.json", "metrics.jsonl", "scores/*/*.json", "scores/*/*/*/*.json*"]
+    inputs.append("simulations/*/*/*/*/manifest.json")
     files = [path for run in config.runs for pattern in inputs for path in sorted(run.glob(pattern))]
     files += sorted(Path(__file__).parent.glob("*.[ph]*"))
     settings = {name: str(value) for name, value in vars(config).items() if name != "out"}
@@ -95,95 +112,143 @@ def _made_from(config: ReportConfig) -> dict[str, str]:
 
 def _page(config: ReportConfig, tokenizer: PreTrainedTokenizerFast | None) -> str:
     """The HTML; the numbers and figures are written on the way."""
-    results = tables.load_results(config)
-    compared = tables.comparisons(results)
-    pairs = [pair for group in compared for pair in group]
+    primary = Quantity.parse(config.primary)
+    results = load_results(config)
+    compared = [pairs for pairs in comparison.comparisons(results, primary) if pairs]
     groups = [group for item in results for group in _groups(item, config, _decoder(item, tokenizer))]
-    _write_numbers(config.out, results, pairs)
+    numbers = _write_numbers(config.out, results, compared)
     figures = draw_figures(results, config.out / "figures")
     return _template().render(
         config=config,
         explainer=Path(config.explainer).name if Path(config.explainer).is_absolute() else config.explainer,
         results=results,
-        runs=tables.one_per_run(results),
-        compared=[group for group in compared if group],
-        caveats=tables.caveats(results, pairs),
-        protocols=tables.protocols(results),
-        score_table=_score_table(results),
+        runs=one_per_run(results),
+        compared=compared,
+        caveats=comparison.caveats(results, compared, primary),
+        protocols=protocols(results),
+        score_tables=_score_tables(results, numbers["scores"]),
+        other_measures=[row for row in numbers["scores"] if row["layer"] == "mean" and not _own(row, results)],
         activity_table=[(item, {row["layer"]: row for row in tables.activity_rows([item])}) for item in results],
+        quality=numbers["quality"],
+        matched=numbers["matched"],
+        sanity=_sanity_table(numbers["sanity"]),
         figures={name: Markup(svg) for name, svg in figures.items()},
         groups=groups,
         prompts=_prompts(results),
-        paper_source=tables.PAPER_SOURCE,
     )
 
 
-def _write_numbers(out: Path, results: Sequence[Results], pairs: Sequence[Comparison]) -> None:
-    scores = tables.score_rows(results)
-    tables.write_csv(out / "scores.csv", scores)
-    activity = tables.activity_rows(results)
-    tables.write_csv(out / "activity.csv", activity)
-    compared = [_comparison(pair) for pair in pairs]
-    write_json(out / "scores.json", {"scores": scores, "comparisons": compared, "activity": activity})
-    tables.write_csv(out / "neurons.csv", tables.neuron_rows(results))
-    tables.write_csv(out / "losses.csv", tables.loss_rows(results))
+def _own(row: Row, results: Sequence[Results]) -> bool:
+    """Is the row's measure its protocol's own?"""
+    item = next(item for item in results if item.label == row["model"])
+    return row["measure"] == item.measure_of(row["protocol"])
+
+
+def _write_numbers(
+    out: Path, results: Sequence[Results], compared: Sequence[Sequence[Comparison]]
+) -> dict[str, list[Row]]:
+    """The rows of every CSV file, by its name; scores.json holds the comparisons as well."""
+    rows = {
+        "scores": tables.score_rows(results),
+        "neurons": tables.neuron_rows(results),
+        "losses": tables.loss_rows(results),
+        "activity": tables.activity_rows(results),
+        "quality": tables.quality_rows(results),
+        "matched": tables.matched_rows(results),
+        "sanity": tables.sanity_rows(results),
+    }
+    for name in CSV:
+        tables.write_csv(out / f"{name}.csv", rows[name])
+    pairs = [_comparison(pair) for group in compared for pair in group]
+    kept = ("scores", "activity", "quality", "matched", "sanity")
+    write_json(out / "scores.json", {name: rows[name] for name in kept} | {"comparisons": pairs})
+    return rows
 
 
 def _comparison(pair: Comparison) -> dict[str, Any]:
-    names = ("difference", "standard_error", "gain_difference", "gain_standard_error")
-    return asdict(pair) | {name: getattr(pair, name) for name in names}
+    names = ("difference", "standard_error", "unit", "clear")
+    found = asdict(pair) | {name: getattr(pair, name) for name in names}
+    found["test"] = pair.test._asdict() if pair.test else None
+    for name, wanted in (("this difference", None), (f"{100 * DETECTABLE:g} points", DETECTABLE)):
+        found[f"neurons a layer for {name}"] = pair.neurons_needed(wanted)
+        found[f"seeds for {name}"] = pair.seeds_needed(wanted)
+    return found
 
 
 def _template() -> Template:
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
-    environment.filters |= {"number": tables.number, "count": tables.count, "visible": visible, "span": _span}
-    environment.filters |= {"percent": tables.percent}
+    environment.filters |= {"number": text.number, "count": text.count, "visible": visible, "span": _span}
+    environment.filters |= {"percent": text.percent}
     environment.globals |= {
-        "families": tables.FAMILIES,
-        "headline": tables.headline,
+        "families": FAMILIES,
+        "headline": comparison.headline,
         "duration": _duration,
         "reasons": _reasons,
+        "controls": CONTROLS,
+        "nulls": (*CONTROLS, UNTRAINED),
+        "qualities": QUALITIES,
+        "detectable": DETECTABLE,
+        "paper_source": PAPER_SOURCE,
     }
     return environment.from_string(Path(__file__).with_name("report.html").read_text(encoding="utf-8"))
 
 
 def _span(value: float | None, error: float | None, digits: int = 1, scale: float = 100) -> Markup:
     """`value ± error`, or one dash when there is no value."""
-    if tables.finite(value) is None:
+    if text.finite(value) is None:
         return Markup("–")
-    shown, spread = tables.number(value, digits, scale), tables.number(error, digits, scale)
+    shown, spread = text.number(value, digits, scale), text.number(error, digits, scale)
     return Markup('{}<span class="se"> ± {}</span>').format(shown, spread)
 
 
 def _duration(seconds: float | None) -> str:
-    if tables.finite(seconds) is None:
+    if text.finite(seconds) is None:
         return "–"
     minutes, rest = divmod(round(seconds or 0), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
-def _reasons(row: tables.Row) -> str:
+def _reasons(row: Row) -> str:
     """Why neurons of a layer have no score, such as ` (2 dead neuron, 1 constant simulation)`."""
     found = row.get("none_reasons") or {"dead": row["n_dead"]}
     return f" ({', '.join(f'{number} {reason}' for reason, number in found.items())})" if row["n_none"] else ""
 
 
-def _score_table(results: Sequence[Results]) -> list[tuple[Results, list[dict[str, Any]]]]:
-    """For each model its layers and the mean, each with one row a protocol (None where it was not scored)."""
-    table = []
-    for item in results:
-        lines: dict[Any, dict[str, Any]] = {layer: {} for layer in [*item.layers, "mean"]}
-        for row in tables.score_rows([item]):
-            lines[row["layer"]][row["protocol"]] = row
-        table.append((item, [{"layer": layer, "rows": rows} for layer, rows in lines.items()]))
-    return table
+def _score_tables(results: Sequence[Results], rows: Sequence[Row]) -> dict[str, list[tuple[Results, list[Row]]]]:
+    """By protocol: for each model that was scored with it, the rows of its layers and their mean, own measure."""
+    return {
+        name: [
+            (item, [row for row in rows if (row["model"], row["protocol"]) == (item.label, name) and _own(row, [item])])
+            for item in results
+            if name in item.summary["protocols"]
+        ]
+        for name in protocols(results)
+    }
+
+
+def _sanity_table(rows: Sequence[Row]) -> list[Row]:
+    """One row a protocol and measure: the least fraction of any run's neurons whose score fell, in each test."""
+    found: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        found.setdefault((row["sample"], row["measure"]), []).append(row)
+    return [
+        {
+            "sample": sample,
+            "measure": measure,
+            "missing": min(row["missing"] for row in group),
+            "extra": min(row["extra"] for row in group),
+            "passes": all(row["passes"] for row in group),
+            "n_neurons": sum(row["n_neurons"] for row in group),
+        }
+        for (sample, measure), group in found.items()
+    ]
 
 
 def _prompts(results: Sequence[Results]) -> dict[str, list[tuple[Results, dict[str, Any]]]]:
     """Next-token examples by prompt: one entry a run."""
     found: dict[str, list[tuple[Results, dict[str, Any]]]] = {}
-    for item in tables.one_per_run(results):
+    for item in one_per_run(results):
         for example in item.evaluation.get("examples", ()):
             found.setdefault(example["prompt"], []).append((item, example))
     return found
@@ -207,58 +272,65 @@ def spread(ranking: Sequence[NeuronId], cards: int) -> list[tuple[int, NeuronId]
 def _groups(item: Results, config: ReportConfig, decode: Decode) -> Iterator[Group]:
     """The cards of every layer, chosen by the first protocol's ranking."""
     protocol = next(iter(item.summary["protocols"]))
+    folder = item.run.simulations(item.site, config.explainer, config.simulator, explanation_set(item.summary))
     rows = {row["layer"]: row for row in item.summary["protocols"][protocol]["layers"]}
     for layer in sorted(rows):
         ranking = item.ranking(protocol, layer)
         chosen = spread(ranking, config.cards)
         path = layer_file(item.run.records(item.site), layer)
         records = read_records(path, [neuron.index for _, neuron in chosen]) if chosen else {}
-        cards = [_card(item, config, records[neuron.index], rank, decode) for rank, neuron in chosen]
+        cards = [_card(item, folder, records[neuron.index], rank, decode) for rank, neuron in chosen]
         distinct = item.summary.get("distinct_explanations", {}).get(str(layer))
         yield Group(item, layer, rows[layer], len(ranking), distinct, cards)
 
 
-def _card(item: Results, config: ReportConfig, record: NeuronRecord, rank: int, decode: Decode) -> Card:
+def _card(item: Results, folder: Path, record: NeuronRecord, rank: int, decode: Decode) -> Card:
     neuron = record.neuron
-    path = neuron_file(item.run.simulations(item.site, config.explainer, config.simulator), neuron)
+    path = neuron_file(folder, neuron)
     if not path.exists():
         raise UserError(f"{path}: no such file; run `cratescope simulate {item.run.root}` first")
-    simulation = read_json(path)
+    simulation = read_simulation(path)
     labelled = [(f"top {place}", window) for place, window in enumerate(record.top[:TOP_EXCERPTS], 1)]
     labelled += [("random", window) for window in record.random[:RANDOM_EXCERPTS]]
     peak = record.moments.maximum
     return Card(
         neuron=neuron,
         rank=rank,
-        explanation=item.explanations.get(neuron, simulation["text"]),
-        scores=[
-            (name, item.values.get((neuron, name, "none")), item.values.get((neuron, name, "shuffled")))
-            for name in item.summary["protocols"]
-        ],
+        explanation=item.explanations.get(neuron, ""),
+        scores=list(_card_scores(item, neuron)),
         density=record.density,
         maximum=peak,
-        histogram=tables.sparkline(record.histogram, peak, HISTOGRAM_BINS) if record.histogram else "",
+        histogram=text.sparkline(record.histogram, peak, HISTOGRAM_BINS) if record.histogram else "",
         excerpts=[
             Excerpt(label, _place(window), highlight(decode(window.tokens.tolist()), window.activations, peak))
             for label, window in labelled
         ],
         scored=list(_scored(record, simulation, decode)),
-        null_text=simulation["null_text"],
+        null_text=simulation.texts.get("shuffled"),
     )
 
 
-def _scored(record: NeuronRecord, simulation: dict[str, Any], decode: Decode) -> Iterator[Excerpt]:
+def _card_scores(item: Results, neuron: NeuronId) -> Iterator[tuple[Score, dict[str, float | None]]]:
+    """By each protocol's own measure, with the controls there are."""
+    for name in item.summary["protocols"]:
+        own = item.score(neuron, name)
+        if own is not None:
+            nulls = {control: item.score(neuron, name, control) for control in CONTROLS}
+            yield own, {control: null.value for control, null in nulls.items() if null is not None}
+
+
+def _scored(record: NeuronRecord, simulation: Simulation, decode: Decode) -> Iterator[Excerpt]:
     """Scoring records with the truth and the simulation, each relative to its own largest value on these records."""
     windows = {window.key: ("top", window) for window in record.top}
     windows |= {window.key: ("random", window) for window in record.random}
-    expected = {tuple(key): row for key, row in zip(simulation["keys"], simulation["expected"], strict=False)}
+    expected = dict(zip(simulation.keys, simulation.expected.get("none", ()), strict=False))
     found = [(*windows[key], expected[key]) for key in expected if key in windows]
     peak = max((float(window.activations.max()) for _, window, _ in found), default=0.0)
     height = max((max(row) for *_, row in found), default=0.0)
     for kind in ("top", "random"):
         for label, window, row in [entry for entry in found if entry[0] == kind][:SCORED_EXCERPTS]:
-            text = highlight(decode(window.tokens.tolist()), window.activations, peak, row, height)
-            yield Excerpt(label, _place(window), text)
+            marked = highlight(decode(window.tokens.tolist()), window.activations, peak, row, height)
+            yield Excerpt(label, _place(window), marked)
 
 
 def _place(window: ActivationRecord) -> str:
@@ -282,8 +354,8 @@ def highlight(
         shades = {"a": _shade(truth, peak), "s": _shade(guess, height)}
         style = ";".join(f"--{name}:{shade}" for name, shade in shades.items() if shade)
         title = f"{truth:.3g}" if guess is None else f"true {truth:.3g}, simulated {guess:.3g}"
-        text = escape(visible(token))
-        parts.append(f'<b style="{style}" title="{title}">{text}</b>' if style else f"<i>{text}</i>")
+        shown = escape(visible(token))
+        parts.append(f'<b style="{style}" title="{title}">{shown}</b>' if style else f"<i>{shown}</i>")
     return Markup("".join(parts))
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float
@@ -17,6 +17,8 @@ from cratescope.config import LLMConfig
 from cratescope.hardware import pick_device, pick_dtype
 
 Ids = Sequence[int]
+Choices = Sequence[int] | Sequence[Sequence[int]]
+"""What might stand in a slot: tokens, or sequences of tokens (a "10" that the tokenizer splits)."""
 
 
 @runtime_checkable
@@ -42,17 +44,67 @@ class LanguageModel(Protocol):
         """Greedy continuation of prefix + prompt for every prompt, cut before `stop` or the end-of-text token."""
 
     def next_logprobs(self, prefix: Ids, prompts: Sequence[Ids]) -> Float[np.ndarray, "n vocab"]:
-        """Natural log of P(next token | prefix + prompt) over the whole vocabulary."""
+        """Natural log of P(next token | prefix + prompt) over the whole vocabulary.
+
+        Raises:
+            UserError: the model is a server, which tells of the likeliest tokens only.
+        """
 
     def slot_logprobs(
-        self, prefix: Ids, prompts: Sequence[Ids], slots: Sequence[Ids], choices: Ids
+        self, prefix: Ids, prompts: Sequence[Ids], slots: Sequence[Ids], choices: Choices
     ) -> list[Float[np.ndarray, "slots choices"]]:
-        """log P(choice | prefix + the prompt before the slot): `slots` are positions in the prompt, never 0."""
+        """log P(choice | prefix + the prompt before the slot); of all its tokens, for a choice that is a sequence.
+
+        slots: positions in the prompt from 1 (a token of the prompt stands before it) to its length (the next token).
+        A server names the likeliest tokens only: a choice that is not among them has -inf, and so may all of a slot.
+        """
+
+
+def spelled(choices: Choices) -> list[tuple[int, ...]]:
+    """Every choice as a sequence of tokens."""
+    return [tuple(ids) if isinstance(ids, Sequence) else (int(ids),) for ids in choices]
+
+
+def heads(choices: Choices) -> list[tuple[int, ...]]:
+    """Every beginning of a choice that another token of it follows; the empty one is the first."""
+    return sorted({ids[:end] for ids in spelled(choices) for end in range(len(ids))})
+
+
+def encode(tokenizer: Any, text: str) -> list[int]:
+    """Ids of `text` in the middle of a prompt, as `LanguageModel.encode` has to give them."""
+    # A SentencePiece tokenizer puts a space before any text; behind a newline it does not reach ours.
+    newline = _newline(tokenizer)
+    behind = _plain_ids(tokenizer, "\n" + text) if newline else []
+    if behind and behind[: len(newline)] == newline:
+        return behind[len(newline) :]
+    return _plain_ids(tokenizer, text)
+
+
+@functools.lru_cache
+def _newline(tokenizer: Any) -> list[int]:
+    """The newline, for a tokenizer that puts a space before a text."""
+    spaced = tokenizer.convert_ids_to_tokens(_plain_ids(tokenizer, "x"))[0] != "x"
+    return _plain_ids(tokenizer, "\n") if spaced else []
+
+
+def _plain_ids(tokenizer: Any, text: str) -> list[int]:
+    # Text of the corpus may hold a special token's name; in a prompt it is ordinary text.
+    return tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+
+
+def check_slots(prompts: Sequence[Ids], slots: Sequence[Ids]) -> None:
+    """Raises ValueError for a slot that is not in its prompt, or has nothing of it before itself."""
+    if any(not 1 <= slot <= len(prompt) for prompt, row in zip(prompts, slots, strict=True) for slot in row):
+        raise ValueError("a slot must have a token of its own prompt before it")
 
 
 @functools.lru_cache(maxsize=1)
 def open_llm(config: LLMConfig) -> LanguageModel:
     """Open the model named by `config.llm`; the last one opened is kept. Raises UserError when it cannot be loaded."""
+    if config.served:
+        from cratescope.neurons.llm.server import ServerLLM
+
+        return ServerLLM.open(config)
     from cratescope.neurons.llm.local import LocalLLM
 
     return LocalLLM.open(config)
@@ -62,5 +114,7 @@ def llm_identity(config: LLMConfig, llm: LanguageModel | None) -> dict[str, str]
     """What a result says of the model it was made with; known without opening it."""
     if llm is not None:
         return {"llm": llm.name, "dtype": llm.dtype}
+    if config.served or config.llm_quantize != "none":
+        return {"llm": config.llm_name, "dtype": "served" if config.served else config.llm_quantize}
     dtype = pick_dtype(config.llm_dtype, pick_device(config.llm_device))
-    return {"llm": config.llm, "dtype": str(dtype).removeprefix("torch.")}
+    return {"llm": config.llm_name, "dtype": str(dtype).removeprefix("torch.")}

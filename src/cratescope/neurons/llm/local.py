@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,156 +14,306 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, Cache, DynamicCache
 
 from cratescope.config import LLMConfig
-from cratescope.hardware import pick_device, pick_dtype
-from cratescope.neurons.llm import Ids
-from cratescope.run import UserError
+from cratescope.hardware import pick_device, pick_dtype, rank
+from cratescope.neurons.llm import Choices, Ids, check_slots, encode, heads, spelled
+from cratescope.neurons.llm.prefix import SharedPrefix, adopt
+from cratescope.run import UserError, first_line
+
+KEPT = 4
+"""Prefixes whose keys and values are kept, the last ones asked for."""
+
+
+@dataclass(frozen=True)
+class Tree:
+    """A prompt, and tokens that might stand at places in it: each token follows its parent (-1: the prefix).
+
+    places: tokens behind which the distribution of the next token is wanted.
+    """
+
+    ids: list[int]
+    parents: list[int]
+    places: list[int]
+
+    @classmethod
+    def of(cls, prompt: Ids, slots: Ids, heads: Sequence[Ids] = ((),)) -> Tree:
+        """What follows each of `heads` put into each of `slots`, in this order."""
+        ids, parents, places = list(prompt), list(range(-1, len(prompt) - 1)), []
+        for slot in slots:
+            for head in heads:
+                place = slot - 1
+                for token in head:
+                    ids.append(token)
+                    parents.append(place)
+                    place = len(ids) - 1
+                places.append(place)
+        return cls(ids, parents, places)
+
+    @property
+    def branched(self) -> bool:
+        return self.parents != list(range(-1, len(self.ids) - 1))
+
+    def depths(self) -> list[int]:
+        """How many of the tree's tokens stand before each."""
+        found: list[int] = []
+        for parent in self.parents:
+            found.append(0 if parent < 0 else found[parent] + 1)
+        return found
+
+    def paths(self) -> list[Tree]:
+        """The same question without branches: the tree itself, or one prompt a place."""
+        if not self.branched:
+            return [self]
+        paths = []
+        for place in self.places:
+            ids: list[int] = []
+            while place >= 0:
+                ids.insert(0, self.ids[place])
+                place = self.parents[place]
+            paths.append(Tree.of(ids, [len(ids)]))
+        return paths
 
 
 class LocalLLM:
-    """A causal model and its tokenizer. The last prefix's keys and values are kept and shared by a whole batch.
+    """A causal model and its tokenizer; the keys and values of the last few prefixes are kept.
 
-    Prompts of a batch are padded on the left, between prefix and prompt, and masked, so that every prompt ends in the
-    last column; positions count real tokens only.
+    A model with ordinary attention runs a whole batch behind one copy of the prefix, prompts padded on the right, where
+    no token sees the padding. A model with an attention of its own (sliding windows, recurrent states) runs as it
+    would by itself: prompts of one length together, behind copies of the prefix.
     """
 
     def __init__(self, model: Any, tokenizer: Any, name: str) -> None:
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.name = name
-        self.dtype = str(model.dtype).removeprefix("torch.")
-        self.context = model.config.get_text_config().max_position_embeddings
+        quantized = getattr(model, "is_loaded_in_4bit", False)
+        self.dtype = "4bit" if quantized else str(model.dtype).removeprefix("torch.")
+        self.context = getattr(model.config.get_text_config(), "max_position_embeddings", tokenizer.model_max_length)
         self._bos: list[int] = tokenizer("").input_ids[:1]
-        spaced = tokenizer.convert_ids_to_tokens(_encode(tokenizer, "x"))[0] != "x"
-        self._newline = _encode(tokenizer, "\n") if spaced else []
-        self._prefix: tuple[int, ...] = ()
-        self._cache = DynamicCache()
+        self._prefixes: dict[tuple[int, ...], DynamicCache] = {}
+        self._shares = adopt(self.model)
 
     @classmethod
     def open(cls, config: LLMConfig) -> LocalLLM:
-        """Load `config.llm`. Raises UserError when it is neither on the hub nor a model on this disk."""
+        """Load `config.llm`.
+
+        Raises:
+            UserError: neither on the hub nor a model on this disk; or 4 bits are asked for where they cannot be had.
+        """
         source, options = _source(config.llm)
+        if torch.cuda.is_available():
+            torch.cuda.set_device(rank(local=True))
         device = pick_device(config.llm_device)
-        dtype = pick_dtype(config.llm_dtype, device)
+        placed = _placed(config, device)
         try:
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **options)
-            model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, trust_remote_code=False, **options)
+            model: Any = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=False, **options, **placed)
         except (OSError, ValueError, KeyError) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             fix = "give `offline`, a hub name, a model folder or a .gguf file"
-            raise UserError(f"--llm {config.llm}: cannot load it ({reason}); {fix}") from error
-        return cls(model.to(device), tokenizer, config.llm)
+            raise UserError(f"--llm {config.llm}: cannot load it ({first_line(error)}); {fix}") from error
+        return cls(model if "device_map" in placed else model.to(device), tokenizer, config.llm)
 
     def encode(self, text: str) -> list[int]:
-        # A SentencePiece tokenizer puts a space before any text; behind a newline it does not reach ours.
-        behind = _encode(self.tokenizer, "\n" + text) if self._newline else []
-        if behind and behind[: len(self._newline)] == self._newline:
-            return behind[len(self._newline) :]
-        return _encode(self.tokenizer, text)
+        return encode(self.tokenizer, text)
 
     @torch.inference_mode()
     def generate(self, prefix: Ids, prompts: Sequence[Ids], max_new_tokens: int, stop: str) -> list[str]:
-        cache, ids, mask = self._batch(prefix, prompts, max_new_tokens)
-        written: list[list[int]] = [[] for _ in prompts]
-        texts: list[str | None] = [None] * len(prompts)
-        for _ in range(max_new_tokens):
-            tokens = self._logits(cache, ids, mask, [[ids.shape[1] - 1]] * len(prompts)).argmax(-1)
-            for row, token in enumerate(tokens.tolist()):
-                written[row].append(token)
-                if texts[row] is None:
-                    texts[row] = self._finished(written[row], stop)
-            if None not in texts:
-                break
-            ids, mask = tokens[:, None], torch.cat([mask, mask.new_ones(len(prompts), 1)], 1)
-        return [self._decode(row) if text is None else text for row, text in zip(written, texts, strict=True)]
+        texts = [""] * len(prompts)
+        for group in self._groups([len(prompt) for prompt in prompts]):
+            found = self._continue(prefix, [prompts[row] for row in group], max_new_tokens, stop)
+            for row, text in zip(group, found, strict=True):
+                texts[row] = text
+        return texts
 
     @torch.inference_mode()
     def next_logprobs(self, prefix: Ids, prompts: Sequence[Ids]) -> Float[np.ndarray, "n vocab"]:
-        cache, ids, mask = self._batch(prefix, prompts)
-        logits = self._logits(cache, ids, mask, [[ids.shape[1] - 1]] * len(prompts))
-        return logits.log_softmax(-1).cpu().numpy()
+        logits = self._logits(prefix, [Tree.of(prompt, [len(prompt)]) for prompt in prompts])
+        return torch.cat(logits).log_softmax(-1).cpu().numpy()
 
     @torch.inference_mode()
     def slot_logprobs(
-        self, prefix: Ids, prompts: Sequence[Ids], slots: Sequence[Ids], choices: Ids
+        self, prefix: Ids, prompts: Sequence[Ids], slots: Sequence[Ids], choices: Choices
     ) -> list[Float[np.ndarray, "slots choices"]]:
-        if any(slot < 1 for row in slots for slot in row):
-            raise ValueError("a slot must have a token of its own prompt before it")
-        cache, ids, mask = self._batch(prefix, prompts)
-        pad = [ids.shape[1] - len(prompt) for prompt in prompts]
-        # The distribution of the token at a slot is read one position before it.
-        where = [[left + slot - 1 for slot in row] for left, row in zip(pad, slots, strict=True)]
-        logits = self._logits(cache, ids, mask, where)
-        chosen = logits.log_softmax(-1)[:, list(choices)].cpu().numpy()
-        return np.split(chosen, np.cumsum([len(row) for row in slots])[:-1])
+        check_slots(prompts, slots)
+        begun = heads(choices)
+        trees = [Tree.of(prompt, row, begun) for prompt, row in zip(prompts, slots, strict=True)]
+        return [_choice_logprobs(logits, begun, choices) for logits in self._logits(prefix, trees)]
 
-    def _batch(
-        self, prefix: Ids, prompts: Sequence[Ids], room: int = 0
-    ) -> tuple[DynamicCache, Int[Tensor, "n t"], Int[Tensor, "n seen"]]:
-        """The prefix's cache repeated for every prompt, the left-padded prompts, and the mask over both."""
-        width = max(len(prompt) for prompt in prompts)
-        needed = len(self._bos) + len(prefix) + width + room
+    def _groups(self, lengths: Sequence[int]) -> list[list[int]]:
+        """Rows that run together: all of them, or those of one length."""
+        if self._shares:
+            return [list(range(len(lengths)))]
+        return [[row for row, one in enumerate(lengths) if one == length] for length in sorted(set(lengths))]
+
+    def _logits(self, prefix: Ids, trees: Sequence[Tree]) -> list[Float[Tensor, "places vocab"]]:
+        """float32 logits of the next token at every place of every tree."""
+        rows = list(trees) if self._shares else [path for tree in trees for path in tree.paths()]
+        found: list[Tensor] = [torch.empty(0)] * len(rows)
+        for group in self._groups([len(row.ids) for row in rows]):
+            _, logits = self._start(prefix, [rows[row] for row in group])
+            for row, one in zip(group, logits.split([len(rows[row].places) for row in group]), strict=True):
+                found[row] = one
+        return list(torch.cat(found).split([len(tree.places) for tree in trees]))
+
+    def _start(self, prefix: Ids, rows: Sequence[Tree], room: int = 0) -> tuple[Cache, Float[Tensor, "m vocab"]]:
+        """Run rows behind the prefix: the cache with both in it, and the logits at the rows' places."""
+        depths = [row.depths() for row in rows]
+        self._check_room(len(prefix) + 1 + max(max(row) for row in depths) + room)
+        known = self._prefix(tuple(prefix))
+        cache: Cache = SharedPrefix(known)
+        if not self._shares:
+            cache = copy.deepcopy(known)
+            cache.batch_repeat_interleave(len(rows))
+        ids, positions = (self._padded(lists) for lists in ([row.ids for row in rows], depths))
+        mask = self._mask(rows) if self._shares else None
+        return cache, self._run(cache, ids, positions + known.get_seq_length(), mask, [row.places for row in rows])
+
+    def _continue(self, prefix: Ids, prompts: Sequence[Ids], max_new_tokens: int, stop: str) -> list[str]:
+        """Greedy continuations; a finished row leaves the batch."""
+        cache, logits = self._start(prefix, [Tree.of(prompt, [len(prompt)]) for prompt in prompts], max_new_tokens)
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.model.device)
+        seen = torch.arange(int(lengths.max()), device=self.model.device) < lengths[:, None]
+        positions = self._prefix(tuple(prefix)).get_seq_length() + lengths[:, None]
+        written: list[list[int]] = [[] for _ in prompts]
+        texts: dict[int, str] = {}
+        rows = list(range(len(prompts)))
+        for left in reversed(range(max_new_tokens)):
+            tokens = logits.argmax(-1)
+            for row, token in zip(rows, tokens.tolist(), strict=True):
+                written[row].append(token)
+                if (text := self._finished(written[row], stop, last=not left)) is not None:
+                    texts[row] = text
+            keep = [place for place, row in enumerate(rows) if row not in texts]
+            if not keep:
+                break
+            if len(keep) < len(rows):
+                cache.batch_select_indices(torch.tensor(keep, device=self.model.device))
+                rows, tokens, seen, positions = (
+                    [rows[place] for place in keep],
+                    tokens[keep],
+                    seen[keep],
+                    positions[keep],
+                )
+            seen = torch.cat([seen, seen.new_ones(len(rows), 1)], 1)
+            mask = self._hidden(seen)[:, None, None] if self._shares else None
+            logits = self._run(cache, tokens[:, None], positions, mask, [[0]] * len(rows))
+            positions = positions + 1
+        return [texts[row] for row in range(len(prompts))]
+
+    def _prefix(self, prefix: tuple[int, ...]) -> DynamicCache:
+        """Keys and values of the begin-of-text token, where there is one, and the prefix."""
+        known = self._prefixes.pop(prefix, None)
+        if known is None:
+            known = DynamicCache(config=self.model.config)
+            if ids := self._bos + list(prefix):
+                self._check_room(len(prefix))
+                rows = torch.tensor([ids], device=self.model.device)
+                self._run(known, rows, torch.arange(len(ids), device=self.model.device)[None], None, [[]])
+        self._prefixes[prefix] = known
+        for old in list(self._prefixes)[:-KEPT]:
+            del self._prefixes[old]
+        return known
+
+    def _run(
+        self,
+        cache: Cache,
+        ids: Int[Tensor, "n t"],
+        positions: Int[Tensor, "n t"],
+        mask: Float[Tensor, "_ 1 t s"] | None,
+        places: Sequence[Ids],
+    ) -> Float[Tensor, "m vocab"]:
+        """Run `ids` behind `cache` (which grows) and return float32 logits at the columns `places[row]` of every row.
+
+        The head is the largest matrix of a small model, so its input is cut down to the wanted places; a hook does it
+        because what a model does to its logits afterwards (scaling, soft caps) is its own affair.
+        """
+        rows = [row for row, columns in enumerate(places) for _ in columns]
+        columns = [column for row in places for column in row]
+        hook = self.model.get_output_embeddings().register_forward_pre_hook(
+            lambda _module, inputs: (inputs[0][rows, columns][None],)
+        )
+        try:
+            with cache.read() if isinstance(cache, SharedPrefix) else nullcontext():
+                out = self.model(
+                    input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+                )
+        finally:
+            hook.remove()
+        return out.logits[0].float()
+
+    def _check_room(self, needed: int) -> None:
+        needed += len(self._bos)
         if needed > self.context:
             raise UserError(
                 f"--llm {self.name}: a prompt needs {needed} tokens and the model reads {self.context}; "
                 "choose a model with a longer context"
             )
-        cache = copy.deepcopy(self._prefix_cache(tuple(prefix)))
-        cache.batch_repeat_interleave(len(prompts))
-        device = self.model.device
-        ids = torch.zeros(len(prompts), width, dtype=torch.long, device=device)
-        mask = torch.ones(len(prompts), cache.get_seq_length() + width, dtype=torch.long, device=device)
-        for row, prompt in enumerate(prompts):
-            ids[row, width - len(prompt) :] = torch.tensor(prompt, device=device)
-            mask[row, mask.shape[1] - width : mask.shape[1] - len(prompt)] = 0
-        return cache, ids, mask
 
-    def _prefix_cache(self, prefix: tuple[int, ...]) -> DynamicCache:
-        if prefix != self._prefix or not self._cache.get_seq_length():
-            self._prefix, self._cache = prefix, DynamicCache(config=self.model.config)
-            ids = torch.tensor([self._bos + list(prefix)], device=self.model.device)
-            self._logits(self._cache, ids, torch.ones_like(ids), [[ids.shape[1] - 1]])
-        return self._cache
+    def _padded(self, lists: Sequence[Ids]) -> Int[Tensor, "n t"]:
+        width = max(len(row) for row in lists)
+        return torch.tensor([[*row, *[0] * (width - len(row))] for row in lists], device=self.model.device)
 
-    def _logits(
-        self, cache: DynamicCache, ids: Int[Tensor, "n t"], mask: Int[Tensor, "n seen"], where: Sequence[Ids]
-    ) -> Float[Tensor, "m vocab"]:
-        """Run `ids` behind `cache` (which grows) and return float32 logits at column `where[row]` of every row.
+    def _mask(self, rows: Sequence[Tree]) -> Float[Tensor, "_ 1 t t"]:
+        """What of its own row a token sees: its ancestors and itself. One mask for all rows where none has branches."""
+        width = max(len(row.ids) for row in rows)
+        if not any(row.branched for row in rows):
+            return self._hidden(torch.ones(1, 1, width, width, dtype=torch.bool, device=self.model.device).tril())
+        seen = np.tile(np.eye(width, dtype=bool), (len(rows), 1, 1))
+        for one, row in zip(seen, rows, strict=True):
+            for token, parent in enumerate(row.parents):
+                if parent >= 0:
+                    one[token] |= one[parent]
+        return self._hidden(torch.from_numpy(seen).to(self.model.device)[:, None])
 
-        The head is the largest matrix of a small model, so its input is cut down to the wanted places; a hook does it
-        because what a model does to its logits afterwards (scaling, soft caps) is its own affair.
-        """
-        rows = [row for row, columns in enumerate(where) for _ in columns]
-        columns = [column for row in where for column in row]
-        hook = self.model.get_output_embeddings().register_forward_pre_hook(
-            lambda _module, inputs: (inputs[0][rows, columns][None],)
-        )
-        try:
-            positions = (mask.cumsum(1) - 1).clamp_min(0)[:, -ids.shape[1] :]
-            out = self.model(
-                input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
-            )
-        finally:
-            hook.remove()
-        return out.logits[0].float()
+    def _hidden(self, seen: Tensor) -> Tensor:
+        """What is added to attention scores: 0 where something is seen, else -inf."""
+        return torch.zeros(seen.shape, dtype=self.model.dtype, device=seen.device).masked_fill_(~seen, float("-inf"))
 
-    def _finished(self, ids: list[int], stop: str) -> str | None:
-        """The text when `ids` end it (by an end-of-text token or by `stop`), else None."""
+    def _finished(self, ids: list[int], stop: str, last: bool) -> str | None:
+        """The text when `ids` end it (by an end-of-text token, by `stop`, or as the last), else None."""
         ends = self.model.generation_config.eos_token_id
         if ids[-1] in (ends if isinstance(ends, list) else [ends, self.tokenizer.eos_token_id]):
             return self._decode(ids[:-1])
         text = self._decode(ids)
-        return text.split(stop)[0] if stop in text else None
+        return text.split(stop)[0] if last or stop in text else None
 
     def _decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
 
-def _encode(tokenizer: Any, text: str) -> list[int]:
-    # Text of the corpus may hold a special token's name; in a prompt it is ordinary text.
-    return tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+def _choice_logprobs(
+    logits: Float[Tensor, "places vocab"], begun: Sequence[Ids], choices: Choices
+) -> Float[np.ndarray, "slots choices"]:
+    """log P of every choice from the logits behind every one of its beginnings at every slot."""
+    logits = logits.unflatten(0, (-1, len(begun)))
+    normalisers = logits.logsumexp(-1)
+    sequences = spelled(choices)
+    found = logits.new_zeros(len(logits), len(sequences))
+    for step in range(max(map(len, sequences))):
+        which = [column for column, ids in enumerate(sequences) if len(ids) > step]
+        behind = [begun.index(sequences[column][:step]) for column in which]
+        tokens = [sequences[column][step] for column in which]
+        found[:, which] += logits[:, behind, tokens] - normalisers[:, behind]
+    return found.cpu().numpy()
+
+
+def _placed(config: LLMConfig, device: torch.device) -> dict[str, Any]:
+    """Number format and devices, as from_pretrained takes them."""
+    placed: dict[str, Any] = {"dtype": pick_dtype(config.llm_dtype, device)}
+    if config.llm_device_map == "auto":
+        placed["device_map"] = "auto"
+    if config.llm_quantize == "4bit":
+        if device.type != "cuda" or importlib.util.find_spec("bitsandbytes") is None:
+            missing = (
+                "a CUDA device" if device.type != "cuda" else "the bitsandbytes package (pip install bitsandbytes)"
+            )
+            raise UserError(f"--llm-quantize 4bit needs {missing}; leave it out, or give a 4-bit .gguf file")
+        settings = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": placed["dtype"]}
+        placed["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, **settings)
+        placed.setdefault("device_map", {"": device})
+    return placed
 
 
 def _source(name: str) -> tuple[str, dict[str, str]]:

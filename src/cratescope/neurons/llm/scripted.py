@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from jaxtyping import Float
 
-from cratescope.neurons.llm import Ids
+from cratescope.neurons.llm import Choices, Ids, heads, spelled
 
 _PIECE = re.compile(r" ?\w+|\s|[^\w\s]")
 
@@ -58,13 +58,17 @@ class ScriptedLLM:
         return np.stack([self._logprobs(text) for text in self._texts(prompts)])
 
     def slot_logprobs(
-        self, prefix: Ids, prompts: Sequence[Ids], slots: Sequence[Ids], choices: Ids
+        self, prefix: Ids, prompts: Sequence[Ids], slots: Sequence[Ids], choices: Choices
     ) -> list[Float[np.ndarray, "slots choices"]]:
         self._texts(prompts)
         return [
-            np.stack([self._logprobs(self.decode(ids[:slot]))[list(choices)] for slot in row])
+            np.array([self._slot(list(ids[:slot]), choices) for slot in row])
             for ids, row in zip(prompts, slots, strict=True)
         ]
+
+    def _slot(self, ids: list[int], choices: Choices) -> list[float]:
+        after = {head: self._logprobs(self.decode([*ids, *head])) for head in heads(choices)}
+        return [sum(after[choice[:step]][token] for step, token in enumerate(choice)) for choice in spelled(choices)]
 
     def _texts(self, prompts: Sequence[Ids]) -> list[str]:
         texts = [self.decode(ids) for ids in prompts]

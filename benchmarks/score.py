@@ -1,0 +1,250 @@
+"""Simulating and explaining with SmolLM2-135M, side by side: the plain way and ours.
+
+All-at-once: a shared prefix of instructions and examples as long as OpenAI's, then an excerpt of 64 tokens with a slot
+behind each. *plain* runs the full prompt of every excerpt and takes the softmax over the whole vocabulary at all of its
+places, as one does with a transformers model. *ours* is `LocalLLM.slot_logprobs`: the prefix computed once (its time is
+printed by itself), excerpts in batches, the head at the slots only. Every measurement is a process of its own; the ways
+take turns, round after round, and medians are compared. Errors are those of the digits' probabilities against plain
+float32. bfloat16 is measured where the hardware multiplies it, or when its way is named.
+
+    python benchmarks/score.py                     # seconds an excerpt, then explaining and list-pmi, one thread
+    python benchmarks/score.py --threads 2 --rounds 3
+    python benchmarks/score.py --ways plain ours plain-bf16 ours-bf16 --neurons 0
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+ALL_AT_ONCE = ("plain", "ours", "plain-bf16", "ours-bf16")
+RECORDS = 10
+"""Scoring records of a neuron (protocol top-and-random)."""
+LAYER = 512
+TEXT = Path(__file__).parent.parent / "docs" / "evaluation.md"
+
+
+@dataclass(frozen=True)
+class Options:
+    """Measure every way."""
+
+    ways: tuple[str, ...] = ()
+    """Which of plain, ours, plain-bf16, ours-bf16; the last two by default where the hardware has bfloat16."""
+    prefix: int = 2500
+    """Tokens that all prompts share."""
+    excerpt: int = 64
+    """Tokens of an excerpt."""
+    excerpts: int = 16
+    """Excerpts that ours does; plain does a quarter of them."""
+    batch: int = 16
+    """Prompts in one forward pass of ours."""
+    neurons: int = 64
+    """Neurons explained and simulated with list-pmi (0: none)."""
+    threads: int = 1
+    """Threads of every process."""
+    rounds: int = 3
+    """Measurements of each way."""
+    clock: Literal["wall", "cpu"] = "wall"
+    """cpu is the steadier one on a machine that others use too, with one thread."""
+    json: Path | None = None
+    """Also write the measurements here."""
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--worker"]:
+        return work(json.loads(sys.argv[2]))
+    options = tyro.cli(Options, description=__doc__)
+    console = Console(width=140, soft_wrap=True)
+    ways = options.ways or tuple(way for way in ALL_AT_ONCE if not way.endswith("bf16") or has_bfloat16())
+    rows = measure_all(ways, options)
+    show(rows, options, console)
+    if options.neurons:
+        rows += measure_all(("neurons",), options)
+        show_neurons(rows[-1], options, console)
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+def has_bfloat16() -> bool:
+    import torch
+
+    from cratescope.hardware import pick_device, pick_dtype
+
+    return pick_dtype("auto", pick_device("auto")) == torch.bfloat16
+
+
+def measure_all(ways: Sequence[str], options: Options) -> list[dict[str, Any]]:
+    """Medians of every way, with the errors of its probabilities."""
+    wanted = ("prefix", "excerpt", "excerpts", "batch", "neurons", "threads")
+    told = {name: getattr(options, name) for name in wanted}
+    answers: dict[str, list[dict[str, Any]]] = {way: [] for way in ways}
+    with tempfile.TemporaryDirectory() as folder:
+        for _ in range(options.rounds):
+            for way in ways:
+                answers[way].append(measure(told | {"way": way, "out": str(Path(folder, f"{way}.npy"))}))
+        found = {way: np.load(path) for way in ways if (path := Path(folder, f"{way}.npy")).exists()}
+    rows = []
+    for way, one in answers.items():
+        timed = [name for name in one[0] if name.endswith(options.clock)]
+        rows.append({"way": way, "clock": options.clock, "threads": options.threads})
+        rows[-1] |= {name.removesuffix(f"_{options.clock}"): statistics.median(a[name] for a in one) for name in timed}
+        if way in found and "plain" in found:
+            rows[-1] |= errors(found[way], found["plain"])
+    return rows
+
+
+def measure(told: dict[str, Any]) -> dict[str, Any]:
+    command = [sys.executable, __file__, "--worker", json.dumps(told)]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def errors(found: np.ndarray, plain: np.ndarray) -> dict[str, float]:
+    """Of log-probabilities (m, digits): largest difference of probabilities, and KL of the renormalised ones."""
+    n = min(len(found), len(plain))
+    ours, theirs = found[:n].astype(np.float64), plain[:n].astype(np.float64)
+    largest = np.abs(np.exp(ours) - np.exp(theirs)).max()
+    ours, theirs = (x - np.logaddexp.reduce(x, axis=1, keepdims=True) for x in (ours, theirs))
+    return {"largest": float(largest), "kl": float((np.exp(theirs) * (theirs - ours)).sum(1).max())}
+
+
+def show(rows: list[dict[str, Any]], options: Options, console: Console) -> None:
+    title = f"all-at-once, SmolLM2-135M, prefix {options.prefix}, excerpts of {options.excerpt} tokens, "
+    title += f"{options.threads} thread(s), {options.clock} time, median of {options.rounds}"
+    table = Table(title=title)
+    names = ("way", "s/excerpt", "s/neuron", "x plain", "x plain-bf16", "prefix once (s)", "largest error of P", "KL")
+    for name in names:
+        table.add_column(name, justify="left" if name == "way" else "right")
+    seconds = {row["way"]: row["excerpt"] for row in rows}
+    for row in rows:
+        ratios = [f"{seconds[way] / row['excerpt']:.1f}" if way in seconds else "" for way in ("plain", "plain-bf16")]
+        once = f"{row['once']:.1f}" if row["once"] else ""
+        wrong = [f"{row[name]:.1e}" if name in row else "" for name in ("largest", "kl")]
+        table.add_row(row["way"], f"{row['excerpt']:.2f}", f"{RECORDS * row['excerpt']:.1f}", *ratios, once, *wrong)
+    console.print(table)
+
+
+def show_neurons(row: dict[str, Any], options: Options, console: Console) -> None:
+    both = row["explain"] + row["simulate"]
+    console.print(
+        f"explain {row['explain']:.3f} s a neuron, list-pmi {row['simulate']:.3f} s a neuron (batches of "
+        f"{options.batch}, {options.threads} thread(s)): {LAYER} neurons in {LAYER * both / 60:.1f} minutes"
+    )
+
+
+# --- one measurement ---
+
+
+def work(told: dict[str, Any]) -> None:
+    """Do it once and say what it took."""
+    import torch
+    from transformers.utils import logging
+
+    from cratescope.config import LLMConfig
+    from cratescope.hardware import keep_freed_memory
+    from cratescope.neurons.llm.local import LocalLLM
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    torch.set_num_threads(told["threads"])
+    keep_freed_memory()
+    dtype: Any = "bfloat16" if told["way"].endswith("bf16") else "float32"
+    llm = LocalLLM.open(LLMConfig(llm_dtype=dtype))
+    do = {"plain": plain, "ours": ours}.get(told["way"].removesuffix("-bf16"), neurons)
+    with torch.inference_mode():
+        sys.stdout.write(json.dumps(do(told, llm)) + "\n")
+
+
+def timed(name: str, start: tuple[float, float], times: int) -> dict[str, float]:
+    wall, cpu = start
+    return {f"{name}_wall": (time.perf_counter() - wall) / times, f"{name}_cpu": (time.process_time() - cpu) / times}
+
+
+def now() -> tuple[float, float]:
+    return time.perf_counter(), time.process_time()
+
+
+def excerpts(told: dict[str, Any], llm: Any) -> tuple[list[int], list[Any], list[int]]:
+    """Prefix, one prompt an excerpt of the text, and the ids of the digits."""
+    from cratescope.neurons.prompts import OwnWording
+
+    wording, pieces = OwnWording(), re.findall(r" ?\w+|[^\w\s]", TEXT.read_text())
+    prefix = wording.slots_prefix(llm)
+    prefix = (prefix * (told["prefix"] // len(prefix) + 1))[: told["prefix"]]
+    n = told["excerpt"]
+    parts = [pieces[n * place : n * place + n] for place in range(told["excerpts"])]
+    prompts = [wording.slot_prompt(llm, "words about language", part) for part in parts]
+    return prefix, prompts, [llm.encode(str(digit))[0] for digit in range(10)]
+
+
+def plain(told: dict[str, Any], llm: Any) -> dict[str, float]:
+    import torch
+
+    prefix, prompts, digits = excerpts(told, llm)
+    llm.model.set_attn_implementation("sdpa")
+    llm.model(input_ids=torch.tensor([prefix[:64]]))
+    found, few = [], prompts[: max(1, len(prompts) // 4)]
+    start = now()
+    for prompt in few:
+        probabilities = llm.model(input_ids=torch.tensor([prefix + prompt.ids])).logits.float().log_softmax(-1)
+        found.append(probabilities[0, [len(prefix) + slot - 1 for slot in prompt.slots]][:, digits])
+    took = timed("excerpt", start, len(few))
+    np.save(told["out"], torch.cat(found).numpy())
+    return took | {"once_wall": 0.0, "once_cpu": 0.0}
+
+
+def ours(told: dict[str, Any], llm: Any) -> dict[str, float]:
+    prefix, prompts, digits = excerpts(told, llm)
+    start = now()
+    llm.next_logprobs(prefix, [prefix[:1]])
+    once = timed("once", start, 1)
+    llm.slot_logprobs(prefix, [prompts[0].ids], [prompts[0].slots], digits)
+    found = []
+    start = now()
+    for first in range(0, len(prompts), told["batch"]):
+        chunk = prompts[first : first + told["batch"]]
+        found += llm.slot_logprobs(prefix, [item.ids for item in chunk], [item.slots for item in chunk], digits)
+    took = timed("excerpt", start, len(prompts))
+    np.save(told["out"], np.concatenate(found))
+    return took | once
+
+
+def neurons(told: dict[str, Any], llm: Any) -> dict[str, float]:
+    """Explanations of words drawn from the text, and the list-pmi values of each explanation."""
+    from cratescope.neurons.prompts import OwnWording, explain_prompt
+    from cratescope.neurons.simulate import ListPMI
+
+    words = re.findall(r"\w+", TEXT.read_text())
+    draw = np.random.default_rng(0)
+    asked = [llm.encode(explain_prompt(draw.choice(words, 8).tolist())) for _ in range(told["neurons"])]
+    prefix, texts = llm.encode(OwnWording().explain_prefix()), []
+    start = now()
+    for first in range(0, len(asked), told["batch"]):
+        texts += llm.generate(prefix, asked[first : first + told["batch"]], 60, "\n")
+    explained = timed("explain", start, len(texts))
+    # An explanation that two neurons have is simulated once; here all are made different, so this is an upper bound.
+    texts = [f"{text.strip()} {place}" for place, text in enumerate(texts)]
+    start = now()
+    simulator = ListPMI(llm, [], told["batch"])
+    simulator.plan(texts)
+    for text in texts:
+        simulator(text, [])
+    return explained | timed("simulate", start, len(texts))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,228 @@
+"""Score explanations without simulating: an LLM answers yes or no about whole windows, or finds the foreign one.
+
+Detection and fuzzing are after Paulo et al. 2024 (arXiv 2410.13928), intruder detection after Paulo and Belrose 2025
+(arXiv 2507.08473); the prompts are ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Bool, Float
+from rich.progress import track
+
+from cratescope.config import JudgeConfig
+from cratescope.hardware import share
+from cratescope.lm.tokenizer import load_tokenizer, token_strings
+from cratescope.neurons import prompts
+from cratescope.neurons.explain import DEAD, STDERR, UNDECODABLE, find_site, records_identity, undecodable
+from cratescope.neurons.llm import LanguageModel, llm_identity, open_llm
+from cratescope.neurons.protocols import Protocol, protocols_named
+from cratescope.neurons.records import (
+    INTRUDER_GROUP,
+    ActivationRecord,
+    Explanation,
+    Judgement,
+    NeuronId,
+    NeuronRecord,
+    layer_file,
+    neuron_file,
+    read_judgement,
+    read_records,
+    write_judgements,
+)
+from cratescope.neurons.simulate import explained_layers, null_texts
+from cratescope.run import Run, UserError, claim
+
+WINDOWS = 10
+"""At most this many active windows of a neuron, and as many silent ones."""
+LEAST = 5
+"""With fewer of either a neuron is skipped."""
+WIDTH = 32
+"""Tokens shown of a window, around its peak."""
+INTRUDER_WIDTH = 12
+INTRUDER_GROUPS = 8
+TOO_FEW_ACTIVE = "too few active windows"
+TOO_FEW_SILENT = "too few silent windows"
+DECIMALS = 4
+
+
+def judge(config: JudgeConfig, llm: LanguageModel | None = None) -> list[Path]:
+    """Write one file of judgements for every explained neuron and return the folder of each explanation set.
+
+    Finished files are kept; one is made again when its texts are no longer the planned ones.
+
+    Raises:
+        UserError: no such site, protocol or explanations; or a folder holds judgements of something else.
+    """
+    run = Run(config.run)
+    site = find_site(run, config.site)
+    if config.neurons is not None and config.neurons < 1:
+        raise UserError(f"--neurons {config.neurons}: give a number of 1 or more")
+    chosen = protocols_named(config.protocols)
+    return [_judge_set(config, run, site, explained, chosen[explained][0], llm) for explained in chosen]
+
+
+def _judge_set(
+    config: JudgeConfig, run: Run, site: str, explained: str, protocol: Protocol, llm: LanguageModel | None
+) -> Path:
+    layers, identity = explained_layers(run, site, config.explainer, explained)
+    folder = run.judgements(site, config.explainer, config.scorer, explained)
+    known = records_identity(run, site) | llm_identity(config.llm, llm) | {"explanations": identity}
+    claim(folder, known | {"prompt": prompts.JUDGE_PROMPTS[config.scorer]})
+    tokenizer = load_tokenizer(run.model)
+    vocabulary = token_strings(tokenizer, range(len(tokenizer)))
+    for layer, explanations in layers.items():
+        pairs = list(zip(explanations, null_texts(explanations), strict=True))[: config.neurons]
+        pairs = share(pairs, config.worker, config.llm.llm_batch)
+        pending = [(own, null) for own, null in pairs if not _done(folder, config.scorer, own, null)]
+        if not pending:
+            continue
+        llm = llm or open_llm(config.llm)
+        asking = Judge(llm, vocabulary, protocol, config.scorer, config.llm.llm_batch)
+        records = read_records(layer_file(run.records(site), layer), [own.neuron.index for own, _ in pending])
+        label = f"{config.scorer} {run.name} layer {layer}"
+        for own, null in track(pending, label, console=STDERR, transient=True):
+            write_judgements(folder, asking.judgements(records[own.neuron.index], own, null))
+    return folder
+
+
+def _texts(scorer: str, explanation: Explanation, null_text: str) -> dict[str, str]:
+    """What is judged, by control; intruder detection needs no explanation."""
+    if scorer == "intruder":
+        return {"none": ""}
+    return {control: text for control, text in (("none", explanation.text), ("shuffled", null_text)) if text}
+
+
+def _done(folder: Path, scorer: str, explanation: Explanation, null_text: str) -> bool:
+    path = neuron_file(folder, explanation.neuron)
+    if not path.exists():
+        return False
+    found = {item.control: item.text for item in read_judgement(path)}
+    return found == (_texts(scorer, explanation, null_text) or {"none": ""})
+
+
+@dataclass(frozen=True)
+class Example:
+    """A window cut to what is shown, as token strings, and which of its tokens are marked."""
+
+    tokens: list[str]
+    marked: Bool[np.ndarray, " w"]
+    active: bool
+
+
+class Judge:
+    """Asks `llm` about windows of a neuron that its explanation was not made from."""
+
+    def __init__(
+        self, llm: LanguageModel, vocabulary: Sequence[str], protocol: Protocol, scorer: str, batch: int
+    ) -> None:
+        self._llm, self._vocabulary, self._protocol = llm, vocabulary, protocol
+        self._scorer, self._batch = scorer, batch
+        self._prefix = llm.encode(prompts.judge_prefix(scorer))
+
+    def judgements(self, record: NeuronRecord, explanation: Explanation, null_text: str) -> list[Judgement]:
+        """One a control; a neuron that cannot be judged has one without answers, and the reason."""
+        texts = _texts(self._scorer, explanation, null_text)
+        active, silent = self._windows(record)
+        reason = self._refusal(record, explanation, active, silent)
+        if reason:
+            texts = texts or {"none": ""}
+            return [Judgement(record.neuron, self._scorer, name, text, (), (), reason) for name, text in texts.items()]
+        random = np.random.default_rng([record.neuron.layer, record.neuron.index])
+        ask = self._intruder if self._scorer == "intruder" else self._yes_or_no
+        examples = [self._example(window, record, random) for window in (*active, *silent)]
+        return [
+            self._judgement(record.neuron, name, text, *ask(text, examples, random)) for name, text in texts.items()
+        ]
+
+    def _windows(self, record: NeuronRecord) -> tuple[list[ActivationRecord], list[ActivationRecord]]:
+        """Active windows (the strongest ones and some by quantile) and silent ones, none of them explained from."""
+        shown = self._protocol.explain_records(record)
+        width = INTRUDER_WIDTH if self._scorer == "intruder" else WIDTH
+
+        def unseen(windows: Sequence[ActivationRecord]) -> list[ActivationRecord]:
+            cut = [window.cut(width) for window in windows]
+            return [window for window in cut if not any(window.overlaps(other) for other in shown)]
+
+        def peak(window: ActivationRecord) -> int:
+            return int(prompts.levels(window.activations, record.moments.maximum).max(initial=0))
+
+        by_quantile = [window for stratum in record.by_quantile[::-1] for window in stratum.windows]
+        strong, spread = (
+            [window for window in unseen(windows) if peak(window) >= prompts.MIN_LEVEL]
+            for windows in (record.top, by_quantile)
+        )
+        active = [*strong[: WINDOWS // 2], *spread]
+        active = [*active, *strong[WINDOWS // 2 :]][:WINDOWS]
+        return active, [window for window in unseen(record.random) if peak(window) == 0][:WINDOWS]
+
+    def _refusal(
+        self,
+        record: NeuronRecord,
+        explanation: Explanation,
+        active: Sequence[ActivationRecord],
+        silent: Sequence[ActivationRecord],
+    ) -> str | None:
+        if record.dead:
+            return DEAD
+        if self._scorer != "intruder" and not explanation.text:
+            return explanation.skipped
+        if undecodable((*active, *silent), len(self._vocabulary)):
+            return UNDECODABLE
+        return TOO_FEW_ACTIVE if len(active) < LEAST else TOO_FEW_SILENT if len(silent) < LEAST else None
+
+    def _example(self, window: ActivationRecord, record: NeuronRecord, random: np.random.Generator) -> Example:
+        """Of an active window the tokens the explainer would be shown are marked, of a silent one as many at random."""
+        level = prompts.levels(window.activations, record.moments.maximum)
+        marked = level >= prompts.MIN_LEVEL
+        active = bool(marked.any())
+        if not active:
+            marked[random.choice(len(marked), min(len(marked), 1 + int(random.integers(2))), replace=False)] = True
+        return Example([self._vocabulary[token] for token in window.tokens], marked, active)
+
+    def _yes_or_no(
+        self, text: str, examples: Sequence[Example], _random: np.random.Generator
+    ) -> tuple[list[float], list[bool]]:
+        asked = [prompts.judge_prompt(self._scorer, text, item.tokens, item.marked) for item in examples]
+        answers = self._probabilities(asked, prompts.YES_OR_NO)
+        return answers[:, 0].tolist(), [item.active for item in examples]
+
+    def _intruder(
+        self, _text: str, examples: Sequence[Example], random: np.random.Generator
+    ) -> tuple[list[float], list[bool]]:
+        """Groups of the neuron's own windows and one silent window at a random place."""
+        active = [item for item in examples if item.active]
+        silent = [item for item in examples if not item.active]
+        groups = []
+        for number in range(INTRUDER_GROUPS):
+            own = random.choice(len(active), INTRUDER_GROUP - 1, replace=False).tolist()
+            group = [active[place] for place in own]
+            group.insert(int(random.integers(INTRUDER_GROUP)), silent[number % len(silent)])
+            groups.append(group)
+        asked = [prompts.intruder_prompt([(item.tokens, item.marked) for item in group]) for group in groups]
+        answers = self._probabilities(asked, prompts.PLACES)
+        return answers.flatten().tolist(), [not item.active for group in groups for item in group]
+
+    def _probabilities(self, asked: Sequence[str], answers: Sequence[str]) -> Float[np.ndarray, "n answers"]:
+        """P(answer) of every prompt, of the given answers only."""
+        choices = [self._llm.encode(answer) for answer in answers]
+        prompted = [self._llm.encode(prompt) for prompt in asked]
+        found = []
+        for start in range(0, len(prompted), self._batch):
+            chunk = prompted[start : start + self._batch]
+            found += self._llm.slot_logprobs(self._prefix, chunk, [[len(ids)] for ids in chunk], choices)
+        logprobs = np.concatenate(found).astype(np.float64)
+        # A server may name none of the answers; then nothing is known of which is likelier.
+        weights = np.exp(logprobs - np.nan_to_num(logprobs.max(1, keepdims=True), neginf=0.0))
+        total = weights.sum(1, keepdims=True)
+        return np.where(total > 0, weights / np.where(total > 0, total, 1), 1 / len(answers))
+
+    def _judgement(
+        self, neuron: NeuronId, control: str, text: str, probabilities: list[float], labels: list[bool]
+    ) -> Judgement:
+        rounded = tuple(round(value, DECIMALS) for value in probabilities)
+        return Judgement(neuron, self._scorer, control, text, rounded, tuple(labels))

@@ -1,0 +1,143 @@
+"""One prefix's keys and values for a whole batch: a cache that does not copy them, and the attention that reads it.
+
+A prompt's tokens attend to the prefix and to their own prompt. The two parts are computed apart and joined by their
+normalisers. For the prefix, the queries of all prompts, and of all heads that share keys, are rows of one matrix:
+nothing is masked there, and nothing repeated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface, Cache, DynamicCache
+from transformers.cache_utils import DynamicLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+NAME = "cratescope_prefix"
+QUERIES = 1024
+"""Queries whose scores are held at once where there is no fused kernel."""
+
+
+class _Layer(DynamicLayer):
+    """Keys and values of the batch's own tokens, behind those of the prefix (one row, shared)."""
+
+    def __init__(self, prefix: DynamicLayer) -> None:
+        super().__init__()
+        self.prefix = prefix
+
+    def get_seq_length(self) -> int:
+        return self.prefix.get_seq_length() + super().get_seq_length()
+
+
+class SharedPrefix(Cache):
+    """A cache for any number of prompts behind one prefix. Only inside `read` does a model see the prefix in it."""
+
+    def __init__(self, prefix: DynamicCache) -> None:
+        super().__init__(layers=[_Layer(layer) for layer in prefix.layers if isinstance(layer, DynamicLayer)])
+
+    @contextmanager
+    def read(self) -> Iterator[None]:
+        token = _CACHE.set(self)
+        try:
+            yield
+        finally:
+            _CACHE.reset(token)
+
+
+_CACHE: ContextVar[SharedPrefix | None] = ContextVar("cache", default=None)
+
+
+def adopt(model: Any) -> bool:
+    """Give `model` the attention that reads a SharedPrefix; False when it has an attention of its own.
+
+    That is one not written against transformers' attention interface, or with sliding windows or recurrent states. The
+    rest (biases, sinks, caps) is found by trying a few tokens both ways.
+    """
+    layers = DynamicCache(config=model.config).layers
+    if not (
+        model._supports_attention_backend  # noqa: SLF001 (the flag that transformers' own code reads)
+        and model.config._attn_implementation == "sdpa"  # noqa: SLF001
+        and all(type(layer) is DynamicLayer for layer in layers)
+    ):
+        return False
+    AttentionInterface.register(NAME, attend)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+    model.set_attn_implementation(NAME)
+    if _same_as_own(model):
+        return True
+    model.set_attn_implementation("sdpa")
+    return False
+
+
+@torch.inference_mode()
+def _same_as_own(model: Any) -> bool:
+    ids = torch.arange(2, 10, device=model.device)[None] % model.config.get_text_config().vocab_size
+    prefix = DynamicCache(config=model.config)
+    whole = model(input_ids=ids).logits[:, 4:].float()
+    model(input_ids=ids[:, :4], past_key_values=prefix, use_cache=True)
+    cache = SharedPrefix(prefix)
+    with cache.read():
+        positions = torch.arange(4, 8, device=model.device)[None]
+        mask = causal_mask(4, model)
+        parts = model(input_ids=ids[:, 4:], position_ids=positions, attention_mask=mask, past_key_values=cache).logits
+    return bool((whole - parts.float()).abs().max() <= 0.02 * whole.abs().max())
+
+
+def causal_mask(width: int, model: Any) -> Float[Tensor, "1 1 w w"]:
+    """What the tokens of a prompt may not see of each other: -inf; the prefix has no columns."""
+    return torch.full((1, 1, width, width), float("-inf"), dtype=model.dtype, device=model.device).triu_(1)
+
+
+def attend(
+    module: Any,
+    query: Float[Tensor, "n heads t p"],
+    key: Float[Tensor, "n groups s p"],
+    value: Float[Tensor, "n groups s p"],
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **rest: Any,
+) -> tuple[Float[Tensor, "n t heads p"], None]:
+    """Attention of transformers' interface: PyTorch's own, unless inside `SharedPrefix.read`."""
+    cache = _CACHE.get()
+    if cache is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **rest)
+    n, heads, t, size = query.shape
+    groups = key.shape[1]
+    scale = size**-0.5 if scaling is None else scaling
+    key, value = (x.repeat_interleave(heads // groups, 1) for x in (key, value))
+    out, normaliser = _attention(query, key, value, scale, attention_mask)
+    prefix = cache.layers[module.layer_idx].prefix
+    if prefix.get_seq_length():
+        rows = query.unflatten(1, (groups, -1)).transpose(0, 1).reshape(1, groups, -1, size)
+        seen, weight = _attention(rows, prefix.keys, prefix.values, scale)
+        seen, weight = (x.view(groups, n, -1, t, *x.shape[3:]).transpose(0, 1).flatten(1, 2) for x in (seen, weight))
+        out = torch.lerp(out, seen, torch.sigmoid(weight - normaliser)[..., None].to(out.dtype))
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _attention(
+    query: Float[Tensor, "n heads t p"],
+    key: Float[Tensor, "n heads s p"],
+    value: Float[Tensor, "n heads s p"],
+    scale: float,
+    mask: Float[Tensor, "_ 1 t s"] | None = None,
+) -> tuple[Float[Tensor, "n heads t p"], Float[Tensor, "n heads t"]]:
+    """Attention, and the logarithm of what its weights were divided by (float32)."""
+    if query.device.type == "cpu" and key.shape[-1] == value.shape[-1]:
+        fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        return fused(query, key, value, attn_mask=mask, scale=scale)
+    found = []
+    for start in range(0, query.shape[2], QUERIES):
+        scores = (query[:, :, start : start + QUERIES] @ key.transpose(2, 3)).float() * scale
+        if mask is not None:
+            scores += mask[:, :, start : start + QUERIES]
+        found.append((scores.softmax(-1).to(value.dtype) @ value, scores.logsumexp(-1)))
+    outs, normalisers = zip(*found, strict=True)
+    return torch.cat(outs, 2), torch.cat(normalisers, 2)

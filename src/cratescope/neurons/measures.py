@@ -1,0 +1,239 @@
+"""How well simulated activations follow true ones: every measure, weighted, and its bootstrap over windows of text.
+
+A measure takes truth (n,), simulated (n,) and weights (b, n): b samples of the same n tokens, in each of which a token
+stands `weight` times. So one definition serves for the value (weights of 1) and for its bootstrap (how often each
+window was drawn), and repeating tokens or weighting them is the same thing. Where a measure does not exist it is NaN
+here, and None for whoever calls `measure`.
+
+What "active" means to the measures that need it (Oikarinen et al. 2025, arXiv 2506.05774, and its code): the truth is
+cut at its highest 1 % of tokens, the simulation, whose scale is arbitrary, at half of its own largest value (there: a
+probability of 1/2). A token of activation 0 or less is never active. Both cuts are made once, not in every resample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+ACTIVE = 0.01
+"""Fraction of the tokens, those of the highest activation, that count as active (Oikarinen et al. 2025)."""
+RESAMPLES = 1000
+COVERAGE = 0.95
+"""Of every interval."""
+_CHUNK = 2**21
+"""Weights in memory at a time."""
+
+Measure = Callable[
+    [Float[np.ndarray, " n"], Float[np.ndarray, " n"], Float[np.ndarray, "b n"]], Float[np.ndarray, " b"]
+]
+
+
+def measure(name: str, truth: Float[np.ndarray, " n"], simulated: Float[np.ndarray, " n"]) -> float | None:
+    """The value of MEASURES[name], or None where it does not exist (a constant side, no active token, no tokens)."""
+    if len(truth) < 2:
+        return None
+    value = MEASURES[name](_scaled(truth), _scaled(simulated), np.ones((1, len(truth))))[0]
+    return float(value) if np.isfinite(value) else None
+
+
+def bootstrap(
+    name: str,
+    truth: Float[np.ndarray, " n"],
+    simulated: Float[np.ndarray, " n"],
+    window: Int[np.ndarray, " n"],
+    seed: tuple[int, ...],
+    resamples: int = RESAMPLES,
+) -> tuple[float, float] | None:
+    """Percentile interval of a measure over resampled windows of text (`window`: the number of each token's, from 0).
+
+    Tokens of a window depend on each other, so windows are what is drawn. Resamples in which the measure does not
+    exist are left out; None when fewer than half remain, or with fewer than two windows.
+    """
+    n_windows = int(window.max(initial=-1)) + 1
+    if n_windows < 2:
+        return None
+    rng = np.random.default_rng(seed)
+    counts = rng.multinomial(n_windows, np.full(n_windows, 1 / n_windows), size=resamples).astype(np.float64)
+    rows = max(_CHUNK // len(truth), 1)
+    sides = _scaled(truth), _scaled(simulated)
+    found = [MEASURES[name](*sides, counts[start : start + rows, window]) for start in range(0, resamples, rows)]
+    values = np.concatenate(found)
+    values = values[np.isfinite(values)]
+    if len(values) < resamples / 2:
+        return None
+    low, high = np.quantile(values, [(1 - COVERAGE) / 2, (1 + COVERAGE) / 2])
+    return float(low), float(high)
+
+
+def _scaled(values: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
+    """Divided by the largest size: squares of very large or small activations leave the range of float64."""
+    values = values.astype(np.float64)
+    return values / (np.abs(values).max(initial=0) or 1)
+
+
+def is_constant(values: Float[np.ndarray, " n"]) -> bool:
+    """Has it no variation to correlate with? True for fewer than two values."""
+    return len(values) < 2 or bool(np.all(values == values[0]))
+
+
+def active(truth: Float[np.ndarray, " n"]) -> Bool[np.ndarray, " n"]:
+    """The tokens of the highest activations, 1 % of them (with those equal to the last), and above 0."""
+    if not len(truth):
+        return np.zeros(0, dtype=bool)
+    last = -np.sort(-truth)[int(np.ceil(ACTIVE * len(truth))) - 1]
+    return (truth >= last) & (truth > 0)
+
+
+def predicted(simulated: Float[np.ndarray, " n"]) -> Bool[np.ndarray, " n"]:
+    """The tokens with at least half of the largest simulated activation, and above 0."""
+    return (simulated >= simulated.max(initial=0) / 2) & (simulated > 0)
+
+
+def _ratio(over: Float[np.ndarray, " b"], under: Float[np.ndarray, " b"]) -> Float[np.ndarray, " b"]:
+    return np.divide(over, under, out=np.full(len(over), np.nan), where=under > 0)
+
+
+def pearson(
+    truth: Float[np.ndarray, " n"], simulated: Float[np.ndarray, " n"], weights: Float[np.ndarray, "b n"]
+) -> Float[np.ndarray, " b"]:
+    """Pearson correlation over all tokens joined together; NaN for a constant side."""
+    x, y = truth - truth.mean(), simulated - simulated.mean()  # or the differences below would cancel
+    share = weights / weights.sum(1, keepdims=True)
+    mean_x, mean_y, xx, yy, xy = (share @ np.stack([x, y, x * x, y * y, x * y], 1)).T
+    return _correlation(xy - mean_x * mean_y, (xx, mean_x), (yy, mean_y))
+
+
+def _correlation(covariance: Float[np.ndarray, " b"], *sides: tuple[np.ndarray, np.ndarray]) -> Float[np.ndarray, " b"]:
+    """From the covariance and, of each side, the mean of its squares and its mean."""
+    variances = [square - mean**2 for square, mean in sides]
+    for variance, (square, _) in zip(variances, sides, strict=True):
+        variance[variance < np.maximum(1e-12 * square, 1e-20)] = 0  # what rounding leaves of a constant side
+    return np.clip(_ratio(covariance, np.sqrt(variances[0] * variances[1])), -1, 1)
+
+
+def spearman(
+    truth: Float[np.ndarray, " n"], simulated: Float[np.ndarray, " n"], weights: Float[np.ndarray, "b n"]
+) -> Float[np.ndarray, " b"]:
+    """Pearson correlation of the ranks, ties sharing their mean rank."""
+    share = weights / weights.sum(1, keepdims=True)
+    x, y = (_ranks(side, share) - 0.5 for side in (truth, simulated))  # the mean rank of all is 1/2
+    zero = np.zeros(len(weights))
+    return _correlation((share * x * y).sum(1), *(((share * side**2).sum(1), zero) for side in (x, y)))
+
+
+def _ranks(values: Float[np.ndarray, " n"], share: Float[np.ndarray, "b n"]) -> Float[np.ndarray, "b n"]:
+    """Mean rank of each value, as a fraction of all; `share` of the tokens adds up to 1."""
+    place, by_value = _by_value(values, share)
+    return (np.cumsum(by_value, 1) - by_value / 2)[:, place]
+
+
+def _by_value(
+    values: Float[np.ndarray, " n"], weights: Float[np.ndarray, "b n"]
+) -> tuple[Int[np.ndarray, " n"], Float[np.ndarray, "b v"]]:
+    """The place of each token among the different values, rising, and the weight of each of these."""
+    distinct, place = np.unique(values, return_inverse=True)
+    order = np.argsort(place, kind="stable")
+    starts = np.searchsorted(place[order], np.arange(len(distinct)))
+    return place, np.add.reduceat(weights[:, order], starts, axis=1)
+
+
+def cosine(
+    truth: Float[np.ndarray, " n"], simulated: Float[np.ndarray, " n"], weights: Float[np.ndarray, "b n"]
+) -> Float[np.ndarray, " b"]:
+    """Cosine of the angle between the two; unlike a correlation it knows where 0 is."""
+    return _ratio(weights @ (truth * simulated), np.sqrt((weights @ truth**2) * (weights @ simulated**2)))
+
+
+def auprc(
+    truth: Float[np.ndarray, " n"], simulated: Float[np.ndarray, " n"], weights: Float[np.ndarray, "b n"]
+) -> Float[np.ndarray, " b"]:
+    """Average precision with which the simulation finds the active tokens; tokens of equal value are found at once.
+
+    sum over the values v of the simulation, falling, of (recall at v - recall above v) x precision at v.
+    """
+    hits, found = _above(active(truth), simulated, weights)
+    positives = hits[:, -1]
+    gained = np.diff(hits, axis=1, prepend=0)
+    precision = np.divide(hits, found, out=np.zeros_like(hits), where=found > 0)
+    return _ratio((gained * precision).sum(1), positives)
+
+
+def _above(
+    labels: Bool[np.ndarray, " n"], values: Float[np.ndarray, " n"], weights: Float[np.ndarray, "b n"]
+) -> tuple[Float[np.ndarray, "b v"], Float[np.ndarray, "b v"]]:
+    """For each different value, falling: weight of the labelled tokens, and of all, that have it or a higher one."""
+    of_labels, of_all = (_by_value(values, part)[1][:, ::-1] for part in (weights * labels, weights))
+    return np.cumsum(of_labels, 1), np.cumsum(of_all, 1)
+
+
+def auroc(
+    truth: Float[np.ndarray, " n"], simulated: Float[np.ndarray, " n"], weights: Float[np.ndarray, "b n"]
+) -> Float[np.ndarray, " b"]:
+    """Chance that an active token has a higher simulated value than one that is not; ties count half."""
+    return _area(active(truth), simulated, weights)
+
+
+def _area(
+    labels: Bool[np.ndarray, " n"], values: Float[np.ndarray, " n"], weights: Float[np.ndarray, "b n"]
+) -> Float[np.ndarray, " b"]:
+    hits, others = (_by_value(values, weights * part)[1] for part in (labels, ~labels))
+    below = np.cumsum(others, 1) - others / 2
+    return _ratio((hits * below).sum(1), hits.sum(1) * others.sum(1))
+
+
+def _counts(
+    truth: Float[np.ndarray, " n"], simulated: Float[np.ndarray, " n"], weights: Float[np.ndarray, "b n"]
+) -> tuple[Float[np.ndarray, " b"], Float[np.ndarray, " b"], Float[np.ndarray, " b"]]:
+    """Weight of the tokens that are active and predicted, active, predicted."""
+    labels, guesses = active(truth), predicted(simulated)
+    return weights @ (labels & guesses), weights @ labels.astype(float), weights @ guesses.astype(float)
+
+
+def f1(
+    truth: Float[np.ndarray, " n"], simulated: Float[np.ndarray, " n"], weights: Float[np.ndarray, "b n"]
+) -> Float[np.ndarray, " b"]:
+    """Harmonic mean of precision and recall of predicted against active tokens; NaN without an active token."""
+    both, labels, guesses = _counts(truth, simulated, weights)
+    return np.where(labels > 0, _ratio(2 * both, labels + guesses), np.nan)
+
+
+def iou(
+    truth: Float[np.ndarray, " n"], simulated: Float[np.ndarray, " n"], weights: Float[np.ndarray, "b n"]
+) -> Float[np.ndarray, " b"]:
+    """Tokens both active and predicted, as a fraction of those that are either; NaN without an active token."""
+    both, labels, guesses = _counts(truth, simulated, weights)
+    return np.where(labels > 0, _ratio(both, labels + guesses - both), np.nan)
+
+
+def accuracy(
+    truth: Float[np.ndarray, " n"], simulated: Float[np.ndarray, " n"], weights: Float[np.ndarray, "b n"]
+) -> Float[np.ndarray, " b"]:
+    """Balanced: the mean of the fractions of active and of other tokens that are predicted right."""
+    labels, guesses = active(truth), predicted(simulated)
+    both, positives = weights @ (labels & guesses), weights @ labels.astype(float)
+    neither, negatives = weights @ (~labels & ~guesses), weights @ (~labels).astype(float)
+    return (_ratio(both, positives) + _ratio(neither, negatives)) / 2
+
+
+MEASURES: dict[str, Measure] = {
+    "pearson": pearson,
+    "spearman": spearman,
+    "cosine": cosine,
+    "auprc": auprc,
+    "f1": f1,
+    "iou": iou,
+    "auroc": auroc,
+    "accuracy": accuracy,
+}
+
+
+def judged(name: str, labels: Bool[np.ndarray, " n"], probabilities: Float[np.ndarray, " n"]) -> float | None:
+    """`accuracy` (balanced, yes from a probability of 1/2 on) or `auroc` of yes-or-no answers about windows of text."""
+    if labels.all() or not labels.any():
+        return None
+    if name == "auroc":
+        return float(_area(labels, probabilities, np.ones((1, len(labels))))[0])
+    right = (probabilities >= 0.5) == labels
+    return float((right[labels].mean() + right[~labels].mean()) / 2)

@@ -1,0 +1,64 @@
+"""Numbers and tokens as a reader sees them."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from cratescope.neurons.records import Histogram
+
+_BARS = " ▁▂▃▄▅▆▇█"
+
+
+def finite(value: float | None) -> float | None:
+    """`value`, or None where there is no number."""
+    return value if value is not None and math.isfinite(value) else None
+
+
+def number(value: float | None, digits: int = 1, scale: float = 100, sign: bool = False) -> str:
+    """`value` times `scale` for a reader, with a true minus sign; a dash where there is no number."""
+    shown = finite(value)
+    if shown is None:
+        return "–"
+    text = f"{shown * scale:{'+' if sign else ''},.{digits}f}"
+    return text.replace("-", "−")
+
+
+def percent(fraction: float | None) -> str:
+    """A fraction for a reader, with more digits when it is small."""
+    small = finite(fraction) is not None and 0 < (fraction or 0) < 0.01
+    return f"{number(fraction, 3 if small else 1)} %"
+
+
+def count(value: float) -> str:
+    """A large number for a reader: 1.84M."""
+    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:.3g}{letter}"
+    return f"{value:g}"
+
+
+# Control characters would break the page or not be seen: show their pictures.
+_VISIBLE: dict[int, int | str] = {code: 0x2400 + code for code in range(32)}
+_VISIBLE |= {0x7F: 0x2421, ord("\n"): "↵", ord("\t"): "⇥", ord("\r"): "␍"}
+
+
+def visible(token: str) -> str:
+    """`token` with its line breaks, tabs and control characters shown, and as dots when it is only spaces."""
+    return token.translate(_VISIBLE) if token.strip(" ") else "·" * len(token) or "∅"
+
+
+def sparkline(histogram: Histogram, maximum: float, bins: int) -> str:
+    """Bars for `bins` equal intervals from the lowest edge to `maximum`, by the logarithm of their tokens.
+
+    A bin of the histogram that spans several intervals is spread over them evenly.
+    """
+    ends = np.stack([histogram.low, histogram.high], 1).reshape(-1)
+    ends = np.minimum(np.nan_to_num(ends), maximum)  # far outside of half precision bins are endless
+    total = np.cumsum(histogram.count)
+    below = np.stack([total - histogram.count, total], 1).reshape(-1)
+    at_edges = np.interp(np.linspace(ends[0], maximum, bins + 1), ends, below)
+    at_edges[0] = 0
+    heights = np.log1p(np.diff(at_edges))
+    return "".join(_BARS[step] for step in np.ceil(heights / heights.max() * (len(_BARS) - 1)).astype(int))

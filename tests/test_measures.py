@@ -1,0 +1,160 @@
+"""Every measure against its definition, its weighted form against repeated tokens, and its bootstrap."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from cratescope.neurons.measures import MEASURES, active, bootstrap, is_constant, judged, measure, predicted
+
+seeds = st.integers(0, 10_000)
+
+
+def sides(seed: int, n: int, steps: int = 5) -> tuple[np.ndarray, np.ndarray]:
+    """Truth and simulation with many ties and many zeros, as a ReLU and a digit scale have."""
+    rng = np.random.default_rng(seed)
+    truth = np.maximum(np.round(rng.normal(size=n) * steps), 0)
+    return truth, np.maximum(np.round(truth / 2 + rng.normal(size=n) * steps), 0)
+
+
+@settings(deadline=None, max_examples=30)
+@given(seeds, st.integers(3, 200), st.floats(1e-3, 1e3))
+def test_correlations_equal_numpys_and_scipys(seed: int, n: int, scale: float) -> None:
+    rng = np.random.default_rng(seed)
+    a, b = rng.normal(size=n), rng.normal(size=n) * scale + rng.normal()
+    assert measure("pearson", a, b) == pytest.approx(np.corrcoef(a, b)[0, 1], abs=1e-12)
+    a, b = sides(seed, n)
+    assume(not is_constant(a) and not is_constant(b))
+    assert measure("spearman", a, b) == pytest.approx(stats.spearmanr(a, b).statistic, abs=1e-12)
+
+
+@settings(deadline=None, max_examples=30)
+@given(seeds, st.floats(1e-3, 1e3), st.floats(-100, 100))
+def test_pearson_does_not_mind_scale_and_offset(seed: int, scale: float, offset: float) -> None:
+    rng = np.random.default_rng(seed)
+    a, b = rng.normal(size=50), rng.normal(size=50)
+    value = measure("pearson", a, b)
+    assert value is not None
+    assert measure("pearson", a, scale * b + offset) == pytest.approx(value, abs=1e-8)
+    assert measure("pearson", a, -b) == pytest.approx(-value, abs=1e-12)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.lists(st.floats(-1e300, 1e300), min_size=2, max_size=20))
+def test_pearson_of_a_side_with_itself_is_one_at_any_size(values: list[float]) -> None:
+    side = np.array(values)
+    assume(np.ptp(side / 1e300) > 1e-6)
+    assert measure("pearson", side, side) == pytest.approx(1.0, abs=1e-9)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, -3.5, 1e-30])
+def test_a_constant_side_has_no_correlation(value: float) -> None:
+    varied, constant = np.linspace(0, 1, 7), np.full(7, value)
+    for name in ("pearson", "spearman"):
+        assert measure(name, varied, constant) is None
+        assert measure(name, constant, varied) is None
+    assert is_constant(constant) and not is_constant(varied)
+    assert is_constant(np.zeros(0)) and is_constant(np.ones(1))
+
+
+def test_pearson_of_float32_activations_is_computed_in_float64() -> None:
+    rng = np.random.default_rng(1)
+    a = (1000 + rng.normal(size=5000) * 1e-2).astype(np.float32)
+    b = rng.normal(size=5000)
+    assert measure("pearson", a, b) == pytest.approx(np.corrcoef(a.astype(np.float64), b)[0, 1], abs=1e-9)
+
+
+def average_precision(labels: np.ndarray, values: np.ndarray) -> float:
+    """By the definition: thresholds one by one, from the highest value down."""
+    total, recall = 0.0, 0.0
+    for threshold in sorted(set(values), reverse=True):
+        found = values >= threshold
+        precision, now = labels[found].mean(), labels[found].sum() / labels.sum()
+        total, recall = total + (now - recall) * precision, now
+    return total
+
+
+@settings(deadline=None, max_examples=40)
+@given(seeds, st.integers(2, 120))
+def test_the_other_measures_equal_their_definitions(seed: int, n: int) -> None:
+    truth, simulated = sides(seed, n)
+    labels, guesses = active(truth), predicted(simulated)
+    value = {name: measure(name, truth, simulated) for name in MEASURES}
+    if not labels.any():
+        assert {value[name] for name in ("auprc", "f1", "iou", "auroc")} == {None}
+        return
+    both, either = (labels & guesses).sum(), (labels | guesses).sum()
+    assert value["iou"] == pytest.approx(both / either)
+    assert value["f1"] == pytest.approx(2 * both / (labels.sum() + guesses.sum()))
+    assert value["auprc"] == pytest.approx(average_precision(labels, simulated))
+    if truth.any() and simulated.any():
+        assert value["cosine"] == pytest.approx(truth @ simulated / math.sqrt(truth @ truth * (simulated @ simulated)))
+    if not labels.all():
+        pairs = np.sign(simulated[labels][:, None] - simulated[~labels][None])
+        assert value["auroc"] == pytest.approx(((pairs + 1) / 2).mean())
+        assert value["accuracy"] == pytest.approx((guesses[labels].mean() + (~guesses[~labels]).mean()) / 2)
+        assert judged("auroc", labels, simulated) == pytest.approx(value["auroc"])
+
+
+@settings(deadline=None, max_examples=30)
+@given(seeds, st.sampled_from(["pearson", "spearman", "cosine"]))
+def test_weighting_tokens_is_repeating_them(seed: int, name: str) -> None:
+    truth, simulated = sides(seed, 30)
+    weights = np.random.default_rng(seed).integers(0, 3, size=(4, 30)).astype(float)
+    found = MEASURES[name](truth / 40, simulated / 40, weights)
+    for row, value in zip(weights.astype(int), found, strict=True):
+        plain = measure(name, np.repeat(truth, row), np.repeat(simulated, row))
+        assert math.isnan(value) if plain is None else value == pytest.approx(plain, abs=1e-9)
+
+
+@settings(deadline=None, max_examples=20)
+@given(seeds, st.sampled_from(sorted(MEASURES)))
+def test_a_weight_of_two_is_the_token_twice_for_every_measure(seed: int, name: str) -> None:
+    """All tokens alike, so that what counts as active stays the same."""
+    truth, simulated = sides(seed, 40)
+    once, twice = (MEASURES[name](truth / 40, simulated / 40, np.full((1, 40), weight)) for weight in (1.0, 2.0))
+    np.testing.assert_allclose(once, twice)
+
+
+def test_one_percent_of_the_tokens_is_active_and_no_silent_one() -> None:
+    truth = np.arange(1000.0)
+    assert active(truth).sum() == 10 and active(truth)[-10:].all()
+    assert not active(np.zeros(100)).any() and not active(np.zeros(0)).any()
+    assert active(np.array([0.0, 0.0, 3.0])).tolist() == [False, False, True]
+    assert active(np.array([2.0, 0.0, 2.0])).tolist() == [True, False, True]
+    assert predicted(np.array([0.0, 1.0, 2.0, 0.9])).tolist() == [False, True, True, False]
+    assert not predicted(np.zeros(3)).any()
+
+
+def test_the_interval_is_that_of_redrawn_windows_and_of_the_seed() -> None:
+    rng = np.random.default_rng(0)
+    truth = rng.normal(size=(12, 8))
+    simulated = truth + rng.normal(size=(12, 8)) * rng.uniform(0, 4, size=(12, 1))
+    number = np.repeat(np.arange(12), 8)
+    found = bootstrap("pearson", truth.ravel(), simulated.ravel(), number, (1, 2))
+    assert found == bootstrap("pearson", truth.ravel(), simulated.ravel(), number, (1, 2))
+    assert found != bootstrap("pearson", truth.ravel(), simulated.ravel(), number, (1, 3))
+    plain = []
+    for _ in range(1000):
+        drawn = rng.integers(0, 12, 12)
+        plain.append(np.corrcoef(truth[drawn].ravel(), simulated[drawn].ravel())[0, 1])
+    assert found == pytest.approx(np.quantile(plain, [0.025, 0.975]), abs=0.04)
+    assert bootstrap("pearson", truth[0], simulated[0], np.zeros(8, dtype=int), (1,)) is None
+
+
+def test_a_neuron_active_in_one_window_of_many_still_has_an_interval() -> None:
+    truth, number = np.zeros(80), np.repeat(np.arange(10), 8)
+    truth[3] = 1.0
+    low, high = bootstrap("pearson", truth, truth, number, (0,))
+    assert (low, high) == pytest.approx((1.0, 1.0))
+
+
+def test_judgements_of_one_kind_have_no_score() -> None:
+    yes = np.array([True, True])
+    assert judged("accuracy", yes, np.array([0.2, 0.7])) is None
+    assert judged("accuracy", np.array([True, False, False]), np.array([0.5, 0.1, 0.9])) == pytest.approx(0.75)

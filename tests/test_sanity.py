@@ -1,0 +1,86 @@
+"""The missing-label and extra-label tests: which measures pass them follows from their definitions."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cratescope.neurons.protocols import PROTOCOLS
+from cratescope.neurons.records import ActivationRecord, Histogram, Moments, NeuronId, NeuronRecord
+from cratescope.neurons.sanity import SYNTHETIC_ACTIVE, Case, Verdict, on_records, on_synthetic, verdict
+
+DOCS = Path(__file__).parent.parent / "docs" / "evaluation.md"
+
+
+@pytest.fixture(scope="module")
+def synthetic() -> list[Verdict]:
+    return on_synthetic()
+
+
+def passing(found: list[Verdict], sample: str) -> set[str]:
+    """Measures that pass at every rate."""
+    rows = [item for item in found if item.sample.startswith(sample)]
+    return {item.measure for item in rows} - {item.measure for item in rows if not item.passes}
+
+
+def test_on_uniform_text_the_measures_of_the_source_pass(synthetic: list[Verdict]) -> None:
+    assert passing(synthetic, "uniform") >= {"pearson", "cosine", "auprc", "f1", "iou"}
+    assert not passing(synthetic, "uniform") & {"auroc", "accuracy"}
+
+
+def test_nothing_passes_on_chosen_windows_when_activity_is_rare(synthetic: list[Verdict]) -> None:
+    assert passing(synthetic, "top-and-random") == set()
+    rare = [item for item in synthetic if item.sample.startswith("top-and-random, 0.1%")]
+    assert all(item.missing > 0.9 and item.extra < 0.9 for item in rare), "too broad an explanation is not noticed"
+
+
+def test_the_table_of_the_docs_is_what_is_computed(synthetic: list[Verdict]) -> None:
+    table = re.search(r"<!-- sanity -->\n(.*?)\n\n", DOCS.read_text(encoding="utf-8"), re.DOTALL)
+    assert table
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table[1].splitlines()]
+    rates = [f"{rate:.1%}" for rate in SYNTHETIC_ACTIVE]
+    shown = {(sample, rows[0][2 + n], row[1]): row[2 + n] for row in rows[2:] for sample in [row[0]] for n in range(3)}
+    wanted = {
+        (sample, f"{rate} active", item.measure): f"{item.missing:.0%} / {item.extra:.0%}"
+        for item in synthetic
+        for sample, rate in [item.sample.removesuffix(" active").split(", ")]
+        if rate in rates
+    }
+    assert shown == wanted
+
+
+def test_spoiling_halves_and_doubles_the_labels_of_the_text() -> None:
+    labels = np.random.default_rng(0).random(100_000) < 0.1
+    case, rng = Case(labels.astype(float), labels, 0.1), np.random.default_rng(1)
+    missing, extra = case.missing(rng), case.extra(rng)
+    assert missing.sum() == pytest.approx(labels.sum() / 2, rel=0.05) and not (missing & ~labels).any()
+    assert extra.sum() == pytest.approx(labels.sum() * 2, rel=0.05) and (extra | ~labels).all()
+
+
+def test_a_measure_that_does_not_look_fails() -> None:
+    labels = np.arange(1000) < 50
+    found = verdict("x", "accuracy", [Case(labels.astype(float), labels, 0.0005)] * 20)
+    assert found.missing == 1.0 and found.extra < 0.9 and not found.passes
+    assert not verdict("x", "accuracy", []).passes
+
+
+def test_real_neurons_are_tested_on_the_windows_of_each_protocol() -> None:
+    """A neuron with lexical activity of graded strength: 1 % of all tokens are what a right explanation names."""
+    rng = np.random.default_rng(0)
+    tokens = 64
+    activations = np.where(rng.random((60, tokens)) < 0.05, rng.random((60, tokens)), 0).astype(np.float32)
+    windows = [ActivationRecord(np.arange(tokens), row, place, 0, 32) for place, row in enumerate(activations)]
+    edges = np.append(0, np.quantile(activations[activations > 0], np.linspace(0, 0.999, 40)))
+    count = np.histogram(activations, np.append(edges, 2.0))[0]
+    histogram = Histogram(edges, np.append(edges[1:], 2.0), count)
+    record = NeuronRecord(
+        NeuronId("m", "mlp", 0, 0), tuple(windows[:10]), tuple(windows[10:]), Moments(9, 0, 1, 0, 0, 1), 0.05,
+        histogram=histogram,
+    )  # fmt: skip
+    found = {(item.sample, item.measure): item for item in on_records([PROTOCOLS["uniform"]], [record] * 8)}
+    assert found["uniform", "f1"].passes and found["uniform", "pearson"].passes
+    assert {item.n_neurons for item in found.values()} == {8}
+    assert on_records([PROTOCOLS["uniform"]], [])[0].n_neurons == 0
