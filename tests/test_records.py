@@ -14,7 +14,6 @@ from cratescope.neurons.records import (
     Moments,
     NeuronId,
     NeuronRecord,
-    Protocol,
     Score,
     Simulation,
     Stratum,
@@ -46,7 +45,7 @@ def test_records_come_back_as_they_were_written(tmp_path):
     back = read_records(path)
     assert list(back) == [3, 1]
     assert back[3].neuron == NeuronId("m", "codes", 0, 3) and back[3].moments == neuron(3).moments
-    assert [r.key for r in back[3].random] == [(1, 0), (2, 7)]
+    assert [r.key for r in back[3].random] == [(1, 0, 4), (2, 7, 4)]
     assert np.array_equal(back[3].top[0].tokens, np.arange(4))
     assert np.array_equal(back[3].top[0].activations, np.linspace(0, 1, 4, dtype=np.float32))
     assert back[1].dead and not back[3].dead
@@ -62,7 +61,7 @@ def test_strata_histogram_and_token_means_come_back_as_they_were_written(tmp_pat
     write_records(tmp_path / "layer-00.parquet", [full, neuron(1)])
     back = read_records(tmp_path / "layer-00.parquet")
     assert [(s.low, s.high, len(s.windows)) for s in back[0].by_quantile] == [(0.0, 0.5, 1), (0.5, 1.5, 0)]
-    assert [w.key for w in back[0].by_level[0].windows] == [(1, 0), (2, 0)] and back[0].by_rank == ()
+    assert [w.key for w in back[0].by_level[0].windows] == [(1, 0, 2), (2, 0, 2)] and back[0].by_rank == ()
     assert back[0].histogram.count.tolist() == [3, 97] and back[0].histogram.low.tolist() == [-0.5, 0.0]
     assert back[0].top_tokens == tokens and back[0].bottom_tokens == ()
     assert back[1].by_quantile == () and back[1].histogram is None
@@ -100,20 +99,16 @@ def test_a_damaged_records_file_is_named(tmp_path):
 
 def test_explanations_simulations_and_scores_come_back_by_neuron(tmp_path):
     ids = [NeuronId("m", "codes", layer, index) for layer, index in ((1, 4), (0, 10), (0, 2))]
+    texts, expected = {"none": "a", "empty": "b"}, {"none": ((0.5, 1.0),), "empty": ((0.0, 0.0),)}
     for one in ids:
         write_explanation(tmp_path / "e", Explanation(one, f"text {one.index}", "llm", "p"))
-        write_simulation(tmp_path / "s", Simulation(one, "sim", "a", "b", ((0, 3),), ((0.5, 1.0),), ((0.0, 0.0),)))
+        write_simulation(tmp_path / "s", Simulation(one, "sim", texts, ((0, 3, 2),), expected))
     assert list(read_explanations(tmp_path / "e")) == sorted(ids)
-    assert read_simulations(tmp_path / "s")[ids[0]].expected == ((0.5, 1.0),)
-    scores = [Score(one, "random-only", "none", None if one.index == 2 else 0.5, 8) for one in ids]
+    assert read_simulations(tmp_path / "s")[ids[0]].expected == expected
+    scores = [Score(one, "random-only", "none", "pearson", None if one.index == 2 else 0.5, 8) for one in ids]
     write_scores(tmp_path / "scores.jsonl", scores)
     assert read_scores(tmp_path / "scores.jsonl") == sorted(scores, key=lambda score: score.neuron)
     assert "NaN" not in (tmp_path / "scores.jsonl").read_text()
-
-
-def test_a_protocol_cannot_explain_and_score_with_one_record():
-    with pytest.raises(ValueError, match="would both explain and score"):
-        Protocol("bad", explain_top=(0, 1), score_top=(1, 2), score_random=())
 
 
 def test_windows_overlap_only_when_they_share_a_token():

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from cratescope.config import CollectConfig
 from cratescope.neurons import strata, streaming
 from cratescope.neurons.merge import LEAST_COUNT, TOKENS_LISTED, Totals, columns
-from cratescope.neurons.records import PROTOCOLS, read_records, write_table
+from cratescope.neurons.protocols import PROTOCOLS
+from cratescope.neurons.records import read_records, write_table
 from cratescope.neurons.strata import FRACTION, LATER, Pilot, bin_edges, bins_of, cutoffs, draw
 from cratescope.neurons.streaming import LayerStatistics, Plan, Pool
 from cratescope.run import UserError
@@ -285,9 +286,13 @@ def test_random_windows_are_uniform_over_the_text(folder):
 @given(seed=st.integers(0, 10_000), protocol=st.sampled_from(sorted(PROTOCOLS)))
 def test_no_token_both_explains_and_scores_a_neuron(folder, seed, protocol):
     activations = np.random.default_rng(seed).random((30, 16, 2), dtype=np.float32)
-    record = records_of(activations, configuration(30, top=12, strata=False), folder)[0]
-    explain = {(w.excerpt, w.start + i) for w in PROTOCOLS[protocol].explain_records(record) for i in range(8)}
-    scoring = {(w.excerpt, w.start + i) for w in PROTOCOLS[protocol].score_records(record) for i in range(8)}
+    record = records_of(activations, configuration(30, top=12), folder)[0]
+    explain = {
+        (w.excerpt, w.start + i) for w in PROTOCOLS[protocol].explain_records(record) for i in range(len(w.tokens))
+    }
+    scoring = {
+        (w.excerpt, w.start + i) for w in PROTOCOLS[protocol].score_records(record) for i in range(len(w.tokens))
+    }
     assert explain and scoring and not explain & scoring
 
 
