@@ -11,7 +11,7 @@ PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 .PHONY: demo test slow bench bench-quality check lint help
 
 help: ## this list
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("cratescope needs Python 3.11 or newer; name one with make PYTHON=...")'
@@ -30,8 +30,8 @@ demo: $(VENV)/installed ## train CRATE and GPT-2, explain and score their neuron
 test: $(VENV)/installed-dev ## the tests
 	$(BIN)/python -m pytest
 
-slow: $(VENV)/installed-dev ## the slow tests: lm-eval on our models
-	$(PIP) -c constraints.txt -e '.[eval]'
+slow: $(VENV)/installed-dev ## the slow tests: lm-eval on our models, Ray
+	$(PIP) -c constraints.txt -e '.[eval,ray]'
 	$(BIN)/python -m pytest -m slow
 
 bench: $(VENV)/installed ## speed and memory, side by side: training, collecting, scoring, preparing (about an hour)
