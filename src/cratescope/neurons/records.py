@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cratescope.run import UserError, atomic_path, read_json, write_json
+from cratescope.run import UserError, atomic_path, read_json, write_json, write_text
 
 
 @dataclass(frozen=True, order=True)
@@ -446,7 +446,9 @@ def read_explanations(folder: Path) -> dict[NeuronId, Explanation]:
 
 
 def write_simulation(folder: Path, simulation: Simulation) -> None:
-    write_json(neuron_file(folder, simulation.neuron), dataclasses.asdict(simulation))
+    # Many numbers: asdict would copy them one by one, and indented JSON is not written by the C encoder.
+    row = vars(simulation) | {"neuron": vars(simulation.neuron)}
+    write_text(neuron_file(folder, simulation.neuron), json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def read_simulation(path: Path) -> Simulation:

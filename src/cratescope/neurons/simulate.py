@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from rich.progress import track
 
 from cratescope.config import SimulateConfig
@@ -66,6 +66,8 @@ class ListPMI:
         self._prefix = llm.encode(prompts.list_prefix())
         self._bullet = llm.encode(prompts.BULLET)
         self._known: dict[str, list[int]] = {}
+        # The texts of one neuron are asked for on the same windows, one after the other.
+        self._spelled: tuple[list[bytes], list[tuple[np.ndarray, np.ndarray]]] = ([], [])
         self._texts: list[str] = []
         self._tables: dict[str, Float[np.ndarray, " vocab"]] = {}
         self._generic = self._list_logprobs(prompts.GENERIC_EXPLANATIONS).mean(0)
@@ -80,17 +82,25 @@ class ListPMI:
             chunk = self._texts[start : start + self._batch]
             values = np.maximum(self._list_logprobs(chunk) - self._generic - THRESHOLD, 0)
             self._tables |= dict(zip(chunk, np.pad(values, ((0, 0), (0, 1))), strict=True))
+        if self._spelled[0] != (windows := _tokens(records)):
+            self._spelled = windows, [self._columns(record) for record in records]
         table = self._tables[text]
-        return [np.array([table[columns].max() for columns in self._columns(record)]) for record in records]
+        return [np.maximum.reduceat(table[columns], starts) for columns, starts in self._spelled[1]]
 
-    def _columns(self, record: ActivationRecord) -> Iterator[list[int]]:
-        """The LLM tokens each token of a window may stand for; the last column, of zeros, for what is no text."""
+    def _columns(self, record: ActivationRecord) -> tuple[Int[np.ndarray, " m"], Int[np.ndarray, " w"]]:
+        """The LLM tokens that the tokens of a window may stand for, end to end, and where those of each token start.
+
+        What is no text stands for the last column, of zeros.
+        """
         tokens = [self._vocabulary[token] for token in record.tokens.tolist()]
-        for place in range(len(tokens)):
-            word = prompts.whole_word(tokens, place)
-            if word not in self._known:
-                self._known[word] = [self._llm.encode(item)[0] for item in prompts.list_items(word)] or [-1]
-            yield self._known[word]
+        found = [self._items(prompts.whole_word(tokens, place)) for place in range(len(tokens))]
+        starts = np.cumsum([0, *map(len, found[:-1])])
+        return np.array([column for columns in found for column in columns]), starts
+
+    def _items(self, word: str) -> list[int]:
+        if word not in self._known:
+            self._known[word] = [self._llm.encode(item)[0] for item in prompts.list_items(word)] or [-1]
+        return self._known[word]
 
     def _list_logprobs(self, texts: Sequence[str]) -> Float[np.ndarray, "n vocab"]:
         """log of SMALLEST + the mean over list items of P(token is the next item)."""
@@ -105,6 +115,11 @@ class ListPMI:
         return np.logaddexp(mean, np.log(SMALLEST))
 
 
+def _tokens(records: Sequence[ActivationRecord]) -> list[bytes]:
+    """Tells windows apart by their text: those of two neurons that were imported may have the same key."""
+    return [record.tokens.tobytes() for record in records]
+
+
 class ListInContext:
     """list-pmi, weighted by where a word stands: how much likelier the explanation makes it behind the words before it.
 
@@ -116,16 +131,15 @@ class ListInContext:
         self._llm, self._batch, self._vocabulary = llm, batch, vocabulary
         self._words = ListPMI(llm, vocabulary, batch)
         self._prefix = llm.encode(prompts.context_prefix())
-        self._silent: tuple[object, list[Float[np.ndarray, " w"]]] = (None, [])
+        self._silent: tuple[list[bytes], list[Float[np.ndarray, " w"]]] = ([], [])
 
     def plan(self, texts: Sequence[str]) -> None:
         self._words.plan(texts)
 
     def __call__(self, text: str, records: Sequence[ActivationRecord]) -> list[Float[np.ndarray, " w"]]:
         words = self._words(text, records)
-        keys = [record.key for record in records]
-        if self._silent[0] != keys:
-            self._silent = keys, self._logprobs(prompts.EMPTY_EXPLANATION, records)
+        if self._silent[0] != (windows := _tokens(records)):
+            self._silent = windows, self._logprobs(prompts.EMPTY_EXPLANATION, records)
         told = self._logprobs(text, records)
         return [
             value * np.exp(np.clip(new - old, -1, 1))
