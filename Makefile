@@ -24,7 +24,7 @@ $(VENV)/installed-dev: $(VENV)/installed
 	$(PIP) -c constraints.txt -e '.[dev,hub]'
 	touch $@
 
-demo: $(VENV)/installed ## train CRATE and GPT-2, explain and score their neurons, write a report (about 15 minutes)
+demo: $(VENV)/installed ## train CRATE and GPT-2, explain and score their neurons, write a report (about 20 minutes)
 	$(BIN)/cratescope study studies/demo.toml --out $(OUT)
 
 test: $(VENV)/installed-dev ## the tests
