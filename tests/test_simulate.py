@@ -399,3 +399,20 @@ def test_quirks_are_not_mixed_with_the_right_reading(run: Run) -> None:
     simulate(config_for(run, "all-at-once", neurons=1), knowing())
     with pytest.raises(UserError, match="reference_quirks"):
         simulate(config_for(run, "all-at-once", neurons=1, reference_quirks=True), knowing())
+
+
+@pytest.mark.parametrize("kind", [ListPMI, ListInContext])
+def test_windows_of_two_imported_neurons_with_the_same_place_are_not_taken_for_one_another(kind: type) -> None:
+    vocabulary = [" dog", " cat"]
+
+    def simulator() -> ListPMI | ListInContext:
+        made = kind(ScriptedLLM(first_word, lambda _, token: 9.0 * (token == " dog")), vocabulary, 2)
+        made.plan(["dogs", prompts.EMPTY_EXPLANATION])
+        return made
+
+    windows = [ActivationRecord(np.array(ids), np.zeros(2, dtype=np.float32), 0, 0, 0) for ids in ([0, 1], [1, 0])]
+    used = simulator()
+    one_after_the_other = [used("dogs", [window])[0] for window in windows]
+    alone = [simulator()("dogs", [window])[0] for window in windows]
+    assert np.array_equal(one_after_the_other, alone)
+    assert not np.array_equal(*alone)
