@@ -406,7 +406,9 @@ def test_windows_of_two_imported_neurons_with_the_same_place_are_not_taken_for_o
     vocabulary = [" dog", " cat"]
 
     def simulator() -> ListPMI | ListInContext:
-        made = kind(ScriptedLLM(first_word, lambda _, token: 9.0 * (token == " dog")), vocabulary, 2)
+        llm = ScriptedLLM(logit=lambda prompt, token: 9.0 * ("dogs\nWords:" in prompt and token == " dog"))
+        llm.encode("".join(vocabulary))
+        made = kind(llm, vocabulary, 2)
         made.plan(["dogs", prompts.EMPTY_EXPLANATION])
         return made
 
