@@ -34,13 +34,13 @@ slow: $(VENV)/installed-dev ## the slow tests: lm-eval on our models, Ray
 	$(PIP) -c constraints.txt -e '.[eval,ray]'
 	$(BIN)/python -m pytest -m slow
 
-bench: $(VENV)/installed ## speed and memory, side by side: training, collecting, scoring, preparing (about an hour)
+bench: $(VENV)/installed ## speed and memory, side by side: training, collecting, scoring, preparing
 	$(BIN)/python benchmarks/train.py
 	$(BIN)/python benchmarks/collect.py
 	$(BIN)/python benchmarks/score.py
 	$(BIN)/python benchmarks/prepare.py
 
-bench-quality: $(VENV)/installed ## planted neurons: how well simulators, judges and the explainer do (about an hour)
+bench-quality: $(VENV)/installed ## planted neurons: how well simulators, judges and the explainer do
 	$(BIN)/cratescope prepare offline --out $(OUT)/data --tokenizer bpe:4096 --max-megabytes 16 --validation 0.04 --heldout 0.12
 	$(BIN)/python benchmarks/quality.py --data $(OUT)/data --out $(OUT)/quality
 
