@@ -222,7 +222,7 @@ class CollectConfig(_Positive):
     """Also write every non-zero activation with its position."""
     batch_size: int = 8
     """Excerpts in one forward pass."""
-    part: int = 256
+    part: int = 512
     """Excerpts in one part; a kill loses at most one part of work."""
     worker: str = "auto"
     """i/n: do every n-th part from the i-th on, i from 0; auto reads torchrun's RANK and WORLD_SIZE."""

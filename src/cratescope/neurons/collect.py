@@ -174,12 +174,13 @@ class Pass:
 
     def _shards(self, layer: int) -> Iterator[dict[str, Tensor]]:
         for part in range(self.n_parts):
-            shard = load_tensors(self._part(layer, part))
-            if shard is None:
-                raise UserError(
-                    f"{self._part(layer, part)}: damaged; run the same command again, it reads that part anew"
-                )
-            yield shard
+            yield self._shard(self._part(layer, part))
+
+    def _shard(self, path: Path) -> dict[str, Tensor]:
+        shard = load_tensors(path)
+        if shard is None:
+            raise UserError(f"{path}: damaged; run the same command again, it reads that part anew")
+        return shard
 
     def _pilots(self) -> dict[int, Pilot]:
         """A few excerpts spread over the text, read one by one so that the batch size changes nothing."""

@@ -27,7 +27,7 @@ from cratescope.neurons.strata import (
     draw,
     quantile_places,
 )
-from cratescope.neurons.streaming import SUMS, Plan, Pool, new_pools
+from cratescope.neurons.streaming import SUMS, Plan, Pool, count_tokens, new_pools
 
 TOKENS_LISTED = 10
 LEAST_COUNT = 5
@@ -83,8 +83,10 @@ class Totals:
         pools = new_pools(plan)
         for shard in shards:
             for name in SUMS:
-                value = shard[name].double() if name == "token_sums" else shard[name]
-                sums[name] = sums[name] + value if name in sums else value
+                if name in sums:
+                    sums[name] += shard[name]
+                else:
+                    sums[name] = shard[name].double() if name == "token_sums" else shard[name]
             maximum = torch.maximum(maximum, shard["maximum"])
             random[shard["random.slot"]] = shard["random.activations"]
             for number, pool in enumerate(pools):
@@ -92,19 +94,21 @@ class Totals:
                 windows = {name.removeprefix(prefix): x for name, x in shard.items() if name.startswith(prefix)}
                 if windows:
                     pool.offer(windows)
+            del shard, windows  # before the next one comes
         return cls(sums, maximum, random.view(*plan.draws.shape, plan.window), pools)
 
 
 def columns(plan: Plan, totals: Totals, excerpts: Integer[np.ndarray, "n t"], labels: dict[str, Any]) -> dict[str, Any]:
     """The columns of `records.SCHEMA`; `labels` are model, site and layer, `excerpts` the tokens that were read."""
     h, n_tokens = plan.n_neurons, int(totals.sums["n_tokens"])
-    active = totals.sums["active"].numpy()
+    sums = totals.sums["sums"].numpy()
+    active = sums[0]
     top = _pooled(totals.pools[0], 1)
     random = _random_windows(plan, totals, top)
     return {
         **{name: [value] * h for name, value in labels.items()},
         **{"index": np.arange(h), "n_tokens": np.full(h, n_tokens), "maximum": totals.maximum.double().numpy()},
-        **_moments(plan, n_tokens, totals.sums["sums"].numpy()),
+        **_moments(plan, n_tokens, sums[1:]),
         **{"density": active / n_tokens, "dead": active == 0},
         **{name: w.column(plan, excerpts, w.neuron, h) for name, w in (("top", top), ("random", random))},
         **_strata_columns(plan, totals, excerpts, top, random),
@@ -290,7 +294,7 @@ def _histograms(plan: Plan, totals: Totals) -> pa.ListArray:
 
 def _token_columns(plan: Plan, totals: Totals, excerpts: Integer[np.ndarray, "n t"]) -> dict[str, pa.ListArray]:
     """The token ids of the highest and of the lowest mean."""
-    counts = np.bincount(excerpts.reshape(-1))
+    counts = count_tokens(excerpts)
     slots = plan.slots.numpy()
     token = np.flatnonzero((slots < plan.n_slots) & (counts >= LEAST_COUNT))
     means = totals.sums["token_sums"].numpy()[slots[token]].T / counts[token]

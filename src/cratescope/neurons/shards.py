@@ -8,7 +8,7 @@ import zlib
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import save_file
 from torch import Tensor
 
 from cratescope.run import atomic_path
@@ -18,7 +18,7 @@ def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """Write `path` atomically."""
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     with atomic_path(path) as temporary:
-        temporary.write_bytes(save(tensors, {"crc32": _checksum(tensors)}))
+        save_file(tensors, temporary, {"crc32": _checksum(tensors)})
 
 
 def save_first(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -34,7 +34,8 @@ def load_tensors(path: Path) -> dict[str, Tensor] | None:
     """What `save_tensors` wrote, or None when there is no such file or it is damaged; a damaged file is deleted."""
     try:
         with safe_open(path, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            # Copies: a tensor of the file's own would keep all of it in memory for as long as one row is in use.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a dict)
             whole = (file.metadata() or {}).get("crc32") == _checksum(tensors)
     except FileNotFoundError:
         return None

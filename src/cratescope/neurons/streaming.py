@@ -21,7 +21,7 @@ BLOCK = 1 << 17
 """Activations worked on at once: half a megabyte, so that they stay in a core's cache."""
 CHUNK = 16
 """Tokens whose largest activation decides whether they are looked at one by one."""
-SUMS = ("n_tokens", "sums", "active", "histogram", "token_sums")
+SUMS = ("n_tokens", "sums", "histogram", "token_sums")
 """What adds up over shards."""
 
 
@@ -88,11 +88,18 @@ class Plan:
 
 def token_slots(excerpts: Integer[np.ndarray, "n t"], n_kept: int) -> tuple[Int64[Tensor, " v"], int]:
     """A row for each of the `n_kept` most frequent token ids, the lower id first among equals; how many rows."""
-    counts = np.bincount(excerpts.reshape(-1))
+    counts = count_tokens(excerpts)
     kept = np.argsort(-counts, kind="stable")[: min(n_kept, np.count_nonzero(counts))]
     slots = np.full(len(counts), len(kept))
     slots[np.sort(kept)] = np.arange(len(kept))
     return torch.from_numpy(slots), len(kept)
+
+
+def count_tokens(excerpts: Integer[np.ndarray, "n t"]) -> Int64[np.ndarray, " v"]:
+    """How often each token id occurs; piece by piece, because NumPy would turn the whole text into 64-bit numbers."""
+    n_ids = int(excerpts.max(initial=0)) + 1
+    pieces = np.array_split(excerpts, -(-excerpts.size // BLOCK))
+    return sum((np.bincount(piece.reshape(-1), minlength=n_ids) for piece in pieces), np.zeros(n_ids, dtype=np.int64))
 
 
 class Pool:
@@ -140,17 +147,16 @@ def new_pools(plan: Plan) -> list[Pool]:
 class LayerStatistics:
     """Streaming statistics of one layer over excerpts that come in rising order, cut into shards by `take_shard`.
 
-    sums (4, h): float64 sums of the first four powers of (a - centre) scale. active (h,): tokens with a non-zero
-    activation. maximum (h,). histogram (bins, h). token_sums (slots + 1, h): sums of a by token id.
+    sums (5, h), float64: the number of non-zero activations, and sums of the first four powers of (a - centre) scale.
+    maximum (h,). histogram (bins, h). token_sums (slots + 1, h): sums of a by token id.
     """
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
-        h = plan.n_neurons
+        h, pilot = plan.n_neurons, plan.pilot
         self._sums = {
             "n_tokens": torch.zeros(1, dtype=torch.int64),
-            "sums": torch.zeros(4, h, dtype=torch.float64),
-            "active": torch.zeros(h, dtype=torch.int64),
+            "sums": torch.zeros(5, h, dtype=torch.float64),
             "histogram": torch.zeros(N_BINS if plan.ladders else 0, h, dtype=torch.int64),
             "token_sums": torch.zeros(plan.n_slots + 1, h),
         }
@@ -160,7 +166,8 @@ class LayerStatistics:
         self._tail = plan.tail_values()
         self._zero_bins = torch.arange(h, dtype=torch.int32) + N_BINS // 2 * h
         rows = min(plan.context, max(CHUNK, BLOCK // h // CHUNK * CHUNK))
-        self._scratch = torch.empty(3, rows, h)
+        self._scratch = torch.empty(2, rows, h)
+        self._shift = pilot.centre * pilot.scale
         self._half = torch.empty(rows, h, dtype=torch.float16)
 
     def update(self, activations: Float[Tensor, "b t h"], tokens: Int64[Tensor, "b t"], first_excerpt: int) -> None:
@@ -215,27 +222,26 @@ class LayerStatistics:
             refuse_not_finite(activations, first_excerpt)
             scaled = (activations.double() - self.plan.pilot.centre) * self.plan.pilot.scale
             powers = torch.stack([scaled**power for power in range(1, 5)])  # too large for float32
-            self._sums["sums"] = before + powers.sum((1, 2))
+            self._sums["sums"][1:] = before[1:] + powers.sum((1, 2))
         if bins is not None:
             # Neurons side by side: then the many in the bin of zero are counted in one sweep over memory.
             self._sums["histogram"] += torch.bincount(bins.view(-1), minlength=N_BINS * h).view(N_BINS, h)
         return torch.cat(highest).view(b, -1, h)
 
     def _add_block(self, block: Float[Tensor, "r h"], bins: Tensor | None) -> None:
-        pilot, sums = self.plan.pilot, self._sums["sums"]
-        power, square, product = self._scratch[:, : len(block)]
-        self._sums["active"] += torch.sign(block, out=product).abs_().sum(0).long()
-        torch.mul(block, pilot.scale, out=power)
+        """Every product is written over one of its factors: memory that is in the cache already costs half as much."""
+        first, second = self._scratch[:, : len(block)]
+        sums = [torch.sign(block, out=first).abs_().sum(0)]
+        torch.mul(block, self.plan.pilot.scale, out=first)
         if bins is not None:
-            half = self._half[: len(block)].copy_(power)
-            bins.copy_(half.view(torch.int16)).bitwise_right_shift_(6)
+            half = self._half[: len(block)].copy_(first).view(torch.int16)
+            bins.copy_(half.bitwise_right_shift_(6))
             torch.add(self._zero_bins, bins, alpha=bins.shape[1], out=bins)
-        power.sub_(pilot.centre * pilot.scale)
-        torch.mul(power, power, out=square)
-        sums[0] += power.sum(0)
-        sums[1] += square.sum(0)
-        sums[2] += torch.mul(power, square, out=product).sum(0)
-        sums[3] += torch.mul(square, square, out=product).sum(0)
+        sums.append(first.sub_(self._shift).sum(0))
+        sums.append(torch.mul(first, first, out=second).sum(0))
+        sums.append(first.mul_(second).sum(0))
+        sums.append(second.mul_(second).sum(0))
+        self._sums["sums"] += torch.stack(sums)
 
     def _offer_top(self, activations: Float[Tensor, "b t h"], highest: Float[Tensor, "b c h"], offset: int) -> None:
         """The best windows of each excerpt, no two sharing a token."""
