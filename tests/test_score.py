@@ -231,6 +231,17 @@ def test_scoring_again_writes_the_same_bytes(run: Run) -> None:
     assert files(folder) == first
 
 
+def test_scores_are_made_again_only_when_something_they_come_from_has_changed(run: Run) -> None:
+    summary = run.scores("codes", "scripted", "list-pmi") / "summary.json"
+    first, made = score(config(run)), summary.stat().st_mtime_ns
+    assert score(config(run)) == json.loads(json.dumps(first)) and summary.stat().st_mtime_ns == made
+    path = next(run.simulations("codes", "scripted", "list-pmi", "top").glob("0/*.json"))
+    path.write_text(path.read_text() + "\n")
+    assert score(config(run))["made_from"] != first["made_from"]
+    assert summary.stat().st_mtime_ns > made
+    assert [*score(config(run, protocols=("random-only",)))["protocols"]] == ["random-only"]
+
+
 def test_one_protocol_may_be_scored_alone(run: Run) -> None:
     assert list(score(config(run, protocols=("random-only",)))["protocols"]) == ["random-only"]
 

@@ -13,7 +13,7 @@ import os
 import platform
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -108,6 +108,15 @@ def sha256(path: Path) -> str:
     """The file's SHA-256 as hex, read in blocks."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def made_from(files: Iterable[Path], root: Path, **settings: Any) -> dict[str, str]:
+    """Settings, and one SHA-256 of names (below `root`, where they are) and contents of files: has anything changed?"""
+    digest = hashlib.sha256()
+    for path in files:
+        name = path.relative_to(root) if path.is_relative_to(root) else path.name
+        digest.update(f"{name} {sha256(path)}\n".encode())
+    return {name: str(value) for name, value in settings.items()} | {"files": digest.hexdigest()}
 
 
 def slug(name: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from cratescope.neurons.records import (
 )
 from cratescope.neurons.sanity import on_records
 from cratescope.neurons.statistics import Mean, interval, mean_of, mean_over_layers, variance_over_layers
-from cratescope.run import Run, UserError, read_json, write_json
+from cratescope.run import Run, UserError, made_from, read_json, write_json
 
 CONTROLS = ("shuffled", "empty", "unigram")
 SCORERS = ("detection", "fuzzing", "intruder")
@@ -59,7 +59,8 @@ class Stage:
 def score(config: ScoreConfig) -> dict[str, Any]:
     """Write scores.jsonl, summary.json and the activation quality; return the summary. Scores are plain, not x100.
 
-    Judgements by detection, fuzzing and intruder detection are scored too where there are any.
+    Judgements by detection, fuzzing and intruder detection are scored too where there are any. Scores of the same
+    files, settings and code are kept.
 
     Raises:
         UserError: an unknown protocol; simulations that are missing, unfinished, of another model or explanation, or
@@ -68,6 +69,11 @@ def score(config: ScoreConfig) -> dict[str, Any]:
     chosen = protocols_named(config.protocols)
     run = Run(config.run)
     site = find_site(run, config.site)
+    folder = run.scores(site, config.explainer, config.simulator)
+    inputs = _made_from(run, site, config, chosen)
+    outputs = (folder / "summary.json", folder / "scores.jsonl", run.quality(site))
+    if all(path.exists() for path in outputs) and (known := read_json(outputs[0])).get("made_from") == inputs:
+        return known
     stages = {explained: _read(run, site, config, explained) for explained in chosen}
     scores: list[Score] = []
     sample: list[NeuronRecord] = []
@@ -90,12 +96,25 @@ def score(config: ScoreConfig) -> dict[str, Any]:
         "simulator": config.simulator,
         "site": site,
         "made_with": first.made_with,
+        "made_from": inputs,
     }
-    folder = run.scores(site, config.explainer, config.simulator)
+    write_quality(run, site, sorted(layers))
     write_scores(folder / "scores.jsonl", scores)
     write_json(folder / "summary.json", summary)
-    write_quality(run, site, sorted(layers))
     return summary
+
+
+def _made_from(run: Run, site: str, config: ScoreConfig, explained: Iterable[str]) -> dict[str, str]:
+    """Every file that decides a score, this code among them; records and weights by what their manifests say."""
+    folders = []
+    for name in explained:
+        folders.append(run.explanations(site, config.explainer, name))
+        folders.append(run.simulations(site, config.explainer, config.simulator, name))
+        folders += [run.judgements(site, config.explainer, scorer, name) for scorer in SCORERS]
+    files = [path for folder in folders for path in sorted(folder.rglob("*.json"))]
+    files += sorted(Path(__file__).parent.glob("*.py"))
+    known = records_identity(run, site)
+    return made_from(files, run.root, site=site, protocols=config.protocols, records=known)
 
 
 def _layer_scores(stage: Stage, protocols: Sequence[Protocol], records: Mapping[int, NeuronRecord]) -> Iterator[Score]:

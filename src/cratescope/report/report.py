@@ -34,7 +34,7 @@ from cratescope.report.figures import draw_figures
 from cratescope.report.paper import PAPER_SOURCE
 from cratescope.report.results import FAMILIES, Results, Row, explanation_set, load_results, one_per_run, protocols
 from cratescope.report.text import visible
-from cratescope.run import UserError, read_json, sha256, write_json, write_text
+from cratescope.run import UserError, made_from, read_json, write_json, write_text
 
 Decode = Callable[[Sequence[int]], list[str]]
 
@@ -91,23 +91,23 @@ def report(config: ReportConfig, tokenizer: PreTrainedTokenizerFast | None = Non
     Raises:
         UserError: a run has no evaluation, records, simulations or scores; names the file and the command.
     """
-    made_from, stamp, page = _made_from(config), config.out / "report.json", config.out / "report.html"
+    inputs, stamp, page = _made_from(config), config.out / "report.json", config.out / "report.html"
     outputs = ("report.html", "scores.json", "figures", *(f"{name}.csv" for name in CSV))
-    if all((config.out / name).exists() for name in outputs) and stamp.exists() and read_json(stamp) == made_from:
+    if all((config.out / name).exists() for name in outputs) and stamp.exists() and read_json(stamp) == inputs:
         return page
     write_text(page, _page(config, tokenizer))
-    write_json(stamp, made_from)
+    write_json(stamp, inputs)
     return page
 
 
 def _made_from(config: ReportConfig) -> dict[str, str]:
-    """SHA-256 of every number and text that the report shows, of this code, and the settings."""
+    """Every number and text that the report shows, this code, and the settings."""
     inputs = ["run.json", "evaluation.json", "metrics.jsonl", "scores/*/*.json", "scores/*/*/*/*.json*"]
     inputs.append("simulations/*/*/*/*/manifest.json")
     files = [path for run in config.runs for pattern in inputs for path in sorted(run.glob(pattern))]
     files += sorted(Path(__file__).parent.glob("*.[ph]*"))
-    settings = {name: str(value) for name, value in vars(config).items() if name != "out"}
-    return settings | {str(path): sha256(path) for path in files if path.is_file()}
+    settings = {name: value for name, value in vars(config).items() if name != "out"}
+    return made_from((path for path in files if path.is_file()), Path(), **settings)
 
 
 def _page(config: ReportConfig, tokenizer: PreTrainedTokenizerFast | None) -> str:
