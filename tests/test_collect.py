@@ -5,9 +5,6 @@ from __future__ import annotations
 import dataclasses
 import errno
 import shutil
-import subprocess
-import sys
-import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,6 +14,7 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
+import processes
 from cratescope.config import CollectConfig
 from cratescope.lm.data import TokenData
 from cratescope.models.presets import build
@@ -108,13 +106,8 @@ def test_a_kill_between_parts_loses_no_whole_part_and_changes_no_byte(run_of_one
 
 def test_killed_in_mid_part_a_run_resumes_to_the_same_bytes(run_of_one, data_folder, collected):
     options = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()]
-    command = [sys.executable, "-m", "cratescope", "collect", str(run_of_one), f"--data={data_folder}", *options]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
-    while not part_of(run_of_one, 0).exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.002)
-    process.kill()
-    process.wait()
+    process = processes.start(["collect", str(run_of_one), f"--data={data_folder}", *options])
+    processes.kill_when(process, part_of(run_of_one, 0).exists)
     folder = collect(CollectConfig(run_of_one, data=data_folder, **SMALL))
     assert layer_file(folder, 0).read_bytes() == layer_file(collected["crate"], 0).read_bytes()
 

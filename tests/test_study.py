@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import re
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import processes
 from cratescope.config import ReportConfig, StudyConfig, TrainConfig
 from cratescope.lm.data import TokenData
 from cratescope.report.comparison import Quantity
@@ -116,15 +112,10 @@ KILLS = (
 
 def test_a_study_killed_again_and_again_ends_with_the_same_files(whole, plan, tmp_path):
     out = tmp_path / "killed"
-    command = [sys.executable, "-m", "cratescope", "study", str(plan), "--out", str(out)]
-    silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     for pattern in KILLS:
         assert not any(out.glob(pattern))
-        process = subprocess.Popen(command, start_new_session=True, **silent)
-        while process.poll() is None and not any(out.glob(pattern)):
-            time.sleep(0.003)
-        os.killpg(process.pid, signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL, "the study ended before it was killed"
+        process = processes.start(["study", str(plan), "--out", str(out)])
+        processes.kill_when(process, lambda pattern=pattern: any(out.glob(pattern)))
     study(StudyConfig(plan, out))
     wanted, found = results(whole), results(out)
     assert found.keys() == wanted.keys()

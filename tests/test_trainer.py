@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import multiprocessing
 import os
 import signal
 import socket
@@ -16,8 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import processes
 from conftest import SMALL_TRAINING
-from cratescope.cli import run_and_exit
 from cratescope.config import TrainConfig
 from cratescope.lm.checkpoints import is_whole, newest_first, step_of
 from cratescope.lm.train import train
@@ -39,26 +38,15 @@ def arguments_of(config):
     return ["train", str(config.out), *flags]
 
 
-def child(arguments, environment, stderr):
-    """The body of a process: the command line with its words in a file."""
-    os.environ.update(environment)
-    with open(os.devnull, "w") as sys.stdout, open(stderr, "w") as sys.stderr:
-        run_and_exit(arguments)
-
-
-def start(config, processes=1):
-    """The processes that torchrun would start, forked from one that has imported everything, as imports take long."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["cratescope.lm.train"])
+def start(config, ranks=1):
+    """The processes that torchrun would start, each with its words in a file."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(processes)}
+        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(ranks)}
     started = []
-    for rank in range(processes):
-        own = (shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) if processes > 1 else {}
-        stderr = config.out.with_name(f"stderr-{rank}")
-        started.append(context.Process(target=child, args=(arguments_of(config), own, stderr), daemon=True))
-        started[-1].start()
+    for rank in range(ranks):
+        own = (shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) if ranks > 1 else {}
+        started.append(processes.start(arguments_of(config), own, config.out.with_name(f"stderr-{rank}")))
     return started
 
 
@@ -124,21 +112,21 @@ def test_two_processes_under_torchrun_give_the_losses_of_one(alone, together):
     assert not (together.checkpoints / "checkpoint-80" / "rng_state.pth").exists(), "there was only one process"
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("ranks", [1, 2])
 def test_killed_and_then_terminated_the_same_command_ends_with_the_same_losses(
-    processes, alone, together, data_folder, tmp_path
+    ranks, alone, together, data_folder, tmp_path
 ):
     config = TrainConfig(tmp_path / "run", data_folder, **LONG)
     run = Run(config.out)
-    assert signal_after(13, config, start(config, processes), signal.SIGKILL) == [-signal.SIGKILL] * processes
-    assert signal_after(33, config, start(config, processes), signal.SIGTERM) == [143] * processes
+    assert signal_after(13, config, start(config, ranks), signal.SIGKILL) == [-signal.SIGKILL] * ranks
+    assert signal_after(33, config, start(config, ranks), signal.SIGTERM) == [143] * ranks
     stopped = newest_first(run.checkpoints)[0]
-    said = [(tmp_path / f"stderr-{rank}").read_text() for rank in range(processes)]
+    said = [(tmp_path / f"stderr-{rank}").read_text() for rank in range(ranks)]
     assert f"stopped by SIGTERM after step {step_of(stopped)}, which is saved" in said[0]
-    assert said[1:] == [""] * (processes - 1)
+    assert said[1:] == [""] * (ranks - 1)
     assert is_whole(stopped)
-    assert end(start(config, processes)) == [0] * processes
-    assert_same(run, alone if processes == 1 else together)
+    assert end(start(config, ranks)) == [0] * ranks
+    assert_same(run, alone if ranks == 1 else together)
 
 
 def test_an_interrupt_from_the_keyboard_saves_the_step_too(alone, data_folder, tmp_path):

@@ -38,7 +38,7 @@ def write_quality(run: Run, site: str, layers: Sequence[int]) -> Path:
         return path
     neurons: list[Row] = []
     for layer in layers:
-        records = read_records(layer_file(run.records(site), layer))
+        records = read_records(layer_file(run.records(site), layer), strata=False)
         neurons += [{"layer": layer, "index": index} | activation_quality(record) for index, record in records.items()]
     rows = [{"layer": layer} | _summary([row for row in neurons if row["layer"] == layer]) for layer in layers]
     columns = {name: [row[name] for row in neurons] for name in (neurons[0] if neurons else ())}

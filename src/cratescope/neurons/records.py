@@ -354,19 +354,22 @@ def _bins(histogram: Histogram | None) -> list[dict[str, float]]:
     return [{"low": low, "high": high, "count": count} for low, high, count in rows]
 
 
-def read_records(path: Path, indices: Sequence[int] | None = None) -> dict[int, NeuronRecord]:
+def read_records(path: Path, indices: Sequence[int] | None = None, strata: bool = True) -> dict[int, NeuronRecord]:
     """Read one layer's records by neuron index; only `indices` when given.
+
+    strata: read the stratified windows too, most of what a record holds.
 
     Raises:
         UserError: the file is missing or damaged, or an index is not in it.
     """
     if not path.exists():
         raise UserError(f"{path}: no such file; run `cratescope collect` first, or check the layer")
+    wanted = [name for name in SCHEMA.names if strata or name not in STRATIFICATIONS]
     try:
-        table = pq.read_table(path)
+        table = pq.read_table(path, columns=wanted)
     except pa.ArrowException as error:
         raise UserError(f"{path}: damaged Parquet file ({error}); delete it and run `cratescope collect`") from error
-    if set(SCHEMA.names) - set(table.column_names):
+    if set(wanted) - set(table.column_names):
         raise UserError(f"{path}: made by an older version; delete {path.parent} and run `cratescope collect`")
     known = table.column("index").to_pylist()
     if indices is not None:
@@ -380,9 +383,10 @@ def read_records(path: Path, indices: Sequence[int] | None = None) -> dict[int, 
 
 def _records(batch: pa.RecordBatch) -> list[NeuronRecord]:
     """Windows are read as arrays; the small rest as Python values."""
-    large = ("top", "random", *STRATIFICATIONS, "histogram")
+    strata = [name for name in STRATIFICATIONS if name in batch.schema.names]
+    large = ("top", "random", *strata, "histogram")
     top, random = (_read_windows(batch.column(name)) for name in ("top", "random"))
-    by_quantile, by_rank, by_level = (_read_strata(batch.column(name)) for name in STRATIFICATIONS)
+    stratified = {name: _read_strata(batch.column(name)) for name in strata}
     histograms = _read_histograms(batch.column("histogram"))
     rows = batch.drop_columns(list(large)).to_pylist()
     return [
@@ -392,9 +396,7 @@ def _records(batch: pa.RecordBatch) -> list[NeuronRecord]:
             random=random[number],
             moments=Moments(*(row[field.name] for field in dataclasses.fields(Moments))),
             density=row["density"],
-            by_quantile=by_quantile[number],
-            by_rank=by_rank[number],
-            by_level=by_level[number],
+            **{name: lists[number] for name, lists in stratified.items()},
             histogram=histograms[number],
             top_tokens=tuple(TokenMean(**token) for token in row["top_tokens"]),
             bottom_tokens=tuple(TokenMean(**token) for token in row["bottom_tokens"]),
