@@ -366,11 +366,11 @@ def read_records(path: Path, indices: Sequence[int] | None = None, strata: bool 
         raise UserError(f"{path}: no such file; run `cratescope collect` first, or check the layer")
     wanted = [name for name in SCHEMA.names if strata or name not in STRATIFICATIONS]
     try:
+        if set(SCHEMA.names) - set(pq.read_schema(path).names):
+            raise UserError(f"{path}: made by an older version; delete {path.parent} and run `cratescope collect`")
         table = pq.read_table(path, columns=wanted)
     except pa.ArrowException as error:
         raise UserError(f"{path}: damaged Parquet file ({error}); delete it and run `cratescope collect`") from error
-    if set(wanted) - set(table.column_names):
-        raise UserError(f"{path}: made by an older version; delete {path.parent} and run `cratescope collect`")
     known = table.column("index").to_pylist()
     if indices is not None:
         rows = {index: row for row, index in enumerate(known)}
