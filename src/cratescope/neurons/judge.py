@@ -15,7 +15,6 @@ from jaxtyping import Bool, Float
 from rich.progress import track
 
 from cratescope.config import JudgeConfig
-from cratescope.hardware import share
 from cratescope.lm.tokenizer import load_tokenizer, token_strings
 from cratescope.neurons import prompts
 from cratescope.neurons.explain import DEAD, STDERR, UNDECODABLE, find_site, records_identity, undecodable
@@ -34,8 +33,8 @@ from cratescope.neurons.records import (
     read_records,
     write_judgements,
 )
-from cratescope.neurons.simulate import explained_layers, null_texts
-from cratescope.run import Run, UserError, claim
+from cratescope.neurons.simulate import explained_layers, own_share
+from cratescope.run import Run, claim
 
 WINDOWS = 10
 """At most this many active windows of a neuron, and as many silent ones."""
@@ -60,8 +59,6 @@ def judge(config: JudgeConfig, llm: LanguageModel | None = None) -> list[Path]:
     """
     run = Run(config.run)
     site = find_site(run, config.site)
-    if config.neurons is not None and config.neurons < 1:
-        raise UserError(f"--neurons {config.neurons}: give a number of 1 or more")
     chosen = protocols_named(config.protocols)
     return [_judge_set(config, run, site, explained, chosen[explained][0], llm) for explained in chosen]
 
@@ -69,15 +66,14 @@ def judge(config: JudgeConfig, llm: LanguageModel | None = None) -> list[Path]:
 def _judge_set(
     config: JudgeConfig, run: Run, site: str, explained: str, protocol: Protocol, llm: LanguageModel | None
 ) -> Path:
-    layers, identity = explained_layers(run, site, config.explainer, explained)
+    layers, identity = explained_layers(config, run, site, explained)
     folder = run.judgements(site, config.explainer, config.scorer, explained)
     known = records_identity(run, site) | llm_identity(config.llm, llm) | {"explanations": identity}
     claim(folder, known | {"prompt": prompts.JUDGE_PROMPTS[config.scorer]})
     tokenizer = load_tokenizer(run.model)
     vocabulary = token_strings(tokenizer, range(len(tokenizer)))
     for layer, explanations in layers.items():
-        pairs = list(zip(explanations, null_texts(explanations), strict=True))[: config.neurons]
-        pairs = share(pairs, config.worker, config.llm.llm_batch)
+        pairs = own_share(config, explanations)
         pending = [(own, null) for own, null in pairs if not _done(folder, config.scorer, own, null)]
         if not pending:
             continue

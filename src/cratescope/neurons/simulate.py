@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from rich.progress import track
 
-from cratescope.config import SimulateConfig
+from cratescope.config import JudgeConfig, SimulateConfig
 from cratescope.hardware import share
 from cratescope.lm.tokenizer import load_tokenizer, token_strings
 from cratescope.neurons import prompts
@@ -250,8 +250,6 @@ def simulate(config: SimulateConfig, llm: LanguageModel | None = None) -> list[P
     """
     run = Run(config.run)
     site = find_site(run, config.site)
-    if config.neurons is not None and config.neurons < 1:
-        raise UserError(f"--neurons {config.neurons}: give a number of 1 or more")
     if config.simulator != "all-at-once" and (config.reference_quirks or config.prompts != "own"):
         raise UserError(
             f"--simulator {config.simulator} is our own; --reference-quirks and --prompts go with all-at-once"
@@ -268,7 +266,7 @@ def _simulate_set(
     protocols: Sequence[Protocol],
     llm: LanguageModel | None,
 ) -> Path:
-    layers, identity = explained_layers(run, site, config.explainer, explained)
+    layers, identity = explained_layers(config, run, site, explained)
     folder = run.simulations(site, config.explainer, config.simulator, explained)
     known = records_identity(run, site) | llm_identity(config.llm, llm) | {"explanations": identity}
     claim(folder, known | made_with(config))
@@ -277,8 +275,7 @@ def _simulate_set(
     _plan(folder, {layer: len(explanations[: config.neurons]) for layer, explanations in layers.items()})
     simulator: Simulator | None = None
     for layer, explanations in layers.items():
-        pairs = list(zip(explanations, null_texts(explanations), strict=True))[: config.neurons]
-        pairs = share(pairs, config.worker, config.llm.llm_batch)
+        pairs = own_share(config, explanations)
         records = read_records(layer_file(run.records(site), layer), [item.neuron.index for item, _ in pairs])
         tasks = [Task.of(own, null, records[own.neuron.index], protocols, vocabulary) for own, null in pairs]
         pending = [task for task in tasks if not task.done(folder)]
@@ -321,14 +318,16 @@ def make_simulator(config: SimulateConfig, llm: LanguageModel, vocabulary: Seque
 
 
 def explained_layers(
-    run: Run, site: str, explainer: str, explained: str
+    config: SimulateConfig | JudgeConfig, run: Run, site: str, explained: str
 ) -> tuple[dict[int, list[Explanation]], dict[str, Any]]:
     """Every layer's explanations in the order in which neurons were drawn, and what they were made from.
 
     Raises:
-        UserError: there are none, or they belong to another model.
+        UserError: there are none, they belong to another model, or --neurons asks for none.
     """
-    folder = run.explanations(site, explainer, explained)
+    if config.neurons is not None and config.neurons < 1:
+        raise UserError(f"--neurons {config.neurons}: give a number of 1 or more")
+    folder = run.explanations(site, config.explainer, explained)
     found = read_explanations(folder)
     if not found:
         raise UserError(
@@ -344,6 +343,14 @@ def explained_layers(
         by_index = {item.neuron.index: item for item in explanations}
         layers[layer] = [by_index[index] for index in drawn if index in by_index]
     return layers, identity
+
+
+def own_share(
+    config: SimulateConfig | JudgeConfig, explanations: Sequence[Explanation]
+) -> list[tuple[Explanation, str]]:
+    """This worker's part of the first --neurons of a layer, each with the wrong explanation it is compared with."""
+    pairs = list(zip(explanations, null_texts(explanations), strict=True))[: config.neurons]
+    return share(pairs, config.worker, config.llm.llm_batch)
 
 
 def null_texts(explanations: Sequence[Explanation]) -> list[str]:
