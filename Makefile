@@ -8,7 +8,7 @@ TORCH ?= torch==2.13.0
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test slow bench bench-quality check lint help
+.PHONY: demo study test slow bench bench-quality check lint help
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -26,6 +26,9 @@ $(VENV)/installed-dev: $(VENV)/installed
 
 demo: $(VENV)/installed ## train CRATE and GPT-2, explain and score their neurons, write a report (about 20 minutes)
 	$(BIN)/cratescope study studies/demo.toml --out $(OUT)
+
+study: $(VENV)/installed ## two seeds of both families and their untrained copies, for docs/results (hours)
+	$(BIN)/cratescope study studies/paper-cpu.toml --out study
 
 test: $(VENV)/installed-dev ## the tests
 	$(BIN)/python -m pytest
