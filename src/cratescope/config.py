@@ -220,7 +220,7 @@ class CollectConfig(_Positive):
     """Token ids whose mean activation is kept: the most frequent ones of the text."""
     dump: bool = False
     """Also write every non-zero activation with its position."""
-    batch_size: int = 8
+    batch_size: int = 16
     """Excerpts in one forward pass."""
     part: int = 512
     """Excerpts in one part; a kill loses at most one part of work."""
