@@ -152,7 +152,7 @@ def _sweep(hidden, weight, labels, z, dtype, need_hidden, need_weight):
             shift = torch.stack([(rows @ part.t()).amax(1, keepdim=True) for part in parts]).amax(0).to(wide)
             total, target, expected = _exponentials(rows, parts, label, shift, tiles, need_hidden)
         # Not by way of the log of the sum: beside a shift of 10,000, log(total) would be rounded away.
-        loss, log_sum = (shift - target) + total.log(), shift + total.log()
+        loss, log_sum = total.log() - target, shift + total.log()
         losses[chunk] = (loss + z * log_sum.square() if z else loss).squeeze(1)
         scale = (1 + 2 * z * log_sum if z else 1) / total
         if need_hidden:
@@ -167,22 +167,21 @@ def _sweep(hidden, weight, labels, z, dtype, need_hidden, need_weight):
 
 
 def _exponentials(rows, parts, labels, shift, tiles, need_expected):
-    """Fill the tiles with E = exp(rows weight^T - shift).
+    """Fill the tiles with E = exp(rows weight^T - shift); the shift (n, 1) is exact in the tiles' number format.
 
-    Returns its sums and the logits at the labels, both (n, 1), and E weight (n, d) or None.
+    Returns its sums and the logits at the labels less the shift, both (n, 1), and E weight (n, d) or None.
     """
+    less = -shift.to(rows.dtype)
     total, target = torch.zeros_like(shift), torch.zeros_like(shift)
     expected = torch.zeros_like(rows, dtype=shift.dtype) if need_expected else None
     first = 0
     for number, part in enumerate(parts):
         tile = _matrix(tiles[number % len(tiles)], len(rows), len(part))
-        torch.mm(rows, part.t(), out=tile)
-        wide = tile if tile.dtype == shift.dtype else tile.to(shift.dtype)
+        # Less the shift before it is rounded: in bfloat16 the large logits, which matter, then lose least.
+        torch.addmm(less, rows, part.t(), out=tile)
         inside = ((labels >= first) & (labels < first + len(part))).nonzero().squeeze(1)
-        target[inside, 0] = wide[inside, labels[inside] - first]
-        total += wide.sub_(shift).exp_().sum(1, keepdim=True)
-        if wide is not tile:
-            tile.copy_(wide)
+        target[inside, 0] = tile[inside, labels[inside] - first].to(total.dtype)
+        total += tile.exp_().sum(1, keepdim=True, dtype=total.dtype)
         if expected is not None:
             _add_product(expected, tile, part)
         first += len(part)
