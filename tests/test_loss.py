@@ -41,7 +41,7 @@ def assert_close(ours, theirs, tolerance):
 def chunks(monkeypatch):
     def of(rows, columns):
         monkeypatch.setattr(loss, "CHUNK", rows)
-        monkeypatch.setattr(loss, "TILE", columns)
+        monkeypatch.setattr(loss, "TILE", 4 * columns)  # bytes of float32
 
     return of
 
@@ -63,7 +63,7 @@ def test_loss_and_gradients_equal_a_float64_reference_for_any_shape_and_chunks(p
     hidden, weight, labels, rows, columns = problem
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loss, "CHUNK", rows)
-        patch.setattr(loss, "TILE", columns)
+        patch.setattr(loss, "TILE", 4 * columns)  # bytes of float32
         assert_close(fused(hidden, weight, labels, z_loss=z_loss), reference(hidden, weight, labels, z_loss), 1e-5)
 
 
@@ -73,7 +73,7 @@ def test_in_bfloat16_they_agree_to_a_hundredth(problem):
     hidden, weight, labels, rows, columns = problem
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loss, "CHUNK", rows)
-        patch.setattr(loss, "TILE", columns)
+        patch.setattr(loss, "TILE", 4 * columns)  # bytes of float32
         with torch.autocast("cpu", dtype=torch.bfloat16):
             ours = fused(hidden, weight, labels)
         theirs = reference(hidden.bfloat16(), weight.bfloat16(), labels)
