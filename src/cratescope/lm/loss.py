@@ -18,7 +18,7 @@ from transformers.modeling_outputs import CausalLMOutput
 CHUNK = 512
 """Rows of logits held at once: memory is CHUNK x v numbers, time hardly depends on it."""
 TILE = 2048
-"""Bytes of a row worked on at once: with CHUNK rows they fit the cache of a core, so exp and sums cost no memory traffic."""
+"""Bytes of a row worked on at once: with CHUNK rows they fit the cache of a core, so exp and sums stay in it."""
 SAMPLE = 128
 """Columns whose largest logit is a row's first shift."""
 
