@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
@@ -38,13 +40,13 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return train_bpe(iter(LINES), 300)
 
 
-def configuration(architecture: str, **shape: int) -> PreTrainedConfig:
+def configuration(architecture: str, layers: int, **shape: int) -> PreTrainedConfig:
     if architecture == "gpt2":
-        sizes = {"n_positions": shape.pop("max_position_embeddings"), "n_embd": 32, "n_layer": 2, "n_head": 4}
+        sizes = {"n_positions": shape.pop("max_position_embeddings"), "n_embd": 32, "n_layer": layers, "n_head": 4}
         return GPT2Config(**shape, **sizes)
     if architecture == "bloom":
-        return BloomConfig(vocab_size=shape["vocab_size"], hidden_size=32, n_layer=2, n_head=4)
-    sizes = shape | {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+        return BloomConfig(vocab_size=shape["vocab_size"], hidden_size=32, n_layer=layers, n_head=4)
+    sizes = shape | {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": layers, "num_attention_heads": 4}
     if architecture == "neox":
         return GPTNeoXConfig(**sizes)
     sizes["num_key_value_heads"] = 2
@@ -55,9 +57,9 @@ def configuration(architecture: str, **shape: int) -> PreTrainedConfig:
     return {"llama": LlamaConfig, "qwen2": Qwen2Config}[architecture](**sizes)
 
 
-def tiny(architecture: str, tokenizer: PreTrainedTokenizerFast, context: int = 64) -> torch.nn.Module:
+def tiny(architecture: str, tokenizer: PreTrainedTokenizerFast, context: int = 64, layers: int = 2) -> torch.nn.Module:
     torch.manual_seed(0)
-    config = configuration(architecture, vocab_size=len(tokenizer), max_position_embeddings=context)
+    config = configuration(architecture, layers, vocab_size=len(tokenizer), max_position_embeddings=context)
     model = AutoModelForCausalLM.from_config(config)
     # Larger weights than at initialisation, so that positions and masks matter to the answers.
     with torch.no_grad():
@@ -75,7 +77,7 @@ SHARED = ("gpt2", "llama", "qwen2", "neox")
 @pytest.fixture(scope="module", params=[*SHARED, "mistral", "gemma2"])
 def llm(request: pytest.FixtureRequest, tokenizer: PreTrainedTokenizerFast) -> LocalLLM:
     llm = LocalLLM(tiny(request.param, tokenizer), tokenizer, "tiny")
-    assert llm._shares == (request.param in SHARED)
+    assert llm.shares_prefix == (request.param in SHARED)
     return llm
 
 
@@ -186,10 +188,47 @@ def test_an_empty_prefix_is_no_special_case(llm: LocalLLM) -> None:
         np.testing.assert_allclose(row, plain(llm, prompt)[-1], atol=1e-5)
 
 
+def kl(one: np.ndarray, other: np.ndarray) -> float:
+    """Mean KL divergence of log-probabilities `other` from `one`, in nats."""
+    return float((np.exp(one) * (one - other)).sum(-1).mean())
+
+
+@pytest.mark.parametrize("architecture", SHARED)
+def test_bfloat16_rounds_only_what_is_multiplied(architecture: str, tokenizer: PreTrainedTokenizerFast) -> None:
+    narrow = tiny(architecture, tokenizer, layers=16).bfloat16()
+    exact = LocalLLM(copy.deepcopy(narrow).float(), tokenizer, "exact")
+    prefix, prompts = exact.encode(PREFIX), [exact.encode(text) for text in PROMPTS]
+    expected = exact.next_logprobs(prefix, prompts)
+    with torch.inference_mode():
+        logits = [narrow(input_ids=torch.tensor([prefix + prompt])).logits[0, -1].float() for prompt in prompts]
+    rounded = torch.stack(logits).log_softmax(-1).numpy()
+    llm = LocalLLM(narrow, tokenizer, "tiny")
+    assert (llm.dtype, llm.shares_prefix, llm.model.dtype) == ("bfloat16", True, torch.float32)
+    assert {weight.dtype for name, weight in narrow.named_parameters() if ".mlp." in name} == {torch.bfloat16}
+    found = llm.next_logprobs(prefix, prompts)
+    assert 0 < kl(expected, found) < kl(expected, rounded) / 1.5
+    texts = llm.generate(prefix, prompts, 8, "<never>")
+    assert texts == llm.generate(prefix, prompts[::-1], 8, "<never>")[::-1]
+
+
+def test_a_bfloat16_model_that_multiplies_without_linear_layers_stays_as_it_was(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    model = tiny("llama", tokenizer).bfloat16()
+    before = {name: weight.clone() for name, weight in model.named_parameters()}
+    bare = model.model.layers[1].mlp
+    bare.forward = lambda x: F.linear(F.linear(x, bare.up_proj.weight), bare.down_proj.weight)
+    llm = LocalLLM(model, tokenizer, "tiny")
+    assert llm.shares_prefix
+    after = dict(model.named_parameters())
+    assert all(after[name].dtype == torch.bfloat16 and after[name].equal(weight) for name, weight in before.items())
+    assert np.isfinite(llm.next_logprobs(llm.encode(PREFIX), [llm.encode("the")])).all()
+
+
 def test_a_model_with_biases_in_its_attention_is_left_as_it_is(tokenizer: PreTrainedTokenizerFast) -> None:
     llm = LocalLLM(tiny("bloom", tokenizer), tokenizer, "tiny")
     prefix, prompts = llm.encode(PREFIX), [llm.encode(text) for text in PROMPTS]
-    assert not llm._shares
+    assert not llm.shares_prefix
     for row, prompt in zip(llm.next_logprobs(prefix, prompts), prompts, strict=True):
         np.testing.assert_allclose(row, plain(llm, prefix + prompt)[-1], atol=1e-5)
 
@@ -243,6 +282,17 @@ def test_open_llm_reads_a_saved_folder(tmp_path: Path, tokenizer: PreTrainedToke
     prefix, prompt = llm.encode(PREFIX), llm.encode("the")
     assert (llm.name, llm.dtype) == (str(tmp_path), "float32")
     np.testing.assert_allclose(llm.next_logprobs(prefix, [prompt]), direct.next_logprobs(prefix, [prompt]), atol=1e-6)
+
+
+def test_a_model_that_does_not_share_its_prefix_says_so(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for architecture, told in (("llama", False), ("mistral", True)):
+        folder = str(tmp_path / architecture)
+        tiny(architecture, tokenizer).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        open_llm(LLMConfig(llm=folder, llm_device="cpu", llm_dtype="bfloat16"))
+        assert ("which is slower" in capsys.readouterr().err) == told
 
 
 @pytest.mark.parametrize("name", ["{}/empty", "{}/missing.gguf"])

@@ -13,13 +13,14 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float, Int
+from rich.console import Console
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, Cache, DynamicCache
 
 from cratescope.config import LLMConfig
 from cratescope.hardware import pick_device, pick_dtype, rank
 from cratescope.neurons.llm import Choices, Ids, check_slots, encode, heads, spelled
-from cratescope.neurons.llm.prefix import SharedPrefix, adopt
+from cratescope.neurons.llm.prefix import SharedPrefix, adopt, empty_prefix
 from cratescope.run import UserError, first_line
 
 KEPT = 4
@@ -81,7 +82,7 @@ class LocalLLM:
 
     A model with ordinary attention runs a whole batch behind one copy of the prefix, prompts padded on the right, where
     no token sees the padding. A model with an attention of its own (sliding windows, recurrent states) runs as it
-    would by itself: prompts of one length together, behind copies of the prefix.
+    would by itself: prompts of one length together, behind copies of the prefix. `shares_prefix` says which.
     """
 
     def __init__(self, model: Any, tokenizer: Any, name: str) -> None:
@@ -92,8 +93,8 @@ class LocalLLM:
         self.dtype = "4bit" if quantized else str(model.dtype).removeprefix("torch.")
         self.context = getattr(model.config.get_text_config(), "max_position_embeddings", tokenizer.model_max_length)
         self._bos: list[int] = tokenizer("").input_ids[:1]
-        self._prefixes: dict[tuple[int, ...], DynamicCache] = {}
-        self._shares = adopt(self.model)
+        self._prefixes: dict[tuple[int, ...], Cache] = {}
+        self.shares_prefix = adopt(self.model)
 
     @classmethod
     def open(cls, config: LLMConfig) -> LocalLLM:
@@ -113,7 +114,11 @@ class LocalLLM:
         except (OSError, ValueError, KeyError) as error:
             fix = "give `offline`, a hub name, a model folder or a .gguf file"
             raise UserError(f"--llm {config.llm}: cannot load it ({first_line(error)}); {fix}") from error
-        return cls(model if "device_map" in placed else model.to(device), tokenizer, config.llm)
+        llm = cls(model if "device_map" in placed else model.to(device), tokenizer, config.llm)
+        if not llm.shares_prefix:
+            said = "has an attention of its own, so every prompt gets a copy of the shared prefix, which is slower"
+            Console(stderr=True).print(f"--llm {config.llm} {said}", soft_wrap=True)
+        return llm
 
     def encode(self, text: str) -> list[int]:
         return encode(self.tokenizer, text)
@@ -143,13 +148,13 @@ class LocalLLM:
 
     def _groups(self, lengths: Sequence[int]) -> list[list[int]]:
         """Rows that run together: all of them, or those of one length."""
-        if self._shares:
+        if self.shares_prefix:
             return [list(range(len(lengths)))]
         return [[row for row, one in enumerate(lengths) if one == length] for length in sorted(set(lengths))]
 
     def _logits(self, prefix: Ids, trees: Sequence[Tree]) -> list[Float[Tensor, "places vocab"]]:
         """float32 logits of the next token at every place of every tree."""
-        rows = list(trees) if self._shares else [path for tree in trees for path in tree.paths()]
+        rows = list(trees) if self.shares_prefix else [path for tree in trees for path in tree.paths()]
         found: list[Tensor] = [torch.empty(0)] * len(rows)
         for group in self._groups([len(row.ids) for row in rows]):
             _, logits = self._start(prefix, [rows[row] for row in group])
@@ -163,11 +168,11 @@ class LocalLLM:
         self._check_room(len(prefix) + 1 + max(max(row) for row in depths) + room)
         known = self._prefix(tuple(prefix))
         cache: Cache = SharedPrefix(known)
-        if not self._shares:
+        if not self.shares_prefix:
             cache = copy.deepcopy(known)
             cache.batch_repeat_interleave(len(rows))
         ids, positions = (self._padded(lists) for lists in ([row.ids for row in rows], depths))
-        mask = self._mask(rows) if self._shares else None
+        mask = self._mask(rows) if self.shares_prefix else None
         return cache, self._run(cache, ids, positions + known.get_seq_length(), mask, [row.places for row in rows])
 
     def _continue(self, prefix: Ids, prompts: Sequence[Ids], max_new_tokens: int, stop: str) -> list[str]:
@@ -197,16 +202,16 @@ class LocalLLM:
                     positions[keep],
                 )
             seen = torch.cat([seen, seen.new_ones(len(rows), 1)], 1)
-            mask = self._hidden(seen)[:, None, None] if self._shares else None
+            mask = self._hidden(seen)[:, None, None] if self.shares_prefix else None
             logits = self._run(cache, tokens[:, None], positions, mask, [[0]] * len(rows))
             positions = positions + 1
         return [texts[row] for row in range(len(prompts))]
 
-    def _prefix(self, prefix: tuple[int, ...]) -> DynamicCache:
+    def _prefix(self, prefix: tuple[int, ...]) -> Cache:
         """Keys and values of the begin-of-text token, where there is one, and the prefix."""
         known = self._prefixes.pop(prefix, None)
         if known is None:
-            known = DynamicCache(config=self.model.config)
+            known = empty_prefix(self.model) if self.shares_prefix else DynamicCache(config=self.model.config)
             if ids := self._bos + list(prefix):
                 self._check_room(len(prefix))
                 rows = torch.tensor([ids], device=self.model.device)
