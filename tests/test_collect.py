@@ -90,6 +90,18 @@ def read_parts(monkeypatch, stop_before=None):
     return read
 
 
+def test_parts_of_another_layout_are_read_anew(run_of_one, data_folder, collected, monkeypatch):
+    config = CollectConfig(run_of_one, data=data_folder, **SMALL)
+    with monkeypatch.context() as patch:
+        patch.setattr("cratescope.neurons.shards.LAYOUT", 0)
+        read_parts(patch, stop_before=2)
+        with pytest.raises(KeyboardInterrupt):
+            collect(config)
+    read = read_parts(monkeypatch)
+    assert layer_file(collect(config), 0).read_bytes() == layer_file(collected["crate"], 0).read_bytes()
+    assert read == [0, 1, 2]
+
+
 def test_a_kill_between_parts_loses_no_whole_part_and_changes_no_byte(run_of_one, data_folder, collected, monkeypatch):
     config = CollectConfig(run_of_one, data=data_folder, **SMALL)
     with monkeypatch.context() as patch:

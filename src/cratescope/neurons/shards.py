@@ -13,6 +13,9 @@ from torch import Tensor
 
 from cratescope.run import atomic_path
 
+LAYOUT = 1
+"""Of the tensors that stages write: raise it when shapes or meaning change. Files of before then count as damaged."""
+
 
 def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """Write `path` atomically."""
@@ -48,7 +51,7 @@ def load_tensors(path: Path) -> dict[str, Tensor] | None:
 
 
 def _checksum(tensors: dict[str, Tensor]) -> str:
-    total = 0
+    total = LAYOUT
     for name in sorted(tensors):
         total = zlib.crc32(f"{name} {tuple(tensors[name].shape)}".encode(), total)
         total = zlib.crc32(tensors[name].numpy().data, total)
