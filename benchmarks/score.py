@@ -10,6 +10,10 @@ float32. bfloat16 is measured where the hardware multiplies it, or when its way 
     python benchmarks/score.py                     # seconds an excerpt, then explaining and list-pmi, one thread
     python benchmarks/score.py --threads 2 --rounds 3
     python benchmarks/score.py --ways plain ours plain-bf16 ours-bf16 --neurons 0
+    python benchmarks/score.py --ways plain plain-bf16 ours-bf16 --emulate --rounds 1 --neurons 0   # errors only
+
+Without bfloat16 units its products take forty times as long as those of float32. `--emulate` computes them in float32
+from the same rounded factors and rounds what comes out: errors are those of bfloat16, times are none.
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -58,6 +63,8 @@ class Options:
     """Threads of every process."""
     rounds: int = 3
     """Measurements of each way."""
+    emulate: bool = False
+    """Products of bfloat16 factors in float32, rounded afterwards: for errors, where there are no bfloat16 units."""
     clock: Literal["wall", "cpu"] = "wall"
     """cpu is the steadier one on a machine that others use too, with one thread."""
     json: Path | None = None
@@ -89,7 +96,7 @@ def has_bfloat16() -> bool:
 
 def measure_all(ways: Sequence[str], options: Options) -> list[dict[str, Any]]:
     """Medians of every way, with the errors of its probabilities."""
-    wanted = ("prefix", "excerpt", "excerpts", "batch", "neurons", "threads")
+    wanted = ("prefix", "excerpt", "excerpts", "batch", "neurons", "threads", "emulate")
     told = {name: getattr(options, name) for name in wanted}
     answers: dict[str, list[dict[str, Any]]] = {way: [] for way in ways}
     with tempfile.TemporaryDirectory() as folder:
@@ -176,8 +183,33 @@ def work(told: dict[str, Any]) -> None:
     dtype: Any = "bfloat16" if told["way"].endswith("bf16") else "float32"
     llm = LocalLLM.open(LLMConfig(llm_dtype=dtype))
     do = {"plain": plain, "ours": ours}.get(told["way"].removesuffix("-bf16"), neurons)
-    with torch.inference_mode():
+    with torch.inference_mode(), emulated() if told["emulate"] else nullcontext():
         sys.stdout.write(json.dumps(do(told, llm)) + "\n")
+
+
+def emulated() -> Any:
+    """Products and attention of bfloat16 tensors computed in float32, their results rounded."""
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    aten, narrow = torch.ops.aten, torch.bfloat16
+    products = {aten.mm.default, aten.addmm.default, aten.bmm.default}
+    products.add(aten._scaled_dot_product_flash_attention_for_cpu.default)
+
+    def cast(value: Any, old: torch.dtype, new: torch.dtype) -> Any:
+        return value.to(new) if isinstance(value, torch.Tensor) and value.dtype == old else value
+
+    class Emulated(TorchDispatchMode):
+        def __torch_dispatch__(self, operation: Any, types: Any, given: Any = (), named: Any = None) -> Any:
+            named = named or {}
+            if operation not in products or given[0].dtype != narrow:
+                return operation(*given, **named)
+            named = {name: cast(value, narrow, torch.float32) for name, value in named.items()}
+            found = operation(*(cast(value, narrow, torch.float32) for value in given), **named)
+            # Attention also returns the logarithm of its normalisers, which is float32 in any case.
+            return (found[0].to(narrow), *found[1:]) if isinstance(found, tuple) else found.to(narrow)
+
+    return Emulated()
 
 
 def timed(name: str, start: tuple[float, float], times: int) -> dict[str, float]:

@@ -70,6 +70,8 @@ class Handler(BaseHTTPRequestHandler):
         answer = json.dumps(step.get("json", self.answer(body))).encode()
         if "text" in step:
             answer = step["text"].encode()
+        if step.get("refuses") in body:
+            return self.send(f"what is {step['refuses']}?".encode(), 422)
         if "status" in step:
             answer = ("bad key " + str(self.headers["Authorization"])).encode()
         if step.get("cut"):
@@ -321,6 +323,19 @@ def test_log_probabilities_in_a_prompt_are_those_of_the_model(
     found = llm.slot_logprobs(prefix, [prompt], [slots], choices)[0]
     assert len(serving.log()) == len(bodies)
     np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+def test_a_server_that_does_not_know_an_option_of_vllm_is_asked_without_it(
+    serving: Serving, config: LLMConfig, local: tuple[LocalLLM, Path]
+) -> None:
+    llm = opened(replace(config, llm_tokenizer=str(local[1]), llm_concurrency=1))
+    prompts, choices = [llm.encode("the dog"), llm.encode("10 cats")], llm.encode("a")
+    tops = {"top_logprobs": [{"a": -1.5, " a": -2.0}]}
+    strict = {"refuses": server.BY_ID, "json": {"choices": [{"text": "", "logprobs": tops}]}}
+    serving.script(*[strict] * 3)
+    found = llm.slot_logprobs([5], prompts, [[len(prompt)] for prompt in prompts], choices)
+    assert [rows.tolist() for rows in found] == [[[-1.5]]] * 2
+    assert [server.BY_ID in one["body"] for one in serving.log()] == [True, False, False]
 
 
 def test_a_choice_that_is_not_among_the_likeliest_has_no_probability(

@@ -32,6 +32,8 @@ TOP = 20
 """Likeliest tokens asked for at a place: as many as vLLM gives unless told otherwise."""
 PASSING = {408, 409, 425, 429, 500, 502, 503, 504, 529}
 """Statuses after which the same request may succeed."""
+BY_ID = "return_tokens_as_token_ids"
+"""vLLM's option to name tokens by their ids, so that none is taken for another; stricter servers refuse to know it."""
 CONTINUE = "Continue the user's text. Write only what comes next, without repeating any of it, on one line."
 Read = Callable[[Any], Any]
 
@@ -53,6 +55,7 @@ class ServerLLM:
         headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
         self._client = httpx2.Client(headers=headers, timeout=config.llm_timeout)
         self._turn, self._next, self._stop = threading.Lock(), 0.0, threading.Event()
+        self._unknown: set[str] = set()  # options that this server has refused
 
     @classmethod
     def open(cls, config: LLMConfig) -> ServerLLM:
@@ -144,9 +147,7 @@ class ServerLLM:
             places = [place + len(prompt) - len(ids) for place in places]
             echo = places != [len(prompt)]
             body = {"model": self.name, "prompt": prompt, "max_tokens": 1, "temperature": 0, "logprobs": TOP}
-            bodies.append(
-                body | {"return_tokens_as_token_ids": True} | ({"echo": True, "places": places} if echo else {})
-            )
+            bodies.append(body | {BY_ID: True} | ({"echo": True, "places": places} if echo else {}))
             reads.append(_tops(places if echo else [-1], len(prompt) + 1 if echo else 1, self._url))
         return self._ask("completions", bodies, reads)
 
@@ -194,10 +195,14 @@ class ServerLLM:
                 break
             wait = FIRST_WAIT * 2**attempt * random.uniform(0.75, 1.25)
             try:
-                response = self._client.post(url, json=body)
+                sent = {name: value for name, value in body.items() if name not in self._unknown}
+                response = self._client.post(url, json=sent)
                 if response.is_success:
                     return read(response.json())
                 problem = f"status {response.status_code}{self._said(response)}"
+                if response.status_code in (400, 422) and BY_ID in sent and BY_ID in response.text:
+                    self._unknown.add(BY_ID)
+                    continue
                 if response.status_code not in PASSING:
                     raise UserError(f"{url}: {problem}; {self._fix(response.status_code)}")
                 wait = _retry_after(response.headers.get("retry-after")) or wait
