@@ -236,14 +236,18 @@ def excerpts(told: dict[str, Any], llm: Any) -> tuple[list[int], list[Any], list
 
 def plain(told: dict[str, Any], llm: Any) -> dict[str, float]:
     import torch
+    from transformers import AutoModelForCausalLM
+
+    from cratescope.lm.offline import smollm2_folder
 
     prefix, prompts, digits = excerpts(told, llm)
-    llm.model.set_attn_implementation("sdpa")
-    llm.model(input_ids=torch.tensor([prefix[:64]]))
+    # `llm` has changed its model's attention and, in bfloat16, what it rounds.
+    model = AutoModelForCausalLM.from_pretrained(smollm2_folder(), dtype=getattr(torch, llm.dtype)).eval()
+    model(input_ids=torch.tensor([prefix[:64]]))
     found, few = [], prompts[: max(1, len(prompts) // 4)]
     start = now()
     for prompt in few:
-        probabilities = llm.model(input_ids=torch.tensor([prefix + prompt.ids])).logits.float().log_softmax(-1)
+        probabilities = model(input_ids=torch.tensor([prefix + prompt.ids])).logits.float().log_softmax(-1)
         found.append(probabilities[0, [len(prefix) + slot - 1 for slot in prompt.slots]][:, digits])
     took = timed("excerpt", start, len(few))
     np.save(told["out"], torch.cat(found).numpy())
