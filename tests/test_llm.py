@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    AttentionInterface,
     AutoModelForCausalLM,
     BloomConfig,
     Gemma2Config,
@@ -26,6 +27,7 @@ from transformers import (
 from cratescope.config import LLMConfig
 from cratescope.lm.tokenizer import train_bpe
 from cratescope.neurons.llm import open_llm
+from cratescope.neurons.llm import prefix as engine
 from cratescope.neurons.llm.local import LocalLLM
 from cratescope.neurons.llm.scripted import ScriptedLLM
 from cratescope.run import UserError
@@ -223,6 +225,22 @@ def test_a_bfloat16_model_that_multiplies_without_linear_layers_stays_as_it_was(
     after = dict(model.named_parameters())
     assert all(after[name].dtype == torch.bfloat16 and after[name].equal(weight) for name, weight in before.items())
     assert np.isfinite(llm.next_logprobs(llm.encode(PREFIX), [llm.encode("the")])).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("architecture", SHARED)
+def test_the_trial_finds_an_attention_that_is_not_the_models_own(
+    architecture: str, dtype: torch.dtype, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = engine.attend
+    monkeypatch.setattr(engine, "attend", lambda *given, **named: own(*given, **named | {"scaling": 0.0}))
+    model = tiny(architecture, tokenizer).to(dtype)
+    try:
+        assert not engine.adopt(model)
+    finally:
+        AttentionInterface.register(engine.NAME, own)  # for the models of other tests
+    assert {weight.dtype for weight in model.parameters()} == {dtype}
+    assert model.config._attn_implementation == "sdpa"
 
 
 def test_a_model_with_biases_in_its_attention_is_left_as_it_is(tokenizer: PreTrainedTokenizerFast) -> None:
