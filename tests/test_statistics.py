@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy import stats
+from scipy import integrate, stats
 
 from cratescope.neurons.statistics import (
     Mean,
@@ -132,6 +132,28 @@ def test_the_number_needed_has_the_power_it_says(effect: float, paired: bool) ->
     assert power(n) == pytest.approx(0.8, abs=0.04 if n > 12 else 0.15)
     if n > 12:
         assert power(n * 2 // 3) < 0.7
+
+
+def _exact_power(effect: float, n: int, paired: bool) -> float:
+    """P(|T| > critical) by adaptive quadrature over the chi-square in T's denominator."""
+    freedom = n - 1 if paired else 2 * (n - 1)
+    shift, critical = effect * np.sqrt(n if paired else n / 2), stats.t.ppf(0.975, freedom)
+
+    def integrand(s: float) -> float:
+        exceeds = stats.norm.cdf(shift - critical * s) + stats.norm.cdf(-shift - critical * s)
+        return float(exceeds * 2 * freedom * s * stats.chi2.pdf(freedom * s * s, freedom))
+
+    return float(integrate.quad(integrand, 0, 1)[0] + integrate.quad(integrand, 1, 9)[0])
+
+
+@pytest.mark.parametrize("paired", [False, True])
+def test_large_effects_need_the_fewest_values_that_have_the_power(paired: bool) -> None:
+    """scipy's noncentral t is NaN for many effects between 4 and 12, which once read as enough."""
+    for effect in np.geomspace(1.5, 14, 40).tolist():
+        n = needed(effect, paired)
+        assert n is not None and _exact_power(effect, n, paired) >= 0.8
+        assert n == 2 or _exact_power(effect, n - 1, paired) < 0.8
+    assert (needed(8.27, paired=True), needed(10.7, paired=True), needed(12.0, paired=True)) == (3, 3, 2)
 
 
 def test_what_is_not_there_is_never_found() -> None:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
-from scipy.special import nctdtr, stdtr, stdtrit
+from scipy.special import ndtr, stdtr, stdtrit
 
 from cratescope.neurons.measures import COVERAGE, RESAMPLES
 
@@ -158,9 +158,15 @@ def needed(effect: float, paired: bool = False) -> int | None:
 
 
 def _power(effect: float, n: int, paired: bool) -> float:
+    """P(|T| > critical) of T = (Z + shift) / S, averaged over S = sqrt(chi-square / freedom).
+
+    By quadrature, since scipy's nctdtr and nct.cdf are NaN for many shifts above about 4.
+    """
     freedom = n - 1 if paired else 2 * (n - 1)
     shift = abs(effect) * math.sqrt(n if paired else n / 2)
-    if shift > 30:
-        return 1.0  # where the noncentral distribution leaves its numerical range
     critical = float(stdtrit(freedom, (1 + COVERAGE) / 2))
-    return 1 - float(nctdtr(freedom, shift, critical)) + float(nctdtr(freedom, shift, -critical))
+    reach = 8 / math.sqrt(2 * freedom)  # beyond it there is less than 1e-10 of S
+    d = np.linspace(max(-1 + 1e-12, -reach), reach, 4001)
+    density = np.exp((freedom - 1) * np.log1p(d) - freedom * (d + d * d / 2))
+    exceeds = ndtr(shift - critical * (1 + d)) + ndtr(-shift - critical * (1 + d))
+    return float(np.trapezoid(density * exceeds, d) / np.trapezoid(density, d))
