@@ -33,7 +33,7 @@ from cratescope.neurons.records import (
     write_simulation,
 )
 from cratescope.neurons.sanity import on_records
-from cratescope.neurons.score import score_neuron, summarise
+from cratescope.neurons.score import score_neuron
 from cratescope.run import Run, claim, write_json, write_text
 
 PROTOCOLS = {name: EVERY_PROTOCOL[name] for name in ("top-and-random", "random-only")}
@@ -97,10 +97,10 @@ def fake_run(root: Path, fake: Fake | None = None) -> Run:
             scores += _explain_and_score(run, fake, record, random)
     folder = run.scores(fake.site, "offline", "list-pmi")
     write_scores(folder / "scores.jsonl", scores)
-    distinct = {str(layer): min(fake.neurons, len(TOPICS)) for layer in range(fake.layers)}
-    about = {"explainer": "offline", "simulator": "list-pmi", "site": fake.site, "distinct_explanations": distinct}
+    made_with = {"top": {"site": fake.site, "llm": "offline", "records": {"excerpts": 20}}}
+    about = {"explainer": "offline", "simulator": "list-pmi", "site": fake.site, "made_with": made_with}
     sanity = [verdict.row() for verdict in on_records(PROTOCOLS.values(), every)]
-    write_json(folder / "summary.json", {"protocols": summarise(scores), "sanity": sanity} | about)
+    write_json(folder / "scores.json", about | {"sanity": sanity})
     write_quality(run, fake.site, range(fake.layers))
     return run
 

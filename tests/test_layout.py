@@ -11,10 +11,11 @@ from pathlib import Path
 SOURCE = Path(__file__).parent.parent / "src" / "cratescope"
 # Low to high: a module may import from its own rank and from those before it.
 RANKS = (
-    ("run", "config", "hardware"),
+    ("run", "config", "hardware", "arm"),
     ("models",),
     ("lm",),
     ("neurons",),
+    ("results",),
     ("report",),
     ("study",),
     ("cli",),

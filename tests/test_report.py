@@ -17,14 +17,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cratescope.config import ReportConfig
-from cratescope.neurons.records import Histogram, NeuronId, layer_file, read_records, read_scores
-from cratescope.report.comparison import Comparison, Quantity, caveats, comparisons, headline
+from cratescope.neurons.records import Histogram, layer_file, read_records, read_scores, write_scores
 from cratescope.report.figures import inline
-from cratescope.report.paper import PAPER_SCORES
 from cratescope.report.report import highlight, report, spread
-from cratescope.report.results import Results, load_results
-from cratescope.report.tables import loss_rows, matched_rows, neuron_rows, quality_rows, score_rows
 from cratescope.report.text import number, sparkline, visible
+from cratescope.report.verdict import caveats, headline
+from cratescope.results.compare import Comparison, Quantity, comparisons, sides
+from cratescope.results.runs import Results, load_results
+from cratescope.results.scores import Scores
+from cratescope.results.tables import loss_rows, matched_rows, neuron_rows, paper, quality_rows, score_rows
 from cratescope.run import Run, UserError, read_json, write_json
 from fake_run import Fake, fake_run, fake_tokenizer
 
@@ -80,24 +81,40 @@ def edit(path: Path, **changes: Any) -> None:
     write_json(path, read_json(path) | changes)
 
 
-def test_the_score_table_equals_the_summaries(runs: tuple[Path, Path], written: Path) -> None:
+def scores_of(run: Path, site: str = "codes") -> Scores:
+    return Scores(read_scores(Run(run).scores(site, "offline", "list-pmi") / "scores.jsonl"))
+
+
+def test_the_score_table_follows_from_the_rows_of_score(runs: tuple[Path, Path], written: Path) -> None:
     names = ("model", "protocol", "measure", "layer")
     rows = {tuple(row[name] for name in names): row for row in rows_of(written / "scores.csv")}
     assert len(rows) == 2 * 2 * 2 * 3
-    kept = ("mean", "standard_error", "low", "high", "n_scored", "n_none", "n_dead", "n_neurons")
     for path, site in zip(runs, ("codes", "mlp"), strict=True):
-        summary = read_json(Run(path).scores(site, "offline", "list-pmi") / "summary.json")
-        for protocol, table in summary["protocols"].items():
-            for place, layer in enumerate(table["layers"]):
-                row = rows[path.name, protocol, "pearson", str(layer["layer"])]
-                assert {key: float(row[key]) for key in kept} == {key: layer[key] for key in kept}
-                for control, found in table["controls"].items():
-                    assert float(row[control]) == found["layers"][place]["mean"]
-                    assert float(row[f"over_{control}"]) == found["layers"][place]["gain_mean"]
-            row = rows[path.name, protocol, "pearson", "mean"]
-            assert {key: float(row[key]) for key in kept[:4]} == {key: table["model"][key] for key in kept[:4]}
-            other = rows[path.name, protocol, "spearman", "mean"]
-            assert float(other["mean"]) == table["measures"]["spearman"]["model"]["mean"]
+        lines = read_scores(Run(path).scores(site, "offline", "list-pmi") / "scores.jsonl")
+        for (model, protocol, measure, layer), row in rows.items():
+            if model != path.name or layer == "mean":
+                continue
+            mine = [
+                item
+                for item in lines
+                if (item.protocol, item.measure, str(item.neuron.layer)) == (protocol, measure, layer)
+            ]
+            own = {item.neuron: item.value for item in mine if item.control == "none" and item.value is not None}
+            assert float(row["mean"]) == pytest.approx(np.mean([*own.values()]))
+            assert float(row["standard_error"]) == pytest.approx(np.std([*own.values()], ddof=1) / np.sqrt(len(own)))
+            assert (row["n_scored"], row["n_none"], row["n_dead"], row["n_neurons"]) == (str(len(own)), "2", "1", "6")
+            for control in ("shuffled", "empty", "unigram"):
+                null = {item.neuron: item.value for item in mine if item.control == control and item.value is not None}
+                assert float(row[control]) == pytest.approx(np.mean([*null.values()]))
+                both = [own[neuron] - null[neuron] for neuron in own.keys() & null.keys()]
+                assert float(row[f"over_{control}"]) == pytest.approx(np.mean(both))
+            assert row["explanation_set"] == "top"
+    for model in ("crate", "gpt2"):
+        layers = [float(rows[model, "random-only", "pearson", layer]["mean"]) for layer in "01"]
+        mean = rows[model, "random-only", "pearson", "mean"]
+        assert float(mean["mean"]) == pytest.approx(np.mean(layers))
+        assert float(mean["variance_over_layers"]) == pytest.approx(np.var(layers))
+        assert float(mean["low"]) <= float(mean["mean"]) <= float(mean["high"])
     assert rows["crate", "top-and-random", "pearson", "0"]["paper"] == "7.8"
     assert rows["crate", "top-and-random", "spearman", "0"]["paper"] == ""
     as_json = json.loads((written / "scores.json").read_text())["scores"]
@@ -159,11 +176,11 @@ def test_bars_follow_the_logarithm_of_the_tokens_in_each_interval() -> None:
 
 def test_the_page_shows_the_numbers_times_100(runs: tuple[Path, Path], written: Path) -> None:
     page = plain_text((written / "report.html").read_text())
-    table = read_json(Run(runs[0]).scores("codes", "offline", "list-pmi") / "summary.json")["protocols"]
-    model = table["random-only"]["model"]
-    assert f"{100 * model['mean']:.1f} ± {100 * model['standard_error']:.1f}" in page
-    assert f"{100 * table['random-only']['layers'][1]['null_mean']:.1f} ±" in page
-    assert f"{100 * model['low']:.1f} … {100 * model['high']:.1f}" in page
+    scores = scores_of(runs[0])
+    model = scores.mean("random-only")
+    assert f"{100 * model.mean:.1f} ± {100 * model.standard_error:.1f}" in page
+    assert f"{100 * scores.mean('random-only', control='shuffled', layer=1).mean:.1f} ±" in page
+    assert f"{100 * model.low:.1f} … {100 * model.high:.1f}" in page
     assert "8/4/2/12" in page
     assert "2 without a score (1 constant simulation, 1 dead neuron)" in page
 
@@ -196,13 +213,6 @@ def test_a_missing_number_is_a_dash_with_its_count_and_never_nan(tmp_path: Path)
     run = fake_run(tmp_path / "silent", Fake(layers=1, size="1l", neurons=5, dead=(2, 3, 4), flat=()))
     path = run.scores("codes", "offline", "list-pmi") / "scores.jsonl"
     path.write_text(re.sub(r'"value": [^,]*', '"value": null', path.read_text()))
-    summary = read_json(path.with_name("summary.json"))
-    for table in summary["protocols"].values():
-        for part in (table, *table["measures"].values()):
-            part["layers"][0] |= {name: None for name in part["layers"][0] if "mean" in name or "standard" in name}
-            part["layers"][0] |= {"n_scored": 0, "n_none": 5, "low": None, "high": None}
-            part["model"], part["controls"] = dict.fromkeys(part["model"]), {}
-    write_json(path.with_name("summary.json"), summary)
     text = run.evaluation.read_text()
     run.evaluation.write_text(text.replace('"bits_per_byte": 1.72', '"bits_per_byte": NaN'))
     page = report(ReportConfig(runs=(run.root,), out=tmp_path / "out"), tokenizer=fake_tokenizer()).read_text()
@@ -218,7 +228,7 @@ def test_a_missing_number_is_a_dash_with_its_count_and_never_nan(tmp_path: Path)
     [
         ("run.json", "cratescope train"),
         ("evaluation.json", "cratescope evaluate"),
-        ("scores/codes/offline/list-pmi/summary.json", "cratescope score"),
+        ("scores/codes/offline/list-pmi/scores.json", "cratescope score"),
         ("scores/codes/offline/list-pmi/scores.jsonl", "cratescope score"),
         ("records/codes/layer-01.parquet", "cratescope collect"),
         ("simulations/codes/offline/list-pmi/top/0/0.json", "cratescope simulate"),
@@ -285,7 +295,7 @@ def test_white_space_and_control_characters_are_seen(token: str, shown: str) -> 
 
 @given(st.integers(0, 40), st.integers(1, 12))
 def test_cards_are_spread_from_the_best_to_the_worst(ranked: int, cards: int) -> None:
-    ranking = [NeuronId("m", "codes", 0, index) for index in range(ranked)]
+    ranking = [7 * index for index in range(ranked)]
     ranks = [rank for rank, neuron in spread(ranking, cards) if neuron == ranking[rank - 1]]
     assert len(ranks) == min(ranked, cards) and ranks == sorted(set(ranks))
     assert not ranks or ranks[0] == 1
@@ -308,12 +318,12 @@ def test_the_headline_follows_from_the_numbers(runs: tuple[Path, Path], tmp_path
     groups = comparisons(results, PRIMARY)
     pair = groups[0][0]
     assert pair.primary and pair.unit == "neurons"
-    crate, gpt2 = (item.summary["protocols"]["random-only"]["model"] for item in results)
-    assert pair.difference == pytest.approx(crate["gain_mean"] - gpt2["gain_mean"])
-    errors = crate["gain_standard_error"], gpt2["gain_standard_error"]
-    assert pair.standard_error == pytest.approx(np.hypot(*errors))
+    crate, gpt2 = (item.scores.mean("random-only", over="shuffled") for item in results)
+    assert pair.difference == pytest.approx(crate.mean - gpt2.mean)
+    assert pair.standard_error == pytest.approx(np.hypot(crate.standard_error, gpt2.standard_error))
     raw = find(groups, None)
-    assert raw.difference == pytest.approx(crate["mean"] - gpt2["mean"])
+    crate, gpt2 = (item.scores.mean("random-only") for item in results)
+    assert raw.difference == pytest.approx(crate.mean - gpt2.mean)
     said = headline([pair])
     assert number(pair.difference, sign=True) in said and "primary measure (random-only, pearson, gain over" in said
     assert pair.test is not None and ("not told apart" in said) == (pair.test.p >= 0.05)
@@ -327,13 +337,11 @@ def test_several_seeds_are_compared_with_the_seed_as_the_unit(seeds: list[Result
     groups = comparisons(seeds, PRIMARY)
     pair = find(groups, None)
     means = {
-        family: [item.summary["protocols"]["random-only"]["model"]["mean"] for item in seeds if item.family == family][
-            ::2
-        ]
+        family: [item.scores.mean("random-only").mean for item in seeds if item.arm.family == family][::2]
         for family in ("crate", "gpt2")
     }
-    assert pair.crate.seeds.keys() == {0, 1} and pair.crate.mean == pytest.approx(np.mean(means["crate"]))
-    assert pair.crate.standard_error == pytest.approx(np.std(means["crate"], ddof=1) / np.sqrt(2))
+    assert pair.a.seeds.keys() == {0, 1} and pair.a.mean == pytest.approx(np.mean(means["crate"]))
+    assert pair.a.standard_error == pytest.approx(np.std(means["crate"], ddof=1) / np.sqrt(2))
     differences = np.subtract(means["crate"], means["gpt2"])
     assert pair.test is not None and pair.test.paired and pair.unit == "seeds"
     assert pair.test.standard_error == pytest.approx(np.std(differences, ddof=1) / np.sqrt(2))
@@ -351,7 +359,7 @@ def test_an_untrained_run_of_the_same_preset_and_seed_is_a_control(seeds: list[R
             assert trained["untrained"] == copy["mean"] and copy["untrained"] is None
             assert trained["over_untrained"] == pytest.approx(trained["mean"] - copy["mean"])
     pair = find(comparisons(seeds, PRIMARY), "untrained")
-    assert pair.crate.seeds[0] == pytest.approx(own["crate-0-2000000"]["over_untrained"])
+    assert pair.a.seeds[0] == pytest.approx(own["crate-0-2000000"]["over_untrained"])
     assert "No untrained model" not in " ".join(caveats(seeds, [], PRIMARY))
 
 
@@ -377,24 +385,19 @@ def test_a_primary_measure_that_was_not_scored_is_said_to_be_missing(runs: tuple
 
 
 def test_activity_is_compared_at_matched_density_too(seeds: list[Results]) -> None:
-    rows = matched_rows(seeds)
-    assert [(row["crate"], row["gpt2"]) for row in rows] == [
+    rows = matched_rows(seeds, sides(seeds))
+    assert [(row["a"], row["b"]) for row in rows] == [
         (f"crate-{seed}-{tokens}", f"gpt2-{seed}-{tokens}") for seed in (0, 1) for tokens in (2_000_000, 0)
     ]
     assert all(0 < row["lookup_n"] <= 5 for row in rows)
     layers = [row for row in quality_rows(seeds) if row["layer"] == 0]
-    assert len(layers) == len(seeds) and {row["distinct_explanations"] for row in layers} == {6}
+    assert len(layers) == len(seeds) and {row["distinct_explanations"] for row in layers} == {5}
 
 
 @pytest.mark.parametrize(
-    "changes",
-    [
-        {"tokens_trained": 1},
-        {"data": {"path": "x", "manifest_sha256": "f"}},
-        {"settings": {"crate": {"ista_steps": "3"}}},
-    ],
+    "changes", [{"tokens_trained": 1}, {"data": {"path": "x", "manifest_sha256": "f"}}, {"context": 512}]
 )
-def test_runs_that_differ_in_more_than_the_family_are_not_compared(
+def test_runs_that_differ_in_more_than_the_arm_are_not_compared(
     runs: tuple[Path, Path], tmp_path: Path, changes: dict[str, Any]
 ) -> None:
     run = copy_of(runs[0], tmp_path)
@@ -402,6 +405,52 @@ def test_runs_that_differ_in_more_than_the_family_are_not_compared(
     results = load_results(ReportConfig(runs=(run, runs[1]), out=tmp_path))
     assert comparisons(results, PRIMARY) == []
     assert "no comparison" in " ".join(caveats(results, [], PRIMARY))
+
+
+def test_a_variant_is_an_arm_of_its_own(runs: tuple[Path, Path], tmp_path: Path) -> None:
+    run = Path(shutil.copytree(runs[0], tmp_path / "steps"))
+    edit(run / "run.json", settings={"crate": {"ista_steps": "3"}})
+    results = load_results(ReportConfig(runs=(*runs, run), out=tmp_path))
+    assert [item.arm.title for item in results] == ["CRATE", "GPT-2", "CRATE ista_steps=3"]
+    usual, chosen = (comparisons(results, PRIMARY, pair)[0][0] for pair in ((), ("crate ista_steps=3", "crate")))
+    assert (usual.a.title, usual.b.title) == ("CRATE", "GPT-2")
+    assert (chosen.a.title, chosen.b.title, chosen.difference) == ("CRATE ista_steps=3", "CRATE", 0)
+    assert {row["paper"] for row in score_rows(results[2:])} == {None}
+    with pytest.raises(UserError, match="--compare crate llama: give two of the arms crate, gpt2"):
+        sides(results, ("crate", "llama"))
+
+
+def test_two_explanation_sets_are_shown_each_with_its_own_scores(runs: tuple[Path, Path], tmp_path: Path) -> None:
+    """A protocol that explains from other windows gets other texts, and its scores are of these."""
+    run = Run(copy_of(runs[0], tmp_path))
+    for stage in (run.explanations("codes", "offline", "top"), run.simulations("codes", "offline", "list-pmi", "top")):
+        other = Path(shutil.copytree(stage, stage.with_name("openai")))
+        for path in other.rglob("*.json"):
+            path.write_text(path.read_text().replace("words about the law", "rain in spring"))
+    folder = run.scores("codes", "offline", "list-pmi")
+    scores = read_scores(folder / "scores.jsonl")
+    moved = [
+        dataclasses.replace(item, protocol="openai", set="openai") for item in scores if item.protocol == "random-only"
+    ]
+    write_scores(folder / "scores.jsonl", [*scores, *moved])
+    about = read_json(folder / "scores.json")
+    edit(
+        folder / "scores.json", made_with=about["made_with"] | {"openai": about["made_with"]["top"] | {"llm": "other"}}
+    )
+    results = load_results(ReportConfig(runs=(run.root,), out=tmp_path))
+    rows = {(row["layer"], row["index"], row["explanation_set"]): row for row in neuron_rows(results)}
+    top, other = rows[0, 0, "top"], rows[0, 0, "openai"]
+    assert (top["explanation"], other["explanation"]) == ("words about the law", "rain in spring")
+    assert top["openai_score"] is None and other["random-only_score"] is None
+    assert other["openai_score"] == top["random-only_score"] is not None
+    page = plain_text(
+        report(ReportConfig(runs=(run.root,), out=tmp_path / "out"), tokenizer=fake_tokenizer()).read_text()
+    )
+    assert re.search(
+        r"words about the law · from top\s.*?random-only.*?rain in spring · from openai\s.*?openai ", page, re.S
+    )
+    with_one = load_results(ReportConfig(runs=(runs[0],), out=tmp_path))
+    assert results[0].matter != with_one[0].matter, "the other set was made by another model"
 
 
 def test_two_sites_of_one_run_are_two_rows_with_one_loss_curve(runs: tuple[Path, Path], tmp_path: Path) -> None:
@@ -421,13 +470,13 @@ def test_figures_follow_the_page_colours_and_have_no_address(written: Path) -> N
     for path in found:
         assert "purl.org" not in path.read_text() and "dc:date" not in path.read_text()
         svg = inline(path)
-        assert svg.startswith("<svg") and "var(--crate)" in svg and "var(--gpt2)" in svg and "currentColor" in svg
+        assert svg.startswith("<svg") and "var(--arm0)" in svg and "var(--arm1)" in svg and "currentColor" in svg
 
 
-@pytest.mark.parametrize("protocol", PAPER_SCORES)
+@pytest.mark.parametrize("protocol", paper()["scores"])
 def test_the_papers_means_are_those_of_its_layers(protocol: str) -> None:
     """A slip in copying a layer would break the mean; S and B leave out their last layer, as the paper does."""
-    for preset, entry in PAPER_SCORES[protocol].items():
+    for preset, entry in paper()["scores"][protocol].items():
         layers = entry.get("layers", ())
         kept = layers[:-1] if len(layers) >= 6 else layers
         assert not kept or np.mean(kept) == pytest.approx(entry["mean"], abs=0.06), preset
@@ -450,7 +499,7 @@ def test_a_report_is_made_again_only_when_something_it_shows_has_changed(
 def test_a_second_run_of_the_same_seed_is_no_replicate(runs: tuple[Path, Path], tmp_path: Path) -> None:
     again = Path(shutil.copytree(runs[0], tmp_path / "again"))
     results = load_results(ReportConfig(runs=(*runs, again), out=tmp_path))
-    assert {len(pair.crate.seeds) for group in comparisons(results, PRIMARY) for pair in group} == {1}
+    assert {len(pair.a.seeds) for group in comparisons(results, PRIMARY) for pair in group} == {1}
     edit(again / "run.json", seed=99)
     results = load_results(ReportConfig(runs=(*runs, again), out=tmp_path))
-    assert {len(pair.crate.seeds) for group in comparisons(results, PRIMARY) for pair in group} == {2}
+    assert {len(pair.a.seeds) for group in comparisons(results, PRIMARY) for pair in group} == {2}

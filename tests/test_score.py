@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,9 +32,9 @@ from cratescope.neurons.score import (
     score,
     score_judgement,
     score_neuron,
-    summarise,
 )
 from cratescope.neurons.simulate import simulate
+from cratescope.results.scores import Scores
 from cratescope.run import Run, UserError, claim, read_json, write_json
 from test_explain import DEAD_INDEX, N_NEURONS, files, first_word, make_run, settings_for
 from test_simulate import config_for, knowing
@@ -129,7 +128,7 @@ def test_tokens_are_pooled_over_the_windows_of_the_protocol(record: NeuronRecord
         found = score_neuron(record, made, protocol)[0]
         assert (found.control, found.measure) == ("none", protocol.measures[0])
         assert found.value == pytest.approx(np.corrcoef(truth, guess)[0, 1], abs=1e-9)
-        assert found.n_tokens == len(truth) == 16 * len(chosen)
+        assert found.n == len(truth) == 16 * len(chosen)
         assert found.low is not None and found.high is not None and found.low <= found.value <= found.high
 
 
@@ -174,27 +173,34 @@ def gains(run: Run, protocol: str, layer: int, control: str) -> float:
     return float(np.mean(both))
 
 
+def scored(run: Run, **changes: Any) -> Scores:
+    return Scores(read_scores(score(config(run, **changes)) / "scores.jsonl"))
+
+
 def test_a_whole_run_with_a_knowing_model_scores_one(run: Run) -> None:
-    summary = score(config(run))
-    assert list(summary["protocols"]) == [protocol.name for protocol in DEFAULT]
-    for name, table in summary["protocols"].items():
-        assert table["measure"] == "pearson" and set(table["measures"]) == {"spearman"}
-        assert {"shuffled", "unigram"} <= set(table["controls"])
-        for place, row in enumerate(table["layers"]):
-            assert row["layer"] == place and row["mean"] == pytest.approx(1.0, abs=1e-6)
-            assert row["low"] == pytest.approx(1.0, abs=1e-6) and row["null_mean"] < 0.2
-            assert row["gain_mean"] == pytest.approx(gains(run, name, place, "shuffled"), abs=1e-9)
-            for control, found in table["controls"].items():
-                if found["layers"][place]["n"]:
-                    assert found["layers"][place]["gain_mean"] == pytest.approx(gains(run, name, place, control))
-            counts = {key: row[key] for key in ("n_scored", "n_none", "n_dead", "n_neurons")}
-            assert counts == {"n_scored": N_NEURONS - 1, "n_none": 1, "n_dead": 1, "n_neurons": N_NEURONS}
-            assert row["none_reasons"] == {DEAD: 1}
-        assert table["model"]["mean"] == pytest.approx(1.0, abs=1e-6)
-        assert table["model"]["variance_over_layers"] == pytest.approx(0.0, abs=1e-9)
-    assert summary["distinct_explanations"] == {"0": N_NEURONS - 1, "1": N_NEURONS - 1}
-    assert (summary["explainer"], summary["simulator"], summary["site"]) == ("scripted", "list-pmi", "codes")
-    assert read_json(run.scores("codes", "scripted", "list-pmi") / "summary.json") == summary
+    scores = scored(run)
+    assert scores.protocols == [protocol.name for protocol in DEFAULT] and scores.sets == ["top"]
+    for name in scores.protocols:
+        assert scores.measures(name) == ["pearson", "spearman"] and {"shuffled", "unigram"} <= {*scores.controls(name)}
+        for layer in (0, 1):
+            own = scores.mean(name, layer=layer)
+            assert own.mean == pytest.approx(1.0, abs=1e-6) and own.low == pytest.approx(1.0, abs=1e-6)
+            shuffled = scores.mean(name, control="shuffled", layer=layer).mean
+            assert shuffled is not None and shuffled < 0.2
+            for control in scores.controls(name):
+                gain = scores.mean(name, over=control, layer=layer)
+                if gain.n:
+                    assert gain.mean == pytest.approx(gains(run, name, layer, control), abs=1e-9)
+            counts = {"n_scored": N_NEURONS - 1, "n_none": 1, "n_dead": 1, "n_neurons": N_NEURONS}
+            assert scores.counts(name, layer) == counts
+            assert scores.reasons(name, layer) == {DEAD: 1}
+        model = scores.mean(name)
+        assert model.mean == pytest.approx(1.0, abs=1e-6)
+        assert model.variance_over_layers == pytest.approx(0.0, abs=1e-9)
+    about = read_json(run.scores("codes", "scripted", "list-pmi") / "scores.json")
+    assert (about["explainer"], about["simulator"], about["site"]) == ("scripted", "list-pmi", "codes")
+    assert {row["sample"] for row in about["sanity"]} == {protocol.name for protocol in DEFAULT}
+    assert about["made_with"]["top"]["explanations"]["explained"] == "top"
     assert len(read_json(run.quality("codes"))["neurons"]["lookup"]) == 2 * N_NEURONS
 
 
@@ -212,38 +218,48 @@ def test_empty_answers_are_counted_and_get_no_score(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", layers=(0,))
     explain(settings_for(run), ScriptedLLM())
     simulate(config_for(run), knowing())
-    summary = score(config(run))
-    table = summary["protocols"]["top-and-random"]
-    row = table["layers"][0]
-    assert row["mean"] is None and row["gain_mean"] is None and row["low"] is None
-    assert row["none_reasons"] == {DEAD: 1, EMPTY_ANSWER: N_NEURONS - 1}
-    assert table["model"]["mean"] is None
-    assert table["controls"]["unigram"]["model"]["mean"] is not None, "it needs no explanation"
-    assert summary["distinct_explanations"] == {"0": 0}
+    scores = scored(run)
+    own = scores.mean("top-and-random", layer=0)
+    assert own.mean is None and own.low is None
+    assert scores.mean("top-and-random", over="shuffled", layer=0).mean is None
+    assert scores.reasons("top-and-random", 0) == {DEAD: 1, EMPTY_ANSWER: N_NEURONS - 1}
+    assert scores.mean("top-and-random").mean is None
+    assert scores.mean("top-and-random", control="unigram").mean is not None, "it needs no explanation"
 
 
 def test_scoring_again_writes_the_same_bytes(run: Run) -> None:
     folder = run.scores("codes", "scripted", "list-pmi").parents[1]
     score(config(run))
     first = files(folder)
-    (folder / "scripted" / "list-pmi" / "summary.json").unlink()
+    (folder / "scripted" / "list-pmi" / "scores.json").unlink()
     score(config(run))
     assert files(folder) == first
 
 
 def test_scores_are_made_again_only_when_something_they_come_from_has_changed(run: Run) -> None:
-    summary = run.scores("codes", "scripted", "list-pmi") / "summary.json"
-    first, made = score(config(run)), summary.stat().st_mtime_ns
-    assert score(config(run)) == json.loads(json.dumps(first)) and summary.stat().st_mtime_ns == made
+    score(config(run))
+    about = run.scores("codes", "scripted", "list-pmi") / "scores.json"
+    first, made = read_json(about), about.stat().st_mtime_ns
+    score(config(run))
+    assert about.stat().st_mtime_ns == made
     path = next(run.simulations("codes", "scripted", "list-pmi", "top").glob("0/*.json"))
     path.write_text(path.read_text() + "\n")
-    assert score(config(run))["made_from"] != first["made_from"]
-    assert summary.stat().st_mtime_ns > made
-    assert [*score(config(run, protocols=("random-only",)))["protocols"]] == ["random-only"]
+    score(config(run))
+    assert read_json(about)["made_from"] != first["made_from"] and about.stat().st_mtime_ns > made
+    assert scored(run, protocols=("random-only",)).protocols == ["random-only"]
 
 
-def test_one_protocol_may_be_scored_alone(run: Run) -> None:
-    assert list(score(config(run, protocols=("random-only",)))["protocols"]) == ["random-only"]
+def test_scores_know_the_explanations_they_were_made_from(tmp_path: Path) -> None:
+    both = ("top-and-random", "openai")
+    run = make_run(tmp_path / "run", layers=(0,))
+    explain(settings_for(run, protocols=both), ScriptedLLM(first_word))
+    simulate(config_for(run, protocols=both), knowing())
+    scores = scored(run, protocols=both)
+    assert [(name, scores.set_of(name)) for name in scores.protocols] == [
+        ("top-and-random", "top"),
+        ("openai", "openai"),
+    ]
+    assert read_json(run.scores("codes", "scripted", "list-pmi") / "scores.json")["made_with"].keys() == {*scores.sets}
 
 
 def test_bad_settings_are_named(run: Run) -> None:
@@ -289,7 +305,7 @@ def test_a_killed_simulation_is_told_apart_from_a_small_one(tmp_path: Path) -> N
     run = make_run(tmp_path / "run")
     explain(settings_for(run), ScriptedLLM(first_word))
     (folder,) = simulate(config_for(run, neurons=3), knowing())
-    assert score(config(run))["protocols"]["random-only"]["layers"][0]["n_neurons"] == 3
+    assert scored(run).counts("random-only", 0)["n_neurons"] == 3
     next(folder.glob("1/*.json")).unlink()
     with pytest.raises(UserError, match="2 of 3 neurons of layer 1 are simulated"):
         score(config(run))
@@ -302,39 +318,40 @@ def judgement(record: NeuronRecord, **changes: Any) -> Judgement:
 
 
 def test_judgements_get_balanced_accuracy_and_auroc(record: NeuronRecord) -> None:
-    found = {item.measure: item for item in score_judgement(judgement(record), "detection")}
+    found = {item.measure: item for item in score_judgement(judgement(record), "detection", "top")}
     assert (found["accuracy"].value, found["auroc"].value) == (0.5, 0.75)
-    assert found["auroc"].n_tokens == 4 and found["auroc"].protocol == "detection"
+    assert found["auroc"].n == 4 and found["auroc"].protocol == "detection"
     silent = judgement(record, probabilities=(), labels=(), skipped="too few active windows")
-    assert {(item.value, item.reason) for item in score_judgement(silent, "x")} == {(None, "too few active windows")}
-    of_one = score_judgement(judgement(record, labels=(True,) * 4), "x")
+    assert {(item.value, item.reason) for item in score_judgement(silent, "x", "top")} == {
+        (None, "too few active windows")
+    }
+    of_one = score_judgement(judgement(record, labels=(True,) * 4), "x", "top")
     assert {(item.value, item.reason) for item in of_one} == {(None, ONE_ANSWER)}
     for wrong in ((0.9, 0.6, 0.4), (0.9, 0.6, 0.4, 1.2), (0.9, 0.6, 0.4, float("nan"))):
         with pytest.raises(UserError, match="damaged judgements"):
-            score_judgement(judgement(record, probabilities=wrong), "x")
+            score_judgement(judgement(record, probabilities=wrong), "x", "top")
 
 
 def test_an_intruder_is_found_when_it_is_the_likeliest_of_its_group(record: NeuronRecord) -> None:
     labels = (False, True, False, False, False) * 2
     answers = (0.1, 0.6, 0.1, 0.1, 0.1, 0.5, 0.2, 0.1, 0.1, 0.1)
     made = judgement(record, scorer="intruder", text="", probabilities=answers, labels=labels)
-    assert score_judgement(made, "intruder")[0].value == 0.5
+    assert score_judgement(made, "intruder", "top")[0].value == 0.5
 
 
 def test_judgements_are_scored_with_the_simulations(run: Run) -> None:
     folder = run.judgements("codes", "scripted", "detection", "top")
     claim(
         folder,
-        json.loads((run.simulations("codes", "scripted", "list-pmi", "top") / "manifest.json").read_text())["identity"],
+        read_json(run.simulations("codes", "scripted", "list-pmi", "top") / "manifest.json")["identity"],
     )
     for layer in (0, 1):
         record = read_records(layer_file(run.records("codes"), layer))[1]
         write_judgements(folder, [judgement(record), judgement(record, control="shuffled", text="other words")])
-    summary = score(config(run))
-    table = summary["protocols"]["detection"]
-    assert table["measure"] == "accuracy" and table["layers"][0]["mean"] == 0.5
-    assert table["controls"]["shuffled"]["model"]["gain_mean"] == 0.0
-    assert table["measures"]["auroc"]["model"]["mean"] == 0.75
+    scores = scored(run)
+    assert scores.measures("detection") == ["accuracy", "auroc"] and scores.mean("detection", layer=0).mean == 0.5
+    assert scores.mean("detection", over="shuffled").mean == 0.0
+    assert scores.mean("detection", "auroc").mean == 0.75
     write_judgements(folder, [judgement(record, text="no such words")])
     with pytest.raises(UserError, match=f"{neuron_file(folder, record.neuron).name}.*judges another explanation"):
         score(config(run))
@@ -342,13 +359,17 @@ def test_judgements_are_scored_with_the_simulations(run: Run) -> None:
 
 def test_a_gain_counts_only_neurons_that_have_both(record: NeuronRecord) -> None:
     other = dataclasses.replace(record.neuron, index=2)
-    made = [
-        Score(record.neuron, "random-only", "none", "pearson", 0.5, 9),
-        Score(record.neuron, "random-only", "empty", "pearson", 0.2, 9),
-        Score(other, "random-only", "none", "pearson", 0.1, 9),
-        Score(other, "random-only", "empty", "pearson", None, 9, reason=CONSTANT_SIMULATION),
-    ]
-    table = summarise(made)["random-only"]
-    assert table["model"]["mean"] == pytest.approx(0.3) and table["model"]["gain_mean"] is None
-    empty = table["controls"]["empty"]["model"]
-    assert (empty["mean"], empty["n"]) == (pytest.approx(0.2), 1) and empty["gain_mean"] == pytest.approx(0.3)
+    key = "random-only", "top"
+    made = Scores(
+        [
+            Score(record.neuron, *key, "none", "pearson", 0.5, 9),
+            Score(record.neuron, *key, "empty", "pearson", 0.2, 9),
+            Score(other, *key, "none", "pearson", 0.1, 9),
+            Score(other, *key, "empty", "pearson", None, 9, reason=CONSTANT_SIMULATION),
+        ]
+    )
+    assert made.mean("random-only").mean == pytest.approx(0.3)
+    assert made.mean("random-only", over="shuffled").mean is None
+    gain = made.mean("random-only", over="empty")
+    assert made.mean("random-only", control="empty").mean == pytest.approx(0.2)
+    assert (gain.mean, gain.n) == (pytest.approx(0.3), 1)

@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import processes
 from cratescope.config import ReportConfig, StudyConfig, TrainConfig
 from cratescope.lm.data import TokenData
-from cratescope.report.comparison import Quantity
+from cratescope.results.compare import Quantity
 from cratescope.run import UserError
 from cratescope.study import check, parse_options, read_plan, study
 

@@ -77,26 +77,29 @@ def judge(config: settings.JudgeConfig) -> str:
 
 
 def score(config: settings.ScoreConfig) -> str:
+    from cratescope.neurons.records import read_scores
     from cratescope.neurons.score import score
+    from cratescope.results.scores import Scores
+    from cratescope.run import read_json
 
-    summary = score(config)
-    lines = [_score_line(name, table) for name, table in summary["protocols"].items()]
+    folder = score(config)
+    scores = Scores(read_scores(folder / "scores.jsonl"))
+    lines = [_score_line(scores, name) for name in scores.protocols]
+    verdicts = read_json(folder / "scores.json")["sanity"]
     for passes in (True, False):
-        names = [f"{row['sample']} {row['measure']}" for row in summary["sanity"] if row["passes"] == passes]
+        names = [f"{row['sample']} {row['measure']}" for row in verdicts if row["passes"] == passes]
         if names:
             lines.append(f"{'pass' if passes else 'fail'} the missing-label and extra-label tests: {', '.join(names)}")
     return "\n".join(lines)
 
 
-def _score_line(name: str, table: dict[str, Any]) -> str:
+def _score_line(scores: Any, protocol: str) -> str:
     """A protocol's own measure x100, and its gain over every control."""
-    model = table["model"]
-    gains = [
-        f"{control} {_percent(row['model']['gain_mean'], row['model']['gain_standard_error'])}"
-        for control, row in table["controls"].items()
-    ]
-    line = f"{name}: {table['measure']} x 100 {_percent(model['mean'], model['standard_error'])}"
-    return line + (f"; gain over {', '.join(gains)}" if gains else "")
+    mean, measure = scores.mean(protocol), scores.measures(protocol)[0]
+    gains = {control: scores.mean(protocol, over=control) for control in scores.controls(protocol)}
+    listed = [f"{control} {_percent(gain.mean, gain.standard_error)}" for control, gain in gains.items()]
+    line = f"{protocol}: {measure} x 100 {_percent(mean.mean, mean.standard_error)}"
+    return line + (f"; gain over {', '.join(listed)}" if listed else "")
 
 
 def report(config: settings.ReportConfig) -> str:

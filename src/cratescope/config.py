@@ -440,6 +440,9 @@ class ReportConfig:
     primary: str = "uniform/pearson/shuffled"
     """The measure that decides, named before the runs: protocol/measure, and /control for the gain over a control
     (shuffled, empty, unigram, untrained); docs/evaluation.md says why this one. All others are secondary."""
+    compare: tuple[str, ...] = ()
+    """Two arms to compare, such as `crate gpt2`: by default these two where there are runs of both, else the first two
+    arms of the runs."""
     title: str = "cratescope report"
     """Title of the page."""
     cards: int = 8

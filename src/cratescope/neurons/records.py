@@ -207,17 +207,19 @@ class Judgement:
 class Score:
     """How well a neuron's simulation, or an LLM's judgements of windows, agree with the truth by one measure.
 
-    protocol: of a simulation, or the scorer. control: "none" for the neuron's own explanation, else as in Simulation.
-    value: None where there is none, for `reason`. n_tokens: tokens, or windows judged, that it was measured on.
+    protocol: of a simulation, or the scorer. set: the explanation set that was scored. control: "none" for the neuron's
+    own explanation, else as in Simulation.
+    value: None where there is none, for `reason`. n: tokens, or windows judged, that it was measured on.
     low, high: bootstrap interval of 95 % over windows, of the protocol's own measure and the own explanation only.
     """
 
     neuron: NeuronId
     protocol: str
+    set: str
     control: str
     measure: str
     value: float | None
-    n_tokens: int
+    n: int
     low: float | None = None
     high: float | None = None
     reason: str | None = None
@@ -494,6 +496,8 @@ def read_scores(path: Path) -> list[Score]:
     names = [field.name for field in dataclasses.fields(NeuronId)]
     with open(path, encoding="utf-8") as file:
         rows = [json.loads(line) for line in file]
+    if any("set" not in row for row in rows):
+        raise UserError(f"{path}: written by an older version of cratescope; run `cratescope score` again")
     return [Score(NeuronId(*(row.pop(name) for name in names)), **row) for row in rows]
 
 

@@ -15,11 +15,10 @@ from rich.text import Text
 from cratescope.config import ShowConfig
 from cratescope.lm.tokenizer import load_tokenizer, token_strings
 from cratescope.neurons.explain import find_site, record_files
-from cratescope.neurons.protocols import PROTOCOLS
 from cratescope.neurons.records import (
     ActivationRecord,
+    NeuronId,
     NeuronRecord,
-    Score,
     TokenMean,
     neuron_file,
     read_records,
@@ -27,6 +26,7 @@ from cratescope.neurons.records import (
 )
 from cratescope.neurons.score import CONTROLS
 from cratescope.report.text import number, percent, sparkline, visible
+from cratescope.results.scores import Scores
 from cratescope.run import Run, UserError, read_json
 
 Decode = Callable[[Sequence[int]], list[str]]
@@ -70,30 +70,31 @@ def neuron_card(config: ShowConfig) -> RenderableType:
 
 
 def _explained(run: Run, site: str, record: NeuronRecord, config: ShowConfig) -> Iterator[Text]:
-    """The explanation of each set and the scores by each protocol's own measure, where there are any."""
+    """The explanation of each set, with the scores by each protocol's own measure that were made from it."""
     folders = run.explanations(site, config.explainer, "*")
     paths = [neuron_file(folder, record.neuron) for folder in sorted(folders.parent.glob("*"))]
     found = [(path.parts[-3], read_json(path)) for path in paths if path.exists()]
     if not found:
         yield Text(f"not explained by {config.explainer}", "dim italic")
+    path = run.scores(site, config.explainer, config.simulator) / "scores.jsonl"
+    scores = Scores(score for score in (read_scores(path) if path.exists() else ()) if score.neuron == record.neuron)
     for explained, item in found:
         text = visible(item["text"]) if item["text"] else f"no explanation: {item['skipped']}"
         yield Text.assemble((text, "bold"), (f" · from {explained}" if len(found) > 1 else "", "dim"))
-    path = run.scores(site, config.explainer, config.simulator) / "scores.jsonl"
-    mine = [score for score in (read_scores(path) if path.exists() else ()) if score.neuron == record.neuron]
-    for name in dict.fromkeys(score.protocol for score in mine):
-        yield _scored([score for score in mine if score.protocol == name])
+        for name in scores.protocols:
+            if scores.set_of(name) == explained:
+                yield _scored(scores, record.neuron, name)
 
 
-def _scored(scores: Sequence[Score]) -> Text:
+def _scored(scores: Scores, neuron: NeuronId, protocol: str) -> Text:
     """One protocol's own measure with its interval, and its controls."""
-    measured = PROTOCOLS[scores[0].protocol].measures[0] if scores[0].protocol in PROTOCOLS else "accuracy"
-    values = {score.control: score for score in scores if score.measure == measured}
-    own = values["none"]
+    own = scores.of(neuron, protocol)
+    assert own is not None
     between = f" [{number(own.low)}, {number(own.high)}]" if own.low is not None else ""
-    nulls = [f"{control} {number(values[control].value)}" for control in CONTROLS if control in values]
-    beside = "".join(f" · {null}" for null in nulls) + f" ({measured} × 100)"
-    return Text.assemble(f"{own.protocol} ", (number(own.value), "bold"), (between + beside, "dim"))
+    nulls = {control: scores.of(neuron, protocol, control) for control in CONTROLS}
+    listed = [f" · {control} {number(null.value)}" for control, null in nulls.items() if null is not None]
+    beside = "".join(listed) + f" ({own.measure} × 100)"
+    return Text.assemble(f"{protocol} ", (number(own.value), "bold"), (between + beside, "dim"))
 
 
 def _numbers(record: NeuronRecord) -> Text:

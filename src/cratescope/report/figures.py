@@ -1,4 +1,4 @@
-"""The figures of a report: one hue a family, one line style a run; the same inputs give the same bytes."""
+"""The figures of a report: one hue per arm, one line style per run; the same inputs give the same bytes."""
 
 from __future__ import annotations
 
@@ -14,17 +14,20 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from cratescope.report.results import Results, one_per_run, protocols
-from cratescope.report.text import count, finite
+from cratescope.neurons.score import OWN
+from cratescope.report.text import count
+from cratescope.results.estimates import finite
+from cratescope.results.runs import Results, one_per_run, protocols
 from cratescope.run import atomic_path
 
-# Okabe and Ito's blue and vermilion, told apart by every common kind of colour vision.
-COLOURS = {"crate": "#0072b2", "gpt2": "#d55e00"}
+# Okabe and Ito's, told apart by every common kind of colour vision: CRATE is blue, GPT-2 vermilion, others in turn.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
+USUAL = ("crate", "gpt2")
 INK = "#1c2024"
 WIDTH = 9.6
 
 # The page replaces these colours by CSS variables, so that an inline figure follows the light or dark scheme.
-_ON_PAGE = {INK: "currentColor", COLOURS["crate"]: "var(--crate)", COLOURS["gpt2"]: "var(--gpt2)"}
+_ON_PAGE = {INK: "currentColor"} | {colour: f"var(--arm{place})" for place, colour in enumerate(COLOURS)}
 _LINES = ("-", "--", ":", "-.")
 _MARKERS = ("o", "s", "^", "D", "v", "P")
 _STYLE: dict[Any, Any] = {
@@ -62,7 +65,7 @@ _STYLE: dict[Any, Any] = {
 
 @dataclass(frozen=True)
 class Style:
-    """How a run looks in every figure: the family's hue, and a line and marker of its own."""
+    """How a run looks in every figure: the arm's hue, and a line and marker of its own."""
 
     colour: str
     line: str
@@ -70,24 +73,30 @@ class Style:
     dodge: float
 
 
+def arm_places(results: Sequence[Results]) -> dict[str, int]:
+    """Which of COLOURS every arm has; an arm beyond the last shares one."""
+    names = list(dict.fromkeys([*USUAL, *(item.arm.name for item in results)]))
+    return {name: place % len(COLOURS) for place, name in enumerate(names)}
+
+
 def styles(results: Sequence[Results]) -> dict[str, Style]:
-    """A style for every label; runs of one family differ in line and marker, runs of one size stand side by side."""
+    """A style for every label; runs of one arm differ in line and marker, runs of one size stand side by side."""
     seen: dict[str, int] = {}
-    found = {}
+    found, hues = {}, arm_places(results)
     for item in results:
-        turn = seen[item.family] = seen.get(item.family, -1) + 1
-        beside = [other.label for other in results if other.size == item.size]
+        turn = seen[item.arm.name] = seen.get(item.arm.name, -1) + 1
+        beside = [other.label for other in results if other.arm.size == item.arm.size]
         dodge = (beside.index(item.label) - (len(beside) - 1) / 2) * min(0.14, 0.7 / len(beside))
         marker = _MARKERS[turn % len(_MARKERS)]
-        found[item.label] = Style(COLOURS[item.family], _LINES[turn % len(_LINES)], marker, dodge)
+        found[item.label] = Style(COLOURS[hues[item.arm.name]], _LINES[turn % len(_LINES)], marker, dodge)
     return found
 
 
 def _sizes(results: Sequence[Results]) -> dict[str, int]:
     """Every size with its number of layers, the smallest first: its runs share a panel."""
-    depths = {item.size: 0 for item in results}
+    depths = {item.arm.size: 0 for item in results}
     for item in results:
-        depths[item.size] = max(depths[item.size], item.manifest["n_layer"])
+        depths[item.arm.size] = max(depths[item.arm.size], item.manifest["n_layer"])
     return dict(sorted(depths.items(), key=lambda entry: (entry[1], entry[0])))
 
 
@@ -164,7 +173,7 @@ def layer_figure(results: Sequence[Results]) -> Figure:
     grid = figure.subplots(rows, columns, squeeze=False)
     for axes, (size, depth, name) in zip(grid.ravel(), panels, strict=False):
         for item, style in _styled(results):
-            if item.size == size:
+            if item.arm.size == size:
                 _layer_lines(axes, item, name, style)
         axes.axhline(0, color=INK, linewidth=0.6)
         axes.set(title=f"{size.upper()}, {name}", xlabel="layer", xlim=(-0.5, depth - 0.5))
@@ -178,28 +187,29 @@ def layer_figure(results: Sequence[Results]) -> Figure:
 
 
 def _layer_lines(axes: Any, item: Results, protocol: str, style: Style) -> None:
-    layers = item.summary["protocols"].get(protocol, {"layers": []})["layers"]
-    for kind, fill in (("", style.colour), ("null_", "none")):
-        rows = [row for row in layers if finite(row[f"{kind}mean"]) is not None]
+    for control, fill in ((OWN, style.colour), ("shuffled", "none")):
+        own = control == OWN
+        found = {layer: item.scores.mean(protocol, None, control, layer=layer) for layer in item.scores.rows(protocol)}
+        means = {layer: found[layer] for layer in sorted(found) if found[layer].mean is not None}
         axes.errorbar(
-            [row["layer"] + style.dodge for row in rows],
-            [100 * row[f"{kind}mean"] for row in rows],
-            yerr=[100 * (finite(row[f"{kind}standard_error"]) or 0) for row in rows],
+            [layer + style.dodge for layer in means],
+            [100 * (mean.mean or 0) for mean in means.values()],
+            yerr=[100 * (mean.standard_error or 0) for mean in means.values()],
             color=style.colour,
             marker=style.marker,
             markerfacecolor=fill,
-            markersize=5.5 if not kind else 4.5,
+            markersize=5.5 if own else 4.5,
             linestyle=style.line,
-            linewidth=1.4 if not kind else 0.6,
+            linewidth=1.4 if own else 0.6,
             capsize=2.5,
             elinewidth=1,
-            label=None if kind else item.label,
+            label=item.label if own else None,
         )
 
 
 def histogram_figure(results: Sequence[Results], protocol: str) -> Figure:
     """Neuron scores of a protocol, one panel a size and layer with its runs overlaid; dashed lines are the means."""
-    everything = [value for item in results for layer in item.layers for value in _values(item, protocol, layer)]
+    everything = [value for item in results for layer in item.scores.layers for value in _values(item, protocol, layer)]
     low, high = min(everything, default=-1.0), max(everything, default=1.0)
     bins = np.linspace(math.floor(low * 10) / 10, math.ceil(high * 10) / 10 + 1e-9, 25)
     return _histogram_panels(results, lambda item, layer: _values(item, protocol, layer), bins, "score")
@@ -207,7 +217,7 @@ def histogram_figure(results: Sequence[Results], protocol: str) -> Figure:
 
 def density_histogram_figure(results: Sequence[Results]) -> Figure:
     """How often neurons that are not dead are active, one panel a size and layer; dashed lines are the means."""
-    everything = [value for item in results for layer in item.layers for value in _alive(item, layer)]
+    everything = [value for item in results for layer in item.scores.layers for value in _alive(item, layer)]
     low = math.floor(math.log10(min(everything, default=1.0)))
     bins = np.logspace(low, 2, 8 * (2 - low) + 1)
     figure = _histogram_panels(results, _alive, bins, "% of tokens with a non-zero activation")
@@ -228,7 +238,7 @@ def _histogram_panels(
     grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).ravel()
     for axes, (size, layer) in zip(grid, panels, strict=False):
         for item, style in _styled(results):
-            if item.size == size:
+            if item.arm.size == size:
                 _histogram(axes, np.array(values(item, layer)), bins, style, item.label)
         axes.set(title=f"{size.upper()}, layer {layer}", xlabel=label)
         axes.tick_params(labelbottom=True)
@@ -245,9 +255,7 @@ def _alive(item: Results, layer: int) -> list[float]:
 
 
 def _values(item: Results, protocol: str, layer: int) -> list[float]:
-    if protocol not in item.summary["protocols"]:
-        return []
-    return [*item.values(protocol).get(layer, {}).values()]
+    return [*item.scores.values(protocol).get(layer, {}).values()]
 
 
 def _histogram(axes: Any, values: np.ndarray, bins: np.ndarray, style: Style, label: str) -> None:
@@ -267,10 +275,10 @@ def density_figure(results: Sequence[Results]) -> Figure:
     grid = figure.subplots(1, len(sizes), squeeze=False, sharey=True, width_ratios=list(sizes.values()))[0]
     for axes, (size, depth) in zip(grid, sizes.items(), strict=True):
         for item, style in _styled(results):
-            for layer in item.layers if item.size == size else ():
+            for layer in item.scores.layers if item.arm.size == size else ():
                 alive = _alive(item, layer)
                 if len(alive):
-                    label = item.label if layer == item.layers[0] else None
+                    label = item.label if layer == item.scores.layers[0] else None
                     _density_column(axes, np.array(alive), layer + style.dodge, style, label)
         axes.set_yscale("log")
         axes.set(title=size.upper(), xlabel="layer", xlim=(-0.5, depth - 0.5))

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float
-from jinja2 import Environment, StrictUndefined, Template
+from jinja2 import Environment, StrictUndefined, Template, Undefined
 from markupsafe import Markup, escape
 from transformers import PreTrainedTokenizerFast
 
@@ -27,13 +27,15 @@ from cratescope.neurons.records import (
     read_records,
     read_simulation,
 )
-from cratescope.neurons.score import CONTROLS
-from cratescope.report import comparison, tables, text
-from cratescope.report.comparison import DETECTABLE, UNTRAINED, Comparison, Quantity
-from cratescope.report.figures import draw_figures
-from cratescope.report.paper import PAPER_SOURCE
-from cratescope.report.results import FAMILIES, Results, Row, explanation_set, load_results, one_per_run, protocols
+from cratescope.neurons.score import CONTROLS, OWN
+from cratescope.report import text, verdict
+from cratescope.report.figures import arm_places, draw_figures
 from cratescope.report.text import visible
+from cratescope.results import compare, tables
+from cratescope.results.compare import DETECTABLE, UNTRAINED, Comparison, Quantity
+from cratescope.results.estimates import Estimate, finite
+from cratescope.results.runs import Results, Row, load_results, one_per_run, protocols
+from cratescope.results.scores import measures_of
 from cratescope.run import UserError, made_from, read_json, write_json, write_text
 
 Decode = Callable[[Sequence[int]], list[str]]
@@ -42,6 +44,8 @@ TOP_EXCERPTS = 3
 RANDOM_EXCERPTS = 1
 SCORED_EXCERPTS = 3  # of the top and of the random ones each
 HISTOGRAM_BINS = 32
+VERSION = 2
+"""Of the page: raise it when the same results look different."""
 CSV = ("scores", "neurons", "losses", "activity", "quality", "matched", "sanity")
 
 
@@ -55,19 +59,27 @@ class Excerpt:
 
 
 @dataclass(frozen=True)
+class Said:
+    """What a neuron was said to find by one explanation set, how well that predicts it, and on which text."""
+
+    explained: str
+    text: str
+    scores: list[tuple[Score, dict[str, float | None]]]
+    scored: list[Excerpt]
+    shuffled: str | None
+
+
+@dataclass(frozen=True)
 class Card:
     """One neuron as the page shows it."""
 
     neuron: NeuronId
     rank: int
-    explanation: str
-    scores: list[tuple[Score, dict[str, float | None]]]
+    said: list[Said]
     density: float | None
     maximum: float | None
     histogram: str
     excerpts: list[Excerpt]
-    scored: list[Excerpt]
-    null_text: str | None
 
 
 @dataclass(frozen=True)
@@ -76,9 +88,10 @@ class Group:
 
     results: Results
     layer: int
-    row: Row
+    mean: Estimate
+    unscored: str
     ranked: int
-    distinct: int | None
+    distinct: int
     cards: list[Card]
 
 
@@ -101,51 +114,62 @@ def report(config: ReportConfig, tokenizer: PreTrainedTokenizerFast | None = Non
 
 
 def _made_from(config: ReportConfig) -> dict[str, str]:
-    """Every number and text that the report shows, this code, and the settings."""
-    inputs = ["run.json", "evaluation.json", "metrics.jsonl", "scores/*/*.json", "scores/*/*/*/*.json*"]
+    """Every number and text that the report shows, and the settings."""
+    inputs = ["run.json", "evaluation.json", "metrics.jsonl", "scores/*/*.json", "scores/*/*/*/scores.json*"]
     inputs.append("simulations/*/*/*/*/manifest.json")
     files = [path for run in config.runs for pattern in inputs for path in sorted(run.glob(pattern))]
-    files += sorted(Path(__file__).parent.glob("*.[ph]*"))
     settings = {name: value for name, value in vars(config).items() if name != "out"}
-    return made_from((path for path in files if path.is_file()), Path(), **settings)
+    return made_from((path for path in files if path.is_file()), Path(), version=VERSION, **settings)
 
 
 def _page(config: ReportConfig, tokenizer: PreTrainedTokenizerFast | None) -> str:
     """The HTML; the numbers and figures are written on the way."""
     primary = Quantity.parse(config.primary)
     results = load_results(config)
-    compared = [pairs for pairs in comparison.comparisons(results, primary) if pairs]
+    pair = compare.sides(results, config.compare)
+    compared = [pairs for pairs in compare.comparisons(results, primary, pair or ()) if pairs]
     groups = [group for item in results for group in _groups(item, config, _decoder(item, tokenizer))]
-    numbers = _write_numbers(config.out, results, compared)
+    numbers = _write_numbers(config.out, results, compared, pair)
     figures = draw_figures(results, config.out / "figures")
+    places = arm_places(results)
     return _template().render(
         config=config,
         explainer=Path(config.explainer).name if Path(config.explainer).is_absolute() else config.explainer,
         results=results,
         runs=one_per_run(results),
         compared=compared,
-        caveats=comparison.caveats(results, compared, primary),
+        caveats=verdict.caveats(results, compared, primary),
         protocols=protocols(results),
         score_tables=_score_tables(results, numbers["scores"]),
-        other_measures=[row for row in numbers["scores"] if row["layer"] == "mean" and not _own(row, results)],
+        other_measures=[row for row in numbers["scores"] if row["layer"] == "mean" and not _own(row)],
         activity_table=[(item, {row["layer"]: row for row in tables.activity_rows([item])}) for item in results],
         quality=numbers["quality"],
         matched=numbers["matched"],
+        matched_titles=_titles(results, pair),
         sanity=_sanity_table(numbers["sanity"]),
         figures={name: Markup(svg) for name, svg in figures.items()},
         groups=groups,
         prompts=_prompts(results),
+        hue={item.label: f"arm{places[item.arm.name]}" for item in results},
+        arms={item.arm.title: f"arm{places[item.arm.name]}" for item in results},
     )
 
 
-def _own(row: Row, results: Sequence[Results]) -> bool:
-    """Is the row's measure its protocol's own?"""
-    item = next(item for item in results if item.label == row["model"])
-    return row["measure"] == item.measure_of(row["protocol"])
+def _titles(results: Sequence[Results], pair: tuple[str, str] | None) -> list[str]:
+    titles = {item.arm.name: item.arm.title for item in results}
+    return [titles[name] for name in pair or ()]
+
+
+def _own(row: Row) -> bool:
+    """Whether the row's measure is its protocol's own."""
+    return row["measure"] == measures_of(row["protocol"])[0]
 
 
 def _write_numbers(
-    out: Path, results: Sequence[Results], compared: Sequence[Sequence[Comparison]]
+    out: Path,
+    results: Sequence[Results],
+    compared: Sequence[Sequence[Comparison]],
+    pair: tuple[str, str] | None,
 ) -> dict[str, list[Row]]:
     """The rows of every CSV file, by its name; scores.json holds the comparisons as well."""
     rows = {
@@ -154,74 +178,63 @@ def _write_numbers(
         "losses": tables.loss_rows(results),
         "activity": tables.activity_rows(results),
         "quality": tables.quality_rows(results),
-        "matched": tables.matched_rows(results),
+        "matched": tables.matched_rows(results, pair),
         "sanity": tables.sanity_rows(results),
     }
     for name in CSV:
         tables.write_csv(out / f"{name}.csv", rows[name])
-    pairs = [_comparison(pair) for group in compared for pair in group]
+    pairs = [tables.comparison_row(pair) for group in compared for pair in group]
     kept = ("scores", "activity", "quality", "matched", "sanity")
     write_json(out / "scores.json", {name: rows[name] for name in kept} | {"comparisons": pairs})
     return rows
 
 
-def _comparison(pair: Comparison) -> dict[str, Any]:
-    names = ("difference", "standard_error", "unit", "clear")
-    found = asdict(pair) | {name: getattr(pair, name) for name in names}
-    found["test"] = pair.test._asdict() if pair.test else None
-    for name, wanted in (("this difference", None), (f"{100 * DETECTABLE:g} points", DETECTABLE)):
-        found[f"neurons a layer for {name}"] = pair.neurons_needed(wanted)
-        found[f"seeds for {name}"] = pair.seeds_needed(wanted)
-    return found
-
-
 def _template() -> Template:
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
     environment.filters |= {"number": text.number, "count": text.count, "visible": visible, "span": _span}
-    environment.filters |= {"percent": text.percent}
+    environment.filters |= {"percent": text.percent, "known": _known}
     environment.globals |= {
-        "families": FAMILIES,
-        "headline": comparison.headline,
+        "headline": verdict.headline,
         "duration": _duration,
-        "reasons": _reasons,
+        "count": text.count,
+        "thousands": "{:,}".format,
         "controls": CONTROLS,
         "nulls": (*CONTROLS, UNTRAINED),
         "qualities": QUALITIES,
         "detectable": DETECTABLE,
-        "paper_source": PAPER_SOURCE,
+        "paper_source": tables.paper()["source"],
     }
     return environment.from_string(Path(__file__).with_name("report.html").read_text(encoding="utf-8"))
 
 
 def _span(value: float | None, error: float | None, digits: int = 1, scale: float = 100) -> Markup:
     """`value ± error`, or one dash when there is no value."""
-    if text.finite(value) is None:
+    if finite(value) is None:
         return Markup("–")
     shown, spread = text.number(value, digits, scale), text.number(error, digits, scale)
     return Markup('{}<span class="se"> ± {}</span>').format(shown, spread)
 
 
+def _known(value: Any, shown: Callable[[Any], str] = str) -> str:
+    """`value` as `shown` has it, or a dash where there is none, as of an adopted model's training."""
+    return "–" if value is None or isinstance(value, Undefined) else shown(value)
+
+
 def _duration(seconds: float | None) -> str:
-    if text.finite(seconds) is None:
+    if finite(seconds) is None:
         return "–"
     minutes, rest = divmod(round(seconds or 0), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
-def _reasons(row: Row) -> str:
-    """Why neurons of a layer have no score, such as ` (2 dead neuron, 1 constant simulation)`."""
-    found = row.get("none_reasons") or {"dead": row["n_dead"]}
-    return f" ({', '.join(f'{number} {reason}' for reason, number in found.items())})" if row["n_none"] else ""
-
-
 def _score_tables(results: Sequence[Results], rows: Sequence[Row]) -> dict[str, list[tuple[Results, list[Row]]]]:
     """By protocol: for each model that was scored with it, the rows of its layers and their mean, own measure."""
     return {
         name: [
-            (item, [row for row in rows if (row["model"], row["protocol"]) == (item.label, name) and _own(row, [item])])
+            (item, [row for row in rows if (row["model"], row["protocol"]) == (item.label, name) and _own(row)])
             for item in results
-            if name in item.summary["protocols"]
+            if name in item.scores.protocols
         ]
         for name in protocols(results)
     }
@@ -263,7 +276,7 @@ def _decoder(item: Results, tokenizer: PreTrainedTokenizerFast | None) -> Decode
     return lambda ids: token_strings(loaded, ids)
 
 
-def spread(ranking: Sequence[NeuronId], cards: int) -> list[tuple[int, NeuronId]]:
+def spread(ranking: Sequence[int], cards: int) -> list[tuple[int, int]]:
     """`cards` of the ranking with their ranks from 1, evenly spaced, the best and the worst among them."""
     places = np.linspace(0, len(ranking) - 1, min(cards, len(ranking))).round().astype(int)
     return [(int(place) + 1, ranking[place]) for place in places]
@@ -271,33 +284,32 @@ def spread(ranking: Sequence[NeuronId], cards: int) -> list[tuple[int, NeuronId]
 
 def _groups(item: Results, config: ReportConfig, decode: Decode) -> Iterator[Group]:
     """The cards of every layer, chosen by the first protocol's ranking."""
-    protocol = next(iter(item.summary["protocols"]))
-    folder = item.run.simulations(item.site, config.explainer, config.simulator, explanation_set(item.summary))
-    rows = {row["layer"]: row for row in item.summary["protocols"][protocol]["layers"]}
-    for layer in sorted(rows):
-        ranking = item.ranking(protocol, layer)
+    protocol = item.scores.protocols[0]
+    for layer in sorted(item.scores.rows(protocol)):
+        ranking = item.scores.ranking(protocol, layer)
         chosen = spread(ranking, config.cards)
         path = layer_file(item.run.records(item.site), layer)
-        records = read_records(path, [neuron.index for _, neuron in chosen]) if chosen else {}
-        cards = [_card(item, folder, records[neuron.index], rank, decode) for rank, neuron in chosen]
-        distinct = item.summary.get("distinct_explanations", {}).get(str(layer))
-        yield Group(item, layer, rows[layer], len(ranking), distinct, cards)
+        records = read_records(path, [index for _, index in chosen]) if chosen else {}
+        cards = [_card(item, config, records[index], rank, decode) for rank, index in chosen]
+        mean, distinct = item.scores.mean(protocol, layer=layer), item.distinct(item.scores.sets[0], layer)
+        yield Group(item, layer, mean, _unscored(item, protocol, layer), len(ranking), distinct, cards)
 
 
-def _card(item: Results, folder: Path, record: NeuronRecord, rank: int, decode: Decode) -> Card:
-    neuron = record.neuron
-    path = neuron_file(folder, neuron)
-    if not path.exists():
-        raise UserError(f"{path}: no such file; run `cratescope simulate {item.run.root}` first")
-    simulation = read_simulation(path)
+def _unscored(item: Results, protocol: str, layer: int) -> str:
+    """How many neurons of a layer have no score, and why, such as `2 without a score (2 dead neuron)`."""
+    reasons = item.scores.reasons(protocol, layer)
+    listed = ", ".join(f"{number} {reason}" for reason, number in sorted(reasons.items()))
+    return f"{reasons.total()} without a score" + (f" ({listed})" if listed else "")
+
+
+def _card(item: Results, config: ReportConfig, record: NeuronRecord, rank: int, decode: Decode) -> Card:
     labelled = [(f"top {place}", window) for place, window in enumerate(record.top[:TOP_EXCERPTS], 1)]
     labelled += [("random", window) for window in record.random[:RANDOM_EXCERPTS]]
     peak = record.moments.maximum
     return Card(
-        neuron=neuron,
+        neuron=record.neuron,
         rank=rank,
-        explanation=item.explanations.get(neuron, ""),
-        scores=list(_card_scores(item, neuron)),
+        said=[_said(item, config, record, explained, decode) for explained in item.scores.sets],
         density=record.density,
         maximum=peak,
         histogram=text.sparkline(record.histogram, peak, HISTOGRAM_BINS) if record.histogram else "",
@@ -305,17 +317,31 @@ def _card(item: Results, folder: Path, record: NeuronRecord, rank: int, decode: 
             Excerpt(label, _place(window), highlight(decode(window.tokens.tolist()), window.activations, peak))
             for label, window in labelled
         ],
-        scored=list(_scored(record, simulation, decode)),
-        null_text=simulation.texts.get("shuffled"),
     )
 
 
-def _card_scores(item: Results, neuron: NeuronId) -> Iterator[tuple[Score, dict[str, float | None]]]:
+def _said(item: Results, config: ReportConfig, record: NeuronRecord, explained: str, decode: Decode) -> Said:
+    """An explanation with the scores that were made from it."""
+    folder = item.run.simulations(item.site, config.explainer, config.simulator, explained)
+    path = neuron_file(folder, record.neuron)
+    if not path.exists():
+        raise UserError(f"{path}: no such file; run `cratescope simulate {item.run.root}` first")
+    simulation = read_simulation(path)
+    return Said(
+        explained,
+        item.text(record.neuron, explained) or "",
+        list(_card_scores(item, record.neuron, explained)),
+        list(_scored(record, simulation, decode)),
+        simulation.texts.get("shuffled"),
+    )
+
+
+def _card_scores(item: Results, neuron: NeuronId, explained: str) -> Iterator[tuple[Score, dict[str, float | None]]]:
     """By each protocol's own measure, with the controls there are."""
-    for name in item.summary["protocols"]:
-        own = item.score(neuron, name)
+    for name in item.scores.protocols:
+        own = item.scores.of(neuron, name) if item.scores.set_of(name) == explained else None
         if own is not None:
-            nulls = {control: item.score(neuron, name, control) for control in CONTROLS}
+            nulls = {control: item.scores.of(neuron, name, control) for control in CONTROLS}
             yield own, {control: null.value for control, null in nulls.items() if null is not None}
 
 
@@ -323,7 +349,7 @@ def _scored(record: NeuronRecord, simulation: Simulation, decode: Decode) -> Ite
     """Scoring records with the truth and the simulation, each relative to its own largest value on these records."""
     windows = {window.key: ("top", window) for window in record.top}
     windows |= {window.key: ("random", window) for window in record.random}
-    expected = dict(zip(simulation.keys, simulation.expected.get("none", ()), strict=False))
+    expected = dict(zip(simulation.keys, simulation.expected.get(OWN, ()), strict=False))
     found = [(*windows[key], expected[key]) for key in expected if key in windows]
     peak = max((float(window.activations.max()) for _, window, _ in found), default=0.0)
     height = max((max(row) for *_, row in found), default=0.0)

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 
 from cratescope.neurons.records import Histogram
+from cratescope.results.estimates import finite
 
 _BARS = " ▁▂▃▄▅▆▇█"
-
-
-def finite(value: float | None) -> float | None:
-    """`value`, or None where there is no number."""
-    return value if value is not None and math.isfinite(value) else None
 
 
 def number(value: float | None, digits: int = 1, scale: float = 100, sign: bool = False) -> str:

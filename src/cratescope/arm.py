@@ -1,0 +1,78 @@
+"""Arms: what kind of model a run holds, as its run.json says. Results, comparisons and colours go by arms."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+TITLES = {"crate": "CRATE", "gpt2": "GPT-2"}
+_BUILT_IN = {"crate": ("mssa", "ista", "codes"), "gpt2": ("mhsa", "mlp", "mlp")}
+"""Attention, feed-forward block and native site of the families that are trained here."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One kind of model, its size and how it was trained.
+
+    attention: mssa, mhsa or the like. feed_forward: ista, mlp or the like. size: `2l` for the paper's two-layer models,
+    `6L-82M` (layers and parameters) for an adopted one. site: where its neurons are unless another is asked for.
+    seed, tokens_trained: None where nobody said, as of an adopted model. variant: what differs from the preset.
+    """
+
+    family: str
+    attention: str
+    feed_forward: str
+    size: str
+    site: str
+    seed: int | None
+    tokens_trained: int | None
+    variant: str = ""
+
+    @property
+    def name(self) -> str:
+        """`crate`, or `crate ista_steps=3` for a variant: runs of one name are replicates of each other."""
+        return f"{self.family} {self.variant}".strip()
+
+    @property
+    def title(self) -> str:
+        """The name as a reader knows it."""
+        return f"{TITLES.get(self.family, self.family)} {self.variant}".strip()
+
+    @property
+    def preset(self) -> str:
+        return f"{self.family}-{self.size}"
+
+    @property
+    def untrained(self) -> bool:
+        return self.tokens_trained == 0
+
+    @classmethod
+    def trained(cls, preset: str, seed: int, tokens: int, overrides: Mapping[str, Any]) -> Arm:
+        """The arm of a run of `cratescope train`."""
+        family, _, size = preset.partition("-")
+        attention, feed_forward, site = _BUILT_IN[family]
+        variant = " ".join(f"{name}={value}" for name, value in sorted(overrides.items()))
+        return cls(family, attention, feed_forward, size, site, seed, tokens, variant)
+
+    @classmethod
+    def adopted(cls, family: str, layers: int, parameters: int, site: str) -> Arm:
+        """The arm of a model that was trained elsewhere; nothing is known of its training."""
+        millions = parameters / 1e6
+        size = f"{layers}L-{millions / 1000:.3g}B" if millions >= 1000 else f"{layers}L-{millions:.3g}M"
+        return cls(family, "mhsa", "mlp", size, site, None, None)
+
+    @classmethod
+    def of(cls, manifest: Mapping[str, Any]) -> Arm:
+        """The arm that a run.json names, also one of a version that wrote its parts only."""
+        if "arm" in manifest:
+            return cls(**manifest["arm"])
+        if "preset" in manifest:
+            overrides = manifest.get("settings", {}).get("crate") or {}
+            return cls.trained(manifest["preset"], manifest["seed"], manifest["tokens_trained"], overrides)
+        return cls.adopted(manifest["family"], manifest["n_layer"], manifest["parameters"], "mlp")
+
+    def row(self) -> dict[str, Any]:
+        """What run.json keeps."""
+        return dataclasses.asdict(self)

@@ -1,0 +1,85 @@
+"""What may be said of a comparison, in words: the headline of a report, and what its reader must know first."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from cratescope.neurons.statistics import Difference
+from cratescope.report.text import count, number
+from cratescope.results.compare import Comparison, Quantity
+from cratescope.results.runs import Results
+from cratescope.results.tables import paper
+
+
+def headline(pairs: Sequence[Comparison]) -> str:
+    """Two sentences for the comparisons of one size: the first of them, and whether it stands out of the noise."""
+    first = pairs[0]
+    tokens = first.tokens_trained
+    trained = "as adopted" if tokens is None else f"after {count(tokens)} training tokens" if tokens else "untrained"
+    named = f"on the primary measure ({first.quantity.name})" if first.primary else f"on {first.quantity.name}"
+    a, b = (f"{number(side.mean)} ± {number(side.standard_error)}" for side in (first.a, first.b))
+    text = (
+        f"At size {first.size.upper()}, {trained}, {first.a.title}'s neurons score {a} {named}, {first.b.title}'s {b}. "
+    )
+    if first.test is None:
+        verdict = f"The difference is {number(first.difference, sign=True)}; there are too few values to test it."
+    else:
+        numbers = f"{number(first.difference, sign=True)} (95 % interval {_range(first.test)}, p = {first.test.p:.2g})"
+        seeds = f"{min(len(first.a.seeds), len(first.b.seeds))} seeds a side"
+        over = f"over {seeds}" if first.unit == "seeds" else "over the neurons of one run a side"
+        ahead = f"{(first.a if first.difference > 0 else first.b).title} is ahead"
+        verdict = f"The difference is {numbers} {over}: " + (
+            f"{ahead}." if first.clear else "the two are not told apart."
+        )
+    return (text + verdict).replace(" ± ", "\u00a0±\u00a0")
+
+
+def _range(test: Difference) -> str:
+    return f"{number(test.low, sign=True)} to {number(test.high, sign=True)}"
+
+
+def caveats(results: Sequence[Results], groups: Sequence[Sequence[Comparison]], primary: Quantity) -> list[str]:
+    """What the reader must know before believing the headline, from the numbers."""
+    pairs = [pair for group in groups for pair in group]
+    notes = [*_about_pairs(pairs, primary)]
+    most, theirs = max(item.arm.tokens_trained or 0 for item in results), paper()["tokens"]
+    if 0 < most < theirs:
+        notes.append(
+            f"The longest run here read {count(most)} tokens; the paper's Base runs read about {count(theirs)}, "
+            f"{theirs / most:,.0f} times as many, and its explainer and simulator have 7B parameters."
+        )
+    if not any(item.arm.untrained for item in results):
+        notes.append("No untrained model is among the runs; untrained neurons can score above zero too, so add one.")
+    return notes
+
+
+def _about_pairs(pairs: Sequence[Comparison], primary: Quantity) -> list[str]:
+    if not pairs:
+        return [
+            "There are no two arms of the same size, data, context and training tokens here, "
+            "so the report makes no comparison."
+        ]
+    notes = []
+    fewest = min(min(len(pair.a.seeds), len(pair.b.seeds)) for pair in pairs)
+    if fewest < 2:
+        notes.append(
+            "Seeds are the unit of replication: where a side has one training run, errors and p-values count only "
+            "which neurons were drawn, not how another seed would have turned out, and cannot settle which arm "
+            "is ahead."
+        )
+    else:
+        notes.append(
+            f"Errors and p-values are over training seeds, at least {fewest} a side; with fewer than about 5 only a "
+            "large difference can be told from chance."
+        )
+    if not any(pair.primary for pair in pairs):
+        notes.append(f"The primary measure ({primary.name}) was not scored.")
+    notes.append("All other measures are secondary; their p-values are not corrected for being many.")
+    notes.append(f"Each mean rests on {min(min(pair.a.neurons, pair.b.neurons) for pair in pairs):,} neurons or more.")
+    unmatched = next((pair for pair in pairs if pair.tokens_trained and pair.a.loss and pair.b.loss), None)
+    if unmatched is not None:
+        notes.append(
+            f"The models are matched in tokens, not in loss: {unmatched.a.loss:.2f} nats for {unmatched.a.title} and "
+            f"{unmatched.b.loss:.2f} for {unmatched.b.title} at size {unmatched.size.upper()}."
+        )
+    return notes

@@ -1,0 +1,219 @@
+"""One arm against another: what the runs allow to be compared, and how sure one can be of it."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cratescope.neurons.statistics import Difference, compare_neurons, compare_seeds, mean_of, needed
+from cratescope.results.estimates import Estimate, over
+from cratescope.results.runs import Results, protocols, untrained_copy
+from cratescope.results.scores import measures_of
+from cratescope.run import UserError
+
+UNTRAINED = "untrained"
+GAINS = ("shuffled", UNTRAINED)
+"""Besides the score itself, its gain over these is compared."""
+DETECTABLE = 0.03
+"""A difference worth finding: 3 points, the size of the paper's own at 2 layers."""
+USUAL = ("crate", "gpt2")
+"""The arms that are compared unless others are asked for."""
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """A measure on a protocol's windows: the score itself, or its gain over a control or the untrained copy."""
+
+    protocol: str
+    measure: str
+    over: str | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Quantity:
+        """`protocol/measure` or `protocol/measure/control`. Raises UserError for anything else."""
+        parts = text.split("/")
+        if len(parts) not in (2, 3) or not all(parts):
+            raise UserError(f"--primary {text}: write protocol/measure/control, such as uniform/pearson/shuffled")
+        return cls(parts[0], parts[1], parts[2] if len(parts) == 3 else None)
+
+    @property
+    def name(self) -> str:
+        score = f"{self.protocol}, {self.measure}"
+        return f"{score}, gain over {self.over}" if self.over else score
+
+    @property
+    def _control(self) -> str | None:
+        return None if self.over == UNTRAINED else self.over
+
+    def layers(self, item: Results) -> list[list[float]]:
+        """Values of every neuron that has one, by layer; of a gain over the untrained copy, the score itself."""
+        values = item.scores.values(self.protocol, self.measure, over=self._control)
+        return [[*row.values()] for row in values.values() if row]
+
+    def mean(self, item: Results, results: Sequence[Results]) -> Estimate:
+        """Mean over layers and its error over neurons."""
+        own = item.scores.mean(self.protocol, self.measure, over=self._control)
+        if self.over != UNTRAINED:
+            return own
+        copy = untrained_copy(item, results)
+        return over(own, copy.scores.mean(self.protocol, self.measure) if copy else Estimate(None, None))
+
+
+@dataclass(frozen=True)
+class Side:
+    """One arm's runs in a comparison, as mean over seeds; plain scores and nats.
+
+    The standard error is over seeds when there are at least two, and over neurons when there is one.
+    """
+
+    arm: str
+    title: str
+    seeds: dict[int, float]
+    neurons: int
+    mean: float
+    standard_error: float | None
+    deviation: float | None
+    loss: float | None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Side a against side b of one size, on the same data, context and number of training tokens.
+
+    test: over seeds when both sides have at least two, else over the neurons of the one pair of runs there is; None
+    where neither can be made. layers: how many, each with the same number of neurons.
+    """
+
+    size: str
+    tokens_trained: int | None
+    quantity: Quantity
+    primary: bool
+    a: Side
+    b: Side
+    test: Difference | None
+    layers: int
+
+    @property
+    def difference(self) -> float:
+        return self.a.mean - self.b.mean
+
+    @property
+    def standard_error(self) -> float | None:
+        if self.test is not None:
+            return self.test.standard_error
+        errors = self.a.standard_error, self.b.standard_error
+        return None if errors[0] is None or errors[1] is None else math.hypot(errors[0], errors[1])
+
+    @property
+    def unit(self) -> str:
+        """What the test counts."""
+        return "seeds" if min(len(self.a.seeds), len(self.b.seeds)) > 1 else "neurons"
+
+    @property
+    def clear(self) -> bool:
+        """Whether p is below 5 %."""
+        return self.test is not None and self.test.p < 0.05
+
+    def neurons_needed(self, difference: float | None = None) -> int | None:
+        """Neurons per layer with which two runs that differ so much (as measured, by default) are told apart."""
+        deviations = [side.deviation for side in (self.a, self.b) if side.deviation]
+        if not deviations:
+            return None
+        wanted = self.difference if difference is None else difference
+        found = needed(wanted / math.sqrt(statistics.fmean(value**2 for value in deviations)))
+        return None if found is None else max(math.ceil(found / self.layers), 2)
+
+    def seeds_needed(self, difference: float | None = None) -> int | None:
+        """The same for seeds per arm; None with fewer than two of each."""
+        if self.test is None or self.unit == "neurons" or not self.difference:
+            return None
+        wanted = self.difference if difference is None else difference
+        return needed(self.test.effect * wanted / self.difference, self.test.paired)
+
+
+def sides(results: Sequence[Results], chosen: Sequence[str] = ()) -> tuple[str, str] | None:
+    """The arms to compare: those chosen, else CRATE and GPT-2, else the first two there are.
+
+    Raises:
+        UserError: an arm that no run has, or not two of them.
+    """
+    names = list(dict.fromkeys(item.arm.name for item in results))
+    if chosen:
+        unknown = [name for name in chosen if name not in names]
+        if unknown or len(set(chosen)) != 2:
+            raise UserError(f"--compare {' '.join(chosen)}: give two of the arms {', '.join(names)}")
+        return chosen[0], chosen[1]
+    found = list(USUAL) if set(USUAL) <= set(names) else names[:2]
+    return (found[0], found[1]) if len(found) == 2 else None
+
+
+def comparisons(results: Sequence[Results], primary: Quantity, chosen: Sequence[str] = ()) -> list[list[Comparison]]:
+    """What the runs allow: one list per size and number of training tokens, the primary quantity first."""
+    pair = sides(results, chosen)
+    if pair is None:
+        return []
+    groups: dict[tuple[Any, ...], dict[str, list[Results]]] = {}
+    for item in results:
+        if item.site == item.arm.site:
+            groups.setdefault((item.matter, item.arm.tokens_trained), {}).setdefault(item.arm.name, []).append(item)
+    shared = [(key, {name: arms[name] for name in pair}) for key, arms in groups.items() if arms.keys() >= set(pair)]
+    # Untrained controls last.
+    shared.sort(key=lambda group: (group[0][1] == 0, group[0][0], group[0][1] or 0))
+    quantities = _quantities(results, primary)
+    return [
+        [found for quantity in quantities if (found := _compare(arms, quantity, primary, results)) is not None]
+        for _, arms in shared
+    ]
+
+
+def _quantities(results: Sequence[Results], primary: Quantity) -> list[Quantity]:
+    """The primary one, then every protocol's own measure: the score and its gains."""
+    names = protocols(results)
+    found = [Quantity(name, measures_of(name)[0], control) for name in names for control in (None, *GAINS)]
+    return list(dict.fromkeys([primary, *found]))
+
+
+def _compare(
+    arms: Mapping[str, list[Results]], quantity: Quantity, primary: Quantity, results: Sequence[Results]
+) -> Comparison | None:
+    # Seeds are the unit of replication, so a second run of a seed (the first given stays) is none.
+    runs = [[*{item.arm.seed or 0: item for item in reversed(items)}.values()][::-1] for items in arms.values()]
+    a, b = (_side(items, quantity, results) for items in runs)
+    if a is None or b is None:
+        return None
+    test = compare_seeds(a.seeds, b.seeds)
+    if min(len(a.seeds), len(b.seeds)) < 2 and quantity.over != UNTRAINED:
+        first = [
+            next(item for item in items if item.arm.seed in side.seeds)
+            for items, side in zip(runs, (a, b), strict=True)
+        ]
+        test = compare_neurons(*(quantity.layers(item) for item in first))
+    one = runs[0][0]
+    layers = max(len(quantity.layers(one)), 1)
+    return Comparison(one.arm.size, one.arm.tokens_trained, quantity, quantity == primary, a, b, test, layers)
+
+
+def _side(items: Sequence[Results], quantity: Quantity, results: Sequence[Results]) -> Side | None:
+    """None when no run has the quantity."""
+    means = {item.arm.seed or 0: quantity.mean(item, results) for item in items}
+    seeds = {seed: mean.mean for seed, mean in means.items() if mean.mean is not None}
+    if not seeds:
+        return None
+    over_seeds = mean_of([*seeds.values()])
+    error = over_seeds.standard_error if len(seeds) > 1 else means[next(iter(seeds))].standard_error
+    layers = [layer for item in items for layer in quantity.layers(item)]
+    deviations = [value for layer in layers if (value := mean_of(layer).standard_deviation) is not None]
+    losses = [loss for item in items if (loss := item.evaluation["loss"]) is not None and math.isfinite(loss)]
+    return Side(
+        arm=items[0].arm.name,
+        title=items[0].arm.title,
+        seeds=seeds,
+        neurons=sum(map(len, layers)),
+        mean=statistics.fmean(seeds.values()),
+        standard_error=error,
+        deviation=math.sqrt(statistics.fmean(value**2 for value in deviations)) if deviations else None,
+        loss=statistics.fmean(losses) if losses else None,
+    )

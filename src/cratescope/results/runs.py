@@ -1,0 +1,213 @@
+"""What was measured on each run, read from its files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cratescope.arm import Arm
+from cratescope.config import ReportConfig
+from cratescope.neurons.records import Explanation, NeuronId, layer_file, read_explanations, read_scores
+from cratescope.results.scores import Scores
+from cratescope.run import Run, UserError, read_json, read_jsonl, slug
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Activity:
+    """How often (fraction of tokens) and how strongly a neuron was active on the collected text."""
+
+    density: float
+    maximum: float
+
+
+@dataclass(frozen=True, eq=False)
+class Results:
+    """All that was measured on one run at one site, except the windows of text.
+
+    about: what `score` says of itself (explainer, simulator, sanity verdicts, what each explanation set was made with).
+    explanations: by explanation set and neuron. quality: what `score` says of activation quality, if it does.
+    """
+
+    run: Run
+    site: str
+    label: str
+    arm: Arm
+    manifest: Row
+    evaluation: Row
+    metrics: list[Row]
+    about: Row
+    scores: Scores
+    explanations: dict[str, dict[NeuronId, Explanation]]
+    activity: dict[NeuronId, Activity]
+    quality: Row | None
+
+    @cached_property
+    def made_with(self) -> dict[str, dict[str, Any]]:
+        """How each explanation set's records, explanations and simulations were made: `explanations.llm` and so on."""
+        return {name: dict(_flat(self.about["made_with"][name])) for name in self.scores.sets}
+
+    @property
+    def plain(self) -> bool:
+        """Is it the preset as the paper has it, looked at where its neurons are?"""
+        return self.site == self.arm.site and not self.arm.variant
+
+    @cached_property
+    def matter(self) -> tuple[Any, ...]:
+        """What two runs must have in common to be compared, besides their training: size, data, records, LLM."""
+        # Scores by another language model or on other records are not comparable; the site differs by arm.
+        made_with = tuple(
+            (name, key, str(value))
+            for name, settings in sorted(self.made_with.items())
+            for key, value in settings.items()
+            if not key.endswith("site")
+        )
+        run = self.manifest
+        return run["n_layer"], self.arm.size, run["context"], run["data"]["manifest_sha256"], made_with
+
+    def text(self, neuron: NeuronId, name: str) -> str | None:
+        """What a neuron was said to find by the explanation set `name`; None where it was not explained."""
+        found = self.explanations.get(name, {}).get(neuron)
+        return found.text if found else None
+
+    def distinct(self, name: str, layer: int) -> int:
+        """How many different texts the explanation set has in a layer, of the neurons that were scored."""
+        scored = {index for protocol in self._protocols_of(name) for index in self.scores.rows(protocol).get(layer, ())}
+        texts = (item.text for neuron, item in self.explanations[name].items() if _among(neuron, layer, scored))
+        return len({*texts} - {""})
+
+    def _protocols_of(self, name: str) -> list[str]:
+        return [protocol for protocol in self.scores.protocols if self.scores.set_of(protocol) == name]
+
+    def densities(self, layer: int) -> list[float]:
+        """Fraction of tokens on which each neuron of a layer is not zero, in index order."""
+        return [self.activity[neuron].density for neuron in sorted(self.activity) if neuron.layer == layer]
+
+
+def _among(neuron: NeuronId, layer: int, indices: set[int]) -> bool:
+    return neuron.layer == layer and neuron.index in indices
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested settings as dotted names, without hashes and without the copy of the records' in the explanations'."""
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            if not (prefix and name == "records"):
+                yield from _flat(value, f"{prefix}{name}.")
+        elif not name.endswith("sha256"):
+            yield f"{prefix}{name}", Path(value).name if str(value).startswith("/") else value
+
+
+def load_results(config: ReportConfig) -> list[Results]:
+    """Read every run of the report, one `Results` per run and scored site.
+
+    Raises:
+        UserError: no run, two runs of one name, or a run whose records or scores are missing.
+    """
+    if not config.runs:
+        raise UserError(
+            "no run directory given; name at least one, such as `cratescope report runs/crate-2l --out report`"
+        )
+    runs = [Run(path) for path in config.runs]
+    for name in (names := [run.name for run in runs]):
+        if names.count(name) > 1:
+            raise UserError(
+                f"two run directories are called {name!r}; rename one, so that the report can tell them apart"
+            )
+    return [item for run in runs for item in _load_run(run, config)]
+
+
+def _load_run(run: Run, config: ReportConfig) -> Iterator[Results]:
+    manifest = run.read_manifest()
+    if not run.evaluation.exists():
+        raise UserError(f"{run.evaluation}: no such file; run `cratescope evaluate {run.root}` first")
+    folders = _scored(run, config)
+    evaluation, metrics = read_json(run.evaluation), read_jsonl(run.metrics)
+    for folder in folders:
+        site = folder.parents[1].name
+        scores = Scores(read_scores(folder / "scores.jsonl"))
+        quality = run.quality(site)
+        yield Results(
+            run=run,
+            site=site,
+            label=run.name if len(folders) == 1 else f"{run.name} · {site}",
+            arm=Arm.of(manifest),
+            manifest=manifest,
+            evaluation=evaluation,
+            metrics=metrics,
+            about=_about(folder / "scores.json", scores),
+            scores=scores,
+            explanations={
+                name: read_explanations(run.explanations(site, config.explainer, name)) for name in scores.sets
+            },
+            activity=_read_activity(run.records(site), scores.layers),
+            quality=read_json(quality) if quality.exists() else None,
+        )
+
+
+def _about(path: Path, scores: Scores) -> Row:
+    about = read_json(path)
+    if not isinstance(about, dict) or about.get("made_with", {}).keys() != set(scores.sets):
+        raise UserError(f"{path}: does not belong to the scores beside it; delete it and run `cratescope score` again")
+    return about
+
+
+def _scored(run: Run, config: ReportConfig) -> list[Path]:
+    """The folder of scores of every site scored with the report's explainer and simulator."""
+    folder, chosen = run.root / "scores", f"{slug(config.explainer)}/{slug(config.simulator)}"
+    found = sorted(path.parent for path in folder.glob(f"*/{chosen}/scores.json"))
+    if found:
+        return found
+    command = f"cratescope score {run.root} --explainer {config.explainer} --simulator {config.simulator}"
+    if any(folder.glob(f"*/{chosen}/summary.json")):
+        raise UserError(f"{folder}: scored by an older version of cratescope; run `{command}` again")
+    others = sorted({"/".join(path.parts[-3:-1]) for path in folder.glob("*/*/*/scores.json")})
+    hint = f" (scored so far, as explainer/simulator: {', '.join(others)})" if others else ""
+    raise UserError(f"{folder}/*/{chosen}/scores.json: no such file; run `{command}` first{hint}")
+
+
+def _read_activity(folder: Path, layers: Iterable[int]) -> dict[NeuronId, Activity]:
+    """Density and maximum of every neuron; only these columns are read, the windows are a thousand times larger."""
+    found: dict[NeuronId, Activity] = {}
+    for path in (layer_file(folder, layer) for layer in layers):
+        if not path.exists():
+            raise UserError(f"{path}: no such file; run `cratescope collect` first")
+        try:
+            table = pq.read_table(path, columns=["model", "site", "layer", "index", "density", "maximum"])
+        except pa.ArrowException as error:
+            raise UserError(f"{path}: damaged ({error}); delete it and run `cratescope collect`") from error
+        for row in table.to_pylist():
+            activity = Activity(row.pop("density"), row.pop("maximum"))
+            found[NeuronId(**row)] = activity
+    return found
+
+
+def protocols(results: Sequence[Results]) -> list[str]:
+    """Every protocol (or scorer) of any run, in the order of the runs."""
+    return list(dict.fromkeys(name for item in results for name in item.scores.protocols))
+
+
+def one_per_run(results: Sequence[Results]) -> list[Results]:
+    """One entry per run, where a run was scored at several sites."""
+    return list({item.run.root: item for item in reversed(results)}.values())[::-1]
+
+
+def untrained_copy(item: Results, results: Sequence[Results]) -> Results | None:
+    """The same arm with the same seed, not trained, among the runs; None for an untrained run itself."""
+    if item.arm.untrained:
+        return None
+    wanted = item.arm.preset, item.arm.name, item.arm.seed, item.site, item.matter
+    for other in results:
+        if (
+            other.arm.untrained
+            and (other.arm.preset, other.arm.name, other.arm.seed, other.site, other.matter) == wanted
+        ):
+            return other
+    return None

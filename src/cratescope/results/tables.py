@@ -1,0 +1,257 @@
+"""The numbers of some runs as rows, for CSV, JSON and HTML."""
+
+from __future__ import annotations
+
+import csv
+import functools
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from cratescope.neurons.quality import QUALITIES, matched
+from cratescope.neurons.records import NeuronId
+from cratescope.neurons.score import CONTROLS
+from cratescope.results.compare import DETECTABLE, UNTRAINED, Comparison
+from cratescope.results.estimates import NOTHING, Estimate, finite, over
+from cratescope.results.runs import Results, Row, one_per_run, protocols, untrained_copy
+from cratescope.run import atomic_path
+
+
+@functools.cache
+def paper() -> Row:
+    """What the paper prints, to be shown beside ours: context, not a target, and never mixed with them."""
+    return json.loads(Path(__file__).with_name("paper.json").read_text(encoding="utf-8"))
+
+
+def paper_score(item: Results, protocol: str, layer: int | None = None) -> float | None:
+    """The paper's score x100 of a layer, or of the mean over layers; None where the paper has no such model."""
+    comparable = item.plain and not item.arm.untrained
+    entry = paper()["scores"].get(protocol, {}).get(item.arm.preset, {}) if comparable else {}
+    if layer is None:
+        return entry.get("mean")
+    layers = entry.get("layers", ())
+    return layers[layer] if layer < len(layers) else None
+
+
+def _start(item: Results) -> Row:
+    start = {"model": item.label, "family": item.arm.family, "preset": item.arm.preset, "seed": item.arm.seed}
+    return start | {"tokens_trained": item.arm.tokens_trained, "site": item.site}
+
+
+def score_rows(results: Sequence[Results]) -> list[Row]:
+    """One row per model, protocol, measure and layer, and one with layer "mean".
+
+    Scores are plain, `paper` is x100. Of every control, and of the untrained copy, there are the score, its standard
+    error and the gain over it with its own; low and high are the bootstrap interval of 95 % over neurons.
+    """
+    return [
+        _score_row(item, copy, protocol, measure, layer)
+        for item in results
+        for copy in [untrained_copy(item, results)]
+        for protocol in item.scores.protocols
+        for measure in item.scores.measures(protocol)
+        for layer in [*sorted(item.scores.rows(protocol, measure)), None]
+    ]
+
+
+def _score_row(item: Results, copy: Results | None, protocol: str, measure: str, layer: int | None) -> Row:
+    own = item.scores.mean(protocol, measure, layer=layer)
+    row = _start(item) | {
+        "explainer": item.about["explainer"],
+        "simulator": item.about["simulator"],
+        "explanation_set": item.scores.set_of(protocol),
+        "protocol": protocol,
+        "measure": measure,
+        "layer": "mean" if layer is None else layer,
+        "mean": own.mean,
+        "standard_error": own.standard_error,
+        "low": own.low,
+        "high": own.high,
+        "standard_deviation": own.standard_deviation,
+        "variance_over_layers": own.variance_over_layers,
+    }
+    present = item.scores.controls(protocol, measure)
+    for control in CONTROLS:
+        there = control in present
+        score = item.scores.mean(protocol, measure, control, layer=layer) if there else NOTHING
+        row |= _beside(
+            control, score, item.scores.mean(protocol, measure, over=control, layer=layer) if there else NOTHING
+        )
+    null = copy.scores.mean(protocol, measure, layer=layer) if copy else NOTHING
+    row |= _beside(UNTRAINED, null, over(own, null))
+    first = measure == item.scores.measures(protocol)[0]
+    counts = item.scores.counts(protocol, layer, measure)
+    return row | counts | {"paper": paper_score(item, protocol, layer) if first else None}
+
+
+def _beside(name: str, score: Estimate, gain: Estimate) -> Row:
+    return {
+        name: score.mean,
+        f"{name}_error": score.standard_error,
+        f"over_{name}": gain.mean,
+        f"over_{name}_error": gain.standard_error,
+    }
+
+
+def neuron_rows(results: Sequence[Results]) -> list[Row]:
+    """One row per neuron and explanation set: the explanation, and the scores that were made from it.
+
+    Each protocol's own measure, its interval and its controls; empty for a protocol of another explanation set.
+    """
+    names = protocols(results)
+    return [
+        _neuron_row(item, neuron, explained, names)
+        for item in results
+        for neuron in _neurons(item)
+        for explained in item.scores.sets
+    ]
+
+
+def _neurons(item: Results) -> list[NeuronId]:
+    scored = {
+        row.neuron
+        for name in item.scores.protocols
+        for rows in item.scores.rows(name).values()
+        for row in rows.values()
+    }
+    return sorted(scored.union(*item.explanations.values()))
+
+
+def _neuron_row(item: Results, neuron: NeuronId, explained: str, names: Sequence[str]) -> Row:
+    row: Row = {"model": item.label, "site": item.site, "layer": neuron.layer, "index": neuron.index}
+    row |= {"explanation_set": explained, "explanation": item.text(neuron, explained)}
+    for name in names:
+        ours = name in item.scores.protocols and item.scores.set_of(name) == explained
+        score = item.scores.of(neuron, name) if ours else None
+        row |= {f"{name}_score": score and score.value, f"{name}_low": score and score.low}
+        row[f"{name}_high"] = score and score.high
+        for control in CONTROLS:
+            null = item.scores.of(neuron, name, control) if ours else None
+            row[f"{name}_{control}"] = null and null.value
+    activity = item.activity.get(neuron)
+    row["density"] = finite(activity.density) if activity else None
+    row["maximum"] = finite(activity.maximum) if activity else None
+    return row
+
+
+def activity_rows(results: Sequence[Results]) -> list[Row]:
+    """One row per model and layer, and one with layer "mean": how often its neurons, all of them, are not zero.
+
+    active: fraction of non-zero activations among all neurons and tokens; median_density: of the single neurons.
+    """
+    return [row for item in results for row in _activity_rows(item)]
+
+
+def _activity_rows(item: Results) -> list[Row]:
+    start = _start(item)
+    rows = []
+    for layer in item.scores.layers:
+        densities = item.densities(layer)
+        rows.append(
+            start
+            | {"layer": layer, "active": statistics.fmean(densities), "median_density": statistics.median(densities)}
+            | {"n_dead": densities.count(0), "n_neurons": len(densities)}
+        )
+    names = ("active", "median_density")
+    mean = {name: statistics.fmean(row[name] for row in rows) for name in names}
+    counts = {name: sum(row[name] for row in rows) for name in ("n_dead", "n_neurons")}
+    return [*rows, start | {"layer": "mean"} | mean | counts]
+
+
+def quality_rows(results: Sequence[Results]) -> list[Row]:
+    """Activation quality: one row per model and layer, and one with layer "mean"; and how many explanations differ.
+
+    The distinct explanations are those of the first explanation set.
+    """
+    rows = []
+    for item in results:
+        if item.quality is None:
+            continue
+        for row in [*item.quality["layers"], {"layer": "mean"} | item.quality["model"]]:
+            numbers = {name: row[name] for name in ("density", *QUALITIES)}
+            errors = {f"{name}_error": row.get(f"{name}_error") for name in QUALITIES}
+            distinct = None if row["layer"] == "mean" else item.distinct(item.scores.sets[0], row["layer"])
+            rows.append(_start(item) | {"layer": row["layer"]} | numbers | errors | {"distinct_explanations": distinct})
+    return rows
+
+
+def matched_rows(results: Sequence[Results], pair: tuple[str, str] | None) -> list[Row]:
+    """Activation quality of two arms at matched density: a row per pair of runs of one seed, and layer."""
+    if pair is None:
+        return []
+    found = [item for item in results if item.site == item.arm.site and item.quality]
+    rows = []
+    for a in (item for item in found if item.arm.name == pair[0]):
+        for b in (item for item in found if item.arm.name == pair[1]):
+            alike = [(item.matter, item.arm.seed, item.arm.tokens_trained) for item in (a, b)]
+            if alike[0] == alike[1]:
+                rows += [_matched(a, b, layer) for layer in a.scores.layers if layer in b.scores.layers]
+    return rows
+
+
+def _matched(a: Results, b: Results, layer: int) -> Row:
+    columns = _columns(a, layer), _columns(b, layer)
+    row: Row = {"a": a.label, "b": b.label, "layer": layer}
+    for name in QUALITIES:
+        found = matched(*columns, name) or {"a": None, "b": None, "n": 0}
+        row |= {f"a_{name}": found["a"], f"b_{name}": found["b"], f"{name}_n": found["n"]}
+    return row
+
+
+def _columns(item: Results, layer: int) -> Row:
+    """The numbers of each neuron of one layer."""
+    assert item.quality is not None
+    columns = item.quality["neurons"]
+    places = [place for place, found in enumerate(columns["layer"]) if found == layer]
+    return {name: [values[place] for place in places] for name, values in columns.items()}
+
+
+def sanity_rows(results: Sequence[Results]) -> list[Row]:
+    """The missing-label and extra-label tests of every run's own neurons."""
+    return [{"model": item.label} | row for item in results for row in item.about.get("sanity", ())]
+
+
+def loss_rows(results: Sequence[Results]) -> list[Row]:
+    """The loss curves and the final evaluation of every run, in nats per token, one row per point."""
+    rows = []
+    for item in one_per_run(results):
+        for row in item.metrics:
+            kind = "validation" if "validation_loss" in row else "train"
+            loss = row["validation_loss"] if kind == "validation" else row.get("loss")
+            error = row.get("validation_standard_error")
+            rows.append(_loss_row(item, kind, row["step"], row["tokens"], loss, error))
+        final, run = item.evaluation, item.manifest
+        numbers = final["loss"], final["standard_error"]
+        last = _loss_row(item, "final", run.get("steps"), item.arm.tokens_trained, *numbers)
+        rows.append(last | {name: finite(final[name]) for name in ("perplexity", "bits_per_byte", "unigram_entropy")})
+    return rows
+
+
+def _loss_row(
+    item: Results, kind: str, step: int | None, tokens: int | None, loss: float | None, error: float | None
+) -> Row:
+    row: Row = {"model": item.run.name, "kind": kind, "step": step, "tokens": tokens}
+    row |= {"loss": finite(loss), "standard_error": finite(error)}
+    return row | {"perplexity": None, "bits_per_byte": None, "unigram_entropy": None}
+
+
+def comparison_row(pair: Comparison) -> dict[str, Any]:
+    """A comparison with everything that follows from it, for JSON."""
+    names = ("difference", "standard_error", "unit", "clear")
+    found = asdict(pair) | {name: getattr(pair, name) for name in names}
+    found["test"] = pair.test._asdict() if pair.test else None
+    for name, wanted in (("this difference", None), (f"{100 * DETECTABLE:g} points", DETECTABLE)):
+        found[f"neurons a layer for {name}"] = pair.neurons_needed(wanted)
+        found[f"seeds for {name}"] = pair.seeds_needed(wanted)
+    return found
+
+
+def write_csv(path: Path, rows: Sequence[Row]) -> None:
+    """Write rows of equal keys with full precision; a missing number is an empty cell."""
+    with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]) if rows else [], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
