@@ -141,7 +141,7 @@ def _strings(tokenizer: PreTrainedTokenizerFast, _size: int) -> tuple[str, ...]:
     added, special = tokenizer.get_added_vocab(), _special_ids(tokenizer)
     spell = _speller(tokenizer, vocabulary)
     anchor = _anchor(spell, [piece for piece, index in vocabulary.items() if index not in special])
-    strings = [""] * n_ids(tokenizer)
+    strings = [""] * (max(vocabulary.values()) + 1)
     for (piece, index), text in zip(vocabulary.items(), _running(spell, anchor, vocabulary), strict=True):
         # A byte-level decoder takes the letters of an added token for bytes.
         as_it_is = index in special or (piece in added and _UNREADABLE in text)
