@@ -14,12 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, PreTrainedTokenizerFast
+from transformers import GPT2Config, LlamaConfig, PreTrainedTokenizerFast
 
 from conftest import SUBJECTS, VERBS
 from cratescope.config import CollectConfig, EvaluateConfig, ExportConfig, PrepareConfig, ShowConfig, TrainConfig
-from cratescope.lm.data import TokenData, prepare
-from cratescope.lm.evaluate import evaluate
+from cratescope.lm.data import TokenData, TokenSplit, prepare
+from cratescope.lm.evaluate import evaluate, evaluate_split
 from cratescope.lm.tokenizer import (
     encode,
     load_tokenizer,
@@ -164,6 +164,18 @@ def test_a_tokenizer_without_any_text_has_empty_texts() -> None:
 def test_marks_leave_the_space_behind_a_token_outside_too() -> None:
     tokens = token_strings(word_ends(), ids_of(word_ends(), "the river"))
     assert mark(tokens, np.ones(len(tokens), dtype=bool)).replace(">><<", "") == "<<the>> <<river>>"
+
+
+@pytest.mark.parametrize("kind", ["SentencePiece that strips", "WordPiece that cleans up", "bytes"])
+def test_bits_per_byte_do_not_count_the_space_that_is_put_before_a_document(kind: str) -> None:
+    tokenizer, texts = tokenizer_of(kind), ["the old river.", "rome.", "the court forgot three apples."]
+    row = [token for text in ["bread", *texts] for token in [*ids_of(tokenizer, text), tokenizer.eos_token_id]]
+    split = TokenSplit("x", (np.array(row, dtype=np.uint16),), 0)
+    shape = {"n_positions": len(row), "n_embd": 4, "n_layer": 1, "n_head": 1}
+    model = build(GPT2Config(vocab_size=n_ids(tokenizer), **shape), 0)
+    found = evaluate_split(model, split, tokenizer, 1, 1)
+    first = int(token_bytes(tokenizer)[row[0]]) - (kind != "bytes")
+    assert found["n_bytes"] == len("".join(["bread", *texts])) - first  # the first token of all is not predicted
 
 
 # Ids

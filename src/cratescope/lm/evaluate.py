@@ -31,7 +31,7 @@ from cratescope.lm import harness
 from cratescope.lm.data import TokenData, TokenSplit
 from cratescope.lm.loss import token_losses
 from cratescope.lm.texts import HubSet, find_set, identity, read
-from cratescope.lm.tokenizer import encode, load_tokenizer, n_ids, token_bytes, token_strings
+from cratescope.lm.tokenizer import bytes_put_before, encode, load_tokenizer, n_ids, token_bytes, token_strings
 from cratescope.models.convert import load_folder
 from cratescope.run import Run, UserError, read_json, sha256, versions, write_json
 
@@ -148,6 +148,8 @@ def evaluate_split(
     _, document = np.unique(numbers, return_inverse=True)
     document = document.ravel()
     n_bytes = token_bytes(tokenizer)[tokens[:, 1:]]
+    begins = (tokens[:, :-1] == tokenizer.eos_token_id) & (n_bytes > 0)
+    n_bytes = n_bytes - begins * bytes_put_before(tokenizer)
     nats, n_tokens, n_bytes = (np.bincount(document, part.ravel()) for part in (losses, np.ones_like(losses), n_bytes))
     return measures(nats, n_tokens, n_bytes, f"split {split.name}")
 

@@ -133,6 +133,14 @@ def token_bytes(tokenizer: PreTrainedTokenizerFast) -> Int[np.ndarray, " v"]:
     return lengths
 
 
+def bytes_put_before(tokenizer: PreTrainedTokenizerFast) -> int:
+    """How many bytes more the tokens of a text have than the text: the space that many tokenizers put before it."""
+    lengths, strings = token_bytes(tokenizer), vocabulary_strings(tokenizer)
+    words = [word for text in strings if (word := text.strip(" ")).isascii() and word.isalpha()][:100]
+    known = [(word, ids) for word, ids in zip(words, encode(tokenizer, words), strict=True) if lengths[ids].all()]
+    return max(0, min((int(lengths[ids].sum()) - len(word) for word, ids in known), default=0))
+
+
 @lru_cache(maxsize=4)
 def _strings(tokenizer: PreTrainedTokenizerFast, _size: int) -> tuple[str, ...]:
     """The text of every id, empty where there is none; `_size` tells a tokenizer that was added to from before."""
