@@ -8,7 +8,7 @@ from typing import Any
 from transformers import AutoModelForCausalLM
 
 from cratescope.lm.data import TokenData
-from cratescope.lm.tokenizer import load_tokenizer
+from cratescope.lm.tokenizer import load_tokenizer, n_text_ids
 from cratescope.run import Run, UserError, atomic_folder, first_line, sha256, versions, write_json
 
 
@@ -16,7 +16,8 @@ def adopt(run: Run, source: str, data: TokenData) -> None:
     """Copy the causal LM `source` (a folder or a hub name) and its tokenizer into `run`; finished work is kept.
 
     Raises:
-        UserError: no such model, text of another tokenizer, or `run` is that of another model.
+        UserError: no such model, text of another tokenizer, a tokenizer with more ids than the model, or `run` is that
+            of another model.
     """
     if run.manifest.exists():
         if run.read_manifest().get("adopted") != source:
@@ -34,6 +35,12 @@ def adopt(run: Run, source: str, data: TokenData) -> None:
         raise UserError(
             f"model {source}: cannot be loaded ({first_line(error)}); give a folder or a hub name"
         ) from error
+    rows, needed = model.get_input_embeddings().weight.shape[0], n_text_ids(tokenizer)
+    if needed > rows:
+        raise UserError(
+            f"model {source}: its tokenizer has {needed:,} ids and the model {rows:,} embeddings; "
+            "give it the tokenizer that it was trained with"
+        )
     with atomic_folder(run.model) as folder:
         model.save_pretrained(folder, max_shard_size="1TB")
         tokenizer.save_pretrained(folder)

@@ -30,7 +30,7 @@ from transformers import PreTrainedTokenizerFast
 from cratescope.config import PrepareConfig
 from cratescope.lm.blocks import REMEMBERED, SPLITS, Block, Encoder, Past, block_path, open_workers, write_block
 from cratescope.lm.sources import Source, open_sources
-from cratescope.lm.tokenizer import load_tokenizer, train_bpe, vocabulary_size
+from cratescope.lm.tokenizer import load_tokenizer, n_ids, train_bpe, vocabulary_size
 from cratescope.run import UserError, atomic_path, claim, first_line, read_json, sha256, versions, write_json
 
 BLOCK_BYTES = 8_000_000
@@ -138,7 +138,7 @@ class TokenData:
 
     @property
     def vocab_size(self) -> int:
-        """The tokenizer's entries, rounded up to a multiple of 64 (the rows of a model's embedding)."""
+        """The tokenizer's ids, rounded up to a multiple of 64 (the rows of a model's embedding)."""
         return -(-self.manifest["tokenizer"]["vocab_size"] // 64) * 64
 
     @property
@@ -218,7 +218,7 @@ def prepare(config: PrepareConfig, console: Console | None = None) -> TokenData:
     encoder = Encoder(tokenizer.backend_tokenizer, tokenizer.eos_token_id, _dtype(tokenizer))
     _encode_blocks(_blocks(config, sources, fractions, past), past, work, encoder, _n_workers(config, sources), console)
     manifest: dict[str, Any] = {
-        "tokenizer": {"spec": config.tokenizer, "vocab_size": len(tokenizer), "eos_id": tokenizer.eos_token_id},
+        "tokenizer": {"spec": config.tokenizer, "vocab_size": n_ids(tokenizer), "eos_id": tokenizer.eos_token_id},
         "dtype": encoder.dtype.name,
         "seed": config.seed,
         "identity": identity,
@@ -459,7 +459,7 @@ def _encode_blocks(
 
 
 def _dtype(tokenizer: PreTrainedTokenizerFast) -> np.dtype:
-    return np.dtype(np.uint16 if len(tokenizer) < 65536 else np.uint32)
+    return np.dtype(np.uint16 if n_ids(tokenizer) < 65536 else np.uint32)
 
 
 def _write_split(config: PrepareConfig, name: str, past: Past) -> dict[str, Any]:

@@ -12,7 +12,6 @@ and se(exp(loss)) = exp(loss) se(loss).
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
@@ -24,7 +23,7 @@ import torch
 from jaxtyping import Float, Int
 from rich.console import Console
 from rich.progress import track
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from cratescope.config import EvaluateConfig
 from cratescope.hardware import pick_device
@@ -32,7 +31,7 @@ from cratescope.lm import harness
 from cratescope.lm.data import TokenData, TokenSplit
 from cratescope.lm.loss import token_losses
 from cratescope.lm.texts import HubSet, find_set, identity, read
-from cratescope.lm.tokenizer import encode, load_tokenizer
+from cratescope.lm.tokenizer import bytes_put_before, encode, load_tokenizer, n_ids, token_bytes, token_strings
 from cratescope.models.convert import load_folder
 from cratescope.run import Run, UserError, read_json, sha256, versions, write_json
 
@@ -149,6 +148,8 @@ def evaluate_split(
     _, document = np.unique(numbers, return_inverse=True)
     document = document.ravel()
     n_bytes = token_bytes(tokenizer)[tokens[:, 1:]]
+    begins = (tokens[:, :-1] == tokenizer.eos_token_id) & (n_bytes > 0)
+    n_bytes = n_bytes - begins * bytes_put_before(tokenizer)
     nats, n_tokens, n_bytes = (np.bincount(document, part.ravel()) for part in (losses, np.ones_like(losses), n_bytes))
     return measures(nats, n_tokens, n_bytes, f"split {split.name}")
 
@@ -168,25 +169,6 @@ def unigram_entropy(split: TokenSplit, vocab_size: int) -> float:
     counts = sum((np.bincount(tokens, minlength=vocab_size) for _, tokens in _scan(split)), np.zeros(vocab_size))
     frequencies = counts[counts > 0] / counts.sum()
     return float(-(frequencies * np.log(frequencies)).sum())
-
-
-def token_bytes(tokenizer: PreTrainedTokenizerFast) -> Int[np.ndarray, " v"]:
-    """How many bytes of text every token stands for; special tokens stand for none.
-
-    A byte-level piece has a letter for every byte; other tokenizers write a space as U+2581 and a byte as `<0x0A>`.
-    """
-    vocabulary, added = tokenizer.get_vocab(), tokenizer.get_added_vocab()
-    byte_level = "Ġ" in vocabulary
-    lengths = np.zeros(max(vocabulary.values()) + 1, dtype=np.int64)
-    for piece, index in vocabulary.items():
-        if byte_level and piece not in added:
-            lengths[index] = len(piece)
-        elif re.fullmatch(r"<0x[0-9A-F]{2}>", piece):
-            lengths[index] = 1
-        else:
-            lengths[index] = len(piece.replace("\u2581", " ").encode())
-    lengths[tokenizer.all_special_ids] = 0
-    return lengths
 
 
 @dataclass(frozen=True)
@@ -295,9 +277,10 @@ def _last_word_measures(nats: Float[np.ndarray, " d"], right: Float[np.ndarray, 
 
 @torch.no_grad()
 def next_token_examples(
-    model: Any, tokenizer: PreTrainedTokenizerBase, prompts: tuple[str, ...] = PROMPTS, top: int = 5
+    model: Any, tokenizer: PreTrainedTokenizerFast, prompts: tuple[str, ...] = PROMPTS, top: int = 5
 ) -> list[dict[str, Any]]:
     """For each prompt that fits the context: the `top` likeliest next tokens and a greedy continuation."""
+    had = sorted(tokenizer.get_vocab().values())
     examples = []
     for prompt in prompts:
         ids: list[int] = tokenizer(prompt, add_special_tokens=False).input_ids
@@ -305,9 +288,11 @@ def next_token_examples(
         if room < 1:
             continue
         tokens = torch.tensor([ids], device=model.device)
-        logits = model(tokens, use_cache=False).logits[0, -1, : len(tokenizer)].float()
-        best = logits.topk(top)
-        rows = zip(best.indices.tolist(), best.values.tolist(), logits.softmax(-1)[best.indices].tolist(), strict=True)
+        logits = model(tokens, use_cache=False).logits[0, -1].float()
+        known = torch.tensor([index for index in had if index < len(logits)], device=logits.device)
+        best = logits[known].topk(top)
+        texts = token_strings(tokenizer, known[best.indices].tolist())
+        rows = zip(texts, best.values.tolist(), logits[known].softmax(-1)[best.indices].tolist(), strict=True)
         continued = model.generate(
             tokens,
             attention_mask=torch.ones_like(tokens),
@@ -318,11 +303,17 @@ def next_token_examples(
         examples.append(
             {
                 "prompt": prompt,
-                "top": [{"token": tokenizer.decode([i]), "probability": p, "logit": logit} for i, logit, p in rows],
-                "continuation": tokenizer.decode(continued[0, len(ids) :], skip_special_tokens=True),
+                "top": [{"token": token, "probability": p, "logit": logit} for token, logit, p in rows],
+                "continuation": _continuation(tokenizer, ids, continued[0, len(ids) :].tolist()),
             }
         )
     return examples
+
+
+def _continuation(tokenizer: PreTrainedTokenizerFast, ids: list[int], more: list[int]) -> str:
+    """The text of `more` after that of `ids`: decoded by itself it can lose its first space."""
+    before, whole, alone = (str(tokenizer.decode(part, skip_special_tokens=True)) for part in (ids, ids + more, more))
+    return whole.removeprefix(before) if whole.startswith(before) else alone
 
 
 def data_of(run: Run, data_path: Path | None) -> TokenData:
@@ -413,7 +404,7 @@ def _evaluate_set(
         "split": name,
         "crops": config.crops,
         **evaluate_split(model, split, data.tokenizer, config.crops, config.batch_size),
-        "unigram_entropy": unigram_entropy(split, data.vocab_size),
+        "unigram_entropy": unigram_entropy(split, n_ids(data.tokenizer)),
         "examples": next_token_examples(model, data.tokenizer),
         "versions": versions(),
     }

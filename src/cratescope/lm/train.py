@@ -25,6 +25,7 @@ from cratescope.lm.checkpoints import last_whole_checkpoint, step_of
 from cratescope.lm.crops import PackedCrops, RandomCrops, open_crops
 from cratescope.lm.data import TokenData
 from cratescope.lm.loss import fuse
+from cratescope.lm.tokenizer import n_ids
 from cratescope.lm.trainer import Watch, WatchedTrainer, milestone_steps
 from cratescope.models.convert import load_folder
 from cratescope.models.presets import build, count_parameters, preset_config
@@ -150,9 +151,12 @@ def _check(config: TrainConfig, data: TokenData, device: torch.device) -> None:
     """Refuse settings that do not fit together before anything is written.
 
     Raises:
-        UserError: too little text; batch_tokens is no multiple of what one forward pass of all processes reads; a
-            checkpoint would fall between two lines of the log; a package or several processes are missing.
+        UserError: too little text; ids that the data's manifest does not count; batch_tokens is no multiple of what one
+            forward pass of all processes reads; a checkpoint would fall between two lines of the log; a package or
+            several processes are missing.
     """
+    if (ids := n_ids(data.tokenizer)) > data.vocab_size:  # prepared when entries were counted instead
+        raise UserError(f"{data.path}: its manifest does not count the ids up to {ids - 1}; prepare it again elsewhere")
     a_pass = config.micro_batch * config.context * processes()
     if config.batch_tokens % a_pass:
         raise UserError(

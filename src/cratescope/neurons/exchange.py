@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerFast
 
 from cratescope.config import ExportConfig, ImportConfig
 from cratescope.lm.evaluate import data_of
-from cratescope.lm.tokenizer import EOS, load_tokenizer, token_strings
+from cratescope.lm.tokenizer import EOS, load_tokenizer, vocabulary_strings
 from cratescope.neurons.explain import find_site, record_files, records_identity
 from cratescope.neurons.records import (
     ActivationRecord,
@@ -71,7 +71,7 @@ def export(config: ExportConfig) -> Path:
 
 
 def _export_openai(out: Path, files: Mapping[int, Path], tokenizer: PreTrainedTokenizerFast) -> None:
-    vocabulary = token_strings(tokenizer, range(len(tokenizer)))
+    vocabulary = vocabulary_strings(tokenizer)
     for layer, path in files.items():
         records = read_records(path).values()
         for record in track(records, f"export layer {layer}", console=STDERR, transient=True):

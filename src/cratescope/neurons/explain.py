@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from cratescope.config import ExplainConfig
 from cratescope.hardware import share
-from cratescope.lm.tokenizer import load_tokenizer, token_strings
+from cratescope.lm.tokenizer import load_tokenizer, token_strings, vocabulary_strings
 from cratescope.neurons.llm import LanguageModel, llm_identity, open_llm
 from cratescope.neurons.prompts import Shown, Wording, clean_answer, wording_named
 from cratescope.neurons.protocols import Protocol, protocols_named
@@ -201,13 +201,13 @@ class Asking:
         if record.dead:
             return "", DEAD
         windows = self.protocol.explain_records(record)
-        if undecodable(windows, len(self.tokenizer)):
+        if undecodable(windows, len(vocabulary_strings(self.tokenizer))):
             return "", UNDECODABLE
         shown = [Shown(token_strings(self.tokenizer, window.tokens.tolist()), window.activations) for window in windows]
         prompt = self.wording.explain_prompt(shown, record.moments.maximum)
         return prompt, None if prompt else NOTHING_TO_SHOW
 
 
-def undecodable(windows: Iterable[ActivationRecord], n_tokens: int) -> bool:
-    """Is there a token that the tokenizer (with `n_tokens` entries) does not have?"""
-    return any(((window.tokens < 0) | (window.tokens >= n_tokens)).any() for window in windows)
+def undecodable(windows: Iterable[ActivationRecord], n_ids: int) -> bool:
+    """Is there a token that the tokenizer (with ids below `n_ids`) does not have?"""
+    return any(((window.tokens < 0) | (window.tokens >= n_ids)).any() for window in windows)

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float
 from rich.progress import track
 
 from cratescope.config import JudgeConfig
-from cratescope.lm.tokenizer import load_tokenizer, token_strings
+from cratescope.lm.tokenizer import load_tokenizer, vocabulary_strings
 from cratescope.neurons import prompts
 from cratescope.neurons.explain import DEAD, STDERR, UNDECODABLE, find_site, records_identity, undecodable
 from cratescope.neurons.llm import LanguageModel, llm_identity, open_llm
@@ -71,7 +71,7 @@ def _judge_set(
     known = records_identity(run, site) | llm_identity(config.llm, llm) | {"explanations": identity}
     claim(folder, known | {"prompt": prompts.JUDGE_PROMPTS[config.scorer]})
     tokenizer = load_tokenizer(run.model)
-    vocabulary = token_strings(tokenizer, range(len(tokenizer)))
+    vocabulary = vocabulary_strings(tokenizer)
     for layer, explanations in layers.items():
         pairs = own_share(config, explanations)
         pending = [(own, null) for own, null in pairs if not _done(folder, config.scorer, own, null)]

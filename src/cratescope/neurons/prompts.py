@@ -372,11 +372,12 @@ def _judge_entry(scorer: str, explanation: str, body: str) -> str:
 
 
 def mark(tokens: Sequence[str], marked: Bool[np.ndarray, " w"]) -> str:
-    """Text on one line with << and >> around marked tokens, the space before a token left outside."""
+    """Text on one line with << and >> around marked tokens, the spaces around a token left outside."""
     shown = []
     for token, chosen in zip(map(display, tokens), marked, strict=True):
-        text = token.lstrip(" ")
-        shown.append(token[: len(token) - len(text)] + f"<<{text}>>" if chosen else token)
+        word = token.strip(" ")
+        before, _, after = token.partition(word) if word else (token, "", "")
+        shown.append(f"{before}<<{word}>>{after}" if chosen else token)
     return "".join(shown).strip(" ")
 
 

@@ -13,7 +13,7 @@ from rich.progress import track
 
 from cratescope.config import JudgeConfig, SimulateConfig
 from cratescope.hardware import share
-from cratescope.lm.tokenizer import load_tokenizer, token_strings
+from cratescope.lm.tokenizer import load_tokenizer, vocabulary_strings
 from cratescope.neurons import prompts
 from cratescope.neurons.explain import (
     STDERR,
@@ -271,7 +271,7 @@ def _simulate_set(
     known = records_identity(run, site) | llm_identity(config.llm, llm) | {"explanations": identity}
     claim(folder, known | made_with(config))
     tokenizer = load_tokenizer(run.model)
-    vocabulary = token_strings(tokenizer, range(len(tokenizer)))
+    vocabulary = vocabulary_strings(tokenizer)
     _plan(folder, {layer: len(explanations[: config.neurons]) for layer, explanations in layers.items()})
     simulator: Simulator | None = None
     for layer, explanations in layers.items():
