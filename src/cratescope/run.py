@@ -83,7 +83,7 @@ def parse_json(text: str | bytes, where: str, fix: str) -> Any:
         reason = first_line(error)
         if isinstance(error, json.JSONDecodeError):
             line = f"line {error.lineno}, " if error.lineno > 1 else ""
-            reason = f"{error.msg} at {line}column {error.colno}"
+            reason = f"{error.msg}: {line}column {error.colno}"
         raise UserError(f"{where}: not valid JSON ({reason}); {fix}") from error
 
 

@@ -215,16 +215,21 @@ def read_text(path: Path) -> Iterator[str]:
 
 
 def _without_nuls(path: Path, texts: Iterable[str]) -> Iterator[str]:
-    """The same texts. Raises UserError when they are full of NULs: every twentieth, Cyrillic has more in UTF-16."""
+    """The same texts. Raises UserError when one is full of NULs."""
     for text in texts:
-        if text.count("\0") * 20 > len(text):
-            raise _not_utf8(path)
+        if _has_nuls(text):
+            raise _not_utf8(str(path))
         yield text
 
 
-def _not_utf8(path: Path) -> UserError:
+def _has_nuls(text: str) -> bool:
+    """Whether more than every twentieth character is NUL: of Cyrillic in UTF-16 it is every twelfth."""
+    return text.count("\0") * 20 > len(text)
+
+
+def _not_utf8(where: str) -> UserError:
     return UserError(
-        f"{path}: full of NULs, so it is no UTF-8 text (UTF-16 without a byte-order mark?); "
+        f"{where}: full of NULs, so it is no UTF-8 text (UTF-16 without a byte-order mark?); "
         "convert it first, e.g. with iconv -f UTF-16LE -t UTF-8"
     )
 
@@ -247,13 +252,14 @@ def _opened(path: Path, newline: str) -> Iterator[TextIO]:
         raise UserError(f"{path}: cannot be read ({error.strerror or first_line(error)})") from error
 
 
-def _unpacked(path: Path) -> io.BufferedReader:
+def _unpacked(path: Path) -> Any:
+    """The bytes of a file, unpacked by its suffix, as an open file."""
     if path.suffix.lower() == ".zst":
         return io.BufferedReader(_Blocks(_zstd_blocks(path)), BLOCK)
     if path.suffix.lower() == ".gz":
         if not path.stat().st_size:
             raise EOFError("it is empty")  # which the library takes for the end of the data
-        return gzip.open(path)  # type: ignore[return-value]  # all that is used of it is the same
+        return gzip.GzipFile(path)
     return open(path, "rb")
 
 
@@ -305,8 +311,8 @@ def read_jsonl(path: Path) -> Iterator[str]:
             line = line.removeprefix("\ufeff").strip(" \t\r\n")
             if not line:
                 continue
-            if "\0" in line:
-                raise _not_utf8(path)
+            if _has_nuls(line):
+                raise _not_utf8(f"{path}:{number}")
             row = parse_json(line, f"{path}:{number}", "mend or delete the line")
             text = as_document(row["text"]) if isinstance(row, dict) and "text" in row else None
             if text is None:
@@ -331,8 +337,8 @@ def read_parquet(path: Path) -> Iterator[str]:
 
 def _check_column(path: Path, schema: pa.Schema) -> None:
     if schema.names.count("text") != 1:
-        found = "two" if "text" in schema.names else f"only {', '.join(schema.names)}"
-        raise UserError(f"{path}: no column `text` of strings, {found}; rename one")
+        found = "more than one column" if "text" in schema.names else "no column"
+        raise UserError(f"{path}: {found} `text` of strings, only {', '.join(schema.names)}; rename one")
     kind = schema.field("text").type
     values = kind.value_type if pa.types.is_dictionary(kind) else kind
     if values not in TEXT_TYPES and not pa.types.is_fixed_size_binary(values):

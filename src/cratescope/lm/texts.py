@@ -93,7 +93,9 @@ def identity(found: HubSet | Path) -> dict[str, Any]:
 
 
 def read(name: str, found: HubSet | Path, limit: int) -> list[str]:
-    """The first `limit` documents that are not empty, as valid Unicode: what is none becomes U+FFFD, with a warning.
+    """The first `limit` documents that are not empty, as valid Unicode: what is none becomes `?`, with a warning.
+
+    It is not U+FFFD, as in `prepare`, because bits per byte are of the file's bytes: one `?` stands for one of them.
 
     Raises:
         UserError: the set cannot be read, has no such column, or has no text.
@@ -104,8 +106,8 @@ def read(name: str, found: HubSet | Path, limit: int) -> list[str]:
     if not texts:
         raise UserError(f"--on {name}: has no text; give a file or set with text")
     if invalid := sum(1 for text in texts if SURROGATES.search(text)):
-        say(f"warning: --on {name}: {invalid} documents had invalid UTF-8, now U+FFFD")
-    return [SURROGATES.sub("\ufffd", text) for text in texts]
+        say(f"warning: --on {name}: {invalid} documents had invalid UTF-8, now `?`")
+    return [SURROGATES.sub("?", text) for text in texts]
 
 
 def _sources(path: Path, say: Callable[[str], None] = lambda line: None) -> list[Source]:

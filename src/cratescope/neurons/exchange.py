@@ -311,6 +311,8 @@ def _boundaries(path: Path, row: Json, n_samples: int) -> list[float]:
 
 def _moments(path: Path, row: Json, maximum: float) -> Moments:
     found = {name: _number(path, name, row.get(name)) for name in ("mean", "variance", "skewness", "kurtosis")}
+    if found["variance"] < 0:
+        raise UserError(f"{path}: variance is {found['variance']}, below 0; export the file again where it was made")
     skewness, kurtosis = (None if found["variance"] == 0 else found[name] for name in ("skewness", "kurtosis"))
     return Moments(0, found["mean"], found["variance"], skewness, kurtosis, maximum)
 
