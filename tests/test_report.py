@@ -23,7 +23,7 @@ from cratescope.report.figures import inline
 from cratescope.report.paper import PAPER_SCORES
 from cratescope.report.report import highlight, report, spread
 from cratescope.report.results import Results, load_results
-from cratescope.report.tables import loss_rows, matched_rows, neuron_rows, quality_rows, score_rows
+from cratescope.report.tables import FORMULA, loss_rows, matched_rows, neuron_rows, quality_rows, score_rows, write_csv
 from cratescope.report.text import number, sparkline, visible
 from cratescope.run import Run, UserError, read_json, write_json
 from fake_run import Fake, fake_run, fake_tokenizer
@@ -454,3 +454,17 @@ def test_a_second_run_of_the_same_seed_is_no_replicate(runs: tuple[Path, Path], 
     edit(again / "run.json", seed=99)
     results = load_results(ReportConfig(runs=(*runs, again), out=tmp_path))
     assert {len(pair.crate.seeds) for group in comparisons(results, PRIMARY) for pair in group} == {2}
+
+
+FORMULAS = ["=HYPERLINK(0)", "+1", "-1", "@SUM(A1)", "\t=1", "\r=1", "\n=1", "\uff1d1", "'quoted", "'=1"]
+
+
+def test_no_spreadsheet_runs_a_text_of_a_csv_file_and_numbers_stay_numbers(tmp_path: Path) -> None:
+    plain = ["a = b", " =1", "", 'words, "quoted"; more']
+    rows: list[dict[str, Any]] = [{"text": text, "number": -1.5} for text in FORMULAS + plain]
+    write_csv(tmp_path / "a.csv", rows)
+    found = rows_of(tmp_path / "a.csv")
+    cells = [row["text"] for row in found]
+    assert not [cell for cell in cells if cell.startswith(FORMULA[:-1])]
+    assert [cell.removeprefix("'") for cell in cells] == FORMULAS + plain
+    assert cells[len(FORMULAS) :] == plain and {row["number"] for row in found} == {"-1.5"}

@@ -141,10 +141,25 @@ def test_a_mistake_in_the_last_section_is_found_before_any_work(plan, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+def test_a_study_is_read_by_its_byte_order_mark(encoding, tmp_path):
+    (tmp_path / "plan.toml").write_text('title = "é"\r\n[[model]]\nname = "a"\n', encoding=encoding)
+    assert read_plan(tmp_path / "plan.toml") == {"title": "é", "model": [{"name": "a"}]}
+
+
+def test_a_study_in_another_encoding_is_refused(tmp_path):
+    for text in ('title = "é"'.encode("latin-1"), 'title = "e"'.encode("utf-16-le"), b"\xff\xfet"):
+        (tmp_path / "plan.toml").write_bytes(text)
+        with pytest.raises(UserError, match="plan.toml: not valid TOML"):
+            read_plan(tmp_path / "plan.toml")
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("[[model", "not valid TOML"),
+        ("a = " + "[" * 10**4, "not valid TOML"),
+        ("a = " + "9" * 5000, "not valid TOML"),
         ("[trian]\nsteps = 1", r"no section \[trian\]"),
         ("[train]\nsteps = 1", "at least one"),
         ("train = 3", r"write \[train\]"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -223,6 +224,7 @@ def main() -> None:
 
 def run_and_exit(arguments: list[str]) -> None:
     """Results go to stdout. Bad input is one line on stderr and exit code 2, a full disk likewise."""
+    _print_any_text()
     try:
         said = run(arguments)
         if rank() == 0:
@@ -238,6 +240,13 @@ def run_and_exit(arguments: list[str]) -> None:
             raise
         where = f" while writing {error.filename}" if isinstance(error, OSError) and error.filename else ""
         _fail(f"disk full{where}; finished files are whole, so free some space and run the same command again")
+
+
+def _print_any_text() -> None:
+    """Print a question mark for what the terminal's encoding does not have; left alone where that is settled."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
+            stream.reconfigure(errors="replace")
 
 
 # Libraries that write in native code tell of a full disk in words only.

@@ -6,6 +6,7 @@ either does not exist or is whole; skipping what exists is therefore resume.
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import hashlib
 import json
@@ -18,6 +19,17 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+SURROGATES = re.compile("[\ud800-\udfff]")
+"""Halves of surrogate pairs, which no UTF-8 has: JSON can hold them, and what cannot be decoded is read as such."""
+_MARKS = (
+    (codecs.BOM_UTF32_LE, "utf-32"),  # before UTF-16, whose mark it begins with
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+# The library's own handler, `surrogateescape`, knows encodings of single bytes only.
+codecs.register_error("lone-surrogate", lambda error: ("\udcff", error.end))  # type: ignore[attr-defined]
 
 
 class UserError(Exception):
@@ -40,6 +52,39 @@ def first_line(error: BaseException) -> str:
 def last_line(error: BaseException) -> str:
     """The same for errors whose last line is the cause."""
     return next(reversed(str(error).strip().splitlines()), type(error).__name__).strip()
+
+
+def encoding_of(start: bytes) -> tuple[str, str]:
+    """Encoding of a file that starts with these bytes, by its byte-order mark, and an error handler.
+
+    Without a mark it is UTF-8. The handler makes lone surrogates of what cannot be decoded, to be counted and replaced.
+    """
+    found = next((name for mark, name in _MARKS if start.startswith(mark)), None)
+    return (found, "lone-surrogate") if found else ("utf-8-sig", "surrogateescape")
+
+
+def decode_text(data: bytes, errors: str | None = None) -> str:
+    """Decode a whole file as `encoding_of` says, or with another error handler."""
+    encoding, handler = encoding_of(data[:4])
+    return data.decode(encoding, errors or handler)
+
+
+def parse_json(text: str | bytes, where: str, fix: str) -> Any:
+    """Parse JSON that came from outside; `where` begins the message of an error and `fix` ends it.
+
+    Raises:
+        UserError: not JSON, nested too deeply, or a number of more digits than Python reads.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise UserError(f"{where}: not valid JSON (nested too deeply); {fix}") from error
+    except ValueError as error:  # also of what is no JSONDecodeError: numbers of thousands of digits
+        reason = first_line(error)
+        if isinstance(error, json.JSONDecodeError):
+            line = f"line {error.lineno}, " if error.lineno > 1 else ""
+            reason = f"{error.msg}: {line}column {error.colno}"
+        raise UserError(f"{where}: not valid JSON ({reason}); {fix}") from error
 
 
 @contextlib.contextmanager
@@ -78,7 +123,9 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON, atomically. NaN is refused: a missing number is null."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+    # A file name that is not UTF-8 comes as lone surrogates, which JSON can hold as escapes only.
+    write_text(path, SURROGATES.sub(lambda found: f"\\u{ord(found[0]):04x}", text) + "\n")
 
 
 def read_json(path: Path) -> Any:
@@ -87,7 +134,7 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON ({error}); delete it and run the stage that makes it again") from error
 
 
@@ -98,7 +145,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, 1):
         try:
             rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             if number < len(lines):
                 raise UserError(f"{path}: line {number} is not valid JSON ({error})") from error
     return rows
@@ -227,6 +274,34 @@ class Run:
         if not self.manifest.exists():
             raise UserError(f"{self.root}: not a run directory (no run.json); make one with `cratescope train`")
         return read_json(self.manifest)
+
+    def data_entry(self, data: Path) -> dict[str, str]:
+        """What run.json says of a data folder: its path from the run's folder, so that both can be moved together.
+
+        Where one of them is reached through a link there are two such paths: through real folders, and as given.
+        """
+        real = os.path.relpath(data.resolve(), self.root.resolve())
+        given = os.path.relpath(data, self.root)
+        entry = {"path": real, "manifest_sha256": sha256(data / "manifest.json")}
+        return entry if given == real else entry | {"path_as_given": given}
+
+    def data_path(self) -> Path:
+        """The data folder that run.json names: of several places the one that holds the run's own data.
+
+        Raises:
+            UserError: not a run directory.
+        """
+        entry = self.read_manifest()["data"]
+        found: list[Path] = []
+        for relative in (entry["path"], entry.get("path_as_given", entry["path"])):
+            # `..` leads out of a linked folder's target by itself, and out of the link where it is normalised.
+            found += [
+                (self.root.resolve() / relative).resolve(),
+                Path(os.path.normpath(self.root.absolute() / relative)),
+            ]
+        there = [path for path in found if (path / "manifest.json").is_file()]
+        own = (path for path in there if sha256(path / "manifest.json") == entry.get("manifest_sha256"))
+        return next(own, (there or found)[0])
 
     def trained_model(self) -> Path:
         """The model's folder. Raises UserError when training has not finished."""

@@ -18,7 +18,7 @@ from typing import Any
 from rich.console import Console
 
 from cratescope import config as settings
-from cratescope.run import UserError
+from cratescope.run import UserError, decode_text
 
 Settings = dict[str, Any]
 
@@ -124,10 +124,10 @@ def _score_neurons(
 def read_plan(path: Path) -> dict[str, Any]:
     """The study file, checked for unknown sections and models without a name."""
     try:
-        plan = tomllib.loads(path.read_text(encoding="utf-8"))
+        plan = tomllib.loads(decode_text(path.read_bytes(), errors="strict"))
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file; `studies/demo.toml` is an example") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # also numbers of thousands of digits, and arrays nested too deeply
         raise UserError(f"{path}: not valid TOML ({error})") from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error

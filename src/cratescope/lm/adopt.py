@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 from transformers import AutoModelForCausalLM
 
 from cratescope.lm.data import TokenData
 from cratescope.lm.tokenizer import load_tokenizer, n_text_ids
-from cratescope.run import Run, UserError, atomic_folder, first_line, sha256, versions, write_json
+from cratescope.run import Run, UserError, atomic_folder, first_line, versions, write_json
 
 
 def adopt(run: Run, source: str, data: TokenData) -> None:
@@ -44,7 +43,6 @@ def adopt(run: Run, source: str, data: TokenData) -> None:
     with atomic_folder(run.model) as folder:
         model.save_pretrained(folder, max_shard_size="1TB")
         tokenizer.save_pretrained(folder)
-    path = os.path.relpath(data.path.resolve(), run.root.resolve())
     manifest = {
         "name": run.name,
         "adopted": source,
@@ -53,7 +51,7 @@ def adopt(run: Run, source: str, data: TokenData) -> None:
         "n_layer": model.config.num_hidden_layers,
         "vocab_size": data.vocab_size,
         "context": model.config.max_position_embeddings,
-        "data": {"path": path, "manifest_sha256": sha256(data.path / "manifest.json")},
+        "data": run.data_entry(data.path),
         "versions": versions(),
     }
     write_json(run.manifest, manifest)

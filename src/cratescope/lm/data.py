@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import re
 import shutil
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,6 +17,7 @@ from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,17 @@ from cratescope.config import PrepareConfig
 from cratescope.lm.blocks import REMEMBERED, SPLITS, Block, Encoder, Past, block_path, open_workers, write_block
 from cratescope.lm.sources import Source, open_sources
 from cratescope.lm.tokenizer import load_tokenizer, n_ids, train_bpe, vocabulary_size
-from cratescope.run import UserError, atomic_path, claim, first_line, read_json, sha256, versions, write_json
+from cratescope.run import (
+    SURROGATES,
+    UserError,
+    atomic_path,
+    claim,
+    first_line,
+    read_json,
+    sha256,
+    versions,
+    write_json,
+)
 
 BLOCK_BYTES = 8_000_000
 """Text in one unit of work: a kill loses at most the encoding of those under way."""
@@ -39,10 +49,11 @@ PROCESS_BYTES = 10_000_000
 """Text for which another process is worth its start."""
 BPE_BYTES = 6_000_000
 """Text that `bpe:N` is trained on."""
+LISTED = 100
+"""Files left out that the manifest names."""
 NPY_HEADER = 128
 """Bytes in front of the values in a file of one row written by numpy."""
 _COLUMNS = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-_SURROGATES = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True, eq=False)
@@ -206,7 +217,7 @@ def prepare(config: PrepareConfig, console: Console | None = None) -> TokenData:
     console = console or Console(stderr=True, quiet=True)
     report = partial(console.print, markup=False, highlight=False, soft_wrap=True)
     _check(config)
-    identity, sources = open_sources(config.source, report)
+    identity, sources, left_out = open_sources(config.source, report)
     for name in ("tokenizer", "max_megabytes", "validation", "heldout", "shard_tokens", "seed"):
         identity[name] = getattr(config, name)
     if _finished(config.out, identity):
@@ -226,13 +237,18 @@ def prepare(config: PrepareConfig, console: Console | None = None) -> TokenData:
         "splits": {name: _write_split(config, name, past) for name in SPLITS},
         "versions": versions(),
     }
+    if left_out:
+        manifest["left_out"] = {"files": len(left_out), "first": dict(islice(left_out.items(), LISTED))}
     shards = [shard for split in manifest["splits"].values() for shard in split["shards"]]
     write_json(config.out / ".verified.json", {shard["file"]: _seal(config.out, shard) for shard in shards})
     write_json(config.out / "manifest.json", manifest)
     shutil.rmtree(work)
     for row in manifest["sources"]:
         if row["invalid_utf8"]:
-            report(f"warning: {row['origin']}: {row['invalid_utf8']} documents had invalid UTF-8, now U+FFFD")
+            report(
+                f"warning: {row['origin']}: {row['invalid_utf8']} documents had invalid UTF-8, now U+FFFD; "
+                "if the file is in another encoding, convert it first"
+            )
     return _opened(config.out)
 
 
@@ -372,7 +388,7 @@ def _utf8(text: str) -> tuple[bytes, bool]:
     try:
         return text.encode("utf-8"), False
     except UnicodeEncodeError:
-        return _SURROGATES.sub("\ufffd", text).encode("utf-8"), True
+        return SURROGATES.sub("\ufffd", text).encode("utf-8"), True
 
 
 def _blocks(

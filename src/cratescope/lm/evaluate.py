@@ -319,7 +319,7 @@ def _continuation(tokenizer: PreTrainedTokenizerFast, ids: list[int], more: list
 def data_of(run: Run, data_path: Path | None) -> TokenData:
     """The data given, or the data the run was trained on; its vocabulary must be the model's."""
     manifest = run.read_manifest()
-    data = TokenData.open(data_path or run.root / manifest["data"]["path"])
+    data = TokenData.open(data_path or run.data_path())
     if data.vocab_size != manifest["vocab_size"]:
         raise UserError(
             f"{data.path} has a vocabulary of {data.vocab_size}, {run.root} one of {manifest['vocab_size']}; "

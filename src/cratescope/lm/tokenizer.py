@@ -22,6 +22,8 @@ from cratescope.run import UserError
 EOS = "<|endoftext|>"
 """Begins and ends every document; also the padding token."""
 _UNREADABLE = "\N{REPLACEMENT CHARACTER}"
+LARGEST_BPE = 1_000_000
+"""Entries of the largest `bpe:N`, a few times those of any tokenizer in use: room for N is taken at the start."""
 
 
 def load_tokenizer(spec: str | Path) -> PreTrainedTokenizerFast:
@@ -57,13 +59,16 @@ def vocabulary_size(spec: str) -> int | None:
     """N of the tokenizer spec `bpe:N`; None for any other spec.
 
     Raises:
-        UserError: N is no number, or leaves no room for the 256 bytes and the end-of-text token.
+        UserError: N is no number, leaves no room for the 256 bytes and the end-of-text token, or is too large.
     """
     if not spec.startswith("bpe:"):
         return None
-    match = re.fullmatch(r"bpe:(\d+)", spec)
-    if not match or int(match[1]) < 257:
-        raise UserError(f"tokenizer {spec}: N of bpe:N is a number of 257 or more (256 bytes and {EOS}), e.g. bpe:4096")
+    match = re.fullmatch(r"bpe:0*([0-9]{1,9})", spec)
+    if not match or not 257 <= int(match[1]) <= LARGEST_BPE:
+        raise UserError(
+            f"tokenizer {spec[:40]}: N of bpe:N is a number from 257 (256 bytes and {EOS}) to {LARGEST_BPE:,}, "
+            "e.g. bpe:4096"
+        )
     return int(match[1])
 
 

@@ -7,7 +7,6 @@ import functools
 import gc
 import importlib.util
 import json
-import os
 import signal
 import time
 from collections.abc import Callable
@@ -253,11 +252,7 @@ def _publish(config: TrainConfig, data: TokenData, started: float, step: int, mo
             "context": config.context,
             "steps": step,
             "tokens_trained": step * config.batch_tokens,
-            "data": {
-                # From the run's folder, so that a study can be moved as a whole.
-                "path": os.path.relpath(data.path, run.root),
-                "manifest_sha256": sha256(data.path / "manifest.json"),
-            },
+            "data": run.data_entry(data.path),
             "settings": settings,
             "versions": versions(),
             "seconds": round(time.monotonic() - started, 1),
