@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_type_hints
 
 import tyro
 
-from cratescope.hardware import worker_of
+from cratescope.hardware import rank, worker_of
 from cratescope.run import UserError
 
 Config = TypeVar("Config")
@@ -81,6 +81,7 @@ class _Checked:
             if value == () and option.default != ():
                 raise UserError(f"{self._flag(option.name)}: name at least one")
         worker_of(getattr(self, "worker", "auto"))
+        rank(local=True)  # what a launcher of processes says is checked here too
         gpus = getattr(self, "ray_gpus", 0)
         if gpus > 1 and gpus % 1:
             raise UserError(f"--ray-gpus {gpus}: Ray shares out parts of one GPU, or whole ones; give a whole number")
@@ -422,6 +423,11 @@ class SimulateConfig(_Checked):
                 f"--llm {self.llm.llm}: a server tells of the likeliest tokens only, and the list simulators and "
                 "--reference-quirks need the whole vocabulary; use --simulator all-at-once, or run the model here "
                 "(--llm HUB_NAME or FOLDER)"
+            )
+        if self.llm.served and not self.llm.llm_tokenizer:
+            raise UserError(
+                f"--llm {self.llm.llm}: simulating needs the tokenizer of the server's model; name it with "
+                "--llm-tokenizer (hub name or folder)"
             )
 
 

@@ -148,6 +148,7 @@ def read_plan(path: Path) -> dict[str, Any]:
     """The study file, checked for unknown sections and models without a name."""
     try:
         plan = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+        repr(plan)  # fails for a hexadecimal number of more digits than Python writes, which no message could name
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file; `studies/demo.toml` is an example") from error
     except (ValueError, RecursionError) as error:  # no UTF-8, no TOML, a number of 5000 digits, brackets without end
@@ -247,7 +248,9 @@ def _of_type(value: Any, hint: Any) -> bool:
     if isinstance(value, dict):
         return dict in kinds and all(isinstance(one, str | int | float) for one in value.values())
     if isinstance(value, list | tuple):
-        return tuple in kinds and all(_of_type(one, str) for one in value)
+        wanted = next((get_args(part) for part in (hint, *get_args(hint)) if get_origin(part) is tuple), None)
+        fits = wanted is not None and (... in wanted or len(value) == len(wanted))
+        return fits and all(_of_type(one, str) for one in value)
     if isinstance(value, bool) or bool in kinds:
         return isinstance(value, bool) and bool in kinds
     return isinstance(value, str | float | Path) or isinstance(value, int) and abs(value) < 2**63  # as TOML has it
@@ -263,5 +266,7 @@ def _refused(options: Settings, kind: type, said: str) -> str:
     if missing:
         return f"{missing[0]} is missing"
     found = (name.replace("-", "_") for name in re.findall(r"--([a-z-]+)", said))
-    named = next((name for name in found if name in options), "an option")
+    # Else it is a value that begins with a hyphen, in a list.
+    others = (name for name, value in options.items() if isinstance(value, list) and any(str(v) in said for v in value))
+    named = next((name for name in (*found, *others) if name in options), "an option")
     return f"{named} = {options.get(named)!r:.60} is not a value it takes"

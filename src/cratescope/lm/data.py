@@ -247,7 +247,8 @@ def _opened(out: Path) -> TokenData:
 def _check(config: PrepareConfig) -> None:
     if config.out.exists() and not config.out.is_dir():
         raise UserError(f"--out {config.out}: is a file; give a folder")
-    vocabulary_size(config.tokenizer)
+    if vocabulary_size(config.tokenizer) is None and not (config.out / "tokenizer").exists():
+        load_tokenizer(config.tokenizer)  # a wrong one is found before the folder is claimed
 
 
 def _finished(out: Path, identity: dict[str, Any]) -> bool:
