@@ -101,6 +101,13 @@ def test_names_of_hub_models_become_one_folder_each():
     assert slug("../../etc") == "etc"
 
 
+def test_names_that_look_alike_or_are_long_get_components_of_their_own():
+    names = ("模型", "日本", "a b", "a+b", "a b ", "C++", "x" * 300, "x" * 301, "é" * 300, ".", "a\nb", "a\0b")
+    found = [slug(name) for name in names]
+    assert len(set(found)) == len(names)
+    assert all(len(name.encode()) < 200 and not name.startswith(".") and "/" not in name for name in found)
+
+
 def test_a_folder_that_is_no_run_is_named(tmp_path):
     with pytest.raises(UserError, match="not a run directory"):
         Run(tmp_path).read_manifest()

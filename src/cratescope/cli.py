@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import os
 import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -258,6 +259,6 @@ def _disk_full(error: Exception) -> bool:
 
 
 def _fail(message: str, code: int = 2) -> NoReturn:
-    if rank(local=True) == 0:  # once a machine: what is wrong may be wrong on one of them only
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # once a machine: what is wrong may be wrong on one of them only
         sys.stderr.write(f"cratescope: {' '.join(message.split())}\n")
     sys.exit(code)

@@ -166,9 +166,19 @@ def made_from(files: Iterable[Path], root: Path, **settings: Any) -> dict[str, s
     return {name: str(value) for name, value in settings.items()} | {"files": digest.hexdigest()}
 
 
+LONGEST_SLUG = 160
+"""Characters of a path component made from a name; with a hash and a temporary's suffix it stays far below 255."""
+
+
 def slug(name: str) -> str:
-    """`name` as a single path component: `org/model:Q4` becomes `org-model-Q4`."""
-    return re.sub(r"[^A-Za-z0-9._]+", "-", name).strip("-.") or "unnamed"
+    """`name` as a single path component: `org/model:Q4` becomes `org-model-Q4`.
+
+    Where more is lost than `/` and `:`, or a component would be too long, a hash tells names apart that look alike.
+    """
+    short = re.sub(r"[^A-Za-z0-9._]+", "-", name).strip("-.")
+    if len(short) <= LONGEST_SLUG and short == re.sub("[/:]", "-", name).strip("-."):
+        return short or "unnamed"
+    return f"{short[:LONGEST_SLUG] or 'unnamed'}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 def versions() -> dict[str, str]:

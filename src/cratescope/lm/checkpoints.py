@@ -47,7 +47,7 @@ def last_whole_checkpoint(folder: Path) -> Path | None:
         if is_whole(checkpoint):
             return checkpoint
         Console(stderr=True, soft_wrap=True).print(
-            f"[yellow]{checkpoint} was cut short or is damaged; using the checkpoint before it"
+            f"{checkpoint} was cut short or is damaged; using the checkpoint before it", style="yellow", markup=False
         )
         shutil.rmtree(checkpoint)
     return None

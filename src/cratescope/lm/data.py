@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int64
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, track
 from transformers import PreTrainedTokenizerFast
 
@@ -199,7 +200,7 @@ def _verify(folder: Path, shards: Sequence[dict[str, Any]]) -> None:
     if not new:
         return
     try:
-        for shard in track(new, f"checking {folder}", console=Console(stderr=True), transient=True):
+        for shard in track(new, escape(f"checking {folder}"), console=Console(stderr=True), transient=True):
             if sha256(folder / shard["file"]) != shard["sha256"]:
                 raise _damaged(folder / shard["file"], "SHA-256 differs")
             seals[shard["file"]] = _seal(folder, shard)
@@ -260,18 +261,10 @@ def _opened(out: Path) -> TokenData:
 
 
 def _check(config: PrepareConfig) -> None:
-    for name in ("validation", "heldout"):
-        if not 0 < getattr(config, name) < 1:
-            raise UserError(f"--{name} {getattr(config, name)}: has to be between 0 and 1, such as 0.05")
-    if config.validation + config.heldout >= 1:
-        raise UserError("--validation and --heldout together leave nothing to train on; make them smaller")
-    if config.shard_tokens < 1:
-        raise UserError(f"--shard-tokens {config.shard_tokens}: has to be 1 or more")
-    if config.max_megabytes is not None and config.max_megabytes <= 0:
-        raise UserError(f"--max-megabytes {config.max_megabytes}: has to be more than 0")
     if config.out.exists() and not config.out.is_dir():
         raise UserError(f"--out {config.out}: is a file; give a folder")
-    vocabulary_size(config.tokenizer)
+    if vocabulary_size(config.tokenizer) is None and not (config.out / "tokenizer").exists():
+        load_tokenizer(config.tokenizer)  # a wrong one is found before the folder is claimed
 
 
 def _finished(out: Path, identity: dict[str, Any]) -> bool:

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import track
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -69,7 +70,7 @@ def _crop_token_losses(
     model.eval()
     starts = range(0, len(crops), batch_size)
     losses = []
-    for start in _progress(starts, label) if label else starts:
+    for start in _progress(starts, escape(label)) if label else starts:
         tokens = torch.from_numpy(crops[start : start + batch_size]).to(model.device)
         losses.append(_predict(model, tokens[:, :-1], tokens[:, 1:])[1].double().cpu().numpy())
     model.train(was_training)
@@ -213,7 +214,7 @@ def evaluate_texts(
         for row in windows(n, tokens, eos, context, word)
     ]
     nats, word_nats, right = np.zeros(len(ids)), np.zeros(len(ids)), np.zeros(len(ids))
-    for batch in _progress(list(_batches(rows, batch_size * context)), f"evaluate {name}"):
+    for batch in _progress(list(_batches(rows, batch_size * context)), escape(f"evaluate {name}")):
         for row, (loss, word_loss, correct) in zip(batch, _predict_windows(model, batch, eos), strict=True):
             nats[row.document] += loss
             word_nats[row.document] += word_loss

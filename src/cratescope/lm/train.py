@@ -74,7 +74,8 @@ def train(config: TrainConfig) -> Run:
     publish = functools.partial(_publish, config, data, started)
     say = Console(stderr=True, soft_wrap=True, quiet=rank() > 0).print
     together = f" x {processes()} processes" if processes() > 1 else ""
-    say(f"{run.name}: {config.preset}, {count_parameters(model):,} parameters, {device.type}{together}, {dtype}")
+    what = f"{config.preset}, {count_parameters(model):,} parameters, {device.type}{together}, {dtype}"
+    say(f"{run.name}: {what}", markup=False)
     if config.steps:
         number, step = _fit(config, run, model, data, _arguments(config, run, device, dtype), publish)
         _leave_group()
@@ -137,7 +138,9 @@ def _resume(run: Run, milestones: set[int]) -> Path | None:
     rows = [row for row in read_jsonl(run.metrics) if row["step"] <= step]
     write_text(run.metrics, "".join(json.dumps(row) + "\n" for row in rows))
     for missed in sorted(m for m in milestones if m <= step and not run.milestone(m).manifest.exists()):
-        Console(stderr=True).print(f"[yellow]milestone {missed} is not kept: training is at step {step} already")
+        Console(stderr=True).print(
+            f"milestone {missed} is not kept: training is at step {step} already", style="yellow"
+        )
     return last
 
 
@@ -162,19 +165,6 @@ def _check(config: TrainConfig, data: TokenData, device: torch.device) -> None:
             f"batch_tokens = {config.batch_tokens} is no multiple of micro_batch x context x processes = "
             f"{config.micro_batch} x {config.context} x {processes()} = {a_pass}; change one of them"
         )
-    if config.steps < 0 or config.learning_rate <= 0 or config.workers < 0:
-        raise UserError(
-            f"steps = {config.steps}, learning_rate = {config.learning_rate}, workers = {config.workers}: "
-            "give numbers above 0"
-        )
-    for name in ("save_every", "validate_every"):
-        if getattr(config, name) % config.log_every:
-            raise UserError(f"{name} = {getattr(config, name)} is no multiple of log_every = {config.log_every}")
-    if config.keep < 2:
-        raise UserError(f"keep = {config.keep}: at least 2, so that one is left when the newest is damaged")
-    for fraction in config.milestones:
-        if not 0 < fraction <= 1:
-            raise UserError(f"milestones: {fraction} is no fraction of the steps; give numbers from 0 to 1")
     for name in config.report_to:
         if importlib.util.find_spec(name) is None:
             raise UserError(f"report_to {name}: the package is not installed; run `pip install {name}` or leave it out")

@@ -44,8 +44,9 @@ class Watch(TrainerCallback):
         self.asked = 0
         self.step_loss: torch.Tensor | float = 0.0
         self.seconds, self.timed_steps = 0.0, 0
+        self.name = f"train {run.name}"
         self.progress = Progress(
-            TextColumn(f"train {run.name}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
@@ -78,7 +79,9 @@ class Watch(TrainerCallback):
         # Every process measures at the same time, so cores and memory are shared as they will be in training.
         self.peak = float(reduce(torch.tensor(peak, device=args.device), "sum"))
         self.flops = flops_per_token(model.config, self.config.context)
-        self.task = self.progress.add_task("", total=state.max_steps, completed=state.global_step, loss="-", speed="")
+        self.task = self.progress.add_task(
+            self.name, total=state.max_steps, completed=state.global_step, loss="-", speed=""
+        )
         self.clock = time.monotonic()
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):

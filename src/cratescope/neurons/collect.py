@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import os
 import shutil
 import sys
 from collections.abc import Iterable, Iterator
@@ -21,12 +20,13 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int, Integer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import track
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
 from cratescope.config import CollectConfig
-from cratescope.hardware import worker_of
+from cratescope.hardware import rank, worker_of
 from cratescope.lm.adopt import adopt
 from cratescope.lm.data import TokenData
 from cratescope.lm.evaluate import data_of, load_model
@@ -71,7 +71,7 @@ def collect(config: CollectConfig) -> Path:
         _remove_parts(folder, layers)
         return folder
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(rank(local=True))
     model = load_model(run, config.device)
     for layer in layers:
         site.module(model, layer)  # a wrong pattern is found before anything is written
@@ -142,7 +142,7 @@ class Pass:
         if self.config.dump:
             self._check_room()
         label = f"collect {self.folder.parent.parent.name} {self.site.name}"
-        for part, lacking in track(work, label, console=Console(stderr=True), transient=True):
+        for part, lacking in track(work, escape(label), console=Console(stderr=True), transient=True):
             self._read_part(part, {layer: statistics[layer] for layer in lacking})
 
     def finish(self, labels: dict[str, Any]) -> None:

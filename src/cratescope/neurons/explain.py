@@ -59,6 +59,8 @@ def explain(config: ExplainConfig, llm: LanguageModel | None = None) -> list[Pat
     folders = []
     for explained, protocols in protocols_named(config.protocols).items():
         folder = run.explanations(site, config.llm.llm_name, explained)
+        if not (folder / "manifest.json").exists():
+            llm = llm or open_llm(config.llm)  # before the claim: a mistyped --llm leaves no folder
         claim(folder, made_with | {"explained": explained})
         folders.append(folder)
         for layer, indices in samples.items():

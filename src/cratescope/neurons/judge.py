@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import Bool, Float
+from rich.markup import escape
 from rich.progress import track
 
 from cratescope.config import JudgeConfig
@@ -69,6 +70,8 @@ def _judge_set(
     layers, identity = explained_layers(config, run, site, explained)
     folder = run.judgements(site, config.explainer, config.scorer, explained)
     known = records_identity(run, site) | llm_identity(config.llm, llm) | {"explanations": identity}
+    if not (folder / "manifest.json").exists():
+        llm = llm or open_llm(config.llm)  # before the claim: a mistyped --llm leaves no folder
     claim(folder, known | {"prompt": prompts.JUDGE_PROMPTS[config.scorer]})
     tokenizer = load_tokenizer(run.model)
     vocabulary = vocabulary_strings(tokenizer)
@@ -81,7 +84,7 @@ def _judge_set(
         asking = Judge(llm, vocabulary, protocol, config.scorer, config.llm.llm_batch)
         records = read_records(layer_file(run.records(site), layer), [own.neuron.index for own, _ in pending])
         label = f"{config.scorer} {run.name} layer {layer}"
-        for own, null in track(pending, label, console=STDERR, transient=True):
+        for own, null in track(pending, escape(label), console=STDERR, transient=True):
             write_judgements(folder, asking.judgements(records[own.neuron.index], own, null))
     return folder
 

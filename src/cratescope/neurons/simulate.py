@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
+from rich.markup import escape
 from rich.progress import track
 
 from cratescope.config import JudgeConfig, SimulateConfig
@@ -250,10 +251,6 @@ def simulate(config: SimulateConfig, llm: LanguageModel | None = None) -> list[P
     """
     run = Run(config.run)
     site = find_site(run, config.site)
-    if config.simulator != "all-at-once" and (config.reference_quirks or config.prompts != "own"):
-        raise UserError(
-            f"--simulator {config.simulator} is our own; --reference-quirks and --prompts go with all-at-once"
-        )
     chosen = protocols_named(config.protocols)
     return [_simulate_set(config, run, site, explained, chosen[explained], llm) for explained in chosen]
 
@@ -269,6 +266,8 @@ def _simulate_set(
     layers, identity = explained_layers(config, run, site, explained)
     folder = run.simulations(site, config.explainer, config.simulator, explained)
     known = records_identity(run, site) | llm_identity(config.llm, llm) | {"explanations": identity}
+    if not (folder / "manifest.json").exists():
+        llm = llm or open_llm(config.llm)  # before the claim: a mistyped --llm leaves no folder
     claim(folder, known | made_with(config))
     tokenizer = load_tokenizer(run.model)
     vocabulary = vocabulary_strings(tokenizer)
@@ -283,7 +282,7 @@ def _simulate_set(
             continue
         simulator = simulator or make_simulator(config, llm or open_llm(config.llm), vocabulary)
         simulator.plan([prompts.EMPTY_EXPLANATION, *(item.text for item in explanations if item.text)])
-        for task in track(pending, f"simulate {run.name} layer {layer}", console=STDERR, transient=True):
+        for task in track(pending, escape(f"simulate {run.name} layer {layer}"), console=STDERR, transient=True):
             write_simulation(folder, task.simulate(simulator, config.simulator, folder))
     return folder
 

@@ -117,7 +117,7 @@ class LocalLLM:
         llm = cls(model if "device_map" in placed else model.to(device), tokenizer, config.llm)
         if not llm.shares_prefix:
             said = "has an attention of its own, so every prompt gets a copy of the shared prefix, which is slower"
-            Console(stderr=True).print(f"--llm {config.llm} {said}", soft_wrap=True)
+            Console(stderr=True).print(f"--llm {config.llm} {said}", markup=False, soft_wrap=True)
         return llm
 
     def encode(self, text: str) -> list[int]:
