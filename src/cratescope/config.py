@@ -240,7 +240,10 @@ class CollectConfig(_Positive):
 class LLMConfig(_Positive):
     """The language model that explains or simulates."""
 
-    _positive: ClassVar[tuple[str, ...]] = ("llm_batch", "llm_concurrency", "llm_per_minute", "llm_timeout")
+    _positive: ClassVar[tuple[str, ...]] = (
+        *("llm_batch", "llm_concurrency", "llm_per_minute", "llm_timeout"),
+        "llm_max_tokens",
+    )
 
     llm: str = "offline"
     """`offline` (SmolLM2-135M-Instruct from the package registry), a hub name, a model folder, a .gguf file, or the
@@ -255,6 +258,8 @@ class LLMConfig(_Positive):
     """auto spreads the layers over all GPUs."""
     llm_batch: int = 16
     """Prompts in one forward pass."""
+    llm_max_tokens: int | None = None
+    """Longest explanation (paper: 60, the default); a model that reasons before it answers wants 2000 or more."""
     llm_model: str = ""
     """Server: which of its models; also the explainer's name in files."""
     llm_tokenizer: str = ""
