@@ -330,6 +330,8 @@ class LLMConfig(_Checked):
     """auto spreads the layers over all GPUs."""
     llm_batch: Annotated[int, within(1, LARGEST_BATCH)] = 16
     """Prompts in one forward pass."""
+    llm_max_tokens: Annotated[int | None, within(1)] = None
+    """Longest explanation (paper: 60, the default); a model that reasons before it answers wants 2000 or more."""
     llm_model: str = ""
     """Server: which of its models; also the explainer's name in files."""
     llm_tokenizer: str = ""

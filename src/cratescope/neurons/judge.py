@@ -6,6 +6,7 @@ Detection and fuzzing are after Paulo et al. 2024 (arXiv 2410.13928), intruder d
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +19,8 @@ from rich.progress import track
 from cratescope.config import JudgeConfig
 from cratescope.lm.tokenizer import load_tokenizer, vocabulary_strings
 from cratescope.neurons import prompts
-from cratescope.neurons.explain import DEAD, STDERR, UNDECODABLE, find_site, records_identity, undecodable
-from cratescope.neurons.llm import LanguageModel, llm_identity, open_llm
+from cratescope.neurons.explain import DEAD, STDERR, UNDECODABLE, Waiting, find_site, records_identity, undecodable
+from cratescope.neurons.llm import LanguageModel, RefusedError, llm_identity, open_llm
 from cratescope.neurons.protocols import Protocol, protocols_named
 from cratescope.neurons.records import (
     INTRUDER_GROUP,
@@ -31,10 +32,11 @@ from cratescope.neurons.records import (
     layer_file,
     neuron_file,
     read_judgement,
+    read_judgements,
     read_records,
     write_judgements,
 )
-from cratescope.neurons.simulate import explained_layers, own_share
+from cratescope.neurons.simulate import ENOUGH, explained_layers, own_share
 from cratescope.run import Run, claim
 
 WINDOWS = 10
@@ -75,6 +77,7 @@ def _judge_set(
     claim(folder, known | {"prompt": prompts.JUDGE_PROMPTS[config.scorer]})
     tokenizer = load_tokenizer(run.model)
     vocabulary = vocabulary_strings(tokenizer)
+    waiting = Waiting(functools.partial(write_judgements, folder), ENOUGH)
     for layer, explanations in layers.items():
         pairs = own_share(config, explanations)
         pending = [(own, null) for own, null in pairs if not _done(folder, config.scorer, own, null)]
@@ -85,8 +88,19 @@ def _judge_set(
         records = read_records(layer_file(run.records(site), layer), [own.neuron.index for own, _ in pending])
         label = f"{config.scorer} {run.name} layer {layer}"
         for own, null in track(pending, escape(label), console=STDERR, transient=True):
-            write_judgements(folder, asking.judgements(records[own.neuron.index], own, null))
+            refused = None
+            try:
+                found = asking.judgements(records[own.neuron.index], own, null)
+                waiting.answered |= any(item.probabilities for item in found)
+            except RefusedError as error:
+                found, refused = _unjudged(own, null, config.scorer, error.answers[0].reason), error
+            waiting.add(found, refused)
+    waiting.end(functools.partial(_any_judged, folder))
     return folder
+
+
+def _any_judged(folder: Path) -> bool:
+    return any(item.probabilities for item in read_judgements(folder))
 
 
 def _texts(scorer: str, explanation: Explanation, null_text: str) -> dict[str, str]:
@@ -94,6 +108,11 @@ def _texts(scorer: str, explanation: Explanation, null_text: str) -> dict[str, s
     if scorer == "intruder":
         return {"none": ""}
     return {control: text for control, text in (("none", explanation.text), ("shuffled", null_text)) if text}
+
+
+def _unjudged(explanation: Explanation, null_text: str, scorer: str, reason: str | None) -> list[Judgement]:
+    texts = _texts(scorer, explanation, null_text) or {"none": ""}
+    return [Judgement(explanation.neuron, scorer, name, text, (), (), reason) for name, text in texts.items()]
 
 
 def _done(folder: Path, scorer: str, explanation: Explanation, null_text: str) -> bool:
@@ -129,8 +148,7 @@ class Judge:
         active, silent = self._windows(record)
         reason = self._refusal(record, explanation, active, silent)
         if reason:
-            texts = texts or {"none": ""}
-            return [Judgement(record.neuron, self._scorer, name, text, (), (), reason) for name, text in texts.items()]
+            return _unjudged(explanation, null_text, self._scorer, reason)
         random = np.random.default_rng([record.neuron.layer, record.neuron.index])
         ask = self._intruder if self._scorer == "intruder" else self._yes_or_no
         examples = [self._example(window, record, random) for window in (*active, *silent)]
