@@ -163,7 +163,7 @@ def test_windows_predict_every_token_once_and_never_from_more_than_the_context(n
 def test_the_loss_on_texts_is_that_of_the_model_on_each_alone(runs_folder, data):
     model = AutoModelForCausalLM.from_pretrained(runs_folder / "crate" / "model").eval()
     texts = [WORDS[0], WORDS[3], "a", " ".join(WORDS * 3)]
-    found = evaluate_texts(model, data.tokenizer, texts, 2, "x")
+    found = evaluate_texts(model, data.tokenizer, texts, 2, 32, "x")
     nats, counts = [], []
     for text in texts:
         ids = [data.eos_id, *data.tokenizer(text, add_special_tokens=False).input_ids]
@@ -183,7 +183,7 @@ def test_the_loss_on_texts_is_that_of_the_model_on_each_alone(runs_folder, data)
 
 def test_a_batch_of_texts_gives_what_each_alone_gives(runs_folder, data):
     model = AutoModelForCausalLM.from_pretrained(runs_folder / "gpt2" / "model").eval()
-    one, many = (evaluate_texts(model, data.tokenizer, WORDS, size, "x") for size in (1, 50))
+    one, many = (evaluate_texts(model, data.tokenizer, WORDS, size, 32, "x") for size in (1, 50))
     assert one == {name: pytest.approx(value, rel=1e-5) for name, value in many.items()}
 
 
@@ -207,7 +207,7 @@ def lambada(data):
 
 def test_a_last_word_is_right_when_all_of_its_tokens_are_the_likeliest(data):
     passages, model = lambada(data)
-    found = evaluate_texts(model, data.tokenizer, passages, 4, "lambada", last_word=True)["last_word"]
+    found = evaluate_texts(model, data.tokenizer, passages, 4, 32, "lambada", last_word=True)["last_word"]
     assert found["accuracy"] == 0.5
     assert found["accuracy_standard_error"] == pytest.approx(math.sqrt(0.25 / 7))
     right, wrong = planted_losses(len(data.tokenizer))
@@ -236,7 +236,7 @@ def test_a_copy_of_lambada_is_read_like_that_of_the_hub(run, data, tmp_path):
     lines, table = ({key: value for key, value in found[name].items() if key != "settings"} for name in names)
     assert lines == table
     trained = AutoModelForCausalLM.from_pretrained(run.model).eval()
-    assert lines == evaluate_texts(trained, data.tokenizer, passages, 8, "x", last_word=True)
+    assert lines == evaluate_texts(trained, data.tokenizer, passages, 8, 32, "x", last_word=True)
     assert 0 <= lines["last_word"]["accuracy"] <= 1 and lines["last_word"]["perplexity"] > 1
 
 
@@ -303,7 +303,7 @@ def test_tokens_belong_to_the_document_that_the_next_end_of_text_ends(data):
     row = [a, eos, b, b, b, b, b, b, eos, c, c, eos, a, a, c, c, c, eos]
     split = TokenSplit("x", (np.array(row, dtype=np.uint16),), 15)
     following = [a] * len(tokenizer)
-    found = evaluate_split(planted_model(following, context=4), split, tokenizer, 3, 8)
+    found = evaluate_split(planted_model(following, context=4), split, tokenizer, 3, 8, 4)
     right, wrong = planted_losses(len(tokenizer))
     # Predicted: <eos> b b | b <eos> c | a c c
     nats = np.array([wrong, 3 * wrong + wrong, wrong, right + 2 * wrong])
@@ -316,7 +316,7 @@ def test_bits_per_byte_of_a_whole_split_are_those_of_its_text(data, runs_folder)
     model = AutoModelForCausalLM.from_pretrained(runs_folder / "gpt2" / "model").eval()
     split = data.split("heldout")
     crops = split.n_tokens // 32
-    found = evaluate_split(model, split, data.tokenizer, crops, 64)
+    found = evaluate_split(model, split, data.tokenizer, crops, 64, 32)
     assert found["n_bytes"] == pytest.approx(split.n_bytes * 31 / 32, rel=0.05)
     assert found["n_documents"] == data.manifest["splits"]["heldout"]["documents"]
     assert found["bits_per_byte"] == pytest.approx(found["loss"] / math.log(2) * found["n_tokens"] / found["n_bytes"])

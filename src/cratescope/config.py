@@ -155,7 +155,7 @@ BUDGETS: dict[str, dict[str, Any]] = {
 class EvaluateConfig(_Positive):
     """Loss, perplexity and bits per byte with standard errors on any text, lm-eval tasks, and next-token examples."""
 
-    _positive: ClassVar[tuple[str, ...]] = ("crops", "max_documents", "batch_size")
+    _positive: ClassVar[tuple[str, ...]] = ("crops", "context", "max_documents", "batch_size")
 
     run: PositionalPath
     """Run directory with a trained model."""
@@ -165,7 +165,9 @@ class EvaluateConfig(_Positive):
     """What to read besides the validation split: heldout, a text file or folder (.txt .md .jsonl .jsonl.zst .parquet),
     a hub set by name (pile, openwebtext, lambada, wikitext, ptb), or a local copy of one (lambada=FILE)."""
     crops: int = 256
-    """Crops of the model's context read of a split, evenly spaced over it."""
+    """Crops of --context tokens read of a split, evenly spaced over it."""
+    context: int | None = None
+    """Tokens read at once: by default the model's longest context, at most 4096; a model that states none needs it."""
     max_documents: int = 6000
     """Documents read of a file or hub set, from its start (all of LAMBADA are 5,153)."""
     tasks: tuple[str, ...] = ()
