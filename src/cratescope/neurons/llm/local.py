@@ -23,7 +23,6 @@ from cratescope.models.folder import longest_context
 from cratescope.neurons.llm import Choices, Ids, check_slots, encode, heads, spelled
 from cratescope.neurons.llm.prefix import (
     EXACT,
-    PREFIX,
     PROMPT,
     ROUNDED,
     UNFIT,
@@ -32,6 +31,7 @@ from cratescope.neurons.llm.prefix import (
     apart,
     empty_prefix,
     in_one_pass,
+    trial_prefix,
     trial_tokens,
 )
 from cratescope.run import UserError, first_line
@@ -208,11 +208,12 @@ class LocalLLM:
     @torch.inference_mode()
     def _is_plain(self, own: Float[Tensor, "n t vocab"]) -> bool:
         """Are logits of a prefix, prompts and a next token, run apart, those of `own`? One row leaves on the way."""
-        tokens, begun = trial_tokens(self.model), PREFIX + PROMPT
+        tokens, prefix = trial_tokens(self.model), trial_prefix(self.model)
+        begun = prefix + PROMPT
         bos, self._bos = self._bos, []
         try:
-            rows = [Tree.of(row, range(1, PROMPT + 1)) for row in tokens[:, PREFIX:begun].tolist()]
-            cache, found = self._start(tokens[0, :PREFIX].tolist(), rows)
+            rows = [Tree.of(row, range(1, PROMPT + 1)) for row in tokens[:, prefix:begun].tolist()]
+            cache, found = self._start(tokens[0, :prefix].tolist(), rows)
             cache.batch_select_indices(torch.tensor([1], device=self.model.device))
             positions = torch.tensor([[begun]], device=self.model.device)
             last = self._run(cache, tokens[1:, begun:], positions, None, [[0]])
@@ -221,7 +222,7 @@ class LocalLLM:
         finally:
             self._bos = bos
             self._prefixes.clear()
-        expected = torch.cat([own[:, PREFIX:begun].flatten(0, 1), own[1, begun:]])
+        expected = torch.cat([own[:, prefix:begun].flatten(0, 1), own[1, begun:]])
         differences = apart(torch.cat([found, last]), expected)
         # In narrow formats rounding may send a token to another expert, which changes all that it says.
         narrow = self.model.dtype.itemsize < torch.float32.itemsize

@@ -20,6 +20,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from cratescope.models.folder import longest_context
 from cratescope.neurons.llm.precision import widen
 
 NAME = "cratescope_prefix"
@@ -29,7 +30,11 @@ where it is under 1e-5, and of narrower formats, where SmolLM2-135M in bfloat16 
 UNFIT = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, NotImplementedError, AssertionError)
 """What a model's own code may raise when it is run in a way that is not its own."""
 PREFIX, PROMPT, NEXT = 6, 5, 1
-"""Tokens of a trial: those that rows share, those of a prompt, and the first one written."""
+"""Tokens of a trial: those that rows share at least, those of a prompt, and the first one written."""
+WINDOWS = ("window", "local_attention", "chunk")
+"""What names of sizes have in them that configs state for attention of a limited reach."""
+WINDOW = 1024
+"""The prefix of a trial is longer than a window of up to so many tokens."""
 QUERIES = 1024
 """Queries whose scores are held at once where there is no fused kernel."""
 
@@ -84,7 +89,7 @@ def adopt(model: Any) -> bool:
     """
     try:
         layers = DynamicCache(config=model.config).layers
-    except UNFIT:
+    except UNFIT:  # there are configs that it cannot read
         return False
     if not (
         model._supports_attention_backend  # noqa: SLF001 (the flag that transformers' own code reads)
@@ -108,13 +113,23 @@ def adopt(model: Any) -> bool:
     return False
 
 
+def trial_prefix(model: Any) -> int:
+    """Tokens of a trial's prefix; what a model does behind the end of its windows is tried too."""
+    stated = model.config.get_text_config().to_dict().items()
+    sizes = [size for name, size in stated if any(word in name for word in WINDOWS) and isinstance(size, int)]
+    longest = longest_context(model.config) or WINDOW
+    wanted = max((size for size in sizes if size <= WINDOW), default=0) + PREFIX
+    return wanted if wanted + PROMPT + NEXT <= longest else PREFIX
+
+
 def trial_tokens(model: Any) -> Int[Tensor, "2 t"]:
     """A few tokens from all over the vocabulary: its first ones may be control signs that no model has learnt.
 
     Both rows have the same prefix.
     """
-    rows = torch.arange(PREFIX + PROMPT + NEXT, device=model.device).repeat(2, 1)
-    rows[1, PREFIX:] += PROMPT + NEXT
+    prefix = trial_prefix(model)
+    rows = torch.arange(prefix + PROMPT + NEXT, device=model.device).repeat(2, 1)
+    rows[1, prefix:] += PROMPT + NEXT
     return (rows * 7919 + 1000) % model.config.get_text_config().vocab_size
 
 
@@ -126,17 +141,18 @@ def in_one_pass(model: Any) -> Float[Tensor, "2 t vocab"]:
 @torch.inference_mode()
 def _difference(model: Any, own: Float[Tensor, "t vocab"]) -> float:
     """How far logits of a prefix and what is behind it, run apart, are from `own`: RMS, in standard deviations."""
-    (prefix, rest), known = trial_tokens(model)[:1].tensor_split([PREFIX], 1), empty_prefix(model)
+    begin, known = trial_prefix(model), empty_prefix(model)
+    prefix, rest = trial_tokens(model)[:1].tensor_split([begin], 1)
     try:
         model(input_ids=prefix, past_key_values=known, use_cache=True)
         cache = SharedPrefix(known)
         with cache.read():
-            positions = torch.arange(PREFIX, PREFIX + rest.shape[1], device=model.device)[None]
+            positions = torch.arange(begin, begin + rest.shape[1], device=model.device)[None]
             mask = causal_mask(rest.shape[1], model)
             found = model(input_ids=rest, position_ids=positions, attention_mask=mask, past_key_values=cache).logits
     except UNFIT:  # such as factors of two formats
         return float("inf")
-    return float(apart(found[0].float(), own[PREFIX:]).square().mean().sqrt())
+    return float(apart(found[0].float(), own[begin:]).square().mean().sqrt())
 
 
 def apart(found: Float[Tensor, "n vocab"], own: Float[Tensor, "n vocab"]) -> Float[Tensor, " n"]:
