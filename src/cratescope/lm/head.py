@@ -51,13 +51,14 @@ class Head:
         other = tokens.clone()
         other[:, -1] = (tokens[:, -1] == 0).long()
         logits, changed = plain_pass(model, torch.cat([tokens, other])).logits.chunk(2)
-        if tokens.shape[1] > 1 and not _alike(changed[:, :-1], logits[:, :-1], 50):
+        if tokens.shape[1] > 1 and not _alike(changed[:, :-1], logits[:, :-1], 5):
             raise UserError(
                 f"a {model.config.model_type} model as it is configured here sees the tokens that it is to predict; "
                 "give a causal language model"
             )
         own = cls(model, "own")
-        if not _holds(lambda: _alike(own._logits(own._states(tokens)), logits)):
+        # In another order than the text's: `losses` puts parts of several rows into the head.
+        if not _holds(lambda: _alike(own._logits(own._states(tokens).flip(1)), logits.flip(1))):
             return cls(model, "whole")
         return cls(model, "product") if _holds(lambda: own._is_product(tokens)) else own
 
@@ -108,7 +109,7 @@ class Head:
         rows = states.reshape(1, -1, states.shape[-1])
         token = torch.zeros(1, 1, dtype=torch.long, device=states.device)
         found = _hooked(self.model, lambda _module, inputs: (rows, *inputs[1:]), token).logits
-        return found.view(*states.shape[:-1], -1)
+        return found.reshape(*states.shape[:-1], -1)
 
     def _is_product(self, tokens: Int[torch.Tensor, "b t"]) -> bool:
         """Is the model's own way from last hidden states to logits nothing but the head's weight?
