@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from cratescope.config import ReportConfig
 from cratescope.neurons.records import Histogram, NeuronId, layer_file, read_records, read_scores
 from cratescope.report.comparison import Comparison, Quantity, caveats, comparisons, headline
-from cratescope.report.figures import inline
+from cratescope.report.figures import inline, styles
 from cratescope.report.paper import PAPER_SCORES
 from cratescope.report.report import highlight, report, spread
 from cratescope.report.results import Results, load_results
@@ -468,3 +468,41 @@ def test_no_spreadsheet_runs_a_text_of_a_csv_file_and_numbers_stay_numbers(tmp_p
     assert not [cell for cell in cells if cell.startswith(FORMULA[:-1])]
     assert [cell.removeprefix("'") for cell in cells] == FORMULAS + plain
     assert cells[len(FORMULAS) :] == plain and {row["number"] for row in found} == {"-1.5"}
+
+
+# Models trained elsewhere
+
+
+def adopted_run(root: Path, family: str = "llama", source: str = "somewhere/tiny-llama") -> Path:
+    """A run of a model of whose training nothing is known."""
+    run = fake_run(root, Fake(family="gpt2", size="2l"))
+    unknown = ("preset", "seed", "steps", "tokens_trained", "n_neurons", "settings", "seconds")
+    manifest = {name: value for name, value in read_json(run.manifest).items() if name not in unknown}
+    write_json(run.manifest, manifest | {"family": family, "adopted": source})
+    run.metrics.unlink()
+    return run.root
+
+
+def test_a_model_trained_elsewhere_has_a_report_of_its_own(tmp_path: Path) -> None:
+    run = adopted_run(tmp_path / "one")
+    page = report(settings_for((run,), tmp_path / "report"), tokenizer=fake_tokenizer()).read_text(encoding="utf-8")
+    assert "tiny-llama" in page and "llama</td>" in page and "<td>None" not in page
+    rows = rows_of(tmp_path / "report" / "scores.csv")
+    assert {(row["preset"], row["seed"], row["tokens_trained"]) for row in rows} == {("tiny-llama", "", "")}
+    (final,) = rows_of(tmp_path / "report" / "losses.csv")
+    assert (final["kind"], final["step"], final["tokens"]) == ("final", "", "") and float(final["loss"]) > 0
+
+
+def test_a_model_trained_elsewhere_stands_beside_others_and_is_no_side_of_a_comparison(
+    runs: tuple[Path, Path], tmp_path: Path
+) -> None:
+    # The second one would be the twin of the CRATE run by family and name.
+    others = (adopted_run(tmp_path / "llama"), adopted_run(tmp_path / "twin", "gpt2", "somewhere/gpt2-2l"))
+    alone, both = (load_results(settings_for(given, tmp_path / "report")) for given in (runs, (*runs, *others)))
+    assert comparisons(both, PRIMARY) == comparisons(alone, PRIMARY) != []
+    assert matched_rows(both) == matched_rows(alone)
+    assert caveats(both, comparisons(both, PRIMARY), PRIMARY) == caveats(alone, comparisons(alone, PRIMARY), PRIMARY)
+    rows = [row for row in score_rows(both) if row["model"] in ("llama", "twin")]
+    assert rows and all(row["paper"] is None for row in rows)
+    looks = styles(both)
+    assert len({looks[name].colour for name in ("crate", "gpt2", "llama")}) == 3

@@ -247,7 +247,9 @@ class EvaluateConfig(_Checked):
     """What to read besides the validation split: heldout, a text file or folder (.txt .md .jsonl .jsonl.zst .parquet),
     a hub set by name (pile, openwebtext, lambada, wikitext, ptb), or a local copy of one (lambada=FILE)."""
     crops: Annotated[int, within(1)] = 256
-    """Crops of the model's context read of a split, evenly spaced over it."""
+    """Crops of --context tokens read of a split, evenly spaced over it."""
+    context: Annotated[int | None, within(2)] = None
+    """Tokens read at once: by default the model's longest context, at most 4096; a model that states none needs it."""
     max_documents: Annotated[int, within(1)] = 6000
     """Documents read of a file or hub set, from its start (all of LAMBADA are 5,153)."""
     tasks: tuple[str, ...] = ()

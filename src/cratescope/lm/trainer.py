@@ -24,6 +24,7 @@ from cratescope.config import TrainConfig
 from cratescope.hardware import gemm_peak, processes, rank
 from cratescope.lm.checkpoints import mark_whole, rotate
 from cratescope.lm.evaluate import crop_losses, mean_loss
+from cratescope.lm.head import Head
 from cratescope.models.convert import load_folder
 from cratescope.models.presets import flops_per_token
 from cratescope.run import Run, UserError
@@ -181,7 +182,8 @@ class WatchedTrainer(Trainer):
             model.unshard()  # FSDP: the losses are read from parts of the model
         share = -(-len(self.validation) // processes())
         mine = self.validation.take(range(rank() * share, (rank() + 1) * share), axis=0, mode="wrap")
-        losses = torch.from_numpy(crop_losses(model, mine, self.args.per_device_train_batch_size))
+        head = Head(model, "product")  # as `fuse` takes it; a trial would call the sharded model as a whole
+        losses = torch.from_numpy(crop_losses(model, mine, self.args.per_device_train_batch_size, head=head))
         everyone = gather(losses.to(self.args.device)).cpu().numpy()[: len(self.validation)]
         loss = mean_loss(everyone, self.watch.config.context)
         found = {"validation_loss": loss.mean, "validation_standard_error": loss.standard_error or math.nan}

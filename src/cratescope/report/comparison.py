@@ -169,7 +169,7 @@ def comparisons(results: Sequence[Results], primary: Quantity) -> list[list[Comp
     """What the runs allow: one list a pair of unaltered presets that differ in family only, the primary one first."""
     groups: dict[tuple[Any, ...], dict[str, list[Results]]] = {}
     for item in (item for item in results if item.plain):
-        key = (item.matter, item.manifest["tokens_trained"])
+        key = (item.matter, item.tokens_trained)
         groups.setdefault(key, {}).setdefault(item.family, []).append(item)
     shared = [(key, sides) for key, sides in groups.items() if sides.keys() >= {"crate", "gpt2"}]
     shared.sort(key=lambda group: (group[0][1] == 0, group[0]))  # untrained controls last
@@ -213,7 +213,7 @@ def _named(crate: Side, gpt2: Side) -> list[tuple[str, Side]]:
 
 def _side(items: Sequence[Results], quantity: Quantity, results: Sequence[Results]) -> Side | None:
     """None when no run has the quantity."""
-    means = {item.seed: quantity.mean(item, results) for item in items}
+    means = {item.manifest["seed"]: quantity.mean(item, results) for item in items}
     seeds = {seed: mean.mean for seed, mean in means.items() if mean.mean is not None}
     if not seeds:
         return None
@@ -260,7 +260,7 @@ def caveats(results: Sequence[Results], groups: Sequence[Sequence[Comparison]], 
     """What the reader must know before believing the headline, from the numbers."""
     pairs = [pair for group in groups for pair in group]
     notes = [*_about_pairs(pairs, primary)]
-    most = max(item.manifest["tokens_trained"] for item in results)
+    most = max(item.tokens_trained or 0 for item in results)
     if 0 < most < PAPER_TOKENS:
         notes.append(
             f"The longest run here read {count(most)} tokens; the paper's Base runs read about {count(PAPER_TOKENS)}, "

@@ -18,13 +18,15 @@ from cratescope.report.results import Results, one_per_run, protocols
 from cratescope.report.text import count, finite
 from cratescope.run import atomic_path
 
-# Okabe and Ito's blue and vermilion, told apart by every common kind of colour vision.
+# Okabe and Ito's blue, vermilion and green, told apart by every common kind of colour vision.
 COLOURS = {"crate": "#0072b2", "gpt2": "#d55e00"}
+OTHER = "#009e73"
 INK = "#1c2024"
 WIDTH = 9.6
 
 # The page replaces these colours by CSS variables, so that an inline figure follows the light or dark scheme.
 _ON_PAGE = {INK: "currentColor", COLOURS["crate"]: "var(--crate)", COLOURS["gpt2"]: "var(--gpt2)"}
+_ON_PAGE[OTHER] = "var(--other)"
 _LINES = ("-", "--", ":", "-.")
 _MARKERS = ("o", "s", "^", "D", "v", "P")
 _STYLE: dict[Any, Any] = {
@@ -79,7 +81,7 @@ def styles(results: Sequence[Results]) -> dict[str, Style]:
         beside = [other.label for other in results if other.size == item.size]
         dodge = (beside.index(item.label) - (len(beside) - 1) / 2) * min(0.14, 0.7 / len(beside))
         marker = _MARKERS[turn % len(_MARKERS)]
-        found[item.label] = Style(COLOURS[item.family], _LINES[turn % len(_LINES)], marker, dodge)
+        found[item.label] = Style(COLOURS.get(item.family, OTHER), _LINES[turn % len(_LINES)], marker, dodge)
     return found
 
 

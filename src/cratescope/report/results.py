@@ -54,21 +54,30 @@ class Results:
         return self.manifest["family"]
 
     @property
-    def preset(self) -> str:
-        return self.manifest["preset"]
+    def adopted(self) -> str | None:
+        """The name of a model that was trained elsewhere: of its training nothing is known."""
+        return self.manifest.get("adopted")
 
     @property
-    def seed(self) -> int:
-        return self.manifest["seed"]
+    def preset(self) -> str:
+        return Path(self.adopted).name if self.adopted else self.manifest["preset"]
+
+    @property
+    def seed(self) -> int | None:
+        return self.manifest.get("seed")
+
+    @property
+    def tokens_trained(self) -> int | None:
+        return self.manifest.get("tokens_trained")
 
     @property
     def size(self) -> str:
-        """The preset without its family: `2l` of `crate-2l`."""
-        return self.preset.rpartition("-")[2]
+        """The preset without its family: `2l` of `crate-2l`; the whole name of a model from elsewhere."""
+        return self.preset if self.adopted else self.preset.rpartition("-")[2]
 
     @property
     def untrained(self) -> bool:
-        return self.manifest["tokens_trained"] == 0
+        return self.tokens_trained == 0
 
     @property
     def made_with(self) -> dict[str, Any]:
@@ -83,7 +92,7 @@ class Results:
     @property
     def plain(self) -> bool:
         """Is it the preset as the paper has it, looked at where the paper looks?"""
-        return self.site in NATIVE_SITES and not self.manifest.get("settings", {}).get("crate")
+        return self.site in NATIVE_SITES and not self.adopted and not self.manifest.get("settings", {}).get("crate")
 
     @property
     def matter(self) -> tuple[Any, ...]:

@@ -51,7 +51,7 @@ def _measure_rows(item: Results, copy: Results | None, protocol: str, measure: s
         "family": item.family,
         "preset": item.preset,
         "seed": item.seed,
-        "tokens_trained": item.manifest["tokens_trained"],
+        "tokens_trained": item.tokens_trained,
         "site": item.site,
         "explainer": item.summary["explainer"],
         "simulator": item.summary["simulator"],
@@ -144,7 +144,7 @@ def activity_rows(results: Sequence[Results]) -> list[Row]:
 
 def _start(item: Results) -> Row:
     start = {"model": item.label, "family": item.family, "preset": item.preset, "seed": item.seed}
-    return start | {"tokens_trained": item.manifest["tokens_trained"], "site": item.site}
+    return start | {"tokens_trained": item.tokens_trained, "site": item.site}
 
 
 def _activity_rows(item: Results) -> list[Row]:
@@ -182,7 +182,7 @@ def matched_rows(results: Sequence[Results]) -> list[Row]:
     rows = []
     for crate in (item for item in results if item.family == "crate" and item.plain and item.quality):
         for gpt2 in (item for item in results if item.family == "gpt2" and item.plain and item.quality):
-            alike = [(item.matter, item.seed, item.manifest["tokens_trained"]) for item in (crate, gpt2)]
+            alike = [(item.matter, item.seed, item.tokens_trained) for item in (crate, gpt2)]
             if alike[0] == alike[1]:
                 rows += [_matched(crate, gpt2, layer) for layer in crate.layers if layer in gpt2.layers]
     return rows
@@ -220,12 +220,14 @@ def loss_rows(results: Sequence[Results]) -> list[Row]:
             error = row.get("validation_standard_error")
             rows.append(_loss_row(item, kind, row["step"], row["tokens"], loss, error))
         final, run = item.evaluation, item.manifest
-        last = _loss_row(item, "final", run["steps"], run["tokens_trained"], final["loss"], final["standard_error"])
+        last = _loss_row(item, "final", run.get("steps"), item.tokens_trained, final["loss"], final["standard_error"])
         rows.append(last | finite_or_none(final, "perplexity", "bits_per_byte", "unigram_entropy"))
     return rows
 
 
-def _loss_row(item: Results, kind: str, step: int, tokens: int, loss: float | None, error: float | None) -> Row:
+def _loss_row(
+    item: Results, kind: str, step: int | None, tokens: int | None, loss: float | None, error: float | None
+) -> Row:
     row: Row = {"model": item.run.name, "kind": kind, "step": step, "tokens": tokens}
     row |= {"loss": finite(loss), "standard_error": finite(error)}
     return row | {"perplexity": None, "bits_per_byte": None, "unigram_entropy": None}
