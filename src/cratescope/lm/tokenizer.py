@@ -142,8 +142,9 @@ def bytes_put_before(tokenizer: PreTrainedTokenizerFast) -> int:
     """How many bytes more the tokens of a text have than the text: the space that many tokenizers put before it."""
     lengths, strings = token_bytes(tokenizer), vocabulary_strings(tokenizer)
     words = [word for text in strings if (word := text.strip(" ")).isascii() and word.isalpha()][:100]
-    known = [(word, ids) for word, ids in zip(words, encode(tokenizer, words), strict=True) if lengths[ids].all()]
-    return max(0, min((int(lengths[ids].sum()) - len(word) for word, ids in known), default=0))
+    found = zip(words, encode(tokenizer, words), strict=True)
+    more = [int(lengths[ids].sum()) - len(word) for word, ids in found if ids and lengths[ids].all()]
+    return max(0, min(more, default=0))
 
 
 @lru_cache(maxsize=4)
