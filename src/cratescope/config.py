@@ -205,7 +205,7 @@ class CollectConfig(_Positive):
     excerpts: int = 8000
     """Excerpts read, evenly spaced over the heldout split (paper: 8000)."""
     context: int | None = None
-    """Tokens in an excerpt (paper: 1024); the model's longest context by default."""
+    """Tokens in an excerpt (paper: 1024); the model's longest context by default. A model that states none needs it."""
     top: int = 50
     """Windows of the highest activations kept."""
     per_excerpt: int = 1
@@ -234,6 +234,8 @@ class CollectConfig(_Positive):
     """Draws the random positions."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to run the model."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Number format to run the model in; auto is that of its checkpoint. float32 where float16 overflows."""
 
 
 @dataclass(frozen=True)
