@@ -122,7 +122,7 @@ def _opened(
     tokens = torch.from_numpy(excerpts.astype(np.int64)).to(model.device)
     try:
         with torch.inference_mode():
-            check_site(model, site, layers, tokens)
+            seen = check_site(model, site, layers, tokens)
     except UserError:
         raise
     except Exception as error:  # what a model of others raises depends on its code
@@ -130,6 +130,9 @@ def _opened(
             f"a {model.config.model_type} model does not run on {tokens.shape[1]} tokens "
             f"({type(error).__name__}: {first_line(error)}); give another --context, --dtype or --device"
         ) from error
+    for layer, activations in seen.items():
+        with _named(layer, model.dtype):
+            refuse_not_finite(activations.float(), 0)
     return model
 
 

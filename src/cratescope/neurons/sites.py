@@ -220,10 +220,11 @@ def _commonest(names: Sequence[str]) -> str:
     return Counter(names).most_common(1)[0][0] if names else ""
 
 
-def check_site(model: PreTrainedModel, site: Site, layers: Sequence[int], tokens: Tensor) -> None:
+def check_site(model: PreTrainedModel, site: Site, layers: Sequence[int], tokens: Tensor) -> dict[int, Tensor]:
     """Try the site on tokens (b, t): every layer has it once in a pass, for all tokens and in their order.
 
-    The order is known from a second pass with other last tokens: in a causal model nothing else may change.
+    The order is known from a second pass with other last tokens: in a causal model nothing else may change. Returns
+    the activations (b, t, h) of each layer.
 
     Raises:
         UserError: a layer has no such module, or it is read never, several times, or not token by token.
@@ -244,6 +245,7 @@ def check_site(model: PreTrainedModel, site: Site, layers: Sequence[int], tokens
                 f"site {site.pattern} does not give the tokens in the order of the text at layer {layer}; "
                 "name a module outside of the experts, with a tensor (batch, tokens, neurons)"
             )
+    return {layer: found[0] for layer, found in first.items()}
 
 
 def _seen(model: PreTrainedModel, site: Site, layers: Sequence[int], tokens: Tensor) -> dict[int, list[Tensor]]:
