@@ -19,7 +19,6 @@ import pytest
 import torch
 import transformers
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CLASSES
 
 from cratescope.config import CollectConfig, EvaluateConfig
@@ -118,12 +117,12 @@ def try_model(kind, data, folder):
     tried, run = Tried(), Run(folder / "run")
     excerpts = torch.from_numpy(data.split("heldout").spaced(COLLECTED["excerpts"], CONTEXT).astype(np.int64))
     with tried.part("model"):
-        tiny_model(kind).save_pretrained(folder / "model")
+        model = tiny_model(kind)
+        model.save_pretrained(folder / "model")
         data.tokenizer.save_pretrained(folder / "model")
     if tried.failed:
         return tried
     settings = {"model": str(folder / "model"), "data": data.path, "device": "cpu", **COLLECTED}
-    model = AutoModelForCausalLM.from_pretrained(folder / "model").eval()
     for site in SITES:
         with tried.part(site):
             try:
