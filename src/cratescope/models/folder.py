@@ -11,8 +11,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from cratescope.run import UserError, first_line
 
-# What families without `max_position_embeddings` call it.
-CONTEXT_NAMES = ("max_position_embeddings", "max_target_positions", "max_seq_len", "context_length", "model_max_length")
+CONTEXT_NAMES = (
+    *("max_position_embeddings", "n_positions", "max_target_positions", "max_seq_len", "max_sequence_length", "n_ctx"),
+    *("context_length", "model_max_length"),
+)
+"""Names under which configurations state the longest context."""
 
 
 def text_config(config: Any) -> Any:
@@ -24,7 +27,7 @@ def longest_context(config: Any) -> int | None:
     """Tokens the model can read at once; None where its configuration states no limit (Mamba, Bloom)."""
     text = text_config(config)
     stated = (getattr(text, name, None) for name in CONTEXT_NAMES)
-    return next((int(length) for length in stated if length), None)
+    return next((length for length in stated if isinstance(length, int) and length > 0), None)
 
 
 def model_config(source: str | Path) -> Any:
