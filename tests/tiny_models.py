@@ -80,7 +80,11 @@ TABLE: dict[str, dict[str, Any]] = {
     },
     "deepseek_v2": {"num_experts_per_tok": 2},
     "dots1": {"n_shared_experts": 1, "n_routed_experts": 4, "num_experts_per_tok": 2},
-    "dots3_note": {"text_config": {"num_key_value_heads": 4, "per_layer_config": {}}},
+    "dots3_note": {
+        "text_config": {"num_key_value_heads": 4},
+        "vision_config": {"mlp_layer_types": ["dense", "dense"], "adapter_out_dim": 32},
+        "audio_config": {"adapter_out_dim": 32},
+    },
     "dots3_note_text": {"num_key_value_heads": 4},
     "falcon_h1": {"mamba_d_ssm": 64},
     "gemma3n_text": {"intermediate_size": [64, 64]},
