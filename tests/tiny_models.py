@@ -82,8 +82,8 @@ TABLE: dict[str, dict[str, Any]] = {
     "dots1": {"n_shared_experts": 1, "n_routed_experts": 4, "num_experts_per_tok": 2},
     "dots3_note": {
         "text_config": {"num_key_value_heads": 4},
-        "vision_config": {"mlp_layer_types": ["dense", "dense"], "adapter_out_dim": 32},
-        "audio_config": {"adapter_out_dim": 32},
+        "vision_config": {"mlp_layer_types": ["dense", "dense"], "adapter_in_dim": 32, "adapter_out_dim": 32},
+        "audio_config": {"adapter_input_size": 32, "adapter_out_dim": 32},
     },
     "dots3_note_text": {"num_key_value_heads": 4},
     "falcon_h1": {"mamba_d_ssm": 64},

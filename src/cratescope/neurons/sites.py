@@ -127,6 +127,8 @@ BUILT_IN: dict[str, dict[str, str]] = {
 
 _ATTENTION = re.compile(r"attn|attention")
 _MLP = re.compile(r"mlp|ffn|ffw|ff$|feed_?forward")
+_NOT_TEXT = re.compile(r"vision|visual|image|audio|video|speech|\.\d+(\.|$)")
+"""Towers of other senses, and lists inside of a block."""
 _OTHER = re.compile(r"attn|attention|mixer|mamba|conv|ssm|recurrent|temporal|rglru|expert|adapter|gate$|router|norm")
 """Not the MLP of a block: what mixes tokens, what sees a part of them, what chooses experts."""
 
@@ -172,12 +174,10 @@ def sites_of(model: PreTrainedModel) -> dict[str, str]:
 
 def _blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     """Path and modules of the text model's layers: of the lists that lie in no other list the one with most weights."""
-    text = model.get_decoder() if hasattr(model, "get_decoder") else None
-    inside = {id(module) for module in (text or model).modules()}
     lists = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and id(module) in inside and not re.search(r"\.\d+(\.|$)", name)
+        if isinstance(module, nn.ModuleList) and not _NOT_TEXT.search(name)
     }
     sizes = {name: sum(weight.numel() for weight in module.parameters()) for name, module in lists.items()}
     stem = max(sizes, key=lambda name: sizes[name], default="")
@@ -185,7 +185,7 @@ def _blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
 
 
 def _is_attention(name: str) -> bool:
-    return bool(_ATTENTION.search(name)) and "norm" not in name
+    return bool(_ATTENTION.search(name)) and not re.search(r"norm|dropout|residual|input|gate", name)
 
 
 def _linears(block: nn.Module) -> dict[str, tuple[int, int]]:
