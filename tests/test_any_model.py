@@ -73,7 +73,7 @@ def seen_by_hooks(model, pattern, layer, tokens):
 
     register = module.register_forward_pre_hook if pattern.endswith(":input") else module.register_forward_hook
     handle = register(keep, with_kwargs=True)
-    model(tokens)
+    model(tokens, use_cache=False)
     handle.remove()
     (activations,) = found
     return activations
@@ -100,13 +100,14 @@ def check_loss(run, model, data):
     options = {"context": CONTEXT} if "context" in EvaluateConfig.__dataclass_fields__ else {}
     found = evaluate(EvaluateConfig(run.root, crops=4, device="cpu", **options))
     tokens = torch.from_numpy(data.split("validation").spaced(4, CONTEXT if options else 64).astype(np.int64))
-    logits = model(tokens[:, :-1]).logits
+    logits = model(tokens[:, :-1], use_cache=False).logits
     assert found["loss"] == pytest.approx(F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).item(), 1e-3)
 
 
 def check_llm(model, tokenizer):
     prefix, prompts = [40, 41, 42, 43], [[50, 51, 52], [60, 61, 62, 63, 64], [70]]
-    plain = [model(torch.tensor([prefix + prompt])).logits[0, -1].log_softmax(-1).numpy() for prompt in prompts]
+    rows = [torch.tensor([prefix + prompt]) for prompt in prompts]
+    plain = [model(row, use_cache=False).logits[0, -1].log_softmax(-1).numpy() for row in rows]
     found = LocalLLM(model, tokenizer, "tiny").next_logprobs(prefix, prompts)
     assert np.allclose(found, np.stack(plain), atol=2e-3)
 

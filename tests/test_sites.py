@@ -7,9 +7,11 @@ import torch
 from transformers import GPT2Config, GPTNeoXConfig, LlamaConfig, Qwen2Config
 
 from cratescope.models import CrateConfig
+from cratescope.models.folder import skeleton
 from cratescope.models.presets import build
 from cratescope.neurons.sites import BUILT_IN, Intervention, Site, intervene, partial_pass, read_site, site_named
 from cratescope.run import UserError
+from tiny_models import tiny_config
 
 SHAPE = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
 CONFIGS = {
@@ -116,3 +118,38 @@ def test_an_input_given_by_name_is_read_and_edited(models):
     with torch.no_grad(), intervene(model, Intervention(site, 0, 3, 9.0)), read_site(model, site, [0]) as found:
         assert not torch.allclose(before, model(TOKENS).logits)
     assert (found[0][..., 3] == 9.0).all()
+
+
+@pytest.mark.parametrize(
+    ("kind", "mlp", "attention"),
+    [
+        ("bloom", "transformer.h.{layer}.mlp.dense_4h_to_h:input", "transformer.h.{layer}.self_attention"),
+        ("opt", "model.decoder.layers.{layer}.fc2:input", "model.decoder.layers.{layer}.self_attn"),
+        ("bert", "bert.encoder.layer.{layer}.output.dense:input", "bert.encoder.layer.{layer}.attention"),
+        ("lfm2", "model.layers.{layer}.feed_forward.w2:input", "model.layers.{layer}.self_attn"),
+        ("gemma3n_text", "model.layers.{layer}.mlp.down_proj:input", "model.layers.{layer}.self_attn"),
+        ("git", "git.encoder.layer.{layer}.output.dense:input", "git.encoder.layer.{layer}.attention"),
+    ],
+)
+def test_sites_of_other_families_are_found_in_names_and_shapes(kind, mlp, attention):
+    model = skeleton(tiny_config(kind))
+    assert site_named("auto", model).pattern == mlp
+    assert site_named("attention", model).pattern == attention
+    assert site_named("residual", model).pattern == mlp.partition("{layer}")[0] + "{layer}"
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "mamba"])
+def test_a_model_without_an_mlp_of_all_tokens_is_answered_with_its_projections(kind):
+    model = skeleton(tiny_config(kind))
+    with pytest.raises(
+        UserError, match=r"no site 'auto' for a .*residual.*\{layer\} in it: .*\.layers\.\{layer\}\.m"
+    ) as said:
+        site_named("auto", model)
+    assert Site("x", str(said.value).rpartition(" ")[2]).layers(model) == [0, 1]
+
+
+def test_layers_that_lack_a_site_are_named(models):
+    model = skeleton(tiny_config("lfm2_moe"))
+    assert Site("x", "model.layers.{layer}.self_attn").layers(model) == [1]
+    with pytest.raises(UserError, match=r"layer 0 has no 'model\.layers\.0\.self_attn'; .*: --layers 1$"):
+        Site("x", "model.layers.{layer}.self_attn").module(model, 0)

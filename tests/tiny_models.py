@@ -64,6 +64,7 @@ EMPTY = {"pad_token_id", "head_dim", "num_key_value_heads"}
 """Fields that are set even where the class leaves them empty."""
 
 TABLE: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [1]},
     "blt": {
         "encoder_hash_byte_group_vocab": 64,
         **{f"{part}_config": {"hidden_size_global": 32} for part in ("encoder", "decoder")},
@@ -89,6 +90,7 @@ TABLE: dict[str, dict[str, Any]] = {
     "falcon_h1": {"mamba_d_ssm": 64},
     "gemma3n_text": {"intermediate_size": [64, 64]},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "mamba2": {"num_heads": 8},
     "reformer": {
