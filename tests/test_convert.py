@@ -40,7 +40,7 @@ def test_logits_and_loss_equal_the_reference(reference):
 
 def test_activations_at_the_site_equal_the_reference(reference):
     model, expected = reference
-    site = site_named("auto", model.config.model_type)
+    site = site_named("auto", model)
     layers = range(model.config.n_layer)
     with torch.no_grad(), read_site(model, site, layers) as activations:
         model(expected["input_ids"])
@@ -66,9 +66,7 @@ def test_a_forced_neuron_steers_the_logits_as_in_the_reference():
     path = FIXTURES / "reference-crate-2l.pt"
     model = from_reference(load_checkpoint(path), path)
     expected = load_file(FIXTURES / "reference-crate-2l.expected.safetensors")
-    force = Intervention(
-        site_named("auto", model.config.model_type), layer=model.config.n_layer - 1, index=7, value=5.0
-    )
+    force = Intervention(site_named("auto", model), layer=model.config.n_layer - 1, index=7, value=5.0)
     with torch.no_grad(), intervene(model, force):
         steered = model(expected["input_ids"]).logits
     assert (steered - expected["steered_logits.layer_last.neuron_7.value_5"]).abs().max() < 1e-5

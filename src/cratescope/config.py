@@ -284,7 +284,7 @@ class CollectConfig(_Checked):
     excerpts: Annotated[int, within(1)] = 8000
     """Excerpts read, evenly spaced over the heldout split (paper: 8000)."""
     context: Annotated[int | None, within(1)] = None
-    """Tokens in an excerpt (paper: 1024); the model's longest context by default."""
+    """Tokens in an excerpt (paper: 1024); the model's longest context by default. A model that states none needs it."""
     top: Annotated[int, within(1, 100_000)] = 50
     """Windows of the highest activations kept."""
     per_excerpt: Annotated[int, within(1)] = 1
@@ -313,6 +313,8 @@ class CollectConfig(_Checked):
     """Draws the random positions."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to run the model."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Number format to run the model in; auto is that of its checkpoint. float32 where float16 overflows."""
 
 
 @dataclass(frozen=True)

@@ -75,12 +75,14 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     return checkpoint
 
 
-def load_folder(folder: Path) -> PreTrainedModel:
-    """Read a Hugging Face folder of one of our two families; every tensor must be there and none too many."""
+def load_folder(folder: Path, dtype: str = "auto") -> PreTrainedModel:
+    """Read a Hugging Face folder; every tensor must be there and none too many. `auto` keeps its number format."""
     if not (folder / "config.json").exists():
         raise UserError(f"{folder}: no config.json in it, so it is not a Hugging Face model folder")
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, dtype="auto")
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, output_loading_info=True, dtype=dtype, trust_remote_code=False
+        )
         model, info = loaded
     except (OSError, ValueError, RuntimeError, StrictDataclassError) as error:
         raise UserError(f"{folder}: cannot be loaded ({first_line(error)})") from error

@@ -1,18 +1,59 @@
-"""What can be known of a model from its folder alone."""
+"""What any causal LM's configuration says of its size, under whatever names and however deeply nested."""
 
 from __future__ import annotations
 
-from transformers import PreTrainedConfig
+from pathlib import Path
+from typing import Any
 
-LONGEST = (
-    *("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "seq_length", "n_ctx"),
-    "context_length",
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from cratescope.run import UserError, first_line
+
+CONTEXT_NAMES = (
+    *("max_position_embeddings", "n_positions", "max_target_positions", "max_seq_len", "max_sequence_length", "n_ctx"),
+    *("context_length", "model_max_length"),
 )
-"""Names under which configs state the longest context."""
+"""Names under which configurations state the longest context."""
 
 
-def longest_context(config: PreTrainedConfig) -> int | None:
-    """Most tokens that the model reads at once; None where its config states no limit."""
-    text = config.get_text_config()
-    stated = [value for name in LONGEST if isinstance(value := getattr(text, name, None), int) and value > 0]
-    return stated[0] if stated else None
+def text_config(config: Any) -> Any:
+    """The part about text: a composite model nests it, and encoder-decoder configurations name both halves."""
+    return config.get_text_config(decoder=True)
+
+
+def longest_context(config: Any) -> int | None:
+    """Tokens the model can read at once; None where its configuration states no limit (Mamba, Bloom)."""
+    text = text_config(config)
+    stated = (getattr(text, name, None) for name in CONTEXT_NAMES)
+    return next((length for length in stated if isinstance(length, int) and length > 0), None)
+
+
+def model_config(source: str | Path) -> Any:
+    """The configuration of a model's folder or hub name.
+
+    Raises:
+        UserError: no such model, or one of a class that transformers has no code of its own for.
+    """
+    try:
+        return AutoConfig.from_pretrained(source, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
+        raise UserError(
+            f"model {source}: cannot be loaded ({first_line(error)}); give a folder or a hub name"
+        ) from error
+
+
+def skeleton(config: Any) -> PreTrainedModel:
+    """The model without weights, to find modules in: it takes no memory and next to no time.
+
+    Raises:
+        UserError: it is no causal language model, or needs a package that is not here.
+    """
+    try:
+        with torch.device("meta"):
+            model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except (ValueError, ImportError) as error:
+        said = " ".join(str(error).split())[:200]
+        raise UserError(f"a {config.model_type} model cannot be made here ({said}); give another model") from error
+    return model
