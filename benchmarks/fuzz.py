@@ -159,8 +159,18 @@ def command(arguments: list[str]) -> tuple[str, str]:
 
 
 # What a command has made, apart from times and what only says of what it was made.
-VOLATILE = {"seconds", "versions", "made_from", "made_with", "sha256", "tokens_per_second", "settings"}
-UNREAD = re.compile(r".*(/manifest\.json|/\.verified\.json|\.html|\.svg|\.png|\.lock|/checkpoints/.*)")
+VOLATILE = {
+    "seconds",
+    "versions",
+    "made_from",
+    "made_with",
+    "sha256",
+    "manifest_sha256",
+    "settings",
+    "utilisation",
+    "tokens_per_second",
+}
+UNREAD = re.compile(r".*(/manifest\.json|/report\.json|/\.verified\.json|\.html|\.svg|\.png|\.lock|/checkpoints/.*)")
 
 
 def snapshot() -> dict[str, bytes]:
@@ -295,7 +305,7 @@ def in_process(here: Path, work: Callable[[], Any]) -> None:
     try:
         result = work()
     except BaseException:
-        result = {"kind": "harness", "said": traceback.format_exc()[-800:]}
+        result = {"kind": "harness", "said": " ".join(traceback.format_exc().split())[-300:]}
     Path(f"{here}.json").write_text(json.dumps(result, default=repr))
     sys.stdout.flush()
     os._exit(0)
@@ -420,7 +430,7 @@ def tell(options: Options, rows: list[dict[str, Any]], planned: int, seconds: fl
     faults = [row for row in rows if row["kind"] in FAULTS]
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in faults:
-        where = row["said"].partition(": ")[0] if row["kind"] == "traceback" else row["input"].rpartition("-")[0]
+        where = row["said"].partition(": ")[0] if row["kind"] == "traceback" else f"{row['stage']} {row['input'][:22]}"
         groups.setdefault((row["kind"], where), []).append(row)
     for (kind, _), same in sorted(groups.items(), key=lambda item: item[0]):
         console.print(f"{kind} x {len(same)}: {same[0]['said'][:240]}", markup=False, highlight=False)
