@@ -347,7 +347,6 @@ def last_words(here: Path) -> str:
 
 
 FAULTS = ("traceback", "hang", "crash", "silent", "accepted", "left", "claimed", "escaped", "harness")
-FINE = ("refused", "same", "other", "warned")
 
 
 # The run.
@@ -418,30 +417,29 @@ def fuzz(options: Options, inputs: list[Input], folder: Path) -> list[dict[str, 
 
 
 def tell(options: Options, rows: list[dict[str, Any]], planned: int, seconds: float) -> None:
-    """Print the tables, and write them as JSON."""
-    console = Console(soft_wrap=True)
-    table = Table("target", "inputs", "refused", "read as before", "other input", *FAULTS, title=f"seed {options.seed}")
+    """Print the faults, like ones once, and the table; write everything as JSON."""
+    console = Console(soft_wrap=True, markup=False, highlight=False)
+    faults = [row for row in rows if row["kind"] in FAULTS]
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in faults:
+        where = row["said"].partition(": ")[0] if row["kind"] == "traceback" else f"{row['stage']} {row['input'][:22]}"
+        groups.setdefault((row["kind"], where), []).append(row)
+    for (kind, _), like in sorted(groups.items(), key=lambda item: item[0]):
+        console.print(f"{kind} x {len(like)}: {like[0]['said'][:240]}")
+        command = ["python", "benchmarks/fuzz.py", "--seed", str(options.seed), "--only", like[0]["input"]]
+        console.print("   ", shlex.join(command))
+    for row in faults if "/" in options.only else ():
+        console.print(row["log"], row["said"])
+    table = Table("target", "inputs", "refused", "read as before", "other input", *FAULTS)
     counts = {name: Counter(row["kind"] for row in rows if row["target"] == name) for name in TARGETS}
     counts = {name: count for name, count in counts.items() if count}
     for name, count in (counts | {"all": sum(counts.values(), Counter())}).items():
         other = count["other"] + count["warned"]
         cells = (count.total(), count["refused"], count["same"], other, *(count[kind] for kind in FAULTS))
         table.add_row(name, *map(str, cells))
-    faults = [row for row in rows if row["kind"] in FAULTS]
-    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for row in faults:
-        where = row["said"].partition(": ")[0] if row["kind"] == "traceback" else f"{row['stage']} {row['input'][:22]}"
-        groups.setdefault((row["kind"], where), []).append(row)
-    for (kind, _), same in sorted(groups.items(), key=lambda item: item[0]):
-        console.print(f"{kind} x {len(same)}: {same[0]['said'][:240]}", markup=False, highlight=False)
-        line = shlex.join(["python", "benchmarks/fuzz.py", "--seed", str(options.seed), "--only", same[0]["input"]])
-        console.print(f"    {line}", markup=False, highlight=False)
     console.print(table)
-    console.print(
-        f"{len(rows)} of {planned} inputs in {seconds:.0f} s, {len(faults)} faults, {len(groups)} of them unlike"
-    )
-    for row in faults if "/" in options.only else ():
-        console.print(row.get("log", ""), row["said"], markup=False, highlight=False)
+    said = f"seed {options.seed}: {len(rows):,} of {planned:,} inputs in {seconds:.0f} s"
+    console.print(f"{said}; {len(faults)} faults, {len(groups)} of them unlike")
     summary = {"seed": options.seed, "planned": planned, "tried": len(rows), "seconds": round(seconds, 1)}
     summary |= {"targets": counts, "inputs": [{k: v for k, v in row.items() if k != "log"} for row in rows]}
     options.out.write_text(json.dumps(summary, indent=2) + "\n")

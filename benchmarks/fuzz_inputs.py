@@ -287,8 +287,14 @@ def spoiler(pattern: str, how: str) -> Spoil:
     def spoil(chance: Chance) -> bool:
         path = picked(pattern, chance)
         same = spoil_file(path, chance, "flip" if how == "json" and "json" not in path.suffix else how)
-        # A file that is not there belongs to a stage that is not finished; a model from elsewhere has no checksum.
-        return same or how == "missing" or path.parts[0] == "llm"
+        whole = path.with_name("whole.json")
+        if path.suffix == ".json" and whole.exists() and path != whole and chance.random() < 0.5:
+            whole.unlink()  # as of a model from elsewhere
+            return True
+        # A file that is not there belongs to a stage that is not finished, and so may a log that ends earlier; a model
+        # from elsewhere has no checksum.
+        ends_earlier = how == "cut" and path.name == "metrics.jsonl"
+        return same or how == "missing" or ends_earlier or path.parts[0] == "llm"
 
     return spoil
 
@@ -299,6 +305,7 @@ def strangers_code(folder: Path) -> None:
     config |= {"model_type": "strange", "auto_map": {name: f"strange.{name}" for name in ("AutoConfig", "AutoModel")}}
     config["auto_map"]["AutoModelForCausalLM"] = "strange.AutoModelForCausalLM"
     (folder / "config.json").write_text(json.dumps(config))
+    (folder / "whole.json").unlink(missing_ok=True)
     (folder / "strange.py").write_text(f"open({str(Path('ran').resolve())!r}, 'w')\n")
 
 
