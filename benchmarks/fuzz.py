@@ -106,6 +106,7 @@ def make_world() -> None:
     must(f"prepare text --out data {SPLITS}")
     must(f"train run {TRAINING}")
     shutil.copytree("run", "part", ignore=shutil.ignore_patterns("model", "run.json", "checkpoint-2"))
+    shutil.rmtree("run/checkpoints")  # only `resume` reads them, and every input copies all there is
     must("evaluate run --crops 2 --device cpu")
     must(STAGES["collect"][0])
     tokenizer = PreTrainedTokenizerFast.from_pretrained("data/tokenizer")
