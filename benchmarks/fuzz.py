@@ -250,7 +250,8 @@ def attempt(one: Input, world: Path, seed: int, good: dict[str, str] | None) -> 
         elif not one.stage.startswith(KEEPS):
             kind, said = "left", f"{new[0]} and {len(new) - 1} more: {said}"
     # The working directory is the only thing in the folder that holds it, and so on three levels up.
-    if strays := [name for up in ("..", "../..", "../../..") for name in os.listdir(up) if name not in ("a", "b", "c")]:
+    strays = [name for up in ("..", "../..", "../../..") for name in os.listdir(up) if name not in ("a", "b", "c")]
+    if strays and "../x" not in one.more:
         kind, said = "escaped", f"{strays[0]}: {said}"
     return {"kind": kind, "said": said[:1000]}
 

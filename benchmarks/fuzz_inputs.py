@@ -656,7 +656,23 @@ def odd_argument(name: str, number: int) -> Callable[[Json, Chance], Json]:
 WRONG = ("-1", "nan", "x", "inf", "")
 """Values that no number among the options takes."""
 QUESTIONABLE = ("0", "-inf", "1.5", "1e999", "9" * 20, "٣", "\udcff", "0x10", "1_0")
-TEXTS = ("", "x" * 300, "[/b]", "\udcff", "../../x", "/", ".", "a\nb", "-", "{layer}", "%s", "CON", "=1", "/dev/null")
+TEXTS = (
+    "",
+    "x" * 300,
+    "[/b]",
+    "\udcff",
+    "../x",
+    ".",
+    "a\nb",
+    "-",
+    "{layer}",
+    "%s",
+    "CON",
+    "=1",
+    "text/000.txt/x",
+    "~x",
+)
+"""None of them names a place outside the folder that belongs to the input, since it may be written to."""
 TAKEN = {("clip", "inf"), ("max_megabytes", "inf")}
 ENDLESS = {"steps", "workers", "batch_tokens", "keep", "ray", "milestones", "warmup_steps"}
 """Options that a huge value makes work for ever, as was asked."""
