@@ -215,7 +215,7 @@ def steady(value: Json) -> Json:
 
 
 def attempt(one: Input, world: Path, seed: int, good: dict[str, str] | None) -> dict[str, Any]:
-    """What became of the input. The working directory is an empty folder."""
+    """What became of the input; `good` is what the command makes of undamaged files, None to find that out."""
     shutil.copytree(world, ".", dirs_exist_ok=True, symlinks=True)
     line, removed = STAGES[one.stage]
     for name in removed:
@@ -225,35 +225,36 @@ def attempt(one: Input, world: Path, seed: int, good: dict[str, str] | None) -> 
     spoiled = snapshot()
     arguments = filled(line)
     kind, said = command(override(arguments, one.more))
-    found = made(spoiled, said) if kind == "ok" else {}
-    if good is None:  # the undamaged input itself
-        return {"kind": kind, "said": said, "made": found}
+    if good is None:
+        return {"kind": kind, "said": said, "made": made(spoiled, said)}
     if kind == "ok":
-        if may_differ is None:
-            kind = "accepted"
-        elif found == good:
-            kind = "same"
-        elif may_differ:
-            kind = "other"
-        else:
-            names = [name for name in sorted(found.keys() | good.keys()) if found.get(name) != good.get(name)]
-            kind = "warned" if "warning" in said.partition("\0")[2] else "silent"
-            said = f"{len(names)} results differ: {', '.join(names[:4])}"
-    new = sorted(snapshot().keys() - spoiled.keys()) if kind == "refused" else []
-    new = [name for name in new if not name.endswith(".lock")]
-    if new:
+        kind, said = verdict(made(spoiled, said), said, good, may_differ)
+    elif kind == "refused" and (new := [n for n in snapshot().keys() - spoiled.keys() if not n.endswith(".lock")]):
         mend(world, whole, spoiled)
         SAID.answer = good_answer
         again, why = command(arguments)
-        if again != "ok":
-            kind, said = "claimed", f"{said} AFTERWARDS {why}"
+        if again != "ok" or not (may_differ or made(whole, why) == good):
+            kind, said = "claimed", f"{said} AFTERWARDS {again}: {why}"
         elif not one.stage.startswith(KEEPS):
-            kind, said = "left", f"{new[0]} and {len(new) - 1} more: {said}"
+            kind, said = "left", f"{min(new)} and {len(new) - 1} more: {said}"
     # The working directory is the only thing in the folder that holds it, and so on three levels up.
     strays = [name for up in ("..", "../..", "../../..") for name in os.listdir(up) if name not in ("a", "b", "c")]
     if strays and "../x" not in one.more:
         kind, said = "escaped", f"{strays[0]}: {said}"
     return {"kind": kind, "said": said[:1000]}
+
+
+def verdict(found: dict[str, str], said: str, good: dict[str, str], may_differ: bool | None) -> tuple[str, str]:
+    """What to call the end of a command that did not refuse its input."""
+    if may_differ is None:
+        return "accepted", said
+    if found == good:
+        return "same", said
+    if may_differ:
+        return "other", said
+    names = [name for name in sorted(found.keys() | good.keys()) if found.get(name) != good.get(name)]
+    kind = "warned" if "warning" in said.partition("\0")[2] else "silent"
+    return kind, f"{len(names)} results differ: {', '.join(names[:4])}"
 
 
 def filled(line: str) -> list[str]:
@@ -332,16 +333,25 @@ class Child:
         if self.process.is_alive():
             if time.monotonic() < self.until:
                 return None
-            os.kill(self.process.pid or 0, signal.SIGKILL)
             found = {"kind": "hang", "said": "no end within the time limit"}
         else:
             path = Path(f"{self.here}.json")
             said = f"ended by exit code {self.process.exitcode}: {last_words(self.here)}"
             found = json.loads(path.read_text()) if path.exists() else {"kind": "crash", "said": said}
+        self.end()
+        return found
+
+    def end(self) -> None:
+        """End it and whatever it has started."""
+        self.process.kill()
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid or 0, signal.SIGKILL)
         self.process.join()
-        return found
+
+    def tidy(self) -> None:
+        """Remove its files."""
+        for left in self.here.parent.glob(f"{self.here.name}*"):
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 
 def last_words(here: Path) -> str:
@@ -396,7 +406,8 @@ def fuzz(options: Options, inputs: list[Input], folder: Path) -> list[dict[str, 
     rows: list[dict[str, Any]] = []
     waiting, running = iter(inputs), dict[Child, Input]()
     columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    with Progress(*columns, console=Console(stderr=True)) as progress, contextlib.ExitStack() as ending:
+        ending.callback(lambda: [child.end() for child in running])
         task = progress.add_task("fuzz", total=len(inputs))
         while True:
             time_left = time.monotonic() - started < 60 * options.minutes
@@ -410,8 +421,7 @@ def fuzz(options: Options, inputs: list[Input], folder: Path) -> list[dict[str, 
                 if (result := child.result()) is not None:
                     rows.append({"target": one.target, "input": one.path, "stage": one.stage, **result})
                     rows[-1]["log"] = Path(f"{child.here}.log").read_text(errors="replace")
-                    for left in folder.glob(f"{child.here.name}*"):
-                        shutil.rmtree(left) if left.is_dir() else left.unlink()
+                    child.tidy()
                     del running[child]
                     faults = sum(row["kind"] in FAULTS for row in rows)
                     progress.update(task, advance=1, description=f"fuzz, {faults} faults")

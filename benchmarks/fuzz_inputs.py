@@ -459,51 +459,28 @@ PLACES: dict[str, Callable[[], bool | None]] = {
 }
 
 
+ODD_TOML = ("-1", "nan", "inf", "1e400", '"x"', "true", "[]", "{}", "2020-01-01", "[[1]]", "[1, 'a']", "0", "'''\na'''")
+NAMES = ("../../../escaped", "{here}/escaped", "", ".", "a/b", "a\\u0000b", "x" * 300, "[/b]", "-x", " ", "~")
+MODELS = ('name = ["a"]', "name = 3", "", 'name = "a"\n[[model]]\nname = "a"', 'name = "a"\nseed = -1', "name = {}")
+SECTIONS = (
+    *("[judge]\nscorer = 3", "[judge]\nscorer = []", "[judge]\nscorer = ['x']", "[score]\nrun = 'x'", "[x]\na = 1"),
+    *("train = 3", "[[report]]", "[convert]", "\0", "\ufeff", "model = 1"),
+)
+
+
 def study() -> Iterator[Input]:
     """Study files with values of other types, other names, damaged bytes."""
     lines = [line for line in STUDY.splitlines() if "=" in line and not line.startswith("llm")]
-    odd = ("-1", "nan", "inf", "1e400", '"x"', "true", "[]", "{}", "2020-01-01", "[[1]]", "[1, 'a']", "0", "'''\na'''")
     for index, line in enumerate(lines):
-        for value in random.Random(index).sample(odd, 2):
-            new = f"{line.partition(' = ')[0]} = {value}"
-            yield Input("study", f"{line.partition(' = ')[0]}-{index}={value[:6].strip()}", "study", retold(line, new))
-    names = (
-        "../../../escaped",
-        "/tmp/../{here}/escaped",
-        "",
-        ".",
-        "a/b",
-        "a\\u0000b",
-        "x" * 300,
-        "[/b]",
-        "-x",
-        " ",
-        "~",
-    )
-    for number, name in enumerate(names):
+        name = line.partition(" = ")[0]
+        for number in random.Random(index).sample(range(len(ODD_TOML)), 2):
+            new = f"{name} = {ODD_TOML[number]}"
+            yield Input("study", f"{name}-{index}-{number}", "study", retold(line, new))
+    for number, name in enumerate(NAMES):
         yield Input("study", f"name-{number}", "study", retold('name = "small"', f'name = "{name}"'))
-    wrong = (
-        'name = ["a"]',
-        "name = 3",
-        "",
-        'name = "a"\n[[model]]\nname = "a"',
-        'name = "a"\nseed = -1\n',
-        "name = {}",
-    )
-    for number, name in enumerate(wrong):
-        yield Input("study", f"model-{number}", "study", retold('name = "small"', name))
-    sections = (
-        "[judge]\nscorer = 3",
-        "[judge]\nscorer = []",
-        "[x]\na = 1",
-        "train = 3",
-        "[[report]]",
-        "[convert]",
-        "\0",
-    )
-    for number, section in enumerate(
-        (*sections, "[judge]\nscorer = ['x']", "[score]\nrun = 'x'", "\ufeff", "model = 1")
-    ):
+    for number, model in enumerate(MODELS):
+        yield Input("study", f"model-{number}", "study", retold('name = "small"', model))
+    for number, section in enumerate(SECTIONS):
         yield Input("study", f"section-{number}", "study", retold("[report]", f"{section}\n[report]"))
     for index, how in enumerate((*BYTES, "flip", "junk") * 2):
         yield Input("study", f"{how}-{index}", "study", spoiled_study(how))
