@@ -91,7 +91,7 @@ STAGES: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "serve-judge": (f"judge imported --explainer scripted --neurons 1 --llm-tokenizer llm {SERVER}", ()),
 }
-KEEPS = ("serve-", "study", "resume")
+KEEPS = ("serve-", "study", "resume", "evaluate-on")
 """Commands that keep what is finished when they are refused later on: there only what comes after is tried."""
 STUDY = """
 title = "a study"
@@ -322,7 +322,7 @@ def text() -> Iterator[Input]:
         stage = ("prepare", "evaluate-on")[number]
         yield Input("text", f"column-{name}-{stage}", stage, odd_column(name))
     for name in PLACES:
-        yield Input("text", f"place-{name}", "prepare", lambda _, name=name: PLACES[name]())
+        yield Input("text", f"place-{name}", "prepare", lambda _, name=name: PLACES[name]() is not None or None)
 
 
 def texts_there() -> list[str]:
@@ -339,16 +339,19 @@ def packed(data: bytes, form: str) -> bytes:
     return zstandard.ZstdCompressor(write_checksum=True).compress(data) if form.endswith("zst") else data
 
 
-def write_as(form: str, texts: list[str]) -> Path:
-    """All documents in one file of that form, in place of the folder's files."""
+def write_as(form: str, texts: list[str]) -> list[Path]:
+    """The documents in files of that form, in place of the folder's: one file each, or a row each of one file."""
     shutil.rmtree("text")
     Path("text").mkdir()
     path = Path(f"text/all.{form}")
     if form == "parquet":
         pq.write_table(pa.table({"text": texts}), path)
+    elif "jsonl" in form:
+        path.write_bytes(packed(rows_of(texts), form))
     else:
-        path.write_bytes(packed(rows_of(texts) if "jsonl" in form else "\n\n".join(texts).encode(), form))
-    return path
+        for number, one in enumerate(texts):
+            Path(f"text/{number:03}.{form}").write_bytes(packed(one.encode(), form))
+    return sorted(Path("text").iterdir())
 
 
 FORMATS = ("txt", "md", "jsonl", "jsonl.gz", "jsonl.zst", "parquet", "txt.gz")
@@ -391,10 +394,11 @@ COLUMNS: tuple[tuple[str, Callable[[], pa.Table]], ...] = (
 
 def spoiled_text(form: str, how: str) -> Spoil:
     def spoil(chance: Chance) -> bool | None:
-        path = write_as(form, texts_there())
-        spoil_bytes(path, how, chance)
+        spoil_bytes(chance.choice(write_as(form, texts_there())), how, chance)
         # What has a checksum has to be found out; a damaged letter of plain text is a letter.
-        return None if how == "missing" else form in ("txt", "md", "jsonl", "parquet")
+        if how == "missing":
+            return True if form in ("txt", "md", "txt.gz") else None
+        return form in ("txt", "md", "jsonl", "parquet")
 
     return spoil
 
@@ -408,7 +412,7 @@ def encoded_text(form: str, change: Callable[[str], bytes]) -> Spoil:
             for path in Path("text").glob("*.txt"):
                 path.write_bytes(change(path.read_text()))
         else:
-            path = write_as(form, texts)
+            (path,) = write_as(form, texts)
             lines = [json.dumps({"text": one}, ensure_ascii=False) + "\n" for one in texts]
             path.write_bytes(packed(change("".join(lines)), form))
         return False
@@ -421,7 +425,7 @@ def odd_row(form: str, row: bytes) -> Spoil:
         texts = texts_there()
         place = chance.randrange(len(texts))
         data = rows_of(texts[:place]) + row + b"\n" + rows_of(texts[place:])
-        write_as(form, texts).write_bytes(packed(data, form))
+        write_as(form, texts)[0].write_bytes(packed(data, form))
         return True
 
     return spoil
@@ -430,33 +434,26 @@ def odd_row(form: str, row: bytes) -> Spoil:
 def odd_column(name: str) -> Spoil:
     def spoil(_chance: Chance) -> bool:
         table = dict(COLUMNS)[name]()
-        pq.write_table(table, write_as("parquet", []))
+        pq.write_table(table, write_as("parquet", [])[0])
         return name not in ("dictionary", "binary", "large", "view", "nulls")
 
     return spoil
 
 
-def endless_link() -> None:
-    os.symlink("..", "text/again")
-
-
-def pipe_there() -> None:
-    os.mkfifo("text/pipe.txt")
-
-
-PLACES: dict[str, Callable[[], bool | None]] = {
-    "link-to-itself": lambda: bool(os.symlink("loop.txt", "text/loop.txt")),
-    "link-to-parent": lambda: bool(endless_link()),
-    "link-to-nothing": lambda: bool(os.symlink("/nowhere/at/all", "text/a.txt")),
-    "pipe": lambda: bool(pipe_there()),
-    "folder-named-as-file": lambda: bool(Path("text/a.txt").mkdir()),
-    "name-not-utf-8": lambda: Path("text/000.txt").rename(Path(os.fsdecode(b"text/\xff.txt"))) is None,
-    "long-name": lambda: bool(Path("text/000.txt").rename("text/" + "a" * 250 + ".txt")),
-    "name-with-brackets": lambda: bool(Path("text/000.txt").rename("text/[b][/i].txt")),
-    "name-with-a-line-break": lambda: bool(Path("text/000.txt").rename("text/a\nb.txt")),
+PLACES: dict[str, Callable[[], Any]] = {
+    "link-to-itself": lambda: os.symlink("loop.txt", "text/loop.txt") or True,
+    "link-to-parent": lambda: os.symlink("..", "text/again") or True,
+    "link-to-nothing": lambda: os.symlink("/nowhere/at/all", "text/a.txt") or True,
+    "pipe": lambda: os.mkfifo("text/pipe.txt") or True,
+    "folder-named-as-file": lambda: Path("text/a.txt").mkdir() or True,
+    "name-not-utf-8": lambda: Path("text/000.txt").rename(os.fsdecode(b"text/\xff.txt")),
+    "long-name": lambda: Path("text/000.txt").rename("text/" + "a" * 250 + ".txt"),
+    "name-with-brackets": lambda: Path("text/000.txt").rename("text/[b][/i].txt"),
+    "name-with-a-line-break": lambda: Path("text/000.txt").rename("text/a\nb.txt"),
     "no-files": lambda: (shutil.rmtree("text"), Path("text").mkdir(), None)[-1],
     "a-file": lambda: (shutil.rmtree("text"), Path("text").write_text("x"), None)[-1],
 }
+"""What else may be in a folder of text; None is one that has to be refused."""
 
 
 ODD_TOML = ("-1", "nan", "inf", "1e400", '"x"', "true", "[]", "{}", "2020-01-01", "[[1]]", "[1, 'a']", "0", "'''\na'''")
