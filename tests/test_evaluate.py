@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import importlib.util
 import json
 import math
@@ -36,6 +37,7 @@ from transformers import (
 
 from cratescope import cli
 from cratescope.config import EvaluateConfig, PrepareConfig
+from cratescope.lm import texts as documents
 from cratescope.lm.data import TokenData, TokenSplit, prepare
 from cratescope.lm.evaluate import (
     crop_losses,
@@ -684,3 +686,20 @@ def test_tasks_that_cannot_be_run_are_refused_in_one_line(run, data, task, messa
     with pytest.raises(UserError, match=f"--tasks {task}: {message}") as refusal:
         evaluate(config_of(run, data, tasks=(task,)))
     assert "\n" not in str(refusal.value)
+
+
+def test_what_is_left_out_or_no_text_is_said_and_null_rows_are_no_documents(tmp_path, capsys):
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": null}\n{"text": "caf\xe9"}\n')
+    (tmp_path / "b.pdf").touch()
+    assert documents.read("here", documents.find_set(str(tmp_path)), 9) == ["caf?"]
+    said = " ".join(capsys.readouterr().err.split())
+    assert "left out: b.pdf (unknown kind)" in said and "1 documents had invalid UTF-8" in said
+
+
+def test_a_packed_local_copy_of_a_hub_set_may_have_null_rows(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    packed = gzip.compress(b'{"text": "one"}\n{"text": null}\n{"text": "two"}\n')
+    (tmp_path / "a.jsonl.gz").write_bytes(packed)
+    name = f"openwebtext={tmp_path / 'a.jsonl.gz'}"
+    assert documents.read(name, documents.find_set(name), 9) == ["one", "two"]

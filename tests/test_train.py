@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -174,3 +175,8 @@ def test_the_peak_of_matrix_products_is_measured_in_under_a_second():
     start = time.monotonic()
     assert gemm_peak(torch.device("cpu"), torch.float32) > 1e9
     assert time.monotonic() - start < 1
+
+
+def test_a_run_names_its_data_by_a_path_that_leads_there(runs_folder, data_folder):
+    run = Run(runs_folder / "crate")
+    assert run.data_path().samefile(data_folder) and not Path(run.read_manifest()["data"]["path"]).is_absolute()

@@ -110,7 +110,7 @@ class PrepareConfig(_Checked):
     """Turn text into tokenised shards with a manifest, split by document into train, validation and heldout."""
 
     source: Annotated[str, tyro.conf.Positional]
-    """`offline` (packaged corpus), a file or folder (.txt .md .jsonl .jsonl.zst .parquet), or a hub data set that is
+    """`offline` (packaged corpus), a file or folder (.txt .md .jsonl .parquet .gz .zst), or a hub data set that is
     streamed, such as monology/pile-uncopyrighted (the paper's)."""
     out: Path
     """Folder to write; the same command goes on where a killed one was, also in the midst of a stream."""
@@ -244,7 +244,7 @@ class EvaluateConfig(_Checked):
     data: Path | None = None
     """Folder made by `cratescope prepare`; the run's own by default."""
     on: tuple[str, ...] = ()
-    """What to read besides the validation split: heldout, a text file or folder (.txt .md .jsonl .jsonl.zst .parquet),
+    """What to read besides the validation split: heldout, a text file or folder (.txt .md .jsonl .parquet .gz .zst),
     a hub set by name (pile, openwebtext, lambada, wikitext, ptb), or a local copy of one (lambada=FILE)."""
     crops: Annotated[int, within(1)] = 256
     """Crops of --context tokens read of a split, evenly spaced over it."""
