@@ -107,7 +107,6 @@ WRONG = {
         "--neuron-seed -1",
         "--neurons 0",
         "--llm-timeout 1" + "0" * 30,
-        "--protocols nosuch",
         "--layers -1",
     ],
     "simulate run": ["--neurons 0", "--llm http://x/v1", "--prompts openai", "--worker x"],

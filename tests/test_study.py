@@ -226,7 +226,7 @@ def test_a_model_name_that_is_no_folder_of_its_own_is_refused(tmp_path, name, me
         ("train", "adam_betas = [0.9, 0.9, 0.9]", r"adam_betas = \[0.9"),
         ("train", "fsdp = 1", "fsdp = 1"),
         ("train", "preset = 'crate-9l'", "no preset 'crate-9l'"),
-        ("train", "crate = {ista_steps = nan}", "--crate ista_steps 'nan': is not a whole number"),
+        ("train", "crate = {ista_steps = nan}", "--crate ista_steps = 'nan' is not a int"),
         ("train", "crate = {ista_expansion = 1000000}", "ista_expansion = 1000000"),
         ("train", "llm = 'x'", "has no option 'llm'"),
         ("evaluate", "on = ['heldout', '-x']", r"on = \['heldout', '-x'\]"),

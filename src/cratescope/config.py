@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import re
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_type_hints
 
@@ -78,7 +78,7 @@ class _Checked:
                 reason = _refusal(one, option.default, ranges(kind).get(option.name))
                 if reason:
                     raise UserError(f"{self._flag(option.name)} {one!s:.60}: {reason}")
-            if value == () and option.default != ():
+            if value == () and option.default not in ((), MISSING):
                 raise UserError(f"{self._flag(option.name)}: name at least one")
         worker_of(getattr(self, "worker", "auto"))
         rank(local=True)  # what a launcher of processes says is checked here too

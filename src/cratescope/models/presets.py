@@ -68,9 +68,6 @@ def preset_config(
     return GPT2Config(**shape, activation_function="relu")
 
 
-KINDS = {int: "whole number", float: "number", bool: "truth value: true or false"}
-
-
 def _parse_crate(fields: dict[str, str]) -> dict[str, Any]:
     """Turn text into the types of the paper's defaults."""
     defaults = CrateConfig()
@@ -78,12 +75,12 @@ def _parse_crate(fields: dict[str, str]) -> dict[str, Any]:
     parsed: dict[str, Any] = {}
     for name, text in fields.items():
         if name not in known:
-            raise UserError(f"--crate {name:.60}: no field of CRATE; choose from {', '.join(known)}")
+            raise UserError(f"--crate: CRATE has no field {name!r:.60}; choose from {', '.join(known)}")
         default = getattr(defaults, name)
         try:
             parsed[name] = _parse_bool(text) if isinstance(default, bool) else type(default)(text)
         except ValueError as error:
-            raise UserError(f"--crate {name} {text!r:.60}: is not a {KINDS[type(default)]}") from error
+            raise UserError(f"--crate {name} = {text!r:.60} is not a {type(default).__name__}") from error
     return parsed
 
 
