@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -723,9 +723,9 @@ def test_a_token_limit_below_one_is_named() -> None:
         LLMConfig(llm_max_tokens=0)
 
 
-def likeliest(asked: dict[str, Any]) -> dict[str, Any]:
+def likeliest(asked: dict[str, Any], tokens: Sequence[int] = (1, 2)) -> dict[str, Any]:
     """Log-probabilities at every place of a prompt, alike everywhere."""
-    tops: list[Any] = [{f"token_id:{token}": -1.0 - token / 1000 for token in range(40)}]
+    tops: list[Any] = [{f"token_id:{token}": -1.0 - token / 1000 for token in tokens}]
     if asked.get("echo"):
         tops = [None, *tops * len(asked["prompt"])]
     return {"choices": [{"text": "", "logprobs": {"top_logprobs": tops}}]}
@@ -748,12 +748,14 @@ def test_a_window_that_is_refused_skips_its_neuron_only(
     folder = explained.explanations("codes", "scripted", "top")
     texts = [item.text for item in read_explanations(folder).values() if item.text]
     assert len(texts) > 1
-    tokenizer = train_bpe(iter(["0 10 1 yes no the word dog The detector finds Text Answer Tokens"] * 8), 350)
+    tokenizer = train_bpe(iter([*["10"] * 99, "0 10 1 yes no the word dog The detector finds Text Answer Tokens"]), 350)
     tokenizer.save_pretrained(tmp_path / "tokenizer")
+    digits = [tokenizer(text).input_ids[0] for text in ("0", "1", "10", " yes", " no")]
+    assert len(tokenizer("10").input_ids) == 1
 
     def quirk(asked: dict[str, Any]) -> Reply | dict[str, Any]:
         last = tokenizer.decode(asked["prompt"]).rpartition("The detector finds: ")[2]
-        return (400, FILTERED, {}) if last.startswith(texts[0]) else likeliest(asked)
+        return (400, FILTERED, {}) if last.startswith(texts[0]) else likeliest(asked, digits)
 
     def done_with(running: Quirky) -> list[Any]:
         llm = asking(running, llm_chat=False, llm_tokenizer=str(tmp_path / "tokenizer"))

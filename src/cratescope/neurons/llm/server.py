@@ -344,7 +344,7 @@ class ServerLLM:
                 now = LOGPROBS.index({key: sent[key] for key in ("logprobs", "top_logprobs") if key in sent})
                 if now + 1 == len(LOGPROBS):
                     raise UserError(f"{url}: the server gives no log-probabilities ({said}); it can only explain")
-                fresh, self._logprobs = now == self._logprobs, max(now + 1, self._logprobs)
+                fresh, self._logprobs = self._logprobs == 0, max(now + 1, self._logprobs)
             else:
                 fresh = name not in self._refused
                 self._refused.add(name)
