@@ -155,6 +155,8 @@ def test_a_word_as_items_of_the_list(word: str, items: list[str]) -> None:
         ("signs such as ** and **=", "signs such as ** and **="),
         ("pointers such as *p and *q", "pointers such as *p and *q"),
         ("- words such as river", "words such as river"),
+        ("1. words such as river", "words such as river"),
+        ("1. and 2.", "1. and 2"),
         ("- and --", "- and --"),
         ("# signs", "# signs"),
         ("The detector finds: words such as river.", "words such as river"),

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -23,17 +23,26 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from cratescope.config import ExplainConfig, JudgeConfig, LLMConfig, ScoreConfig, SimulateConfig
 from cratescope.lm.tokenizer import train_bpe
-from cratescope.neurons.explain import DEAD, explain
+from cratescope.neurons.explain import explain
 from cratescope.neurons.judge import judge
 from cratescope.neurons.llm import LanguageModel, NoAnswer, RefusedError, llm_identity, open_llm, server
 from cratescope.neurons.llm.answers import EMPTY_ANSWER, REFUSED
 from cratescope.neurons.llm.cache import AnswerCache
 from cratescope.neurons.llm.local import LocalLLM
-from cratescope.neurons.records import read_explanations, read_judgements, read_simulations
+from cratescope.neurons.llm.scripted import ScriptedLLM
+from cratescope.neurons.records import (
+    layer_file,
+    read_explanations,
+    read_judgements,
+    read_records,
+    read_simulations,
+    write_records,
+)
 from cratescope.neurons.score import score
 from cratescope.neurons.simulate import simulate
 from cratescope.run import Run, UserError
-from test_explain import DEAD_INDEX, N_NEURONS, make_run
+from test_explain import DEAD_INDEX, N_NEURONS, first_word, make_run, settings_for
+from test_judge import silenced
 
 KEY = "sk-very-secret"
 # POST /script sets what the next requests meet; GET /log tells what was asked. An answer is "<n characters>!\nmore".
@@ -404,8 +413,6 @@ class Quirky:
         asked: list[dict[str, Any]] = []
 
         class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
             def log_message(self, *_: object) -> None:
                 pass
 
@@ -414,15 +421,22 @@ class Quirky:
                 asked.append(body)
                 found = quirk(body)
                 status, answer, headers = found if isinstance(found, tuple) else (200, found, {})
-                content = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
+                if isinstance(answer, (dict, list)):
+                    answer = json.dumps(answer).encode()
                 self.send_response(status)
-                for name, value in {"Content-Length": str(len(content)), **headers}.items():
+                for name, value in headers.items():
                     self.send_header(name, value)
                 self.end_headers()
-                self.wfile.write(content)
+                for piece in [answer] if isinstance(answer, bytes) else answer:
+                    self.wfile.write(piece)
+                    self.wfile.flush()
+
+        class Server(ThreadingHTTPServer):
+            def handle_error(self, *_: object) -> None:
+                pass
 
         self.asked = asked
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._http = Server(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self._http.server_port}/v1"
         threading.Thread(target=self._http.serve_forever, args=(0.01,), daemon=True).start()
 
@@ -432,6 +446,7 @@ class Quirky:
 
 
 Start = Callable[[Quirk], Quirky]
+PROTOCOL: dict[str, Any] = {"protocols": ("top-and-random",)}
 
 
 @pytest.fixture
@@ -593,25 +608,13 @@ def test_a_wait_asked_for_in_any_form_is_bounded(start: Start, monkeypatch: pyte
 
 def test_blanks_that_keep_a_line_open_do_not_keep_it_for_ever(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server, "TRIES", 1)
-    body = b" " * 200
 
-    def drip(handler: Any) -> None:
-        for _ in range(40):
-            handler.write(b" ")
+    def blanks() -> Iterator[bytes]:
+        for _ in range(30):
             time.sleep(0.1)
+            yield b" "
 
-    class Slow(bytes):
-        """Sent by the byte."""
-
-    running = start(lambda _: (200, Slow(body), {"Content-Length": "1000"}))
-    http = running._http.RequestHandlerClass
-    post = http.do_POST
-
-    def slowly(handler: Any) -> None:
-        post(handler)
-        drip(handler.wfile)
-
-    http.do_POST = slowly
+    running = start(lambda _: (200, blanks(), {"Content-Length": "1000"}))
     with pytest.raises(UserError, match="--llm-timeout"):
         generated(opened(asking(running, llm_timeout=1)), "a")
 
@@ -672,7 +675,7 @@ def test_one_refused_prompt_is_a_named_skip_and_the_others_are_done(start: Start
     (folder,) = explain(explaining(run, running, llm_batch=batch))
     found = {neuron.index: item for neuron, item in read_explanations(folder).items()}
     assert {index for index, item in found.items() if item.skipped} == {1, DEAD_INDEX}
-    assert found[1].skipped == f"{REFUSED}status 400 (prompt: The prompt was filtered (content_filter))"
+    assert found[1].skipped == f"{REFUSED}status 400 (The prompt was filtered (content_filter))"
     assert found[0].text == "the word dog"
     # Another run of the command loses nothing, and the one that was refused may be asked for again.
     asked = len(running.asked)
@@ -704,7 +707,7 @@ def test_when_no_answer_can_be_used_nothing_is_written(
     with pytest.raises(UserError, match=told) as caught:
         explain(explaining(run, running, llm_batch=batch))
     assert "\n" not in str(caught.value)
-    assert len(running.asked) <= 16
+    assert len(running.asked) <= 16 + 7  # a batch ends with its layer
     assert not (run.root / "explanations").exists()
     # What was advised can be done: the folder belongs to nothing yet.
     fine = start(lambda _: FINE)
@@ -720,52 +723,66 @@ def test_a_token_limit_below_one_is_named() -> None:
         LLMConfig(llm_max_tokens=0)
 
 
-def likeliest(asked: dict[str, Any]) -> dict[str, Any]:
+def likeliest(asked: dict[str, Any], tokens: Sequence[int] = (1, 2)) -> dict[str, Any]:
     """Log-probabilities at every place of a prompt, alike everywhere."""
-    tops = [{f"token_id:{token}": -1.0 - token / 1000 for token in range(400)}]
+    tops: list[Any] = [{f"token_id:{token}": -1.0 - token / 1000 for token in tokens}]
     if asked.get("echo"):
         tops = [None, *tops * len(asked["prompt"])]
     return {"choices": [{"text": "", "logprobs": {"top_logprobs": tops}}]}
 
 
-def holds(asked: dict[str, Any], tokenizer: Any, text: str) -> bool:
-    return text in tokenizer.decode(asked["prompt"])
+@pytest.fixture
+def explained(tmp_path: Path) -> Run:
+    """A run with explanations of three neurons, all of which can be simulated and judged."""
+    run = make_run(tmp_path / "run", layers=(0,))
+    path = layer_file(run.records("codes"), 0)
+    write_records(path, [silenced(record, index) for index, record in read_records(path).items()])
+    explain(settings_for(run, neurons=3, protocols=("top-and-random",)), ScriptedLLM(first_word))
+    return run
 
 
 @pytest.mark.parametrize("stage", ["simulate", "judge"])
-def test_a_window_that_is_refused_skips_its_neuron_only(start: Start, tmp_path: Path, stage: str) -> None:
-    run = make_run(tmp_path / "run", layers=(0,))
-    explain(explaining(run, start(lambda asked: said(f"the word {word_of(asked)}"))))
-    tokenizer = train_bpe(iter(["".join(map(chr, range(32, 127)))] * 8), 300)
+def test_a_window_that_is_refused_skips_its_neuron_only(
+    start: Start, explained: Run, tmp_path: Path, stage: str
+) -> None:
+    folder = explained.explanations("codes", "scripted", "top")
+    texts = [item.text for item in read_explanations(folder).values() if item.text]
+    assert len(texts) > 1
+    tokenizer = train_bpe(iter([*["10"] * 99, "0 10 1 yes no the word dog The detector finds Text Answer Tokens"]), 350)
     tokenizer.save_pretrained(tmp_path / "tokenizer")
+    digits = [tokenizer(text).input_ids[0] for text in ("0", "1", "10", " yes", " no")]
+    assert len(tokenizer("10").input_ids) == 1
 
     def quirk(asked: dict[str, Any]) -> Reply | dict[str, Any]:
         last = tokenizer.decode(asked["prompt"]).rpartition("The detector finds: ")[2]
-        return (400, FILTERED, {}) if last.startswith("the word cat") else likeliest(asked)
+        return (400, FILTERED, {}) if last.startswith(texts[0]) else likeliest(asked, digits)
 
-    def run_stage(running: Quirky) -> list[Path]:
-        llm = asking(running, llm_chat=False, llm_tokenizer=str(tmp_path / "tokenizer"), llm_concurrency=2)
+    def done_with(running: Quirky) -> list[Any]:
+        llm = asking(running, llm_chat=False, llm_tokenizer=str(tmp_path / "tokenizer"))
+        open_llm.cache_clear()
+        options = {"explainer": "scripted", "protocols": ("top-and-random",), "llm": llm}
         if stage == "judge":
-            return judge(JudgeConfig(run.root, explainer="m", protocols=("top-and-random",), llm=llm))
-        options = {"explainer": "m", "simulator": "all-at-once", "protocols": ("top-and-random",)}
-        return simulate(SimulateConfig(run.root, neurons=3, llm=llm, **options))
+            return [
+                item for folder in judge(JudgeConfig(explained.root, **options)) for item in read_judgements(folder)
+            ]
+        folders = simulate(SimulateConfig(explained.root, simulator="all-at-once", **options))
+        return [item for folder in folders for item in read_simulations(folder).values()]
 
-    refusing_all = start(lambda _: (400, {"error": {"message": "no such thing"}}, {}))
     with pytest.raises(UserError, match="no such thing"):
-        run_stage(refusing_all)
-    (folder,) = run_stage(start(quirk))
-    if stage == "judge":
-        reasons = {item.skipped for item in read_judgements(folder) if item.text == "the word cat"}
-        assert any(str(reason).startswith(REFUSED) for reason in reasons)
-        assert any(item.probabilities for item in read_judgements(folder))
+        done_with(start(lambda _: (400, {"error": {"message": "no such thing"}}, {})))
+    found = done_with(start(quirk))
+    refused = [item for item in found if str(item.skipped).startswith(REFUSED)]
+    if stage == "judge":  # a neuron is refused for its own text, or for that of the wrong one it is compared with
+        assert texts[0] in {item.text for item in refused}
+        assert any(item.probabilities for item in found)
     else:
-        found = read_simulations(folder)
-        assert len(found) == 3
-        score(ScoreConfig(run.root, explainer="m", simulator="all-at-once", protocols=("top-and-random",)))
+        assert [item.texts["none"] for item in refused if "none" not in item.expected] == [texts[0]]
+        assert [item.texts["none"] for item in found if "none" in item.expected] == texts[1:]
+        scores = score(ScoreConfig(explained.root, explainer="scripted", simulator="all-at-once", **PROTOCOL))
+        assert any(REFUSED in reason for reason in scores["protocols"]["top-and-random"]["layers"][0]["none_reasons"])
     never = start(lambda _: (500, b"", {}))
-    run_stage(never)
+    assert done_with(never) == found
     assert never.asked == []
-    assert DEAD
 
 
 @pytest.mark.parametrize(

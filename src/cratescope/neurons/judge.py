@@ -143,7 +143,11 @@ class Judge:
         self._prefix = llm.encode(prompts.judge_prefix(scorer))
 
     def judgements(self, record: NeuronRecord, explanation: Explanation, null_text: str) -> list[Judgement]:
-        """One a control; a neuron that cannot be judged has one without answers, and the reason."""
+        """One a control; a neuron that cannot be judged has one without answers, and the reason.
+
+        Raises:
+            RefusedError: a server refuses prompts of every control.
+        """
         texts = _texts(self._scorer, explanation, null_text)
         active, silent = self._windows(record)
         reason = self._refusal(record, explanation, active, silent)
@@ -152,9 +156,16 @@ class Judge:
         random = np.random.default_rng([record.neuron.layer, record.neuron.index])
         ask = self._intruder if self._scorer == "intruder" else self._yes_or_no
         examples = [self._example(window, record, random) for window in (*active, *silent)]
-        return [
-            self._judgement(record.neuron, name, text, *ask(text, examples, random)) for name, text in texts.items()
-        ]
+        found, refused = [], None
+        for name, text in texts.items():
+            try:
+                found.append(self._judgement(record.neuron, name, text, *ask(text, examples, random)))
+            except RefusedError as error:
+                refused = error
+                found.append(Judgement(record.neuron, self._scorer, name, text, (), (), error.answers[0].reason))
+        if refused and not any(item.probabilities for item in found):
+            raise refused
+        return found
 
     def _windows(self, record: NeuronRecord) -> tuple[list[ActivationRecord], list[ActivationRecord]]:
         """Active windows (the strongest ones and some by quantile) and silent ones, none of them explained from."""

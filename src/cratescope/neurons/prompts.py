@@ -395,7 +395,7 @@ _CUE = re.compile(
 """What a model repeats of the prompt, or says first, on the line of the answer."""
 # A sign that is spoken of ("- and --", "# signs") is no bullet and no heading.
 _BULLET = re.compile(
-    r"^(?:[-*•>]|#{1,6})\s+(?=[\w\"'*`“])(?!(?:and|or|in|as|at|before|after|between|signs?|symbols?|characters?)\b)"
+    r"^(?:[-*•>]|#{1,6}|\d\d?[.)])\s+(?=[\w\"'*`“])(?!(?:and|or|in|as|at|before|after|between|signs?|symbols?|characters?)\b)"
 )
 _QUOTES = {'"': '"', "'": "'", "`": "`", "“": "”", "‘": "’", "«": "»", "„": "“"}
 _BOLD = re.compile(r"(\*\*|\*)(?=[^\s*])([^*]*[^\s*])\1(?=$|[\s.,;:!?)\"'])")

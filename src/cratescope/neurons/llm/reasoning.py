@@ -48,7 +48,7 @@ _WRAPPED = re.compile(
 _END = re.compile(
     r"(?<![\s\"'`“‘«(])(?:<\|(?:end|return|call|im_end|eot_id|eom_id|endoftext|end_of_text|end_of_solution|"
     r"END_RESPONSE|END_OF_TURN_TOKEN)\|>"
-    r"|<end_of_turn>|<turn\|>|<｜end▁of▁sentence｜>)"
+    r"|<end_of_turn>|</s>|<turn\|>|<｜end▁of▁sentence｜>)"
 )
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 

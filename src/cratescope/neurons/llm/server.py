@@ -344,7 +344,7 @@ class ServerLLM:
                 now = LOGPROBS.index({key: sent[key] for key in ("logprobs", "top_logprobs") if key in sent})
                 if now + 1 == len(LOGPROBS):
                     raise UserError(f"{url}: the server gives no log-probabilities ({said}); it can only explain")
-                fresh, self._logprobs = now == self._logprobs, max(now + 1, self._logprobs)
+                fresh, self._logprobs = self._logprobs == 0, max(now + 1, self._logprobs)
             else:
                 fresh = name not in self._refused
                 self._refused.add(name)
@@ -355,12 +355,12 @@ class ServerLLM:
     def _check_refusal(self, url: str, status: int, text: str, problem: str, retry_after: float | None) -> None:
         """Raises UserError for what would be refused again; RefusedError where that is due to the prompt."""
         said = words(text)
-        fix = f"change the options of the request, or use another server than {self._url}"
+        fix = "change the options of the request, or use another server"
         spent = QUOTA.search(said) and (retry_after is None or "insufficient" in said)
         if status == 402 or (status in (403, 429) and spent):
             raise UserError(f"{url}: {problem}; the account has nothing left: top it up, or use another server")
         if status in REFUSALS or (status not in (401, 404, 429) and PROMPT.search(said)):
-            raise RefusedError(f"{url}: {problem}; {fix}", [NoAnswer(REFUSED + problem, fix)])
+            raise RefusedError(f"{url}: {problem}; {fix}", [NoAnswer(REFUSED + problem, f"{fix} than {self._url}")])
         if status not in PASSING:
             raise UserError(f"{url}: {problem}; {self._fix(status) or fix}")
 
