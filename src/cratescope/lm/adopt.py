@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from cratescope.lm.data import TokenData
 from cratescope.lm.tokenizer import load_tokenizer
-from cratescope.run import Run, UserError, atomic_folder, first_line, sha256, versions, write_json
+from cratescope.run import Run, UserError, atomic_folder, first_line, mark_whole, sha256, versions, write_json
 
 
 def adopt(run: Run, source: str, data: TokenData) -> None:
@@ -37,6 +37,7 @@ def adopt(run: Run, source: str, data: TokenData) -> None:
     with atomic_folder(run.model) as folder:
         model.save_pretrained(folder, max_shard_size="1TB")
         tokenizer.save_pretrained(folder)
+        mark_whole(folder)
     path = os.path.relpath(data.path.resolve(), run.root.resolve())
     manifest = {
         "name": run.name,

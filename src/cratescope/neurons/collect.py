@@ -11,7 +11,7 @@ import errno
 import os
 import shutil
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -36,7 +36,7 @@ from cratescope.neurons.shards import load_tensors, save_first, save_tensors
 from cratescope.neurons.sites import Site, partial_pass, site_named
 from cratescope.neurons.strata import Pilot
 from cratescope.neurons.streaming import LayerStatistics, Plan, refuse_not_finite
-from cratescope.run import Run, UserError, claim, sha256
+from cratescope.run import Run, UserError, claim, locked, sha256
 
 PILOT_TOKENS = 8192
 """Read beforehand, for thresholds."""
@@ -57,7 +57,7 @@ def collect(config: CollectConfig) -> Path:
             raise UserError("--model needs --data: a folder that `cratescope prepare --tokenizer` made for that model")
         adopt(run, config.model, TokenData.open(config.data))
     data = data_of(run, config.data)
-    shape = AutoConfig.from_pretrained(run.trained_model())
+    shape = AutoConfig.from_pretrained(run.trained_model(), trust_remote_code=False)
     context = config.context or shape.max_position_embeddings
     if context > shape.max_position_embeddings:
         raise UserError(f"context = {context} is longer than the {shape.max_position_embeddings} tokens of this model")
@@ -80,12 +80,13 @@ def collect(config: CollectConfig) -> Path:
     left = [layer for layer in layers if not layer_file(folder, layer).exists()]
     work = Pass(config, model, site, left, excerpts.astype(np.min_scalar_type(excerpts.max())), folder)
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), _locked(folder, left, f"{worker}-of-{n_workers}"):
             work.read(range(worker, work.n_parts, n_workers))
             if n_workers > 1 and (missing := work.missing()):
                 sys.stderr.write(f"worker {worker}: done; {missing} parts of other workers are missing still\n")
                 return folder
-            work.finish({"model": run.name, "site": site.name})
+            with locked(folder, "finish", wait=True):  # the last two workers may have ended together
+                work.finish({"model": run.name, "site": site.name})
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
@@ -95,6 +96,15 @@ def collect(config: CollectConfig) -> Path:
             "free some space and run the same command again"
         ) from error
     return folder
+
+
+@contextlib.contextmanager
+def _locked(folder: Path, layers: Sequence[int], share: str) -> Iterator[None]:
+    """One process at a time for one share of a layer; other layers and other shares may be collected meanwhile."""
+    with contextlib.ExitStack() as locks:
+        for layer in layers:
+            locks.enter_context(locked(folder, f"layer-{layer:02d}-{share}"))
+        yield
 
 
 def _identity(config: CollectConfig, run: Run, site: Site, context: int, data_sha256: str) -> dict[str, Any]:

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 from jaxtyping import Integer
 from rich.console import Console
 from rich.progress import track
@@ -35,11 +34,23 @@ from cratescope.neurons.records import (
     Stratum,
     layer_file,
     neuron_file,
+    read_columns,
     read_records,
     write_records,
 )
 from cratescope.neurons.shards import load_tensors
-from cratescope.run import Run, UserError, atomic_folder, atomic_path, claim, sha256, write_json, write_text
+from cratescope.run import (
+    Run,
+    UserError,
+    atomic_folder,
+    atomic_path,
+    claim,
+    locked,
+    mark_whole,
+    sha256,
+    write_json,
+    write_text,
+)
 
 IMPORTED = "imported"
 """Site of imported records: a NeuronRecord does not say of what its activations are."""
@@ -128,9 +139,15 @@ def import_records(config: ImportConfig) -> Path:
         raise UserError(f"{run.root}: is the run of a model; give --out a folder of its own")
     folder = run.records(IMPORTED)
     identity = {"imported": "openai", "sha256": _joint_sha256(config.source, paths)}
-    if folder.exists():
-        claim(folder, identity)
-        return folder
+    with locked(run.root, "import"):
+        if folder.exists():
+            claim(folder, identity)
+        else:
+            _write_imported(run, folder, paths, identity)
+    return folder
+
+
+def _write_imported(run: Run, folder: Path, paths: Sequence[Path], identity: Json) -> None:
     vocabulary = {EOS: 0}
     with atomic_folder(folder) as temporary:
         for layer, group in itertools.groupby(paths, lambda path: int(path.parent.name)):
@@ -141,7 +158,7 @@ def import_records(config: ImportConfig) -> Path:
         claim(temporary, identity)
         with atomic_folder(run.model) as model:
             _tokenizer(vocabulary).save_pretrained(model)
-    return folder
+            mark_whole(model)
 
 
 def _record_paths(folder: Path) -> list[Path]:
@@ -318,7 +335,7 @@ def _export_delphi(config: ExportConfig, run: Run, site: str, layers: Sequence[i
 
 def _write_latents(folder: Path, layer: int, tokens: Integer[np.ndarray, "n t"], target: Path) -> int:
     """Write the files of one module and return how many there are; the dump is read once for each."""
-    width = pq.read_metadata(layer_file(folder, layer)).num_rows
+    width = read_columns(layer_file(folder, layer), ["index"]).num_rows
     counts = np.zeros(width, np.int64)
     for part in _dump(folder, layer):
         counts += np.bincount(part["neurons"], minlength=width)
