@@ -498,6 +498,7 @@ def claim(folder: Path, identity: dict[str, Any]) -> None:
     Raises:
         UserError: the folder was made from something else; names the first key that differs.
     """
+    make_folder(folder)
     path = folder / "manifest.json"
     identity = json.loads(json.dumps(identity))
     if not path.exists():
@@ -528,7 +529,8 @@ RUN: Shape = {
         for name, kind in (("preset", str), ("tokens_trained", int), ("settings", {}), ("seconds", float))
     },
 }
-"""What later stages read in run.json."""
+TRAINED: Shape = {"preset": str, "seed": int, "steps": int, "tokens_trained": int}
+"""What later stages read in run.json, and what of a run that was trained here."""
 METRICS: Shape = {
     "step": int,
     "tokens": int,
@@ -605,7 +607,9 @@ class Run:
     def read_manifest(self) -> dict[str, Any]:
         if not self.manifest.exists():
             raise UserError(f"{self.root}: not a run directory (no run.json); make one with `cratescope train`")
-        return read_json(self.manifest, RUN, "`cratescope train` or what made the run")
+        maker = "`cratescope train` or what made the run"
+        found = read_json(self.manifest, RUN, maker)
+        return found if "adopted" in found else read_json(self.manifest, RUN | TRAINED, maker)
 
     def trained_model(self) -> Path:
         """The model's folder. Raises UserError when training has not finished, or a file in it is damaged."""

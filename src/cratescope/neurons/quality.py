@@ -29,7 +29,12 @@ DENSITY_STEP = 2**0.25
 """Neurons of two models are matched when their densities are within the same such factor."""
 
 Row = dict[str, Any]
-QUALITY: Shape = {"layers": [{"layer": int}], "model": {}, "neurons": {str: [(float, None)]}}
+_NUMBERS: Shape = {name: (float, None) for name in ("density", *QUALITIES)}
+QUALITY: Shape = {
+    "layers": [{"layer": int} | _NUMBERS],
+    "model": _NUMBERS,
+    "neurons": {"layer": [int], "index": [int], **{name: [(float, None)] for name in ("density", *QUALITIES)}},
+}
 """What is read of quality.json."""
 
 
@@ -38,7 +43,7 @@ def write_quality(run: Run, site: str, layers: Sequence[int]) -> Path:
     path = run.quality(site)
     made_from = {"version": VERSION, "layers": list(layers)} | records_identity(run, site)
     with contextlib.suppress(UserError):  # a damaged file is made again
-        if path.exists() and read_json(path, QUALITY).get("made_from") == made_from:
+        if path.exists() and read_quality(path).get("made_from") == made_from:
             return path
     neurons: list[Row] = []
     for layer in layers:
@@ -48,6 +53,14 @@ def write_quality(run: Run, site: str, layers: Sequence[int]) -> Path:
     columns = {name: [row[name] for row in neurons] for name in (neurons[0] if neurons else ())}
     write_json(path, {"made_from": made_from, "layers": rows, "model": _model(rows), "neurons": columns})
     return path
+
+
+def read_quality(path: Path) -> Row:
+    """What `write_quality` wrote. Raises UserError when it is damaged."""
+    found = read_json(path, QUALITY, "`cratescope score`")
+    if len({len(column) for column in found["neurons"].values()}) > 1:
+        raise UserError(f"{path}: damaged (columns of different lengths); delete it and run `cratescope score` again")
+    return found
 
 
 def activation_quality(record: NeuronRecord) -> dict[str, float | None]:

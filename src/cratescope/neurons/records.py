@@ -582,7 +582,8 @@ def read_scores(path: Path) -> list[Score]:
         raise UserError(f"{path}: no such file; run `cratescope score` first")
     names = [field.name for field in dataclasses.fields(NeuronId)]
     rows = read_jsonl(path, SCORE, "`cratescope score`", whole=True)
-    return [Score(NeuronId(*(row.pop(name) for name in names)), **row) for row in rows]
+    fields = [name for name in SCORE if name not in names]
+    return [Score(NeuronId(*(row[name] for name in names)), **{name: row[name] for name in fields}) for row in rows]
 
 
 def _neuron_files(folder: Path) -> list[Path]:
@@ -596,7 +597,8 @@ def _from_json(kind: type, path: Path) -> Any:
 
 
 def _from_row(kind: type, row: dict[str, Any]) -> Any:
-    row["neuron"] = NeuronId(**row["neuron"])
+    row = {field.name: row[field.name] for field in dataclasses.fields(kind)}
+    row["neuron"] = NeuronId(*(row["neuron"][name] for name in NEURON))
     if "expected" in row:
         row["expected"] = {name: _tuples(rows) for name, rows in row["expected"].items()}
         row["keys"] = _tuples(row["keys"])

@@ -49,13 +49,14 @@ SANITY_NEURONS = 64
 _MEANS: Shape = {name: (float, None) for name in ("mean", "standard_error", "gain_mean", "gain_standard_error")}
 _LAYER: Shape = _MEANS | {"layer": int, "n_scored": int, "n_none": int, "n_dead": int, "n_neurons": int}
 _CONTROL: Shape = {"layers": [_MEANS | {"layer": int}], "model": _MEANS}
-_TABLE: Shape = {"measure": str, "layers": [_LAYER], "model": _MEANS, "controls?": {str: _CONTROL}}
+_BOUNDS: Shape = {"low": (float, None), "high": (float, None)}
+_TABLE: Shape = {"measure": str, "layers": [_LAYER | _BOUNDS], "model": _MEANS | _BOUNDS, "controls": {str: _CONTROL}}
 SUMMARY: Shape = {
-    "protocols": {str: _TABLE | {"measures?": {str: _TABLE}}},
+    "protocols": {str: _TABLE | {"measures": {str: _TABLE}}},
     "explainer": str,
     "simulator": str,
     "distinct_explanations?": {str: int},
-    "sanity?": [{"sample": str, "measure": str, "passes": bool}],
+    "sanity?": [{"sample": str, "measure": str, "n_neurons": int, "missing": float, "extra": float, "passes": bool}],
     "made_with?": {},
     "scores_sha256?": str,
 }
@@ -138,6 +139,10 @@ def read_summary(path: Path) -> dict[str, Any]:
         UserError: one of the files is damaged, or of an older version.
     """
     summary = read_json(path, SUMMARY, "`cratescope score`")
+    for name, table in summary["protocols"].items():
+        tables = [table, *table["measures"].values()]
+        if any(len(control["layers"]) != len(one["layers"]) for one in tables for control in one["controls"].values()):
+            raise UserError(f"{path}: damaged (layers of {name} are missing); run `cratescope score` again")
     scores = path.with_name("scores.jsonl")
     if not scores.exists():
         raise UserError(f"{scores}: no such file; run `cratescope score` first")

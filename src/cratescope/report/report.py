@@ -291,6 +291,8 @@ def _card(item: Results, folder: Path, record: NeuronRecord, rank: int, decode: 
     if not path.exists():
         raise UserError(f"{path}: no such file; run `cratescope simulate {item.run.root}` first")
     simulation = read_simulation(path)
+    if any(len(row) != key[-1] for row, key in zip(simulation.expected.get("none", ()), simulation.keys, strict=False)):
+        raise UserError(f"{path}: damaged (more or fewer values than tokens); delete it and run `cratescope simulate`")
     labelled = [(f"top {place}", window) for place, window in enumerate(record.top[:TOP_EXCERPTS], 1)]
     labelled += [("random", window) for window in record.random[:RANDOM_EXCERPTS]]
     peak = record.moments.maximum

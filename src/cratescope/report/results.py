@@ -9,7 +9,7 @@ from typing import Any
 
 from cratescope.config import ReportConfig
 from cratescope.neurons.protocols import PROTOCOLS
-from cratescope.neurons.quality import QUALITY
+from cratescope.neurons.quality import read_quality
 from cratescope.neurons.records import NeuronId, Score, layer_file, read_columns, read_explanations, read_scores
 from cratescope.neurons.score import read_summary
 from cratescope.report.text import finite
@@ -17,9 +17,8 @@ from cratescope.run import METRICS, Run, Shape, UserError, read_json, read_jsonl
 
 Row = dict[str, Any]
 EVALUATION: Shape = {
-    "loss": (float, None),
-    **{f"{name}?": (float, None) for name in ("standard_error", "perplexity", "bits_per_byte", "unigram_entropy")},
-    "examples?": [{"prompt": str, "top": [{"token": str, "probability": float}], "continuation": str}],
+    **{name: (float, None) for name in ("loss", "standard_error", "perplexity", "bits_per_byte", "unigram_entropy")},
+    "examples?": [{"prompt": str, "top": [{"token": str, "probability": float, "logit?": float}], "continuation": str}],
 }
 """What a report shows of evaluation.json."""
 
@@ -182,7 +181,7 @@ def _load_run(run: Run, config: ReportConfig) -> list[Results]:
                 scores=_by_neuron(read_scores(path.with_name("scores.jsonl"))),
                 explanations=_texts(run, site, config.explainer, summary),
                 activity=_read_activity(run.records(site), sorted(layers)),
-                quality=read_json(quality, QUALITY, "`cratescope score`") if quality.exists() else None,
+                quality=read_quality(quality) if quality.exists() else None,
             )
         )
     return found
@@ -199,8 +198,8 @@ def _texts(run: Run, site: str, explainer: str, summary: Row) -> dict[NeuronId, 
 
 
 def _check_summary(path: Path, summary: Row) -> None:
-    if any("measure" not in table for table in summary["protocols"].values()):
-        raise UserError(f"{path}: made by an older version; run `cratescope score` again")
+    if not summary["protocols"]:
+        raise UserError(f"{path}: has no protocol; run `cratescope score` again")
 
 
 def _summaries(run: Run, config: ReportConfig) -> list[Path]:
