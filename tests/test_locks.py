@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -11,9 +14,12 @@ from pathlib import Path
 
 import pytest
 
+from cratescope.cli import run as cli_run
 from cratescope.cli import run_and_exit
 from cratescope.neurons.explain import find_site
 from cratescope.run import Run, UserError, atomic_folder, atomic_path, claim, locked, make_folder, unusable, write_text
+from fake_run import fake_run
+from processes import start
 
 HOLD = """
 import sys, time
@@ -50,6 +56,49 @@ def test_a_second_process_is_told_in_one_line_who_works_there(holder, tmp_path):
     assert f"in use by process {holder.pid} on " in said and "since 20" in said and "\n" not in said
     with locked(tmp_path / "run", "evaluate"):
         pass  # another stage
+
+
+@pytest.mark.parametrize("stage", ["train", "prepare", "evaluate", "report", "import"])
+def test_each_stage_refuses_a_folder_where_another_process_is_at_it(stage, tmp_path, runs_folder, data_folder):
+    run = fake_run(tmp_path / "crate")
+    (tmp_path / "records" / "0").mkdir(parents=True)
+    (tmp_path / "records" / "0" / "0.json").write_text("{}")
+    out = tmp_path / "out"
+    command = {
+        "train": f"{out} --data {data_folder} --preset crate-1l --context 32 --batch-tokens 1024 --device cpu",
+        "prepare": f"{Path(__file__).parent / 'golden'} --out {out} --tokenizer bpe:300",
+        "evaluate": f"{out} --data {data_folder}",
+        "report": f"{run.root} --out {out}",
+        "import": f"{tmp_path / 'records'} --out {out}",
+    }[stage]
+    if stage == "evaluate":
+        shutil.copytree(runs_folder / "crate", out)
+    code = "import sys, time; from cratescope.run import *\nwith locked(Path(sys.argv[1]), sys.argv[2]):\n"
+    code += "    print('ready', flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", code, out, stage], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "ready\n"
+        before = names(out)
+        with pytest.raises(UserError, match=f"out: in use by process {process.pid} on "):
+            cli_run([stage, *command.split()])
+        assert names(out) == before
+        process.kill()
+
+
+def test_a_killed_training_can_be_gone_on_with_at_once_and_two_cannot_run(tmp_path, data_folder):
+    out = tmp_path / "run"
+    command = f"train {out} --data {data_folder} --preset crate-1l --context 32 --batch-tokens 128 --micro-batch 2"
+    command += " --steps 5000 --warmup-steps 2 --save-every 10 --log-every 1 --validate-every 0 --validation-crops 2"
+    first = start(f"{command} --workers 1 --device cpu --dtype float32".split())
+    deadline = time.monotonic() + 100
+    while not [*out.glob("checkpoints/checkpoint-*")] and time.monotonic() < deadline:
+        time.sleep(0.05)
+    with pytest.raises(UserError, match="in use by process"):
+        cli_run(f"{command} --device cpu --dtype float32".split())
+    os.kill(first.pid, signal.SIGKILL)  # it alone: a worker of its data loader lives a moment longer
+    first.join()
+    with locked(out, "train"):
+        steps = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()[:-1]]
+    assert steps == sorted(set(steps))
 
 
 def test_kill_ends_the_lock_and_the_next_process_removes_what_was_left(holder, tmp_path):
@@ -150,12 +199,7 @@ def test_a_name_of_255_bytes_can_be_written_and_a_longer_one_is_refused_first(tm
 def test_commands_say_in_one_line_that_out_cannot_be_written(command, tmp_path, capsys, runs_folder, data_folder):
     for out in ("/proc/nothing", str(tmp_path / "file" / "below")):
         (tmp_path / "file").write_text("")
-        given = {
-            "out": out,
-            "data": data_folder,
-            "run": runs_folder / "crate",
-            "text": Path(__file__).parent / "golden",
-        }
+        given = {"out": out, "data": data_folder, "run": runs_folder / "crate", "text": Path(__file__).parent}
         with pytest.raises(SystemExit) as ended:
             run_and_exit(command.format(**given).split())
         said = capsys.readouterr().err
