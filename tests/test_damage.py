@@ -17,7 +17,7 @@ from cratescope.lm.evaluate import evaluate, load_model
 from cratescope.lm.tokenizer import load_tokenizer
 from cratescope.neurons.collect import collect
 from cratescope.neurons.explain import draw_neurons
-from cratescope.neurons.llm import open_llm
+from cratescope.neurons.llm.local import LocalLLM
 from cratescope.neurons.records import SCHEMA, layer_file, read_judgement, read_records
 from cratescope.report.report import report
 from cratescope.report.results import load_results
@@ -131,7 +131,7 @@ def test_an_llm_with_damaged_files_is_one_line(runs_folder, tmp_path):
     weights = folder / "model.safetensors"
 
     def llm():
-        return open_llm(LLMConfig(llm=str(folder), llm_device="cpu"))
+        return LocalLLM.open(LLMConfig(llm=str(folder), llm_device="cpu"))
 
     assert refused(llm) is None
     for path in (weights, folder / "config.json", folder / "tokenizer.json"):

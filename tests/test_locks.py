@@ -65,7 +65,7 @@ def test_each_stage_refuses_a_folder_where_another_process_is_at_it(stage, tmp_p
     (tmp_path / "records" / "0" / "0.json").write_text("{}")
     out = tmp_path / "out"
     command = {
-        "train": f"{out} --data {data_folder} --preset crate-1l --context 32 --batch-tokens 1024 --device cpu",
+        "train": f"{out} --data {data_folder} --preset crate-1l --context 32 --batch-tokens 384 --device cpu",
         "prepare": f"{Path(__file__).parent / 'golden'} --out {out} --tokenizer bpe:300",
         "evaluate": f"{out} --data {data_folder}",
         "report": f"{run.root} --out {out}",
@@ -76,12 +76,14 @@ def test_each_stage_refuses_a_folder_where_another_process_is_at_it(stage, tmp_p
     code = "import sys, time; from cratescope.run import *\nwith locked(Path(sys.argv[1]), sys.argv[2]):\n"
     code += "    print('ready', flush=True); time.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", code, out, stage], stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout.readline() == "ready\n"
-        before = names(out)
-        with pytest.raises(UserError, match=f"out: in use by process {process.pid} on "):
-            cli_run([stage, *command.split()])
-        assert names(out) == before
-        process.kill()
+        try:
+            assert process.stdout.readline() == "ready\n"
+            before = names(out)
+            with pytest.raises(UserError, match=f"out: in use by process {process.pid} on "):
+                cli_run([stage, *command.split()])
+            assert names(out) == before
+        finally:
+            process.kill()
 
 
 def test_a_killed_training_can_be_gone_on_with_at_once_and_two_cannot_run(tmp_path, data_folder):
