@@ -246,5 +246,8 @@ def test_records_of_another_model_are_refused(collected, runs_folder, tmp_path):
     weights = bytearray((run / "model" / "model.safetensors").read_bytes())
     weights[-1] ^= 1
     (run / "model" / "model.safetensors").write_bytes(weights)
+    with pytest.raises(UserError, match=r"model\.safetensors: damaged"):
+        collect(CollectConfig(run, **SMALL))
+    (run / "model" / "whole.json").unlink()  # as a model changed on purpose
     with pytest.raises(UserError, match="was made with model_sha256"):
         collect(CollectConfig(run, **SMALL))

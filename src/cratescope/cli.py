@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import io
 import os
 import sys
@@ -11,7 +10,7 @@ from typing import Any, NoReturn
 
 from cratescope import config as settings
 from cratescope.hardware import keep_freed_memory, processes, rank
-from cratescope.run import Stopped, UserError
+from cratescope.run import DISK_FULL, Stopped, UserError, unusable
 
 
 def prepare(config: settings.PrepareConfig) -> str:
@@ -224,7 +223,7 @@ def main() -> None:
 
 
 def run_and_exit(arguments: list[str]) -> None:
-    """Results go to stdout. Bad input is one line on stderr and exit code 2, a full disk likewise."""
+    """Results go to stdout. Bad input is one line on stderr and exit code 2; so is a path the system refuses."""
     _print_any_text()
     try:
         said = run(arguments)
@@ -237,6 +236,8 @@ def run_and_exit(arguments: list[str]) -> None:
     except KeyboardInterrupt:
         _fail("interrupted; the same command goes on where it stopped", code=130)
     except Exception as error:
+        if isinstance(error, OSError) and (refused := unusable(error)):
+            _fail(refused)
         if not _disk_full(error):
             raise
         where = f" while writing {error.filename}" if isinstance(error, OSError) and error.filename else ""
@@ -255,7 +256,7 @@ FULL = ("No space left on device", "os error 28", "PytorchStreamWriter failed", 
 
 
 def _disk_full(error: Exception) -> bool:
-    return getattr(error, "errno", None) == errno.ENOSPC or any(words in str(error) for words in FULL)
+    return getattr(error, "errno", None) in DISK_FULL or any(words in str(error) for words in FULL)
 
 
 def _fail(message: str, code: int = 2) -> NoReturn:

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from cratescope.lm.data import TokenData
 from cratescope.lm.tokenizer import load_tokenizer, n_text_ids
 from cratescope.models.folder import longest_context
-from cratescope.run import Run, UserError, atomic_folder, first_line, versions, write_json
+from cratescope.run import Run, UserError, atomic_folder, first_line, mark_whole, versions, write_json
 
 
 def is_adopted(run: Run, source: str) -> bool:
@@ -58,6 +58,7 @@ def adopt(run: Run, source: str, data: TokenData, opened: Callable[[Path], PreTr
             tokenizer.save_pretrained(folder)
             found = opened(folder)
             refuse_unless_causal(found, source)
+            mark_whole(folder)
     except UserError:
         with contextlib.suppress(OSError):
             run.root.rmdir()  # if it was made for this

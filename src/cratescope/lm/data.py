@@ -12,7 +12,7 @@ import hashlib
 import os
 import shutil
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -34,16 +34,29 @@ from cratescope.lm.sources import Source, open_sources
 from cratescope.lm.tokenizer import load_tokenizer, n_ids, train_bpe, vocabulary_size
 from cratescope.run import (
     SURROGATES,
+    Shape,
     UserError,
+    atomic_folder,
     atomic_path,
     claim,
     first_line,
+    locked,
+    mark_whole,
     read_json,
     sha256,
+    stamp,
     versions,
     write_json,
 )
 
+_SHARD: Shape = {"file": str, "tokens": int, "sha256": str}
+DATA: Shape = {
+    "identity?": {},
+    "dtype?": str,
+    "tokenizer?": {"vocab_size": int, "eos_id": int},
+    "splits?": {str: {"documents": int, "tokens": int, "bytes": int, "shards": [_SHARD]}},
+}
+"""What is read of manifest.json."""
 BLOCK_BYTES = 8_000_000
 """Text in one unit of work: a kill loses at most the encoding of those under way."""
 PROCESS_BYTES = 10_000_000
@@ -110,7 +123,10 @@ class TokenSplit:
 
 
 def _reopen(name: str, shards: tuple[Any, ...], n_bytes: int) -> TokenSplit:
-    opened = (shard if isinstance(shard, np.ndarray) else np.load(shard, mmap_mode="r") for shard in shards)
+    opened = (
+        shard if isinstance(shard, np.ndarray) else np.load(shard, mmap_mode="r", allow_pickle=False)
+        for shard in shards
+    )
     return TokenSplit(name, tuple(opened), n_bytes)
 
 
@@ -132,9 +148,11 @@ class TokenData:
         path = Path(path)
         if not (path / "manifest.json").exists():
             raise UserError(f"{path}: not a data folder (no manifest.json); make one with `cratescope prepare`")
-        manifest = read_json(path / "manifest.json")
+        manifest = read_json(path / "manifest.json", DATA, "`cratescope prepare`")
         if "splits" not in manifest:
             raise UserError(f"{path}: not finished; run the same `cratescope prepare` again")
+        if manifest.get("dtype") not in ("uint16", "uint32") or "tokenizer" not in manifest:
+            raise UserError(f"{path / 'manifest.json'}: damaged; delete {path} and run `cratescope prepare` again")
         width = np.dtype(manifest["dtype"]).itemsize
         for shard in (shard for split in manifest["splits"].values() for shard in split["shards"]):
             file = path / shard["file"]
@@ -172,7 +190,7 @@ class TokenData:
         for shard in entry["shards"]:
             try:
                 shards.append(np.load(self.path / shard["file"], mmap_mode="r", allow_pickle=False))
-            except OSError as error:
+            except (OSError, ValueError) as error:
                 raise UserError(f"{self.path / shard['file']}: cannot be opened ({first_line(error)})") from error
         return TokenSplit(name, tuple(shards), entry["bytes"])
 
@@ -183,8 +201,7 @@ def _damaged(file: Path, why: str) -> UserError:
 
 def _seal(folder: Path, shard: dict[str, Any]) -> list[Any]:
     """What holds as long as nobody touches a shard whose SHA-256 was right."""
-    stat = (folder / shard["file"]).stat()
-    return [shard["sha256"], stat.st_size, stat.st_mtime_ns]
+    return [shard["sha256"], *stamp(folder / shard["file"])]
 
 
 def _verify(folder: Path, shards: Sequence[dict[str, Any]]) -> None:
@@ -195,7 +212,7 @@ def _verify(folder: Path, shards: Sequence[dict[str, Any]]) -> None:
     """
     path, seals = folder / ".verified.json", {}
     with contextlib.suppress(UserError):
-        seals = read_json(path)
+        seals = read_json(path, {})
     new = [shard for shard in shards if seals.get(shard["file"]) != _seal(folder, shard)]
     if not new:
         return
@@ -221,8 +238,20 @@ def prepare(config: PrepareConfig, console: Console | None = None) -> TokenData:
     identity, sources, left_out = open_sources(config.source, report)
     for name in ("tokenizer", "max_megabytes", "validation", "heldout", "shard_tokens", "seed"):
         identity[name] = getattr(config, name)
-    if _finished(config.out, identity):
+    with locked(config.out, "prepare"):
+        if not _finished(config.out, identity):
+            _prepare(config, console, report, identity, sources, left_out)
         return _opened(config.out)
+
+
+def _prepare(
+    config: PrepareConfig,
+    console: Console,
+    report: Callable[[str], None],
+    identity: dict[str, Any],
+    sources: Sequence[Source],
+    left_out: Mapping[str, str],
+) -> None:
     fractions = _fractions(sources, config.max_megabytes)
     tokenizer = _tokenizer(config, sources, fractions, report)
     work = config.out / ".work"
@@ -250,7 +279,6 @@ def prepare(config: PrepareConfig, console: Console | None = None) -> TokenData:
                 f"warning: {row['origin']}: {row['invalid_utf8']} documents had invalid UTF-8, now U+FFFD; "
                 "if the file is in another encoding, convert it first"
             )
-    return _opened(config.out)
 
 
 def _opened(out: Path) -> TokenData:
@@ -273,13 +301,15 @@ def _finished(out: Path, identity: dict[str, Any]) -> bool:
     A claim without a block of work behind it is dropped first, so a mistake found early costs no folder.
     """
     path = out / "manifest.json"
-    found = read_json(path) if path.exists() else {}
-    ours = isinstance(found, dict) and identity.keys() <= found.get("identity", {}).keys()
+    found = read_json(path, DATA, "`cratescope prepare`") if path.exists() else {}
+    ours = identity.keys() <= found.get("identity", {}).keys()
     if ours and "splits" not in found and not any((out / ".work").glob("*.npz")):
         path.unlink()
         shutil.rmtree(out / "tokenizer", ignore_errors=True)
     claim(out, identity)
     splits = read_json(path).get("splits", {})
+    if splits:
+        shutil.rmtree(out / ".work", ignore_errors=True)  # of a process killed in its last moment
     return bool(splits) and all((out / shard["file"]).exists() for row in splits.values() for shard in row["shards"])
 
 
@@ -303,7 +333,7 @@ def _tokenizer(
     config: PrepareConfig, sources: Sequence[Source], fractions: Sequence[float], report: Callable[[str], None]
 ) -> PreTrainedTokenizerFast:
     """The tokenizer in the data folder, put there (and trained, for `bpe:N`) the first time."""
-    folder, temporary = config.out / "tokenizer", config.out / ".tokenizer"
+    folder = config.out / "tokenizer"
     if not folder.exists():
         size = vocabulary_size(config.tokenizer)
         if size is None:
@@ -311,9 +341,9 @@ def _tokenizer(
         else:
             report(f"training a BPE of {size} entries")
             tokenizer = train_bpe(_sample(sources, fractions, config), size)
-        shutil.rmtree(temporary, ignore_errors=True)
-        tokenizer.save_pretrained(temporary)
-        temporary.rename(folder)
+        with atomic_folder(folder) as temporary:
+            tokenizer.save_pretrained(temporary)
+            mark_whole(temporary)
     return load_tokenizer(folder.resolve())
 
 

@@ -35,7 +35,7 @@ from cratescope.lm.texts import HubSet, find_set, identity, read
 from cratescope.lm.tokenizer import bytes_put_before, encode, load_tokenizer, n_ids, token_bytes, token_strings
 from cratescope.models.convert import load_folder
 from cratescope.models.folder import longest_context
-from cratescope.run import Run, UserError, read_json, sha256, versions, write_json
+from cratescope.run import Run, Shape, UserError, locked, read_json, sha256, versions, write_json
 
 # The prompts of paper section 7 (next-token examples and steering).
 PROMPTS = ("They saw some boats on the", "Beijing is the capital of", "1 2 3 4 5")
@@ -362,6 +362,12 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """
     run = Run(config.run)
     data = data_of(run, config.data)
+    # Two at once would each write a file without the other's results.
+    with locked(run.root, "evaluate"):
+        return _evaluate(config, run, data)
+
+
+def _evaluate(config: EvaluateConfig, run: Run, data: TokenData) -> dict[str, Any]:
     weights = run.fingerprint()
     tokenizer = load_tokenizer(run.model.resolve())
     context, of_context = _context(config, run)
@@ -406,7 +412,9 @@ def _context(config: EvaluateConfig, run: Run) -> tuple[int, dict[str, int]]:
 
 def _found(path: Path, weights: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """Results by set and by task as far as they are of the same weights."""
-    found = read_json(path) if path.exists() else {}
+    results: Shape = {str: {"settings?": {}}}
+    shape = {"settings?": {}, "sets?": results, "tasks?": results}
+    found = read_json(path, shape, "`cratescope evaluate`") if path.exists() else {}
     others, tasks = found.pop("sets", {}), found.pop("tasks", {})
     sets = {"validation": found, **others}
     ours = [

@@ -17,7 +17,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from cratescope.lm.offline import gpt2_files
-from cratescope.run import UserError
+from cratescope.run import UserError, check_whole, first_line
 
 EOS = "<|endoftext|>"
 """Begins and ends every document; also the padding token."""
@@ -39,10 +39,12 @@ def load_tokenizer(spec: str | Path) -> PreTrainedTokenizerFast:
         raise UserError(f"tokenizer {spec}: has to be trained first; give it to `cratescope prepare --tokenizer`")
     if Path(spec).is_absolute() and not Path(spec).is_dir():
         raise UserError(f"tokenizer {spec}: no such folder; use `gpt2`, `bpe:N`, or a folder with tokenizer.json")
+    if Path(spec).is_dir():
+        check_whole(Path(spec), weights=False)
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(spec), trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # what the library raises on damaged files depends on their bytes
+        reason = first_line(error)
         raise UserError(
             f"tokenizer {spec}: cannot be loaded ({reason}); use `gpt2`, `bpe:N`, or a folder with tokenizer.json"
         ) from error

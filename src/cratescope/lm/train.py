@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import gc
@@ -29,11 +30,14 @@ from cratescope.lm.trainer import Watch, WatchedTrainer, milestone_steps
 from cratescope.models.convert import load_folder
 from cratescope.models.presets import build, count_parameters, preset_config
 from cratescope.run import (
+    METRICS,
     Run,
     Stopped,
     UserError,
     atomic_folder,
     claim,
+    locked,
+    mark_whole,
     read_jsonl,
     sha256,
     versions,
@@ -68,22 +72,23 @@ def train(config: TrainConfig) -> Run:
     _check(config, data, device)
     model_config = preset_config(config.preset, data.vocab_size, config.context, data.eos_id, config.crate)
     # Only now: a refused command must not claim the folder for its mistake.
-    if rank() == 0:
-        claim(run.root, _identity(config, data))
-    model = build(model_config, config.seed)
-    publish = functools.partial(_publish, config, data, started)
-    say = Console(stderr=True, soft_wrap=True, quiet=rank() > 0).print
-    together = f" x {processes()} processes" if processes() > 1 else ""
-    what = f"{config.preset}, {count_parameters(model):,} parameters, {device.type}{together}, {dtype}"
-    say(f"{run.name}: {what}", markup=False)
-    if config.steps:
-        number, step = _fit(config, run, model, data, _arguments(config, run, device, dtype), publish)
-        _leave_group()
-        if number:
-            what = f"{run.root}: stopped by {signal.Signals(number).name} after step {step}, which is saved"
-            raise Stopped(f"{what}; the same command goes on from there", number)
-    elif rank() == 0:
-        publish(0, model)
+    with locked(run.root, "train") if rank() == 0 else contextlib.nullcontext():
+        if rank() == 0:
+            claim(run.root, _identity(config, data))
+        model = build(model_config, config.seed)
+        publish = functools.partial(_publish, config, data, started)
+        say = Console(stderr=True, soft_wrap=True, quiet=rank() > 0).print
+        together = f" x {processes()} processes" if processes() > 1 else ""
+        what = f"{config.preset}, {count_parameters(model):,} parameters, {device.type}{together}, {dtype}"
+        say(f"{run.name}: {what}", markup=False)
+        if config.steps:
+            number, step = _fit(config, run, model, data, _arguments(config, run, device, dtype), publish)
+            _leave_group()
+            if number:
+                what = f"{run.root}: stopped by {signal.Signals(number).name} after step {step}, which is saved"
+                raise Stopped(f"{what}; the same command goes on from there", number)
+        elif rank() == 0:
+            publish(0, model)
     return run
 
 
@@ -135,7 +140,7 @@ def _resume(run: Run, milestones: set[int]) -> Path | None:
     """The checkpoint to go on from, if any; the log is cut back to it."""
     last = last_whole_checkpoint(run.checkpoints)
     step = step_of(last) if last else 0
-    rows = [row for row in read_jsonl(run.metrics) if row["step"] <= step]
+    rows = [row for row in read_jsonl(run.metrics, METRICS, "`cratescope train`") if row["step"] <= step]
     write_text(run.metrics, "".join(json.dumps(row) + "\n" for row in rows))
     for missed in sorted(m for m in milestones if m <= step and not run.milestone(m).manifest.exists()):
         Console(stderr=True).print(
@@ -224,6 +229,7 @@ def _publish(config: TrainConfig, data: TokenData, started: float, step: int, mo
     with atomic_folder(run.model) as folder:
         model.save_pretrained(folder)
         data.tokenizer.save_pretrained(folder)
+        mark_whole(folder)
     if run is not whole:
         write_text(run.metrics, whole.metrics.read_text())
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(config).items()}

@@ -96,7 +96,7 @@ def build(config: CrateConfig | GPT2Config, seed: int) -> PreTrainedModel:
 
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(config)
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 
 def count_parameters(model: PreTrainedModel) -> int:

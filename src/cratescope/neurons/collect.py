@@ -10,7 +10,7 @@ import contextlib
 import errno
 import shutil
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -38,7 +38,7 @@ from cratescope.neurons.shards import load_tensors, save_first, save_tensors
 from cratescope.neurons.sites import Site, check_site, partial_pass, site_named
 from cratescope.neurons.strata import Pilot
 from cratescope.neurons.streaming import LayerStatistics, Plan, refuse_not_finite
-from cratescope.run import Run, UserError, claim, first_line, sha256
+from cratescope.run import Run, UserError, claim, first_line, locked, sha256
 
 TRIED = 2
 """Excerpts of the trial pass before anything is written."""
@@ -83,12 +83,13 @@ def collect(config: CollectConfig) -> Path:
     left = [layer for layer in layers if not layer_file(folder, layer).exists()]
     work = Pass(config, model, site, left, excerpts, folder)
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), _locked(folder, left, f"{worker}-of-{n_workers}"):
             work.read(range(worker, work.n_parts, n_workers))
             if n_workers > 1 and (missing := work.missing()):
                 sys.stderr.write(f"worker {worker}: done; {missing} parts of other workers are missing still\n")
                 return folder
-            work.finish({"model": run.name, "site": site.name})
+            with locked(folder, "finish", wait=True):  # the last two workers may have ended together
+                work.finish({"model": run.name, "site": site.name})
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
@@ -98,6 +99,15 @@ def collect(config: CollectConfig) -> Path:
             "free some space and run the same command again"
         ) from error
     return folder
+
+
+@contextlib.contextmanager
+def _locked(folder: Path, layers: Sequence[int], share: str) -> Iterator[None]:
+    """One process at a time for one share of a layer; other layers and other shares may be collected meanwhile."""
+    with contextlib.ExitStack() as locks:
+        for layer in layers:
+            locks.enter_context(locked(folder, f"layer-{layer:02d}-{share}"))
+        yield
 
 
 def _context(config: CollectConfig, shape: Any) -> int:

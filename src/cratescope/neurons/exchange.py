@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 from jaxtyping import Integer
 from rich.console import Console
 from rich.progress import track
@@ -38,6 +37,7 @@ from cratescope.neurons.records import (
     Stratum,
     layer_file,
     neuron_file,
+    read_columns,
     read_records,
     write_records,
 )
@@ -50,6 +50,8 @@ from cratescope.run import (
     atomic_path,
     claim,
     decode_text,
+    locked,
+    mark_whole,
     parse_json,
     sha256,
     versions,
@@ -146,9 +148,15 @@ def import_records(config: ImportConfig) -> Path:
         raise UserError(f"{run.root}: is the run of a model; give --out a folder of its own")
     folder = run.records(IMPORTED)
     identity = {"imported": "openai", "sha256": _joint_sha256(config.source, paths)}
-    if folder.exists():
-        claim(folder, identity)
-        return folder
+    with locked(run.root, "import"):
+        if folder.exists():
+            claim(folder, identity)
+        else:
+            _write_imported(run, config, folder, paths, identity)
+    return folder
+
+
+def _write_imported(run: Run, config: ImportConfig, folder: Path, paths: Sequence[Path], identity: Json) -> None:
     vocabulary, invalid = {EOS: 0}, Counter[Path]()
     with atomic_folder(folder) as temporary:
         for layer, group in itertools.groupby(paths, lambda path: int(path.parent.name)):
@@ -160,10 +168,10 @@ def import_records(config: ImportConfig) -> Path:
         write_json(temporary / "manifest.json", {"identity": identity, "versions": versions()} | counted)
         with atomic_folder(run.model) as model:
             _tokenizer(vocabulary).save_pretrained(model)
+            mark_whole(model)
     if invalid:
         found = f"{invalid.total()} tokens had invalid UTF-8, now U+FFFD; the first are in {next(iter(invalid))}"
         STDERR.print(f"warning: {config.source}: {found}", markup=False, highlight=False, soft_wrap=True)
-    return folder
 
 
 def _record_paths(folder: Path) -> list[Path]:
@@ -354,7 +362,7 @@ def _export_delphi(config: ExportConfig, run: Run, site: str, layers: Sequence[i
 
 def _write_latents(folder: Path, layer: int, tokens: Integer[np.ndarray, "n t"], target: Path) -> int:
     """Write the files of one module and return how many there are; the dump is read once for each."""
-    width = pq.read_metadata(layer_file(folder, layer)).num_rows
+    width = read_columns(layer_file(folder, layer), ["index"]).num_rows
     counts = np.zeros(width, np.int64)
     for part in _dump(folder, layer):
         counts += np.bincount(part["neurons"], minlength=width)

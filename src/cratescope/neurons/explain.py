@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from jaxtyping import Int
 from rich.console import Console
 from rich.progress import track
@@ -29,11 +27,12 @@ from cratescope.neurons.records import (
     Explanation,
     NeuronRecord,
     layer_file,
+    read_columns,
     read_explanations,
     read_records,
     write_explanation,
 )
-from cratescope.run import Run, UserError, claim, read_json
+from cratescope.run import IDENTITY, Run, UserError, claim, read_json
 
 MAX_TOKENS = 60
 """Longest answer (paper section 4)."""
@@ -134,7 +133,11 @@ def find_site(run: Run, site: str) -> str:
     """
     site = site.replace("{layer}", "N")  # as `collect` names the folder of a pattern
     folder = run.root / "records"
-    found = sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.exists() else []
+    found = (
+        sorted(path.name for path in folder.iterdir() if path.is_dir() and path.name[0] != ".")
+        if folder.exists()
+        else []
+    )
     listed = ", ".join(found) or "none"
     if site != "auto" and run.records(site).name not in found:
         raise UserError(f"{run.root}: no records of site {site} (found: {listed}); run `cratescope collect` first")
@@ -150,14 +153,14 @@ def records_identity(run: Run, site: str) -> dict[str, Any]:
     Imported records come without weights.
     """
     manifest = run.records(site) / "manifest.json"
-    collected = read_json(manifest)["identity"] if manifest.exists() else {}
+    collected = read_json(manifest, IDENTITY, "`cratescope collect`")["identity"] if manifest.exists() else {}
     weights = {} if "imported" in collected else {"model_sha256": run.fingerprint()}
     return weights | {"site": site, "records": collected}
 
 
 def check_identity(folder: Path, wanted: dict[str, Any]) -> dict[str, Any]:
     """What a finished stage's folder was made from. Raises UserError when that is not `wanted`."""
-    identity = read_json(folder / "manifest.json")["identity"]
+    identity = read_json(folder / "manifest.json", IDENTITY)["identity"]
     claim(folder, identity | wanted)
     return identity
 
@@ -173,10 +176,7 @@ def draw_neurons(path: Path, seed: int, layer: int) -> list[int]:
     Raises:
         UserError: the file is missing or damaged.
     """
-    try:
-        known = pq.read_table(path, columns=["index"]).column("index").to_numpy()
-    except (OSError, pa.ArrowException) as error:
-        raise UserError(f"{path}: cannot be read ({error}); delete it and run `cratescope collect`") from error
+    known = read_columns(path, ["index"]).column("index").to_numpy()
     return known[neuron_order(seed, layer, len(known))].tolist()
 
 
@@ -188,7 +188,7 @@ def record_files(folder: Path, layers: Sequence[int] | None = None) -> dict[int,
     """
     if (folder / ".parts").exists():
         raise UserError(f"{folder}: not finished; run the same `cratescope collect` again")
-    files = {int(path.stem.removeprefix("layer-")): path for path in sorted(folder.glob("layer-*.parquet"))}
+    files = {int(path.stem[6:]): path for path in sorted(folder.glob("layer-*.parquet")) if path.stem[6:].isdecimal()}
     for layer in layers or ():
         if layer not in files:
             known = ", ".join(map(str, files)) or "none"

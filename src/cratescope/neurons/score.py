@@ -33,7 +33,7 @@ from cratescope.neurons.records import (
 )
 from cratescope.neurons.sanity import on_records
 from cratescope.neurons.statistics import Mean, interval, mean_of, mean_over_layers, variance_over_layers
-from cratescope.run import Run, UserError, made_from, read_json, write_json
+from cratescope.run import Run, Shape, UserError, locked, made_from, read_json, sha256, write_json
 
 CONTROLS = ("shuffled", "empty", "unigram")
 SCORERS = ("detection", "fuzzing", "intruder")
@@ -44,6 +44,23 @@ NO_WINDOWS = "no windows to score"
 ONE_ANSWER = "windows of one kind only"
 SANITY_NEURONS = 64
 """At most so many neurons a layer in the sanity tests of the measures."""
+
+
+_MEANS: Shape = {name: (float, None) for name in ("mean", "standard_error", "gain_mean", "gain_standard_error")}
+_LAYER: Shape = _MEANS | {"layer": int, "n_scored": int, "n_none": int, "n_dead": int, "n_neurons": int}
+_CONTROL: Shape = {"layers": [_MEANS | {"layer": int}], "model": _MEANS}
+_BOUNDS: Shape = {"low": (float, None), "high": (float, None)}
+_TABLE: Shape = {"measure": str, "layers": [_LAYER | _BOUNDS], "model": _MEANS | _BOUNDS, "controls": {str: _CONTROL}}
+SUMMARY: Shape = {
+    "protocols": {str: _TABLE | {"measures": {str: _TABLE}}},
+    "explainer": str,
+    "simulator": str,
+    "distinct_explanations?": {str: int},
+    "sanity?": [{"sample": str, "measure": str, "n_neurons": int, "missing": float, "extra": float, "passes": bool}],
+    "made_with?": {},
+    "scores_sha256?": str,
+}
+"""What a report shows of summary.json."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +89,7 @@ def score(config: ScoreConfig) -> dict[str, Any]:
     folder = run.scores(site, config.explainer, config.simulator)
     inputs = _made_from(run, site, config, chosen)
     outputs = (folder / "summary.json", folder / "scores.jsonl", run.quality(site))
-    if all(path.exists() for path in outputs) and (known := read_json(outputs[0])).get("made_from") == inputs:
+    if all(path.exists() for path in outputs) and (known := _finished(folder, inputs)):
         return known
     stages = {explained: _read(run, site, config, explained) for explained in chosen}
     scores: list[Score] = []
@@ -99,8 +116,38 @@ def score(config: ScoreConfig) -> dict[str, Any]:
         "made_from": inputs,
     }
     write_quality(run, site, sorted(layers))
-    write_scores(folder / "scores.jsonl", scores)
-    write_json(folder / "summary.json", summary)
+    with locked(folder, "score", wait=True):  # both files are of one process
+        write_scores(folder / "scores.jsonl", scores)
+        summary["scores_sha256"] = sha256(folder / "scores.jsonl")
+        write_json(folder / "summary.json", summary)
+    return summary
+
+
+def _finished(folder: Path, inputs: dict[str, str]) -> dict[str, Any] | None:
+    """The summary, if it was made from `inputs` and nothing has damaged it or the scores."""
+    try:
+        summary = read_summary(folder / "summary.json")
+    except UserError:
+        return None
+    return summary if summary.get("made_from") == inputs else None
+
+
+def read_summary(path: Path) -> dict[str, Any]:
+    """A summary.json whose scores.jsonl, beside it, is as it was written.
+
+    Raises:
+        UserError: one of the files is damaged, or of an older version.
+    """
+    summary = read_json(path, SUMMARY, "`cratescope score`")
+    for name, table in summary["protocols"].items():
+        tables = [table, *table["measures"].values()]
+        if any(len(control["layers"]) != len(one["layers"]) for one in tables for control in one["controls"].values()):
+            raise UserError(f"{path}: damaged (layers of {name} are missing); run `cratescope score` again")
+    scores = path.with_name("scores.jsonl")
+    if not scores.exists():
+        raise UserError(f"{scores}: no such file; run `cratescope score` first")
+    if summary.get("scores_sha256", sha256(scores)) != sha256(scores):
+        raise UserError(f"{scores}: damaged (its SHA-256 is not the one in {path.name}); run `cratescope score` again")
     return summary
 
 
@@ -357,9 +404,9 @@ def _read(run: Run, site: str, config: ScoreConfig, explained: str) -> Stage:
 def _check_finished(folder: Path, simulations: Mapping[NeuronId, Simulation]) -> None:
     """Were all neurons simulated that were meant to be?"""
     path = folder / "plan.json"
-    planned = read_json(path) if path.exists() else {}
+    planned = read_json(path, {str: int}, "`cratescope simulate`") if path.exists() else {}
     for layer, wanted in planned.items():
-        found = sum(neuron.layer == int(layer) for neuron in simulations)
+        found = sum(str(neuron.layer) == layer for neuron in simulations)
         if found < wanted:
             raise UserError(
                 f"{folder}: {found} of {wanted} neurons of layer {layer} are simulated; run the same "

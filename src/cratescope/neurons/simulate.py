@@ -44,7 +44,7 @@ from cratescope.neurons.records import (
     read_simulations,
     write_simulation,
 )
-from cratescope.run import Run, UserError, claim, read_json, write_json
+from cratescope.run import Run, UserError, claim, locked, read_json, write_json
 
 ITEMS = 3
 """list-pmi averages the distributions of this many list items, the first ones written greedily."""
@@ -304,10 +304,11 @@ def _any_simulated(folder: Path) -> bool:
 def _plan(folder: Path, neurons: dict[int, int]) -> None:
     """Write how many neurons a layer are wanted, so that `score` can tell a killed run from a smaller --neurons."""
     path = folder / "plan.json"
-    planned = read_json(path) if path.exists() else {}
-    wanted = planned | {str(layer): max(n, planned.get(str(layer), 0)) for layer, n in neurons.items()}
-    if wanted != planned:
-        write_json(path, wanted)
+    with locked(folder, "plan", wait=True):
+        planned = read_json(path, {str: int}, "`cratescope simulate`") if path.exists() else {}
+        wanted = planned | {str(layer): max(n, planned.get(str(layer), 0)) for layer, n in neurons.items()}
+        if wanted != planned:
+            write_json(path, wanted)
 
 
 def made_with(config: SimulateConfig) -> dict[str, Any]:

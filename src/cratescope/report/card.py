@@ -17,6 +17,7 @@ from cratescope.lm.tokenizer import load_tokenizer, token_strings
 from cratescope.neurons.explain import find_site, record_files
 from cratescope.neurons.protocols import PROTOCOLS
 from cratescope.neurons.records import (
+    EXPLANATION,
     ActivationRecord,
     NeuronRecord,
     Score,
@@ -73,7 +74,7 @@ def _explained(run: Run, site: str, record: NeuronRecord, config: ShowConfig) ->
     """The explanation of each set and the scores by each protocol's own measure, where there are any."""
     folders = run.explanations(site, config.explainer, "*")
     paths = [neuron_file(folder, record.neuron) for folder in sorted(folders.parent.glob("*"))]
-    found = [(path.parts[-3], read_json(path)) for path in paths if path.exists()]
+    found = [(path.parts[-3], read_json(path, EXPLANATION, "`cratescope explain`")) for path in paths if path.exists()]
     if not found:
         yield Text(f"not explained by {config.explainer}", "dim italic")
     for explained, item in found:

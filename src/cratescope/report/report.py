@@ -34,7 +34,7 @@ from cratescope.report.figures import draw_figures
 from cratescope.report.paper import PAPER_SOURCE
 from cratescope.report.results import FAMILIES, Results, Row, explanation_set, load_results, one_per_run, protocols
 from cratescope.report.text import visible
-from cratescope.run import UserError, made_from, read_json, write_json, write_text
+from cratescope.run import UserError, locked, made_from, read_json, write_json, write_text
 
 Decode = Callable[[Sequence[int]], list[str]]
 
@@ -95,8 +95,9 @@ def report(config: ReportConfig, tokenizer: PreTrainedTokenizerFast | None = Non
     outputs = ("report.html", "scores.json", "figures", *(f"{name}.csv" for name in CSV))
     if all((config.out / name).exists() for name in outputs) and stamp.exists() and read_json(stamp) == inputs:
         return page
-    write_text(page, _page(config, tokenizer))
-    write_json(stamp, inputs)
+    with locked(config.out, "report"):
+        write_text(page, _page(config, tokenizer))
+        write_json(stamp, inputs)
     return page
 
 
@@ -290,6 +291,8 @@ def _card(item: Results, folder: Path, record: NeuronRecord, rank: int, decode: 
     if not path.exists():
         raise UserError(f"{path}: no such file; run `cratescope simulate {item.run.root}` first")
     simulation = read_simulation(path)
+    if any(len(row) != key[-1] for row, key in zip(simulation.expected.get("none", ()), simulation.keys, strict=False)):
+        raise UserError(f"{path}: damaged (more or fewer values than tokens); delete it and run `cratescope simulate`")
     labelled = [(f"top {place}", window) for place, window in enumerate(record.top[:TOP_EXCERPTS], 1)]
     labelled += [("random", window) for window in record.random[:RANDOM_EXCERPTS]]
     peak = record.moments.maximum

@@ -7,16 +7,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from cratescope.config import ReportConfig
 from cratescope.neurons.protocols import PROTOCOLS
-from cratescope.neurons.records import NeuronId, Score, layer_file, read_explanations, read_scores
+from cratescope.neurons.quality import read_quality
+from cratescope.neurons.records import NeuronId, Score, layer_file, read_columns, read_explanations, read_scores
+from cratescope.neurons.score import read_summary
 from cratescope.report.text import finite
-from cratescope.run import Run, UserError, read_json, read_jsonl, slug
+from cratescope.run import METRICS, Run, Shape, UserError, read_json, read_jsonl, slug
 
 Row = dict[str, Any]
+EVALUATION: Shape = {
+    **{name: (float, None) for name in ("loss", "standard_error", "perplexity", "bits_per_byte", "unigram_entropy")},
+    "examples?": [{"prompt": str, "top": [{"token": str, "probability": float, "logit?": float}], "continuation": str}],
+}
+"""What a report shows of evaluation.json."""
 
 FAMILIES = {"crate": "CRATE", "gpt2": "GPT-2"}
 NATIVE_SITES = {"codes", "mlp"}
@@ -165,11 +169,12 @@ def _load_run(run: Run, config: ReportConfig) -> list[Results]:
     if not run.evaluation.exists():
         raise UserError(f"{run.evaluation}: no such file; run `cratescope evaluate {run.root}` first")
     summaries = _summaries(run, config)
-    evaluation, metrics = read_json(run.evaluation), read_jsonl(run.metrics)
+    evaluation = read_json(run.evaluation, EVALUATION, "`cratescope evaluate`")
+    metrics = read_jsonl(run.metrics, METRICS, "`cratescope train`")
     found = []
     for path in summaries:
         site = path.parents[2].name
-        summary = read_json(path)
+        summary = read_summary(path)
         _check_summary(path, summary)
         layers = {row["layer"] for protocol in summary["protocols"].values() for row in protocol["layers"]}
         quality = run.quality(site)
@@ -185,7 +190,7 @@ def _load_run(run: Run, config: ReportConfig) -> list[Results]:
                 scores=_by_neuron(read_scores(path.with_name("scores.jsonl"))),
                 explanations=_texts(run, site, config.explainer, summary),
                 activity=_read_activity(run.records(site), sorted(layers)),
-                quality=read_json(quality) if quality.exists() else None,
+                quality=read_quality(quality) if quality.exists() else None,
             )
         )
     return found
@@ -202,8 +207,8 @@ def _texts(run: Run, site: str, explainer: str, summary: Row) -> dict[NeuronId, 
 
 
 def _check_summary(path: Path, summary: Row) -> None:
-    if any("measure" not in table for table in summary["protocols"].values()):
-        raise UserError(f"{path}: made by an older version; run `cratescope score` again")
+    if not summary["protocols"]:
+        raise UserError(f"{path}: has no protocol; run `cratescope score` again")
 
 
 def _summaries(run: Run, config: ReportConfig) -> list[Path]:
@@ -227,12 +232,7 @@ def _read_activity(folder: Path, layers: Sequence[int]) -> dict[NeuronId, Activi
     """Density and maximum of every neuron; only these columns are read, the windows are a thousand times larger."""
     found: dict[NeuronId, Activity] = {}
     for path in (layer_file(folder, layer) for layer in layers):
-        if not path.exists():
-            raise UserError(f"{path}: no such file; run `cratescope collect` first")
-        try:
-            table = pq.read_table(path, columns=["model", "site", "layer", "index", "density", "maximum"])
-        except pa.ArrowException as error:
-            raise UserError(f"{path}: damaged ({error}); delete it and run `cratescope collect`") from error
+        table = read_columns(path, ["model", "site", "layer", "index", "density", "maximum"])
         for row in table.to_pylist():
             activity = Activity(row.pop("density"), row.pop("maximum"))
             found[NeuronId(**row)] = activity

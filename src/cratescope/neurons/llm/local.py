@@ -140,10 +140,15 @@ class LocalLLM:
         placed = _placed(config, device)
         try:
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **options)
-            model: Any = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=False, **options, **placed)
-        except (OSError, ValueError, KeyError) as error:
+            options |= {"trust_remote_code": False, "output_loading_info": True}
+            loaded: Any = AutoModelForCausalLM.from_pretrained(source, **options, **placed)
+        except Exception as error:  # what the library raises on damaged files depends on their bytes
             fix = "give `offline`, a hub name, a model folder or a .gguf file"
             raise UserError(f"--llm {config.llm}: cannot load it ({first_line(error)}); {fix}") from error
+        model, info = loaded
+        if info["missing_keys"]:  # the library gives such weights random values
+            missing = sorted(info["missing_keys"])[0]
+            raise UserError(f"--llm {config.llm}: its checkpoint has no {missing}, so it is not whole; get it again")
         llm = cls(model if "device_map" in placed else model.to(device), tokenizer, config.llm)
         said = {
             "copied": "has an attention of its own, so every prompt gets a copy of the shared prefix, which is slower",
@@ -408,7 +413,7 @@ def _placed(config: LLMConfig, device: torch.device) -> dict[str, Any]:
     return placed
 
 
-def _source(name: str) -> tuple[str, dict[str, str]]:
+def _source(name: str) -> tuple[str, dict[str, Any]]:
     """What to give from_pretrained: a name or folder, and the file inside it for a .gguf."""
     if name == "offline":
         from cratescope.lm.offline import smollm2_folder
