@@ -89,7 +89,7 @@ def check_records(folder, model, tokens):
         chosen = [0, activations.shape[-1] // 2, activations.shape[-1] - 1]
         scale = float(activations.abs().max())
         for neuron, record in read_records(layer_file(folder, layer), sorted(set(chosen))).items():
-            assert record.random
+            assert record.top + record.random
             for one in record.top + record.random:
                 window = activations[one.excerpt, one.start : one.start + len(one.tokens), neuron]
                 assert np.allclose(window.numpy(), one.activations, rtol=1e-3, atol=1e-4 * scale + 1e-9)
