@@ -434,7 +434,11 @@ def tell(options: Options, rows: list[dict[str, Any]], planned: int, seconds: fl
     faults = [row for row in rows if row["kind"] in FAULTS]
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in faults:
-        where = row["said"].partition(": ")[0] if row["kind"] == "traceback" else f"{row['stage']} {row['input'][:22]}"
+        where = (
+            row["said"].partition(": ")[0]
+            if row["kind"] == "traceback"
+            else f"{row['stage']} {row['input'].partition('-')[0]}"
+        )
         groups.setdefault((row["kind"], where), []).append(row)
     for (kind, _), like in sorted(groups.items(), key=lambda item: item[0]):
         console.print(f"{kind} x {len(like)}: {like[0]['said'][:240]}")

@@ -192,3 +192,16 @@ def test_sampling_settings_that_contradict_one_another_do_no_harm(adopted):
 def test_a_model_that_is_no_causal_one_is_refused(adopted, tmp_path):
     t5 = T5ForConditionalGeneration(T5Config(vocab_size=320, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2))
     refused(adopted, tmp_path, "t5 model cannot be made here", t5)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("model.safetensors", b"cut"),
+        ("config.json", b"{}"),
+        ("config.json", b'{"model_type": "llama", "hidden_size": 16, "num_attention_heads": 0}'),
+        ("config.json", b'{"model_type": "mystery", "auto_map": {"AutoConfig": "code.Config"}}'),
+    ],
+)
+def test_a_damaged_or_unknown_model_is_refused(adopted, tmp_path, name, content):
+    refused(adopted, tmp_path, "cannot be", LlamaConfig(**SHAPE), lambda folder: (folder / name).write_bytes(content))
