@@ -71,7 +71,7 @@ class Site:
 
         def edit(found: Any) -> Any:
             """What takes the place of `found`, or None."""
-            first = found[0] if isinstance(found, tuple) and found else found
+            first = found[0] if isinstance(found, tuple | list) and found else found
             edited = visit(layer, self._activations(first, shape))
             if edited is None:
                 return None
@@ -165,7 +165,7 @@ def sites_of(model: PreTrainedModel) -> dict[str, str]:
         return {}
     hidden = getattr(text_config(model.config), "hidden_size", None)
     projections = [last for block in blocks if (last := _last_projection(block, hidden))]
-    attentions = [name for block in blocks for name, _ in block.named_children() if _is_attention(name)]
+    attentions = [name for block in blocks for name, child in block.named_children() if _is_attention(name, child)]
     found = {"mlp": f"{_commonest(projections)}{INPUT}" if projections else "", "attention": _commonest(attentions)}
     return {name: f"{stem}.{{layer}}.{path}" for name, path in found.items() if path} | {
         "residual": f"{stem}.{{layer}}"
@@ -184,8 +184,10 @@ def _blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     return stem, lists.get(stem, nn.ModuleList())
 
 
-def _is_attention(name: str) -> bool:
-    return bool(_ATTENTION.search(name)) and not re.search(r"norm|dropout|residual|input|gate", name)
+def _is_attention(name: str, module: nn.Module) -> bool:
+    if isinstance(module, nn.ModuleList) or not _ATTENTION.search(name):
+        return False
+    return not re.search(r"norm|dropout|residual|input|gate", name)
 
 
 def _linears(block: nn.Module) -> dict[str, tuple[int, int]]:
