@@ -169,7 +169,7 @@ def test_records_of_another_number_format_are_kept_apart(adopted):
 
 
 def test_a_model_whose_tokens_see_later_ones_is_refused(adopted, tmp_path):
-    refused(adopted, tmp_path, "see later ones", build(BertConfig(**SHAPE), 0), site="residual", layers=())
+    refused(adopted, tmp_path, "see later ones", build(BertConfig(**SHAPE), 0), site="residual")
     assert adopted(BertConfig(**SHAPE, is_decoder=True)).name == "mlp"
 
 

@@ -483,6 +483,7 @@ def test_an_evaluation_of_other_data_is_not_answered_from_the_old_one(run, text_
 def with_model(run, config):
     """The run with another model in it, as if it had been trained elsewhere."""
     headed(config, 1).save_pretrained(run.model)
+    (run.model / "whole.json").unlink()
     manifest = read_json(run.manifest)
     run.manifest.write_text(json.dumps(manifest | {"adopted": "somewhere/else", "family": config.model_type}))
 
@@ -502,10 +503,9 @@ def test_a_shorter_context_is_another_result_and_the_longest_one_is_none(run, da
     assert evaluate(config_of(run, data))["loss"] == first["loss"]
 
 
-@pytest.mark.parametrize("context", [1, 33])
-def test_a_context_that_the_model_does_not_read_is_refused(run, data, context):
-    with pytest.raises(UserError, match=f"--context {context}: has to be from 2 to the model's longest context, 32"):
-        evaluate(config_of(run, data, context=context))
+def test_a_context_that_the_model_does_not_read_is_refused(run, data):
+    with pytest.raises(UserError, match="--context 33: has to be from 2 to the model's longest context, 32"):
+        evaluate(config_of(run, data, context=33))
 
 
 def test_a_model_of_a_very_long_context_is_read_in_shorter_crops(run, data):

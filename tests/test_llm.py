@@ -288,7 +288,7 @@ def test_bfloat16_rounds_only_what_is_multiplied(architecture: str, tokenizer: P
     assert (llm.dtype, llm.shares_prefix, llm.model.dtype) == ("bfloat16", True, torch.float32)
     assert {weight.dtype for name, weight in narrow.named_parameters() if ".mlp." in name} == {torch.bfloat16}
     found = llm.next_logprobs(prefix, prompts)
-    assert 0 < kl(expected, found) < kl(expected, rounded) / 1.5
+    assert 0 < kl(expected, found) < kl(expected, rounded) / 1.2  # 1.4 to 5 by architecture and by the CPU's products
     texts = llm.generate(prefix, prompts, 8, "<never>")
     assert texts == llm.generate(prefix, prompts[::-1], 8, "<never>")[::-1]
 

@@ -121,9 +121,14 @@ def make_data(folder: Path, text: str = "ours") -> Path:
     return folder
 
 
+def adopted(data: dict[str, str]) -> dict[str, object]:
+    """The least that a run.json says."""
+    return {"adopted": "x", "family": "llama", "parameters": 1, "n_layer": 1, "context": None, "data": data}
+
+
 def make_run(root: Path, data: Path) -> Run:
     root.mkdir(parents=True, exist_ok=True)
-    write_json(root / "run.json", {"data": Run(root).data_entry(data)})
+    write_json(root / "run.json", adopted(Run(root).data_entry(data)))
     return Run(root)
 
 
@@ -142,7 +147,7 @@ def test_a_run_made_before_with_the_path_as_given_still_finds_its_data(tmp_path)
     data, disk = make_data(tmp_path / "work" / "data"), tmp_path / "disk" / "deep" / "runs"
     (disk / "a").mkdir(parents=True)
     (tmp_path / "work" / "runs").symlink_to(disk)
-    (disk / "a" / "run.json").write_text('{"data": {"path": "../../data", "manifest_sha256": "other"}}')
+    write_json(disk / "a" / "run.json", adopted({"path": "../../data", "manifest_sha256": "other"}))
     assert Run(tmp_path / "work" / "runs" / "a").data_path().samefile(data)
 
 
@@ -170,5 +175,5 @@ def test_of_two_data_folders_the_one_the_run_was_made_with_is_taken(tmp_path):
     (tmp_path / "work" / "runs").symlink_to(disk)
     run = make_run(tmp_path / "work" / "runs" / "a", ours)
     entry = json.loads(run.manifest.read_text())["data"]
-    write_json(run.manifest, {"data": entry | {"path": "../../data"}})
+    write_json(run.manifest, adopted(entry | {"path": "../../data"}))
     assert (disk / "a" / "../../data").samefile(other) and run.data_path().samefile(ours)

@@ -173,7 +173,7 @@ def test_bits_per_byte_do_not_count_the_space_that_is_put_before_a_document(kind
     split = TokenSplit("x", (np.array(row, dtype=np.uint16),), 0)
     shape = {"n_positions": len(row), "n_embd": 4, "n_layer": 1, "n_head": 1}
     model = build(GPT2Config(vocab_size=n_ids(tokenizer), **shape), 0)
-    found = evaluate_split(model, split, tokenizer, 1, 1)
+    found = evaluate_split(model, split, tokenizer, 1, 1, len(row))
     first = int(token_bytes(tokenizer)[row[0]]) - (kind != "bytes")
     assert found["n_bytes"] == len("".join(["bread", *texts])) - first  # the first token of all is not predicted
 
