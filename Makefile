@@ -8,7 +8,7 @@ TORCH ?= torch==2.13.0
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo study test slow bench bench-quality check lint help
+.PHONY: demo study test slow fuzz bench bench-quality check lint help
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -36,6 +36,9 @@ test: $(VENV)/installed-dev ## the tests
 slow: $(VENV)/installed-dev ## the slow tests: lm-eval on our models, Ray
 	$(PIP) -c constraints.txt -e '.[eval,ray]'
 	$(BIN)/python -m pytest -m slow
+
+fuzz: $(VENV)/installed ## damaged files, odd options and odd servers: over 1,000 bad inputs (at most 10 minutes)
+	$(BIN)/python benchmarks/fuzz.py
 
 bench: $(VENV)/installed ## speed and memory, side by side: training, collecting, scoring, preparing
 	$(BIN)/python benchmarks/train.py

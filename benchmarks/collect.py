@@ -214,7 +214,7 @@ def bare(told: dict[str, Any], model: Any, text: np.ndarray, folder: Path) -> in
 
     from cratescope.neurons.sites import partial_pass, site_named
 
-    site, widths = site_named("auto", model.config.model_type), []
+    site, widths = site_named("auto", model), []
     with partial_pass(model, site, told["layers"], lambda layer, x: widths.append(x.shape[-1])) as run:
         for start in range(0, len(text), 8):
             run(torch.from_numpy(text[start : start + 8].astype(np.int64)))
@@ -227,7 +227,7 @@ def ours(told: dict[str, Any], model: Any, text: np.ndarray, folder: Path) -> in
     from cratescope.neurons.sites import site_named
 
     config = CollectConfig(folder, excerpts=len(text), top=told["top"], strata=told["way"] == "ours")
-    site = site_named("auto", model.config.model_type)
+    site = site_named("auto", model)
     work = Pass(config, model, site, list(told["layers"]), text, folder / "records" / site.name)
     work.read(range(work.n_parts))
     work.finish({"model": "benchmark", "site": site.name})
@@ -242,7 +242,7 @@ def plain(told: dict[str, Any], model: Any, text: np.ndarray, folder: Path) -> i
 
     layer, activations = told["layers"][0], np.empty(0, dtype=np.float32)
     forward = model if told["way"] == "head" else model.base_model
-    with read_site(model, site_named("auto", model.config.model_type), [layer]) as found:
+    with read_site(model, site_named("auto", model), [layer]) as found:
         for start in range(0, len(text), 8):
             forward(torch.from_numpy(text[start : start + 8].astype(np.int64)), use_cache=False)
             if not start:

@@ -30,7 +30,7 @@ from rich.progress import track
 
 from cratescope.config import CollectConfig, LLMConfig, SimulateConfig
 from cratescope.lm.data import TokenData
-from cratescope.lm.tokenizer import token_strings
+from cratescope.lm.tokenizer import vocabulary_strings
 from cratescope.neurons.explain import Asking
 from cratescope.neurons.judge import Judge
 from cratescope.neurons.llm import LanguageModel, open_llm
@@ -408,7 +408,7 @@ def main() -> None:
 def make_bench(options: Options) -> Bench:
     data = TokenData.open(options.data)
     tokenizer = data.tokenizer
-    vocabulary = token_strings(tokenizer, range(len(tokenizer)))
+    vocabulary = vocabulary_strings(tokenizer)
     excerpts = data.split("heldout").spaced(options.excerpts, CONTEXT)
     neurons = [neuron for neuron in planted(options.seed) if options.half == "both" or neuron.half == options.half]
     rows = [[vocabulary[token] for token in row] for row in excerpts.tolist()]

@@ -34,7 +34,7 @@ from cratescope.neurons.records import (
 )
 from cratescope.neurons.sanity import on_records
 from cratescope.neurons.score import score_neuron
-from cratescope.run import Run, claim, write_json, write_text
+from cratescope.run import Run, claim, read_json, sha256, write_json, write_text
 
 PROTOCOLS = {name: EVERY_PROTOCOL[name] for name in ("top-and-random", "random-only")}
 TOPICS = {
@@ -100,9 +100,16 @@ def fake_run(root: Path, fake: Fake | None = None) -> Run:
     made_with = {"top": {"site": fake.site, "llm": "offline", "records": {"excerpts": 20}}}
     about = {"explainer": "offline", "simulator": "list-pmi", "site": fake.site, "made_with": made_with}
     sanity = [verdict.row() for verdict in on_records(PROTOCOLS.values(), every)]
-    write_json(folder / "scores.json", about | {"sanity": sanity})
+    write_json(folder / "scores.json", about | {"sanity": sanity, "made_from": {}})
+    seal_scores(folder)
     write_quality(run, fake.site, range(fake.layers))
     return run
+
+
+def seal_scores(folder: Path, **changes: Any) -> None:
+    """Make a folder's scores.json say that it belongs to the scores beside it."""
+    sealed = {"scores_sha256": sha256(folder / "scores.jsonl")}
+    write_json(folder / "scores.json", read_json(folder / "scores.json") | changes | sealed)
 
 
 def _write_model(run: Run, fake: Fake, random: np.random.Generator) -> None:

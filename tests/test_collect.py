@@ -51,7 +51,7 @@ def test_records_hold_what_the_model_does_on_their_text(collected, runs_folder, 
     excerpts = TokenData.open(data_folder).split("heldout").spaced(SMALL["excerpts"], SMALL["context"])
     record = read_records(layer_file(collected[family], 0), [5])[5]
     assert record.neuron == NeuronId(family, {"crate": "codes", "gpt2": "mlp"}[family], 0, 5)
-    with torch.no_grad(), read_site(model, site_named("auto", model.config.model_type), [0]) as found:
+    with torch.no_grad(), read_site(model, site_named("auto", model), [0]) as found:
         model(torch.from_numpy(excerpts))
     for one in record.top[:3] + record.random:
         window = slice(one.start, one.start + len(one.tokens))
@@ -232,7 +232,7 @@ def test_a_layer_or_neuron_out_of_range_is_refused(collected, runs_folder):
         Site("codes", "transformer.h.{layer}.ista.codes").module(model, 1)
     with (
         pytest.raises(UserError, match="neuron 600 is out of range"),
-        intervene(model, Intervention(site_named("auto", model.config.model_type), 0, 600, 1.0)),
+        intervene(model, Intervention(site_named("auto", model), 0, 600, 1.0)),
     ):
         model(torch.zeros(1, 2, dtype=torch.long))
 
@@ -246,5 +246,8 @@ def test_records_of_another_model_are_refused(collected, runs_folder, tmp_path):
     weights = bytearray((run / "model" / "model.safetensors").read_bytes())
     weights[-1] ^= 1
     (run / "model" / "model.safetensors").write_bytes(weights)
+    with pytest.raises(UserError, match=r"model\.safetensors: damaged"):
+        collect(CollectConfig(run, **SMALL))
+    (run / "model" / "whole.json").unlink()  # as a model changed on purpose
     with pytest.raises(UserError, match="was made with model_sha256"):
         collect(CollectConfig(run, **SMALL))

@@ -40,7 +40,7 @@ def test_logits_and_loss_equal_the_reference(reference):
 
 def test_activations_at_the_site_equal_the_reference(reference):
     model, expected = reference
-    site = site_named("auto", model.config.model_type)
+    site = site_named("auto", model)
     layers = range(model.config.n_layer)
     with torch.no_grad(), read_site(model, site, layers) as activations:
         model(expected["input_ids"])
@@ -66,9 +66,7 @@ def test_a_forced_neuron_steers_the_logits_as_in_the_reference():
     path = FIXTURES / "reference-crate-2l.pt"
     model = from_reference(load_checkpoint(path), path)
     expected = load_file(FIXTURES / "reference-crate-2l.expected.safetensors")
-    force = Intervention(
-        site_named("auto", model.config.model_type), layer=model.config.n_layer - 1, index=7, value=5.0
-    )
+    force = Intervention(site_named("auto", model), layer=model.config.n_layer - 1, index=7, value=5.0)
     with torch.no_grad(), intervene(model, force):
         steered = model(expected["input_ids"]).logits
     assert (steered - expected["steered_logits.layer_last.neuron_7.value_5"]).abs().max() < 1e-5
@@ -166,3 +164,57 @@ def test_a_file_that_is_no_checkpoint_is_refused(tmp_path, content):
     (tmp_path / "x.pt").write_bytes(content)
     with pytest.raises(UserError, match="not a readable"):
         convert(tmp_path / "x.pt", tmp_path / "out")
+
+
+def with_weight(value):
+    def change(checkpoint):
+        checkpoint["model"][next(iter(checkpoint["model"]))] = value
+
+    return change
+
+
+def with_entry(name, value):
+    return lambda checkpoint: checkpoint.update({name: value})
+
+
+def with_argument(name, value):
+    return lambda checkpoint: checkpoint["model_args"].update({name: value})
+
+
+ODD = [
+    with_entry("model", [torch.zeros(2)]),
+    with_entry("model", {1: torch.zeros(2)}),
+    with_entry("model", {}),
+    with_entry("model_args", None),
+    with_entry("model_args", [1, 2]),
+    with_entry("iter_num", "many"),
+    with_entry("iter_num", torch.tensor([1, 2])),
+    *map(with_weight, ("text", None, [1.0, 2.0], torch.eye(4).to_sparse(), torch.eye(4, dtype=torch.int64))),
+    *map(with_weight, (torch.ones(4, dtype=torch.complex64), torch.zeros(3), torch.zeros(()))),
+    *map(with_weight, (torch.zeros(1).expand(1 << 40), torch.empty(1 << 40, device="meta"))),
+    *(with_argument("n_layer", value) for value in (10**9, 0, "2", 2.5, True, None)),
+    *(with_argument("n_embd", value) for value in (-64, 10**9)),
+    *(with_argument("n_head", value) for value in (7, True, 0)),
+    *(with_argument(name, 10**12) for name in ("vocab_size", "block_size")),
+]
+
+
+@pytest.mark.parametrize("kind", ["crate", "gpt-relu"])
+def test_odd_contents_of_a_checkpoint_are_one_line_and_nothing_is_written(kind, tmp_path):
+    source = tmp_path / "odd.pt"
+    for change in ODD:
+        checkpoint = torch.load(Path(__file__).parent / "fixtures" / f"reference-{kind}-2l.pt", weights_only=True)
+        change(checkpoint)
+        torch.save(checkpoint, source)
+        with pytest.raises(UserError) as refused:
+            convert(source, tmp_path / "out")
+        assert str(refused.value).startswith(f"{source}: ") and "\n" not in str(refused.value)
+        assert [path.name for path in tmp_path.iterdir()] == ["odd.pt"]
+
+
+def test_what_stands_where_the_folder_should_go_is_left_alone(tmp_path):
+    source = Path(__file__).parent / "fixtures" / "reference-crate-2l.pt"
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for out in (tmp_path / "link", Path("/dev/null")):
+        with pytest.raises(UserError, match="exists already"):
+            convert(source, out)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import json
 import os
 import pickle
@@ -25,7 +26,7 @@ from cratescope.config import PrepareConfig
 from cratescope.lm import data as data_module
 from cratescope.lm import offline
 from cratescope.lm.data import SPLITS, TokenData, TokenSplit, prepare, reshape, shares
-from cratescope.lm.sources import open_sources
+from cratescope.lm.sources import HubDocuments, open_sources
 from cratescope.run import UserError, sha256
 
 WORDS = ("the", "cat", "sat", "on", "a", "mat", "while", "rain", "fell", "over", "grey", "hills", "nobody", "saw")
@@ -267,12 +268,13 @@ def test_all_formats_of_a_folder_are_read(tmp_path):
     pq.write_table(pa.table({"text": [*all_texts[40:58], None]}), folder / "d.parquet")
     (folder / "e.md").write_text(all_texts[58], encoding="utf-8")
     (folder / "f.txt").write_text(all_texts[59], encoding="utf-8-sig")
+    (folder / "g.txt.gz").write_bytes(gzip.compress(b""))
     (folder / "ignored.csv").write_text("x")
     (folder / ".hidden.txt").write_text("x")
     data = prepare(config(folder, tmp_path / "data"))
     assert sorted(text for split in SPLITS for text in texts(data, split)) == sorted(all_texts)
     names = [row["name"] for row in data.manifest["sources"]]
-    assert names == ["b/some.jsonl", "c.jsonl.zst", "d.parquet", "e.md", "f.txt"]
+    assert names == ["b/some.jsonl", "c.jsonl.zst", "d.parquet", "e.md", "f.txt", "g.txt.gz"]
 
 
 def test_a_long_text_file_is_cut_at_blank_lines(tmp_path):
@@ -297,6 +299,100 @@ def test_invalid_utf8_is_replaced_counted_and_warned_of(tmp_path, capsys):
         "odd.jsonl": 1,
     }
     assert "bad.txt: 1 documents had invalid UTF-8" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+def test_a_byte_order_mark_names_the_encoding_of_plain_and_packed_files(encoding, tmp_path):
+    folder, all_texts = tmp_path / "texts", documents(60)
+    folder.mkdir()
+    lines = [json.dumps({"text": text + " é"}, ensure_ascii=False) + "\n" for text in all_texts]
+    parts = ["".join(lines[start : start + 20]).encode(encoding) for start in (0, 20, 40)]
+    (folder / "a.jsonl").write_bytes(parts[0])
+    (folder / "b.jsonl.gz").write_bytes(gzip.compress(parts[1][:7]) + gzip.compress(parts[1][7:]))
+    (folder / "c.jsonl.zst").write_bytes(zstandard.compress(parts[2]))
+    (folder / "d.txt").write_bytes("a text é".encode(encoding))
+    (folder / "e.md.gz").write_bytes(gzip.compress("its twin é".encode(encoding)))
+    data = prepare(config(folder, tmp_path / "data"))
+    found = sorted(text for split in SPLITS for text in texts(data, split))
+    assert found == sorted([*(text + " é" for text in all_texts), "a text é", "its twin é"])
+    assert sum(row["invalid_utf8"] for row in data.manifest["sources"]) == 0
+
+
+def test_half_a_character_of_utf16_is_replaced_and_counted(tmp_path):
+    source = tmp_path / "texts"
+    write_jsonl(source / "good.jsonl", documents(40))
+    (source / "odd.txt").write_bytes("half".encode("utf-16") + b"\x3d\xd8")
+    data = prepare(config(source, tmp_path / "data"))
+    assert "half\ufffd" in [text for split in SPLITS for text in texts(data, split)]
+    assert [row["invalid_utf8"] for row in data.manifest["sources"]] == [0, 1]
+
+
+def test_a_null_row_is_an_empty_document_in_every_format(tmp_path):
+    folder, null = tmp_path / "texts", b'{"text": null}\n'
+    write_jsonl(folder / "a.jsonl", documents(40))
+    (folder / "b.jsonl").write_bytes(null)
+    (folder / "c.jsonl.gz").write_bytes(gzip.compress(null))
+    (folder / "d.jsonl.zst").write_bytes(zstandard.compress(null))
+    pq.write_table(pa.table({"text": pa.nulls(1)}), folder / "e.parquet")
+    pq.write_table(pa.table({"text": pa.array([None, "x"]).dictionary_encode()}), folder / "f.parquet")
+    data = prepare(config(folder, tmp_path / "data"))
+    assert [row["skipped"]["empty"] for row in data.manifest["sources"]] == [0, 1, 1, 1, 1, 1]
+    assert list(HubDocuments("name", [{"text": None}, {"text": b"bytes"}])) == ["", "bytes"]
+    with pytest.raises(UserError, match="name: no `text` column of strings, only body"):
+        list(HubDocuments("name", [{"body": None}]))
+
+
+def columns_of_text() -> dict[str, pa.Array]:
+    plain, packed = ["a", "é", None], [b"a", "é".encode(), None]
+    kinds = (pa.string(), pa.large_string(), pa.string_view())
+    found = {str(kind): pa.array(plain, kind) for kind in kinds}
+    found |= {str(kind): pa.array(packed, kind) for kind in (pa.binary(), pa.large_binary(), pa.binary_view())}
+    found |= {f"packed {name}": array.dictionary_encode() for name, array in found.items() if "view" not in name}
+    return found
+
+
+@pytest.mark.parametrize("kind", columns_of_text())
+def test_every_kind_of_text_column_is_read(kind, tmp_path):
+    pq.write_table(pa.table({"text": columns_of_text()[kind]}), tmp_path / "a.parquet")
+    assert list(open_sources(str(tmp_path / "a.parquet"), print)[1][0].documents()) == ["a", "é", ""]
+
+
+def test_files_left_out_are_said_and_in_the_manifest_and_no_link_leads_out(tmp_path, capsys):
+    folder = tmp_path / "texts"
+    write_jsonl(folder / "a.jsonl", documents(40))
+    write_jsonl(folder / ".b" / "hidden.jsonl", ["hidden but linked to"])
+    (tmp_path / "secret.txt").write_text("secret")
+    links = {"c.jsonl": "a.jsonl", "d.txt": "../secret.txt", "e.txt": "nothing", "f.txt": "f.txt", "g": "..", "h": "."}
+    for name, target in (links | {"i.jsonl": ".b/hidden.jsonl"}).items():
+        (folder / name).symlink_to(target)
+    (folder / "j.pdf").write_text("x")
+    data = prepare(config(folder, tmp_path / "data"), Console(width=1000))
+    assert [(row["name"], row["documents"]) for row in data.manifest["sources"]] == [("a.jsonl", 40), ("i.jsonl", 1)]
+    outside = "a link that leads out of the folder"
+    left_out = {".b": "hidden", "c.jsonl": "a link to a file that is read", "d.txt": outside}
+    left_out |= {"e.txt": "a link to nothing", "f.txt": "a link to nothing", "g": outside, "h": "a link to a folder"}
+    assert data.manifest["left_out"] == {"files": 8, "first": left_out | {"j.pdf": "unknown kind"}}
+    said = capsys.readouterr().out
+    assert "left out: .b (hidden), c.jsonl (a link" in said and "f.txt (a link to nothing) and 3 more" in said
+    (tmp_path / "linked").symlink_to(folder)
+    assert len(open_sources(str(tmp_path / "linked"), print)[1]) == 2, "a link that the user gives is followed"
+
+
+def test_a_folder_of_links_that_lead_out_says_so(tmp_path):
+    (tmp_path / "texts").mkdir()
+    write_jsonl(tmp_path / "blob", documents(40))
+    (tmp_path / "texts" / "a.jsonl").symlink_to("../blob")
+    with pytest.raises(UserError, match=r"left out: a.jsonl .a link that leads out of the folder"):
+        prepare(config(tmp_path / "texts", tmp_path / "data"))
+
+
+def test_a_file_name_that_is_no_utf8_is_kept(tmp_path):
+    folder = tmp_path / "texts"
+    try:
+        write_jsonl(folder / "caf\udce9.jsonl", documents(40))
+    except OSError:
+        pytest.skip("this file system has no such names")
+    assert prepare(config(folder, tmp_path / "data")).manifest["sources"][0]["name"] == "caf\udce9.jsonl"
 
 
 def test_a_separator_written_out_in_a_text_does_not_end_the_document(tmp_path):
@@ -382,6 +478,28 @@ BAD = {
     "column.parquet": (lambda path: pq.write_table(pa.table({"body": ["a"]}), path), "no column `text`.*only body"),
     "kind.parquet": (lambda path: pq.write_table(pa.table({"text": [1]}), path), "no column `text`"),
     "no.parquet": (lambda path: path.write_text("text"), "no.parquet: damaged Parquet file"),
+    "list.parquet": (lambda path: pq.write_table(pa.table({"text": [["a"]]}), path), "it is of list<element: string>"),
+    "pair.parquet": (lambda path: pq.write_table(pa.table({"text": [{"a": "b"}]}), path), "it is of struct<a: string>"),
+    "digits.jsonl": (
+        lambda path: path.write_text('\n{"text": "a", "n": ' + "9" * 5000 + "}"),
+        r"digits.jsonl:2: not",
+    ),
+    "nested.jsonl": (lambda path: path.write_text('{"text": "a"}\n' + "[" * 10**5), r"nested.jsonl:2: .*too deeply"),
+    "list.jsonl": (lambda path: path.write_text('{"text": ["a"]}'), r'list.jsonl:1: no "text" string'),
+    "gone.jsonl": (lambda path: path.symlink_to("nothing"), "no such file or folder"),
+    "no.txt.gz": (lambda path: path.write_text("text"), "no.txt.gz: damaged or cut short gzip file"),
+    "empty.jsonl.gz": (lambda path: path.write_bytes(b""), "empty.jsonl.gz: damaged or cut short gzip file"),
+    "short.jsonl.gz": (lambda path: path.write_bytes(gzip.compress(b"x" * 99)[:-9]), "short.jsonl.gz: damaged or cut"),
+    "utf16.txt": (lambda path: path.write_text("one or two words\n" * 9, encoding="utf-16-le"), "full of NULs"),
+    "cyrillic.md": (lambda path: path.write_text("да и только\n" * 9, encoding="utf-16-be"), "full of NULs"),
+    "utf16.jsonl": (
+        lambda path: path.write_text('{"text": "a"}\n', encoding="utf-16-le"),
+        "jsonl:1: full of NULs",
+    ),
+    "utf16.parquet": (
+        lambda path: pq.write_table(pa.table({"text": ["words".encode("utf-16-le")]}), path),
+        "utf16.parquet: full of NULs",
+    ),
     "table.csv": (lambda path: path.write_text("a"), "unknown kind of file; the known ones are .txt"),
     "folder": (lambda path: path.mkdir(), "no files of a known kind"),
     "one.txt": (lambda path: path.write_text("One document."), "split .* is empty: none of 1 documents"),

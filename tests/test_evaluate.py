@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import importlib.util
 import json
 import math
@@ -17,23 +18,42 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    CohereConfig,
+    Gemma2Config,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTJConfig,
+    GraniteConfig,
+    JambaConfig,
+    LlamaConfig,
+    MambaConfig,
+    OpenAIGPTConfig,
+    PhiConfig,
+    RecurrentGemmaConfig,
+)
 
 from cratescope import cli
 from cratescope.config import EvaluateConfig, PrepareConfig
+from cratescope.lm import texts as documents
 from cratescope.lm.data import TokenData, TokenSplit, prepare
 from cratescope.lm.evaluate import (
+    crop_losses,
     evaluate,
     evaluate_split,
     evaluate_texts,
     mean_loss,
     measures,
+    next_token_examples,
     ratio,
     token_bytes,
     unigram_entropy,
     windows,
 )
 from cratescope.lm.harness import metrics
+from cratescope.lm.head import Head
 from cratescope.run import Run, UserError, read_json
 
 WORDS = ("Our baker sold bread to the judge", "Paris found salt", "the court quoted its name. Rome", "é漢 the river")
@@ -120,6 +140,131 @@ def test_the_unigram_entropy_is_that_of_a_coin():
     assert unigram_entropy(split, 2) == pytest.approx(math.log(2))
 
 
+# Heads
+
+SHAPE = {"vocab_size": 320, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+SHAPE |= {"num_attention_heads": 4, "max_position_embeddings": 64}
+GROUPS = SHAPE | {"num_key_value_heads": 2}
+SHORT = {"vocab_size": 320, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+PERIODS = {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1}
+HEADS = {
+    "gpt2": (lambda: GPT2Config(**SHORT), "product"),
+    "openai-gpt": (lambda: OpenAIGPTConfig(**SHORT), "product"),
+    "llama": (lambda: LlamaConfig(**GROUPS), "product"),
+    "jamba": (lambda: JambaConfig(**GROUPS, **PERIODS, num_experts=2, mamba_d_state=4, mamba_dt_rank=4), "product"),
+    "mamba": (lambda: MambaConfig(vocab_size=320, hidden_size=32, state_size=4, num_hidden_layers=2), "product"),
+    "gemma2": (lambda: Gemma2Config(**GROUPS, head_dim=8, sliding_window=16), "own"),
+    "recurrent_gemma": (
+        lambda: RecurrentGemmaConfig(**GROUPS | {"num_hidden_layers": 3}, lru_width=32, attention_window_size=16),
+        "own",
+    ),
+    "cohere": (lambda: CohereConfig(**GROUPS, logit_scale=0.0625), "own"),
+    "granite": (lambda: GraniteConfig(**GROUPS, logits_scaling=8.0), "own"),
+    "phi": (lambda: PhiConfig(**SHAPE), "own"),
+    "gptj": (lambda: GPTJConfig(**SHORT, rotary_dim=4), "own"),
+}
+
+
+def headed(config, times):
+    """A model whose head has a bias, where it has one at all, and weights as large as asked."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    head = model.get_output_embeddings()
+    with torch.no_grad():
+        head.weight.mul_(times)
+        if head.bias is not None:
+            head.bias.normal_(std=1e-3 * times)
+    return model
+
+
+def own_losses(model, crops):
+    """Nats by the model's own logits."""
+    tokens = torch.from_numpy(crops)
+    with torch.no_grad():
+        logits = model(tokens[:, :-1], use_cache=False).logits
+    return F.cross_entropy(logits.float().transpose(1, 2), tokens[:, 1:], reduction="none").mean(1).numpy()
+
+
+@pytest.fixture
+def crops():
+    return np.random.default_rng(0).integers(0, 320, (4, 33))
+
+
+@pytest.mark.parametrize("times", [1, 60])
+@pytest.mark.parametrize("kind", HEADS)
+def test_the_loss_is_that_of_the_models_own_logits_whatever_its_head_does(kind, times, crops):
+    config, way = HEADS[kind]
+    model = headed(config(), times)
+    assert Head.of(model, torch.from_numpy(crops[:1, :16])).way == way
+    np.testing.assert_allclose(crop_losses(model, crops, 3), own_losses(model, crops), rtol=3e-6)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "phi"])
+def test_the_loss_of_a_model_in_bfloat16_is_computed_in_float32(kind, crops):
+    model = headed(HEADS[kind][0](), 60).bfloat16()
+    found = crop_losses(model, crops, 3)
+    np.testing.assert_allclose(found, own_losses(model, crops), rtol=3e-3)
+    assert any(value != float(torch.tensor(value).bfloat16()) for value in found)
+
+
+@pytest.mark.parametrize("change", ["bias", "cap", "scale", "barred", "clamp"])
+def test_a_change_of_the_logits_too_small_to_see_on_text_is_found(change, crops):
+    model = headed(HEADS["llama"][0](), 1)
+    head, plain = model.get_output_embeddings(), model.get_output_embeddings().forward
+    bias = torch.zeros(320).index_fill(0, torch.tensor([7]), 1e-7)
+    ways = {
+        "bias": lambda logits: logits + bias,
+        "cap": lambda logits: 1000 * torch.tanh(logits / 1000),
+        "scale": lambda logits: logits * 1.0001,
+        "barred": lambda logits: torch.where(torch.arange(320) == 319, -math.inf, logits),
+        "clamp": lambda logits: logits.clamp(-50, 50),
+    }
+    head.forward = lambda states: ways[change](plain(states))
+    assert Head.of(model, torch.from_numpy(crops[:1, :16])).way == "own"
+    crops = crops % 319
+    np.testing.assert_allclose(crop_losses(model, crops, 3), own_losses(model, crops), rtol=3e-6)
+
+
+def test_a_head_that_cannot_be_tried_apart_is_read_as_a_whole(crops, data):
+    model = headed(HEADS["gemma2"][0](), 60)
+    head = model.get_output_embeddings()
+    plain = head.forward
+
+    def by_place(states):
+        logits = plain(states)
+        return logits * (1 + torch.arange(logits.shape[1]) % 2)[None, :, None]
+
+    head.forward = by_place
+    assert Head.of(model, torch.from_numpy(crops[:1, :16])).way == "whole"
+    np.testing.assert_allclose(crop_losses(model, crops, 3), own_losses(model, crops), rtol=3e-6)
+    words = evaluate_texts(model, data.tokenizer, WORDS, 4, 32, "x", last_word=True)["last_word"]
+    assert 0 <= words["accuracy"] <= 1
+
+
+def test_the_likeliest_token_is_that_of_the_models_own_logits(data):
+    passages, model = lambada(data)
+    with torch.no_grad():
+        model.lm_head.bias = torch.nn.Parameter(torch.zeros(len(data.tokenizer)))
+        model.lm_head.bias[data.tokenizer(" bowl", add_special_tokens=False).input_ids[1]] = 100.0
+    found = evaluate_texts(model, data.tokenizer, passages, 4, 32, "lambada", last_word=True)["last_word"]
+    assert found["accuracy"] == 0  # of both words the first token is not the biased one
+
+
+def test_a_model_that_sees_what_it_is_to_predict_has_no_loss(crops):
+    with pytest.raises(UserError, match="bert model .* sees the tokens that it is to predict"):
+        crop_losses(headed(BertConfig(**SHAPE), 1), crops)
+
+
+@pytest.mark.parametrize("kind", ["mamba", "jamba", "recurrent_gemma", "openai-gpt"])
+def test_examples_of_models_with_a_cache_of_their_own_are_greedy(kind, data):
+    model = headed(HEADS[kind][0](), 60)
+    (example,) = next_token_examples(model, data.tokenizer, ("the cat",))
+    ids = data.tokenizer("the cat", add_special_tokens=False).input_ids
+    best = model(torch.tensor([ids])).logits[0, -1].argmax()
+    assert example["top"][0]["token"] == data.tokenizer.decode([best])
+    assert example["continuation"].startswith(data.tokenizer.decode([best], skip_special_tokens=True)[:1])
+
+
 # Bytes
 
 
@@ -163,7 +308,7 @@ def test_windows_predict_every_token_once_and_never_from_more_than_the_context(n
 def test_the_loss_on_texts_is_that_of_the_model_on_each_alone(runs_folder, data):
     model = AutoModelForCausalLM.from_pretrained(runs_folder / "crate" / "model").eval()
     texts = [WORDS[0], WORDS[3], "a", " ".join(WORDS * 3)]
-    found = evaluate_texts(model, data.tokenizer, texts, 2, "x")
+    found = evaluate_texts(model, data.tokenizer, texts, 2, 32, "x")
     nats, counts = [], []
     for text in texts:
         ids = [data.eos_id, *data.tokenizer(text, add_special_tokens=False).input_ids]
@@ -183,7 +328,7 @@ def test_the_loss_on_texts_is_that_of_the_model_on_each_alone(runs_folder, data)
 
 def test_a_batch_of_texts_gives_what_each_alone_gives(runs_folder, data):
     model = AutoModelForCausalLM.from_pretrained(runs_folder / "gpt2" / "model").eval()
-    one, many = (evaluate_texts(model, data.tokenizer, WORDS, size, "x") for size in (1, 50))
+    one, many = (evaluate_texts(model, data.tokenizer, WORDS, size, 32, "x") for size in (1, 50))
     assert one == {name: pytest.approx(value, rel=1e-5) for name, value in many.items()}
 
 
@@ -207,7 +352,7 @@ def lambada(data):
 
 def test_a_last_word_is_right_when_all_of_its_tokens_are_the_likeliest(data):
     passages, model = lambada(data)
-    found = evaluate_texts(model, data.tokenizer, passages, 4, "lambada", last_word=True)["last_word"]
+    found = evaluate_texts(model, data.tokenizer, passages, 4, 32, "lambada", last_word=True)["last_word"]
     assert found["accuracy"] == 0.5
     assert found["accuracy_standard_error"] == pytest.approx(math.sqrt(0.25 / 7))
     right, wrong = planted_losses(len(data.tokenizer))
@@ -236,7 +381,7 @@ def test_a_copy_of_lambada_is_read_like_that_of_the_hub(run, data, tmp_path):
     lines, table = ({key: value for key, value in found[name].items() if key != "settings"} for name in names)
     assert lines == table
     trained = AutoModelForCausalLM.from_pretrained(run.model).eval()
-    assert lines == evaluate_texts(trained, data.tokenizer, passages, 8, "x", last_word=True)
+    assert lines == evaluate_texts(trained, data.tokenizer, passages, 8, 32, "x", last_word=True)
     assert 0 <= lines["last_word"]["accuracy"] <= 1 and lines["last_word"]["perplexity"] > 1
 
 
@@ -303,7 +448,7 @@ def test_tokens_belong_to_the_document_that_the_next_end_of_text_ends(data):
     row = [a, eos, b, b, b, b, b, b, eos, c, c, eos, a, a, c, c, c, eos]
     split = TokenSplit("x", (np.array(row, dtype=np.uint16),), 15)
     following = [a] * len(tokenizer)
-    found = evaluate_split(planted_model(following, context=4), split, tokenizer, 3, 8)
+    found = evaluate_split(planted_model(following, context=4), split, tokenizer, 3, 8, 4)
     right, wrong = planted_losses(len(tokenizer))
     # Predicted: <eos> b b | b <eos> c | a c c
     nats = np.array([wrong, 3 * wrong + wrong, wrong, right + 2 * wrong])
@@ -316,7 +461,7 @@ def test_bits_per_byte_of_a_whole_split_are_those_of_its_text(data, runs_folder)
     model = AutoModelForCausalLM.from_pretrained(runs_folder / "gpt2" / "model").eval()
     split = data.split("heldout")
     crops = split.n_tokens // 32
-    found = evaluate_split(model, split, data.tokenizer, crops, 64)
+    found = evaluate_split(model, split, data.tokenizer, crops, 64, 32)
     assert found["n_bytes"] == pytest.approx(split.n_bytes * 31 / 32, rel=0.05)
     assert found["n_documents"] == data.manifest["splits"]["heldout"]["documents"]
     assert found["bits_per_byte"] == pytest.approx(found["loss"] / math.log(2) * found["n_tokens"] / found["n_bytes"])
@@ -330,6 +475,62 @@ def test_an_evaluation_of_other_data_is_not_answered_from_the_old_one(run, text_
     prepare(dataclasses.replace(options, out=tmp_path / "other", seed=2))
     other = evaluate(EvaluateConfig(run.root, tmp_path / "other", crops=4, device="cpu"))
     assert other["loss"] != first["loss"]
+
+
+# Contexts
+
+
+def with_model(run, config):
+    """The run with another model in it, as if it had been trained elsewhere."""
+    headed(config, 1).save_pretrained(run.model)
+    (run.model / "whole.json").unlink()
+    manifest = read_json(run.manifest)
+    run.manifest.write_text(json.dumps(manifest | {"adopted": "somewhere/else", "family": config.model_type}))
+
+
+def test_a_shorter_context_is_another_result_and_the_longest_one_is_none(run, data):
+    first = evaluate(config_of(run, data))
+    assert "context" not in first["settings"]
+    before = run.evaluation.stat().st_mtime_ns
+    assert evaluate(config_of(run, data, context=32)) == first
+    assert run.evaluation.stat().st_mtime_ns == before
+    short = evaluate(config_of(run, data, "heldout", context=16))
+    assert (short["settings"]["context"], short["n_tokens"]) == (16, 6 * 15)
+    assert short["sets"]["heldout"]["settings"]["context"] == 16
+    model = AutoModelForCausalLM.from_pretrained(run.model).eval()
+    expected = crop_losses(model, data.split("validation").spaced(6, 16)).mean()
+    assert short["loss"] == pytest.approx(expected, rel=1e-6)
+    assert evaluate(config_of(run, data))["loss"] == first["loss"]
+
+
+def test_a_context_that_the_model_does_not_read_is_refused(run, data):
+    with pytest.raises(UserError, match="--context 33: has to be from 2 to the model's longest context, 32"):
+        evaluate(config_of(run, data, context=33))
+
+
+def test_a_model_of_a_very_long_context_is_read_in_shorter_crops(run, data):
+    with_model(run, LlamaConfig(**GROUPS | {"max_position_embeddings": 131072}))
+    tokens = data.split("validation").n_tokens
+    with pytest.raises(UserError, match=f"room for 6 crops of 4096; .* a --context of at most {tokens // 6}, or"):
+        evaluate(config_of(run, data))
+    found = evaluate(config_of(run, data, context=24))
+    assert (found["settings"]["context"], found["n_tokens"]) == (24, 6 * 23)
+
+
+def test_a_model_that_states_no_longest_context_needs_one(run, data, tmp_path):
+    with_model(run, MambaConfig(vocab_size=data.vocab_size, hidden_size=32, state_size=4, num_hidden_layers=2))
+    with pytest.raises(UserError, match=r"its model \(mamba\) states no longest context; .* --context 1024"):
+        evaluate(config_of(run, data))
+    assert not run.evaluation.exists()
+    file = write_jsonl(tmp_path / "words.jsonl", WORDS)
+    found = evaluate(config_of(run, data, str(file), context=24))
+    assert found["n_tokens"] == 6 * 23 and found["sets"][str(file)]["n_documents"] == 4
+    assert all(example["continuation"] is not None for example in found["examples"])
+
+
+def test_results_of_a_model_from_elsewhere_say_that_they_are_of_its_own_logits(run, data):
+    with_model(run, Gemma2Config(**GROUPS | {"max_position_embeddings": 32}, head_dim=8, sliding_window=16))
+    assert evaluate(config_of(run, data))["settings"]["logits"] == "own"
 
 
 # One file of results
@@ -349,6 +550,7 @@ def test_results_of_one_set_survive_those_of_another_but_not_new_weights(run, da
     model = AutoModelForCausalLM.from_pretrained(run.model)
     model.transformer.ln_f.bias.data += 0.1
     model.save_pretrained(run.model)
+    (run.model / "whole.json").unlink()
     assert evaluate(config_of(run, data))["sets"] == {}
 
 
@@ -485,3 +687,20 @@ def test_tasks_that_cannot_be_run_are_refused_in_one_line(run, data, task, messa
     with pytest.raises(UserError, match=f"--tasks {task}: {message}") as refusal:
         evaluate(config_of(run, data, tasks=(task,)))
     assert "\n" not in str(refusal.value)
+
+
+def test_what_is_left_out_or_no_text_is_said_and_null_rows_are_no_documents(tmp_path, capsys):
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": null}\n{"text": "caf\xe9"}\n')
+    (tmp_path / "b.pdf").touch()
+    assert documents.read("here", documents.find_set(str(tmp_path)), 9) == ["caf?"]
+    said = " ".join(capsys.readouterr().err.split())
+    assert "left out: b.pdf (unknown kind)" in said and "1 documents had invalid UTF-8" in said
+
+
+def test_a_packed_local_copy_of_a_hub_set_may_have_null_rows(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    packed = gzip.compress(b'{"text": "one"}\n{"text": null}\n{"text": "two"}\n')
+    (tmp_path / "a.jsonl.gz").write_bytes(packed)
+    name = f"openwebtext={tmp_path / 'a.jsonl.gz'}"
+    assert documents.read(name, documents.find_set(name), 9) == ["one", "two"]

@@ -198,6 +198,19 @@ def bad(window: Any) -> dict[str, Any]:
         ({"kurtosis": math.nan}, "kurtosis is nan"),
         ({"random_sample_by_quantile": [[], []], "quantile_boundaries": [1, 2]}, "2 quantile_boundaries for 2 samples"),
         ({"random_sample_by_quantile": [[], 3]}, r"random_sample_by_quantile\[1\] is missing or not a list"),
+        ({"random_sample": "text"}, "random_sample is missing or not a list"),
+        ({"neuron_id": {"layer_index": 0}}, "neuron_id"),
+        ({"neuron_id": {"layer_index": -1, "neuron_index": 4}}, "rename it -1/4.json"),
+        ({"neuron_id": {"layer_index": 0, "neuron_index": 4.0}}, "neuron_id"),
+        (bad({"tokens": ["a", "b"], "activations": [1, True]}), r"activations\[1\] is True"),
+        (bad({"tokens": ["a"], "activations": [-math.inf]}), r"activations\[0\] is -inf"),
+        (bad({"tokens": ["a"], "activations": [10**400]}), r"activations\[0\] is 1000000000.*\.\.\."),
+        (bad({"tokens": ["a"], "activations": [None]}), r"activations\[0\] is None"),
+        (bad({"tokens": ["a"], "activations": [[1] * 999]}), r"activations\[0\] is \[1, 1, 1, 1, 1, 1, \.\.\.\]"),
+        (bad({"tokens": [None], "activations": [1]}), r"random_sample\[1\].tokens"),
+        ({"variance": "1"}, "variance is '1'"),
+        ({"variance": -1.0}, "variance is -1.0, below 0"),
+        ({"random_sample_by_quantile": [[]] * 2, "quantile_boundaries": [True]}, r"quantile_boundaries\[0\] is True"),
     ],
 )
 def test_a_bad_record_is_refused_by_file_and_field(tmp_path: Path, changes: dict[str, Any], field: str) -> None:
@@ -211,15 +224,52 @@ def test_a_bad_record_is_refused_by_file_and_field(tmp_path: Path, changes: dict
 
 def test_what_is_no_json_or_not_named_as_a_neuron_is_refused(tmp_path: Path) -> None:
     path = good_file(tmp_path)
-    for content, words in ((b"{", "not valid JSON"), (b"[1]", "not a NeuronRecord"), (b"\xff", "not valid JSON")):
+    damaged = (b"{", b"\xff", b"", b"\x00", b'{"a": ' + b"9" * 5000 + b"}", b"[" * 10**5, "{".encode("utf-16"))
+    for content, words in ((b"[1]", "not a NeuronRecord"), *((content, "not valid JSON") for content in damaged)):
         path.write_bytes(content)
         with pytest.raises(UserError, match=words):
             import_records(ImportConfig(path.parents[1], tmp_path / "run"))
+    for name in ("04.json", "\u0664.json"):
+        path = path.rename(path.with_name(name))
+        with pytest.raises(UserError, match=f"{name}: not named"):
+            import_records(ImportConfig(path.parents[1], tmp_path / "run"))
+    path = path.rename(path.with_name(f"{2**31}.json"))
+    with pytest.raises(UserError, match="have to be below 2,147,483,648"):
+        import_records(ImportConfig(path.parents[1], tmp_path / "run"))
+    path.unlink()
+    (path.parent / "7.json").mkdir()
+    with pytest.raises(UserError, match="7.json: is no file"):
+        import_records(ImportConfig(path.parents[1], tmp_path / "run"))
+    (path.parent / "7.json").rmdir()
+    path.touch()
     path.rename(path.with_name("notes.json"))
     with pytest.raises(UserError, match="notes.json: not named"):
         import_records(ImportConfig(path.parents[1], tmp_path / "run"))
     with pytest.raises(UserError, match="no files"):
         import_records(ImportConfig(tmp_path / "none", tmp_path / "run"))
+
+
+def test_halves_of_surrogate_pairs_and_bytes_that_are_no_text_are_replaced_counted_and_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = good_file(tmp_path)
+    window = {"tokens": ["\ud83d", "\ude00b", "c\xe9"], "activations": [1, 2, 10**30]}
+    row = json.dumps(json.loads(path.read_text()) | {"random_sample": [window]}).encode()
+    path.write_bytes(row.replace(b"c\\u00e9", b"c\xe9"))
+    folder = import_records(ImportConfig(path.parents[1], tmp_path / "run"))
+    record = read_records(layer_file(folder, 0))[4]
+    assert texts(Run(tmp_path / "run"), record.random[0]) == ["\ufffd", "\ufffdb", "c\ufffd"]
+    assert read_json(folder / "manifest.json")["invalid_utf8"] == 3
+    assert "warning: " in (said := " ".join(capsys.readouterr().err.split())) and "3 tokens had invalid UTF-8" in said
+    import_records(ImportConfig(path.parents[1], tmp_path / "run"))
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+def test_a_record_of_another_encoding_is_read_by_its_mark(tmp_path: Path, encoding: str) -> None:
+    path = good_file(tmp_path)
+    path.write_text(path.read_text().replace('" a"', '"é"'), encoding=encoding)
+    folder = import_records(ImportConfig(path.parents[1], tmp_path / "run"))
+    assert texts(Run(tmp_path / "run"), read_records(layer_file(folder, 0))[4].random[0]) == ["é", "b"]
 
 
 def test_an_import_is_kept_and_never_mixed_with_another(tmp_path: Path) -> None:

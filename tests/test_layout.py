@@ -11,7 +11,7 @@ from pathlib import Path
 SOURCE = Path(__file__).parent.parent / "src" / "cratescope"
 # Low to high: a module may import from its own rank and from those before it.
 RANKS = (
-    ("run", "config", "hardware", "arm"),
+    ("run", "config", "hardware", "arm", "parts"),
     ("models",),
     ("lm",),
     ("neurons",),

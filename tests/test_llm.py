@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,15 +14,31 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AttentionInterface,
     AutoModelForCausalLM,
+    BertConfig,
     BloomConfig,
+    FalconConfig,
     Gemma2Config,
+    Gemma3Config,
     GPT2Config,
+    GPTJConfig,
     GPTNeoXConfig,
+    JambaConfig,
+    Lfm2Config,
     LlamaConfig,
+    Mamba2Config,
+    MambaConfig,
     MistralConfig,
+    ModernBertDecoderConfig,
+    MoshiConfig,
+    MptConfig,
+    OPTConfig,
+    PhiConfig,
     PreTrainedConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    Qwen3MoeConfig,
+    RecurrentGemmaConfig,
+    RwkvConfig,
 )
 
 from cratescope.config import LLMConfig
@@ -60,8 +77,11 @@ def configuration(architecture: str, layers: int, **shape: int) -> PreTrainedCon
 
 
 def tiny(architecture: str, tokenizer: PreTrainedTokenizerFast, context: int = 64, layers: int = 2) -> torch.nn.Module:
+    return tiny_of(configuration(architecture, layers, vocab_size=len(tokenizer), max_position_embeddings=context))
+
+
+def tiny_of(config: PreTrainedConfig) -> torch.nn.Module:
     torch.manual_seed(0)
-    config = configuration(architecture, layers, vocab_size=len(tokenizer), max_position_embeddings=context)
     model = AutoModelForCausalLM.from_config(config)
     # Larger weights than at initialisation, so that positions and masks matter to the answers.
     with torch.no_grad():
@@ -70,6 +90,66 @@ def tiny(architecture: str, tokenizer: PreTrainedTokenizerFast, context: int = 6
                 parameter.mul_(8)
     model.generation_config.eos_token_id = None
     return model.eval()
+
+
+OF_OTHERS = {
+    "bloom": "copied",
+    "falcon": "copied",
+    "gemma3": "copied",
+    "gptj": "copied",
+    "jamba": "reread",
+    "lfm2": "reread",
+    "mamba": "reread",
+    "mamba2": "reread",
+    "modernbert-decoder": "copied",
+    "moshi": "reread",
+    "mpt": "copied",
+    "opt": "shared",
+    "phi": "shared",
+    "qwen3_moe": "shared",
+    "recurrent_gemma": "reread",
+    "rwkv": "reread",
+}
+"""How models run whose attention has biases, windows or states, or none."""
+
+
+def other_configuration(architecture: str, vocab_size: int) -> PreTrainedConfig:
+    """A tiny model of one of `OF_OTHERS`."""
+    size: dict[str, int] = {"vocab_size": vocab_size, "hidden_size": 32, "num_hidden_layers": 2}
+    heads = size | {"intermediate_size": 48, "num_attention_heads": 4, "max_position_embeddings": 128}
+    groups = heads | {"num_key_value_heads": 2}
+    short = {"vocab_size": vocab_size, "n_head": 4, "n_layer": 2}
+    windowed = groups | {"head_dim": 8, "sliding_window": 12}
+    vision = dict.fromkeys(("hidden_size", "intermediate_size"), 16)
+    vision |= {"num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    periods = dict.fromkeys(("attn_layer_period", "expert_layer_period"), 2)
+    periods |= dict.fromkeys(("attn_layer_offset", "expert_layer_offset"), 1)
+    make: dict[str, Callable[[], PreTrainedConfig]] = {
+        "bloom": lambda: BloomConfig(**short, hidden_size=32),
+        "falcon": lambda: FalconConfig(**size, num_attention_heads=4, alibi=True),
+        "gemma3": lambda: Gemma3Config(text_config=windowed, vision_config=vision),
+        "gptj": lambda: GPTJConfig(**short, n_embd=32, n_positions=128, rotary_dim=4),
+        "jamba": lambda: JambaConfig(**groups, **periods, num_experts=2, mamba_d_state=4, mamba_dt_rank=4),
+        "lfm2": lambda: Lfm2Config(**groups, full_attn_idxs=[1], block_ff_dim=48),
+        "mamba": lambda: MambaConfig(**size, state_size=4),
+        "mamba2": lambda: Mamba2Config(**size, state_size=8, num_heads=8, head_dim=8, n_groups=1, chunk_size=8),
+        "modernbert-decoder": lambda: ModernBertDecoderConfig(
+            **heads,
+            **dict.fromkeys(("pad_token_id", "eos_token_id"), 0),
+            local_attention=12,
+            layer_types=["sliding_attention", "full_attention"],
+        ),
+        "moshi": lambda: MoshiConfig(**groups, ffn_dim=48, sliding_window=12),
+        "mpt": lambda: MptConfig(vocab_size=vocab_size, d_model=32, n_layers=2, n_heads=4, max_seq_len=128),
+        "opt": lambda: OPTConfig(**size, ffn_dim=48, num_attention_heads=4, word_embed_proj_dim=32),
+        "phi": lambda: PhiConfig(**heads),
+        "qwen3_moe": lambda: Qwen3MoeConfig(**groups, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32),
+        "recurrent_gemma": lambda: RecurrentGemmaConfig(
+            **heads | {"num_hidden_layers": 3}, num_key_value_heads=1, lru_width=32, attention_window_size=12
+        ),
+        "rwkv": lambda: RwkvConfig(**size, attention_hidden_size=32, intermediate_size=48),
+    }
+    return make[architecture]()
 
 
 SHARED = ("gpt2", "llama", "qwen2", "neox")
@@ -86,7 +166,7 @@ def llm(request: pytest.FixtureRequest, tokenizer: PreTrainedTokenizerFast) -> L
 def plain(llm: LocalLLM, ids: list[int]) -> np.ndarray:
     """log P(next token) after every position, by one forward pass without a cache."""
     with torch.inference_mode():
-        return llm.model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1).numpy()
+        return llm.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].log_softmax(-1).numpy()
 
 
 def test_next_logprobs_equal_a_full_forward_pass(llm: LocalLLM) -> None:
@@ -208,7 +288,7 @@ def test_bfloat16_rounds_only_what_is_multiplied(architecture: str, tokenizer: P
     assert (llm.dtype, llm.shares_prefix, llm.model.dtype) == ("bfloat16", True, torch.float32)
     assert {weight.dtype for name, weight in narrow.named_parameters() if ".mlp." in name} == {torch.bfloat16}
     found = llm.next_logprobs(prefix, prompts)
-    assert 0 < kl(expected, found) < kl(expected, rounded) / 1.5
+    assert 0 < kl(expected, found) < kl(expected, rounded) / 1.2  # 1.4 to 5 by architecture and by the CPU's products
     texts = llm.generate(prefix, prompts, 8, "<never>")
     assert texts == llm.generate(prefix, prompts[::-1], 8, "<never>")[::-1]
 
@@ -243,12 +323,61 @@ def test_the_trial_finds_an_attention_that_is_not_the_models_own(
     assert model.config._attn_implementation == "sdpa"
 
 
-def test_a_model_with_biases_in_its_attention_is_left_as_it_is(tokenizer: PreTrainedTokenizerFast) -> None:
-    llm = LocalLLM(tiny("bloom", tokenizer), tokenizer, "tiny")
-    prefix, prompts = llm.encode(PREFIX), [llm.encode(text) for text in PROMPTS]
-    assert not llm.shares_prefix
+@pytest.mark.parametrize("architecture", OF_OTHERS)
+def test_a_model_with_an_attention_or_a_state_of_its_own_gives_what_plain_passes_give(
+    architecture: str, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    llm = LocalLLM(tiny_of(other_configuration(architecture, len(tokenizer))), tokenizer, "tiny")
+    assert llm.way == OF_OTHERS[architecture]
+    prefix, prompts = llm.encode(PREFIX * 2), [llm.encode(text) for text in PROMPTS]
     for row, prompt in zip(llm.next_logprobs(prefix, prompts), prompts, strict=True):
-        np.testing.assert_allclose(row, plain(llm, prefix + prompt)[-1], atol=1e-5)
+        np.testing.assert_allclose(row, plain(llm, prefix + prompt)[-1], atol=5e-5)
+    slots, choices = [[1, len(prompt)] for prompt in prompts], [[5], [5, 7]]
+    found = llm.slot_logprobs(prefix, prompts, slots, choices)
+    for rows, prompt, places in zip(found, prompts, slots, strict=True):
+        for row, slot in zip(rows, places, strict=True):
+            before = prefix + prompt[:slot]
+            first, second = plain(llm, [*before, 5])[len(before) - 1 :]
+            np.testing.assert_allclose(row, [first[5], first[5] + second[7]], atol=5e-5)
+    for prompt, text in zip(prompts, llm.generate(prefix, prompts, 3, "<never>"), strict=True):
+        ids = prefix + prompt
+        for _ in range(3):
+            ids = [*ids, int(plain(llm, ids)[-1].argmax())]
+        assert text == tokenizer.decode(ids[len(prefix) + len(prompt) :]).split("<|endoftext|>")[0]
+
+
+def test_an_empty_prefix_and_another_one_are_no_special_case_without_a_cache(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    llm = LocalLLM(tiny_of(other_configuration("mamba", len(tokenizer))), tokenizer, "tiny")
+    prompt = llm.encode("one bridge")
+    for prefix in ([], llm.encode(PREFIX), llm.encode("ten boats"), []):
+        np.testing.assert_allclose(llm.next_logprobs(prefix, [prompt])[0], plain(llm, prefix + prompt)[-1], atol=5e-5)
+
+
+@pytest.mark.parametrize("architecture", ["jamba", "qwen3_moe", "falcon", "mamba"])
+def test_in_bfloat16_too_the_trial_finds_a_way(architecture: str, tokenizer: PreTrainedTokenizerFast) -> None:
+    llm = LocalLLM(tiny_of(other_configuration(architecture, len(tokenizer))).bfloat16(), tokenizer, "tiny")
+    assert llm.way == OF_OTHERS[architecture]
+    assert np.isfinite(llm.next_logprobs(llm.encode(PREFIX), [llm.encode("the")])).all()
+
+
+def test_a_model_that_looks_ahead_is_refused_when_it_is_opened(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    tiny_of(BertConfig(vocab_size=len(tokenizer), **shape)).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(
+        UserError, match="--llm .*: its logits depend on tokens behind.*choose a causal model"
+    ) as refusal:
+        open_llm(LLMConfig(llm=str(tmp_path), llm_device="cpu", llm_dtype="float32"))
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_model_without_a_longest_context_reads_prompts_of_any_length(tokenizer: PreTrainedTokenizerFast) -> None:
+    llm = LocalLLM(tiny_of(other_configuration("mamba", len(tokenizer))), tokenizer, "tiny")
+    assert llm.next_logprobs(list(range(250)), [list(range(50))]).shape == (1, len(tokenizer))
 
 
 def test_four_bits_without_the_hardware_are_refused() -> None:
@@ -305,12 +434,15 @@ def test_open_llm_reads_a_saved_folder(tmp_path: Path, tokenizer: PreTrainedToke
 def test_a_model_that_does_not_share_its_prefix_says_so(
     tmp_path: Path, tokenizer: PreTrainedTokenizerFast, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for architecture, told in (("llama", False), ("mistral", True)):
-        folder = str(tmp_path / architecture)
-        tiny(architecture, tokenizer).save_pretrained(folder)
+    mamba = tiny_of(other_configuration("mamba", len(tokenizer)))
+    models = {"llama": tiny("llama", tokenizer), "mistral": tiny("mistral", tokenizer), "mamba": mamba}
+    for (name, model), told in zip(models.items(), ("", "which is slower", "much slower"), strict=True):
+        folder = str(tmp_path / name)
+        model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         open_llm(LLMConfig(llm=folder, llm_device="cpu", llm_dtype="bfloat16"))
-        assert ("which is slower" in capsys.readouterr().err) == told
+        said = capsys.readouterr().err
+        assert told in said and ("slower" in said) == bool(told)
 
 
 @pytest.mark.parametrize("name", ["{}/empty", "{}/missing.gguf"])

@@ -18,16 +18,25 @@ from hypothesis import strategies as st
 
 from cratescope.config import ReportConfig
 from cratescope.neurons.records import Histogram, layer_file, read_records, read_scores, write_scores
-from cratescope.report.figures import inline
+from cratescope.report.figures import inline, styles
 from cratescope.report.report import highlight, report, spread
 from cratescope.report.text import number, sparkline, visible
 from cratescope.report.verdict import caveats, headline
 from cratescope.results.compare import Comparison, Quantity, comparisons, sides
 from cratescope.results.runs import Results, load_results
 from cratescope.results.scores import Scores
-from cratescope.results.tables import loss_rows, matched_rows, neuron_rows, paper, quality_rows, score_rows
+from cratescope.results.tables import (
+    FORMULA,
+    loss_rows,
+    matched_rows,
+    neuron_rows,
+    paper,
+    quality_rows,
+    score_rows,
+    write_csv,
+)
 from cratescope.run import Run, UserError, read_json, write_json
-from fake_run import Fake, fake_run, fake_tokenizer
+from fake_run import Fake, fake_run, fake_tokenizer, seal_scores
 
 PRIMARY = Quantity("random-only", "pearson", "shuffled")
 NASTY = "<script>alert('x')</script> \"a\" & $b_c$"
@@ -213,6 +222,7 @@ def test_a_missing_number_is_a_dash_with_its_count_and_never_nan(tmp_path: Path)
     run = fake_run(tmp_path / "silent", Fake(layers=1, size="1l", neurons=5, dead=(2, 3, 4), flat=()))
     path = run.scores("codes", "offline", "list-pmi") / "scores.jsonl"
     path.write_text(re.sub(r'"value": [^,]*', '"value": null', path.read_text()))
+    seal_scores(path.parent)
     text = run.evaluation.read_text()
     run.evaluation.write_text(text.replace('"bits_per_byte": 1.72', '"bits_per_byte": NaN'))
     page = report(ReportConfig(runs=(run.root,), out=tmp_path / "out"), tokenizer=fake_tokenizer()).read_text()
@@ -434,9 +444,7 @@ def test_two_explanation_sets_are_shown_each_with_its_own_scores(runs: tuple[Pat
     ]
     write_scores(folder / "scores.jsonl", [*scores, *moved])
     about = read_json(folder / "scores.json")
-    edit(
-        folder / "scores.json", made_with=about["made_with"] | {"openai": about["made_with"]["top"] | {"llm": "other"}}
-    )
+    seal_scores(folder, made_with=about["made_with"] | {"openai": about["made_with"]["top"] | {"llm": "other"}})
     results = load_results(ReportConfig(runs=(run.root,), out=tmp_path))
     rows = {(row["layer"], row["index"], row["explanation_set"]): row for row in neuron_rows(results)}
     top, other = rows[0, 0, "top"], rows[0, 0, "openai"]
@@ -503,3 +511,55 @@ def test_a_second_run_of_the_same_seed_is_no_replicate(runs: tuple[Path, Path], 
     edit(again / "run.json", seed=99)
     results = load_results(ReportConfig(runs=(*runs, again), out=tmp_path))
     assert {len(pair.a.seeds) for group in comparisons(results, PRIMARY) for pair in group} == {2}
+
+
+FORMULAS = ["=HYPERLINK(0)", "+1", "-1", "@SUM(A1)", "\t=1", "\r=1", "\n=1", "\uff1d1", "'quoted", "'=1"]
+
+
+def test_no_spreadsheet_runs_a_text_of_a_csv_file_and_numbers_stay_numbers(tmp_path: Path) -> None:
+    plain = ["a = b", " =1", "", 'words, "quoted"; more']
+    rows: list[dict[str, Any]] = [{"text": text, "number": -1.5} for text in FORMULAS + plain]
+    write_csv(tmp_path / "a.csv", rows)
+    found = rows_of(tmp_path / "a.csv")
+    cells = [row["text"] for row in found]
+    assert not [cell for cell in cells if cell.startswith(FORMULA[:-1])]
+    assert [cell.removeprefix("'") for cell in cells] == FORMULAS + plain
+    assert cells[len(FORMULAS) :] == plain and {row["number"] for row in found} == {"-1.5"}
+
+
+# Models trained elsewhere
+
+
+def adopted_run(root: Path, family: str = "llama", source: str = "somewhere/tiny-llama") -> Path:
+    """A run of a model of whose training nothing is known."""
+    run = fake_run(root, Fake(family="gpt2", size="2l"))
+    unknown = ("preset", "seed", "steps", "tokens_trained", "n_neurons", "settings", "seconds")
+    manifest = {name: value for name, value in read_json(run.manifest).items() if name not in unknown}
+    write_json(run.manifest, manifest | {"family": family, "adopted": source})
+    run.metrics.unlink()
+    return run.root
+
+
+def test_a_model_trained_elsewhere_has_a_report_of_its_own(tmp_path: Path) -> None:
+    run = adopted_run(tmp_path / "one")
+    page = report(settings_for((run,), tmp_path / "report"), tokenizer=fake_tokenizer()).read_text(encoding="utf-8")
+    assert "tiny-llama" in page and "llama</td>" in page and "<td>None" not in page
+    rows = rows_of(tmp_path / "report" / "scores.csv")
+    assert {(row["preset"], row["seed"], row["tokens_trained"]) for row in rows} == {("llama-2L-6.64M", "", "")}
+    (final,) = rows_of(tmp_path / "report" / "losses.csv")
+    assert (final["kind"], final["step"], final["tokens"]) == ("final", "", "") and float(final["loss"]) > 0
+
+
+def test_a_model_trained_elsewhere_stands_beside_others_and_is_no_side_of_a_comparison(
+    runs: tuple[Path, Path], tmp_path: Path
+) -> None:
+    # The second one would be the twin of the CRATE run by family and name.
+    others = (adopted_run(tmp_path / "llama"), adopted_run(tmp_path / "twin", "gpt2", "somewhere/gpt2-2l"))
+    alone, both = (load_results(settings_for(given, tmp_path / "report")) for given in (runs, (*runs, *others)))
+    assert comparisons(both, PRIMARY) == comparisons(alone, PRIMARY) != []
+    assert matched_rows(both, sides(both)) == matched_rows(alone, sides(alone))
+    assert caveats(both, comparisons(both, PRIMARY), PRIMARY) == caveats(alone, comparisons(alone, PRIMARY), PRIMARY)
+    rows = [row for row in score_rows(both) if row["model"] in ("llama", "twin")]
+    assert rows and all(row["paper"] is None for row in rows)
+    looks = styles(both)
+    assert len({looks[name].colour for name in ("crate", "gpt2", "llama")}) == 3

@@ -6,10 +6,12 @@ import json
 import re
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +21,28 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from cratescope.config import LLMConfig
+from cratescope.config import ExplainConfig, JudgeConfig, LLMConfig, ScoreConfig, SimulateConfig
 from cratescope.lm.tokenizer import train_bpe
-from cratescope.neurons.llm import LanguageModel, llm_identity, open_llm, server
+from cratescope.neurons.explain import explain
+from cratescope.neurons.judge import judge
+from cratescope.neurons.llm import LanguageModel, NoAnswer, RefusedError, llm_identity, open_llm, server
+from cratescope.neurons.llm.answers import EMPTY_ANSWER, REFUSED
 from cratescope.neurons.llm.cache import AnswerCache
 from cratescope.neurons.llm.local import LocalLLM
-from cratescope.run import UserError
+from cratescope.neurons.llm.scripted import ScriptedLLM
+from cratescope.neurons.records import (
+    layer_file,
+    read_explanations,
+    read_judgements,
+    read_records,
+    read_simulations,
+    write_records,
+)
+from cratescope.neurons.score import score
+from cratescope.neurons.simulate import simulate
+from cratescope.run import Run, UserError
+from test_explain import DEAD_INDEX, N_NEURONS, first_word, make_run, settings_for
+from test_judge import silenced
 
 KEY = "sk-very-secret"
 # POST /script sets what the next requests meet; GET /log tells what was asked. An answer is "<n characters>!\nmore".
@@ -382,3 +400,417 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
     assert subprocess.run([sys.executable, "-c", code]).returncode == -9
     assert json.dumps(AnswerCache(path).find([{"prompt": 1}])) == '["kept"]'
+
+
+Reply = tuple[int, Any, dict[str, str]]
+Quirk = Callable[[dict[str, Any]], Reply | dict[str, Any] | bytes]
+
+
+class Quirky:
+    """A server in this process that answers as a function says, and what it was asked."""
+
+    def __init__(self, quirk: Quirk) -> None:
+        asked: list[dict[str, Any]] = []
+
+        class Handler(BaseHTTPRequestHandler):
+            def log_message(self, *_: object) -> None:
+                pass
+
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                asked.append(body)
+                found = quirk(body)
+                status, answer, headers = found if isinstance(found, tuple) else (200, found, {})
+                if isinstance(answer, (dict, list)):
+                    answer = json.dumps(answer).encode()
+                self.send_response(status)
+                for name, value in headers.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                for piece in [answer] if isinstance(answer, bytes) else answer:
+                    self.wfile.write(piece)
+                    self.wfile.flush()
+
+        class Server(ThreadingHTTPServer):
+            def handle_error(self, *_: object) -> None:
+                pass
+
+        self.asked = asked
+        self._http = Server(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._http.server_port}/v1"
+        threading.Thread(target=self._http.serve_forever, args=(0.01,), daemon=True).start()
+
+    def close(self) -> None:
+        self._http.shutdown()
+        self._http.server_close()
+
+
+Start = Callable[[Quirk], Quirky]
+PROTOCOL: dict[str, Any] = {"protocols": ("top-and-random",)}
+
+
+@pytest.fixture
+def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
+    """Starts servers; those started before answer no more when the test ends."""
+    monkeypatch.setenv("CRATESCOPE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr(server, "FIRST_WAIT", 0.001)
+    started: list[Quirky] = []
+
+    def one(quirk: Quirk) -> Quirky:
+        started.append(Quirky(quirk))
+        return started[-1]
+
+    yield one
+    for running in started:
+        running.close()
+
+
+def asking(running: Quirky, **changes: Any) -> LLMConfig:
+    return replace(LLMConfig(llm=running.url, llm_model="m", llm_timeout=5, llm_chat=True), **changes)
+
+
+def said(text: Any, finish: str | None = "stop", **message: Any) -> dict[str, Any]:
+    """An answer that holds a text for both ways of asking."""
+    return {"choices": [{"text": text, "message": {"content": text} | message, "finish_reason": finish}]}
+
+
+FINE = said(" a river")
+FILTERED = {"error": {"message": "The prompt was filtered", "code": "content_filter", "param": "prompt"}}
+
+
+def refusing(option: str, status: int, body: Any) -> Quirk:
+    return lambda asked: (status, body, {}) if option in asked else FINE
+
+
+def named(option: str, message: str = "Unsupported parameter: '{}' is not supported") -> dict[str, Any]:
+    return {"error": {"message": message.format(option), "param": option}}
+
+
+@pytest.mark.parametrize("chat", [True, False])
+@pytest.mark.parametrize(
+    ("option", "status", "body"),
+    [
+        ("max_tokens", 400, named("max_tokens", "'{}' is not supported; use 'max_completion_tokens' instead")),
+        ("temperature", 400, named("temperature")),
+        ("seed", 422, {"detail": [{"type": "extra_forbidden", "loc": ["body", "seed"], "msg": "Extra inputs"}]}),
+        ("seed", 500, b"seed is not supported"),
+        ("seed", 200, {"error": {"message": "unknown field: seed"}}),
+        ("stop", 400, named("stop")),
+    ],
+    ids=str,
+)
+def test_a_refused_option_is_left_out_and_said_once(
+    start: Start, capsys: pytest.CaptureFixture[str], chat: bool, option: str, status: int, body: Any
+) -> None:
+    running = start(refusing(option, status, body))
+    llm = opened(asking(running, llm_chat=chat))
+    assert [str(answer).strip() for answer in generated(llm, *"abcdef")] == ["a river"] * 6
+    assert [str(answer).strip() for answer in generated(llm, "g")] == ["a river"]
+    refused = option in running.asked[0]
+    assert capsys.readouterr().err.count(f"the server refuses {option}") == refused
+    assert option not in running.asked[-1]
+    assert running.asked[-1].get("max_completion_tokens") == (60 if option == "max_tokens" else None)
+
+
+def test_options_refused_one_after_the_other_come_to_an_end(start: Start) -> None:
+    def strict(asked: dict[str, Any]) -> Reply | dict[str, Any]:
+        odd = asked.keys() - {"model", "messages"}
+        return (400, named(sorted(odd)[0]), {}) if odd else FINE
+
+    running = start(strict)
+    assert generated(opened(asking(running)), "a") == ["a river"]
+    assert len(running.asked) == 5  # seed, temperature, max_tokens, then max_completion_tokens
+
+    always = start(lambda _: (400, named("seed"), {}))
+    with pytest.raises(UserError, match="'seed' is not supported"):
+        generated(opened(asking(always)), "a")
+    assert len(always.asked) == 2
+
+
+def test_a_system_message_that_is_refused_becomes_part_of_the_question(start: Start) -> None:
+    def quirk(asked: dict[str, Any]) -> Reply | dict[str, Any]:
+        system = asked["messages"][0]["role"] == "system"
+        return (400, {"error": {"message": "System role not supported"}}, {}) if system else FINE
+
+    running = start(quirk)
+    assert generated(opened(asking(running)), "fix") == ["a river"]
+    (message,) = running.asked[-1]["messages"]
+    assert message == {"role": "user", "content": f"{server.CONTINUE}\n\nprefix"}
+
+
+def test_the_server_s_reason_is_told_and_not_that_others_were_stopped(start: Start) -> None:
+    for status in (401, 404, 429):
+        running = start(lambda _, status=status: (status, {"error": {"message": "insufficient_quota of yours"}}, {}))
+        for _ in range(3):
+            with pytest.raises(UserError, match="of yours"):
+                generated(opened(asking(running)), *"abcdefghijklmnop")
+    running = start(lambda _: (400, {"error": {"message": "no such thing"}}, {}))
+    with pytest.raises(RefusedError, match="no such thing"):
+        generated(opened(asking(running)), *"abcdefgh")
+
+
+@pytest.mark.parametrize(
+    ("reply", "told"),
+    [
+        ({"error": {"message": "model is overloaded", "code": 502}}, r"status 502 \(model is overloaded\), 6 times"),
+        ({"object": "error", "message": "overloaded"}, r"status 500 \(overloaded\), 6 times"),
+        (b"", "an empty body"),
+        (b"<html><title>Down for repair</title></html>", "Down for repair"),
+        (b"\xff\xfe half", "half"),
+        ({"choices": None, "note": "hm"}, "not OpenAI's JSON"),
+        ({"choices": [[]]}, "not OpenAI's JSON"),
+        ({"choices": [{"message": {"content": {"a": 1}}}]}, "not OpenAI's JSON"),
+        (b"[" * 100_000, "not OpenAI's JSON"),
+        (b'{"choices": ' + b"1" * 5000 + b"}", "not OpenAI's JSON"),
+        ((429, {"error": {"message": "You exceeded your current quota"}}, {}), "the account has nothing left"),
+        ((402, {"error": {"message": "Insufficient Balance"}}, {}), "Insufficient Balance"),
+        ((301, b"", {"Location": "https://elsewhere/v1"}), "moved to https://elsewhere/v1"),
+        ((403, {"error": {"message": "no access"}}, {}), r"no access.*right key in \$OPENAI_API_KEY"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_what_cannot_be_used_is_one_line_in_the_server_s_words(start: Start, reply: Any, told: str) -> None:
+    running = start(lambda _: reply)
+    with pytest.raises(UserError, match=told) as caught:
+        generated(opened(asking(running)), "a")
+    assert "\n" not in str(caught.value)
+    assert len(running.asked) == (1 if isinstance(reply, tuple) else server.TRIES)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"\xef\xbb\xbf" + json.dumps(FINE).encode(),
+        b"data: " + json.dumps(FINE).encode() + b"\n\ndata: [DONE]\n\n",
+        b"\n\n    " + json.dumps(FINE).encode(),
+        said("<think>\nhm\n</think>\n\na river"),
+        said("hm\n</think>\n\na river"),
+        said("\n\n a river\nmore"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("chat", [True, False])
+def test_odd_answers_are_read(start: Start, answer: Any, chat: bool) -> None:
+    assert generated(opened(asking(start(lambda _: answer), llm_chat=chat)), "a")[0].strip() == "a river"
+
+
+@pytest.mark.parametrize("header", ["20ms", "nan", "-3", "Wed, 21 Oct 2015 07:28:00 GMT", "1e99", "soon"])
+def test_a_wait_asked_for_in_any_form_is_bounded(start: Start, monkeypatch: pytest.MonkeyPatch, header: str) -> None:
+    monkeypatch.setattr(server, "LONGEST_WAIT", 0.05)
+    replies = [(429, {"error": {"message": "slow down"}}, {"Retry-After": header})]
+    running = start(lambda _: replies.pop() if replies else FINE)
+    begun = time.monotonic()
+    assert generated(opened(asking(running)), "a") == ["a river"]
+    assert time.monotonic() - begun < 2
+
+
+def test_blanks_that_keep_a_line_open_do_not_keep_it_for_ever(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "TRIES", 1)
+
+    def blanks() -> Iterator[bytes]:
+        for _ in range(30):
+            time.sleep(0.1)
+            yield b" "
+
+    running = start(lambda _: (200, blanks(), {"Content-Length": "1000"}))
+    with pytest.raises(UserError, match="--llm-timeout"):
+        generated(opened(asking(running, llm_timeout=1)), "a")
+
+
+def test_useless_answers_are_not_kept_and_older_ones_not_served(start: Start) -> None:
+    replies = [said(None, "length"), said("", "content_filter"), said("<think>\nhm", "length"), FINE]
+    running = start(lambda _: replies[min(len(running.asked), 4) - 1])
+    llm = opened(asking(running))
+    found = [generated(llm, "a")[0] for _ in range(5)]
+    assert [isinstance(answer, NoAnswer) for answer in found] == [True] * 3 + [False] * 2
+    assert len(running.asked) == 4  # the last one was kept
+
+    chat = {"messages": [{"role": "system", "content": server.CONTINUE}, {"role": "user", "content": "preb"}]}
+    body = {"model": "m", "max_tokens": 60, "temperature": 0, "seed": 0} | chat
+    cache = AnswerCache(Path(config_cache()) / "answers.sqlite3")
+    request = {"url": running.url, "path": "chat/completions", "body": body}
+    for old, answers in (
+        ("", ["a river"]),
+        ("<think>\nhm", ["a river"]),
+        ("<think>hm</think>\nan old one", ["an old one"]),
+    ):
+        cache.store(request, old)
+        assert generated(llm, "b") == answers
+
+
+def test_half_a_character_is_replaced_and_said(start: Start, capsys: pytest.CaptureFixture[str]) -> None:
+    llm = opened(asking(start(lambda _: said("a river \ud83d"))))
+    for _ in range(2):  # from the server and from the cache
+        assert generated(llm, "a") == ["a river \ufffd"]
+        assert "1 answers hold half a character" in capsys.readouterr().err
+
+
+def test_a_key_that_no_header_can_hold_is_named(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "clé secrète")
+    with pytest.raises(UserError, match=r"\$OPENAI_API_KEY: not a key") as caught:
+        opened(asking(start(lambda _: FINE)))
+    assert "secr" not in str(caught.value)
+
+
+def word_of(asked: dict[str, Any]) -> str:
+    """The strongest word of the neuron that a request is about."""
+    text = asked["messages"][-1]["content"] if "messages" in asked else asked["prompt"]
+    return re.findall(r"Words: (\w+)", text)[-1]
+
+
+def explaining(run: Run, running: Quirky, **changes: Any) -> ExplainConfig:
+    return ExplainConfig(run.root, protocols=("top-and-random",), llm=asking(running, **changes))
+
+
+@pytest.mark.parametrize("batch", [1, 3, 16])
+def test_one_refused_prompt_is_a_named_skip_and_the_others_are_done(start: Start, tmp_path: Path, batch: int) -> None:
+    run = make_run(tmp_path / "run", layers=(0,))
+
+    def quirk(asked: dict[str, Any]) -> Reply | dict[str, Any]:
+        return (400, FILTERED, {}) if word_of(asked) == "cat" else said(f"the word {word_of(asked)}")
+
+    running = start(quirk)
+    (folder,) = explain(explaining(run, running, llm_batch=batch))
+    found = {neuron.index: item for neuron, item in read_explanations(folder).items()}
+    assert {index for index, item in found.items() if item.skipped} == {1, DEAD_INDEX}
+    assert found[1].skipped == f"{REFUSED}status 400 (The prompt was filtered (content_filter))"
+    assert found[0].text == "the word dog"
+    # Another run of the command loses nothing, and the one that was refused may be asked for again.
+    asked = len(running.asked)
+    explain(explaining(run, running, llm_batch=batch))
+    assert len(running.asked) == asked
+    (folder / "0" / "1.json").unlink()
+    explain(explaining(run, running, llm_batch=batch))
+    assert len(read_explanations(folder)) == N_NEURONS
+
+
+@pytest.mark.parametrize(
+    ("reply", "told"),
+    [
+        (said(None, "length", reasoning_content="hm"), "no answer within 60 tokens.*--llm-max-tokens"),
+        (said("<think>\nhm", "length"), "--llm-max-tokens"),
+        (said(""), f"{EMPTY_ANSWER}.*--llm-max-tokens"),
+        (said(None, "stop", refusal="I cannot."), "refusal: I cannot.*--llm-model"),
+        ((400, {"error": {"message": "no such thing"}}, {}), "no such thing"),
+        ((400, FILTERED, {}), "The prompt was filtered"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("batch", [1, 16])
+def test_when_no_answer_can_be_used_nothing_is_written(
+    start: Start, tmp_path: Path, reply: Any, told: str, batch: int
+) -> None:
+    run = make_run(tmp_path / "run", layers=(0, 1, 2))
+    running = start(lambda _: reply)
+    with pytest.raises(UserError, match=told) as caught:
+        explain(explaining(run, running, llm_batch=batch))
+    assert "\n" not in str(caught.value)
+    assert len(running.asked) <= 16 + 7  # a batch ends with its layer
+    assert not (run.root / "explanations").exists()
+    # What was advised can be done: the folder belongs to nothing yet.
+    fine = start(lambda _: FINE)
+    (folder,) = explain(explaining(run, fine, llm_max_tokens=2000))
+    assert {asked["max_tokens"] for asked in fine.asked} == {2000}
+    assert len(read_explanations(folder)) == 3 * N_NEURONS
+    with pytest.raises(UserError, match="max_tokens = 2000, not 60"):
+        explain(explaining(run, fine))
+
+
+def test_a_token_limit_below_one_is_named() -> None:
+    with pytest.raises(UserError, match="--llm-max-tokens 0: has to be 1 or more"):
+        LLMConfig(llm_max_tokens=0)
+
+
+def likeliest(asked: dict[str, Any], tokens: Sequence[int] = (1, 2)) -> dict[str, Any]:
+    """Log-probabilities at every place of a prompt, alike everywhere."""
+    tops: list[Any] = [{f"token_id:{token}": -1.0 - token / 1000 for token in tokens}]
+    if asked.get("echo"):
+        tops = [None, *tops * len(asked["prompt"])]
+    return {"choices": [{"text": "", "logprobs": {"top_logprobs": tops}}]}
+
+
+@pytest.fixture
+def explained(tmp_path: Path) -> Run:
+    """A run with explanations of three neurons, all of which can be simulated and judged."""
+    run = make_run(tmp_path / "run", layers=(0,))
+    path = layer_file(run.records("codes"), 0)
+    write_records(path, [silenced(record, index) for index, record in read_records(path).items()])
+    explain(settings_for(run, neurons=3, protocols=("top-and-random",)), ScriptedLLM(first_word))
+    return run
+
+
+@pytest.mark.parametrize("stage", ["simulate", "judge"])
+def test_a_window_that_is_refused_skips_its_neuron_only(
+    start: Start, explained: Run, tmp_path: Path, stage: str
+) -> None:
+    folder = explained.explanations("codes", "scripted", "top")
+    texts = [item.text for item in read_explanations(folder).values() if item.text]
+    assert len(texts) > 1
+    tokenizer = train_bpe(iter([*["10"] * 99, "0 10 1 yes no the word dog The detector finds Text Answer Tokens"]), 350)
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    digits = [tokenizer(text).input_ids[0] for text in ("0", "1", "10", " yes", " no")]
+    assert len(tokenizer("10").input_ids) == 1
+
+    def quirk(asked: dict[str, Any]) -> Reply | dict[str, Any]:
+        last = tokenizer.decode(asked["prompt"]).rpartition("The detector finds: ")[2]
+        return (400, FILTERED, {}) if last.startswith(texts[0]) else likeliest(asked, digits)
+
+    def done_with(running: Quirky) -> list[Any]:
+        llm = asking(running, llm_chat=False, llm_tokenizer=str(tmp_path / "tokenizer"))
+        open_llm.cache_clear()
+        options = {"explainer": "scripted", "protocols": ("top-and-random",), "llm": llm}
+        if stage == "judge":
+            return [
+                item for folder in judge(JudgeConfig(explained.root, **options)) for item in read_judgements(folder)
+            ]
+        folders = simulate(SimulateConfig(explained.root, simulator="all-at-once", **options))
+        return [item for folder in folders for item in read_simulations(folder).values()]
+
+    with pytest.raises(UserError, match="no such thing"):
+        done_with(start(lambda _: (400, {"error": {"message": "no such thing"}}, {})))
+    found = done_with(start(quirk))
+    refused = [item for item in found if str(item.skipped).startswith(REFUSED)]
+    if stage == "judge":  # a neuron is refused for its own text, or for that of the wrong one it is compared with
+        assert texts[0] in {item.text for item in refused}
+        assert any(item.probabilities for item in found)
+    else:
+        assert [item.texts["none"] for item in refused if "none" not in item.expected] == [texts[0]]
+        assert [item.texts["none"] for item in found if "none" in item.expected] == texts[1:]
+        scores = score(ScoreConfig(explained.root, explainer="scripted", simulator="all-at-once", **PROTOCOL))
+        assert any(REFUSED in reason for reason in scores["protocols"]["top-and-random"]["layers"][0]["none_reasons"])
+    never = start(lambda _: (500, b"", {}))
+    assert done_with(never) == found
+    assert never.asked == []
+
+
+@pytest.mark.parametrize(
+    ("quirk", "sent"),
+    [
+        (lambda asked: (400, named("logprobs"), {}) if asked["logprobs"] == 20 else likeliest(asked), {"logprobs": 5}),
+        (
+            lambda asked: (
+                likeliest(asked) if asked["logprobs"] is True else (422, named("logprobs", "a boolean: {}"), {})
+            ),
+            {"logprobs": True, "top_logprobs": 20},
+        ),
+        (refusing("max_tokens", 400, named("max_tokens")), None),
+        (lambda asked: (400, named("logprobs", "no {} here"), {}), None),
+        (lambda asked: (400, named("echo"), {}) if "echo" in asked else likeliest(asked), None),
+    ],
+    ids=["five", "boolean", "none with", "none at all", "echo"],
+)
+def test_log_probabilities_are_asked_for_in_the_way_a_server_takes(
+    start: Start, local: tuple[LocalLLM, Path], quirk: Quirk, sent: dict[str, Any] | None
+) -> None:
+    running = start(quirk)
+    llm = opened(asking(running, llm_chat=False, llm_tokenizer=str(local[1])))
+    if sent:
+        assert llm.slot_logprobs([5], [[6, 7, 8]], [[1, 3]], [1, 2])[0] == pytest.approx(
+            np.array([[-1.001, -1.002]] * 2)
+        )
+        assert running.asked[-1].items() >= sent.items()
+    else:
+        with pytest.raises(UserError, match="gives no log-probabilities"):
+            llm.slot_logprobs([5], [[6, 7, 8]], [[1, 3]], [1, 2])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -107,3 +108,22 @@ def test_what_is_not_there_is_named(run: Run, changes: dict[str, Any], words: st
 def test_the_command_prints_without_colour_into_a_pipe(run: Run) -> None:
     text = cli.run(["show", str(run.root), "1", "2"])
     assert "layer 1 · neuron 2" in text and "\x1b[" not in text
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape", "backslashreplace"])
+def test_a_terminal_of_any_encoding_gets_the_card(
+    run: Run, encoding: str, errors: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors=errors) for _ in range(2))
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", out)
+        patch.setattr(sys, "stderr", err)
+        cli.run_and_exit(["show", str(run.root), "0", "1"])
+        with pytest.raises(SystemExit):
+            cli.run_and_exit(["show", str(run.root / "caf\udce9 \u2588"), "0", "1"])
+    for stream in (out, err):
+        stream.flush()
+    shown = out.buffer.getvalue().decode(encoding)  # type: ignore[attr-defined]
+    assert "months and dates" in shown and ("█" in shown) == (encoding == "utf-8")
+    assert err.buffer.getvalue().startswith(b"cratescope: ")  # type: ignore[attr-defined]

@@ -7,9 +7,11 @@ import torch
 from transformers import GPT2Config, GPTNeoXConfig, LlamaConfig, Qwen2Config
 
 from cratescope.models import CrateConfig
+from cratescope.models.folder import skeleton
 from cratescope.models.presets import build
 from cratescope.neurons.sites import BUILT_IN, Intervention, Site, intervene, partial_pass, read_site, site_named
 from cratescope.run import UserError
+from tiny_models import tiny_config
 
 SHAPE = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
 CONFIGS = {
@@ -30,7 +32,7 @@ def models():
 
 @pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind in CONFIGS for name in BUILT_IN[kind]])
 def test_every_built_in_site_is_read(models, kind, name):
-    model, site = models[kind], site_named(name, kind)
+    model, site = models[kind], site_named(name, models[kind])
     with torch.no_grad(), read_site(model, site, [0, 2]) as found:
         hidden = model(TOKENS, output_hidden_states=True).hidden_states
     width = 64 if (kind, name) == ("gpt2", "mlp") else WIDTHS[name]
@@ -42,7 +44,7 @@ def test_every_built_in_site_is_read(models, kind, name):
 @pytest.mark.parametrize("kind", ["gpt2", "gpt_neox", "llama", "qwen2"])
 def test_an_mlp_site_is_what_the_last_projection_is_given(models, kind):
     """So setting all of it to zero leaves of the MLP nothing but the projection's bias."""
-    model, site = models[kind], site_named("auto", kind)
+    model, site = models[kind], site_named("auto", models[kind])
     projections = {"gpt2": "c_proj", "gpt_neox": "dense_4h_to_h"}
     path = site.pattern.rpartition(".mlp.")[0] + ".mlp"
     mlp, given = Site("mlp", path).module(model, 1), []
@@ -56,7 +58,7 @@ def test_an_mlp_site_is_what_the_last_projection_is_given(models, kind):
 @pytest.mark.parametrize("kind", CONFIGS)
 @pytest.mark.parametrize("name", ["auto", "attention", "residual"])
 def test_an_intervention_reaches_the_output_and_leaves_no_trace(models, kind, name):
-    model, site = models[kind], site_named(name, kind)
+    model, site = models[kind], site_named(name, models[kind])
     with torch.no_grad():
         before = model(TOKENS).logits
         with intervene(model, Intervention(site, 1, 5, 3.0)), read_site(model, site, [1, 2]) as found:
@@ -67,7 +69,7 @@ def test_an_intervention_reaches_the_output_and_leaves_no_trace(models, kind, na
 
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_a_pass_stops_behind_the_last_wanted_layer(models, kind):
-    model, site, seen, reached = models[kind], site_named("auto", kind), [], []
+    model, site, seen, reached = models[kind], site_named("auto", models[kind]), [], []
     handles = [
         module.register_forward_hook(lambda *_, name=name: reached.append(name))
         for name, module in model.named_modules()
@@ -91,23 +93,63 @@ def test_a_wrong_name_is_refused_with_the_nearest_ones(models):
         UserError, match=r"no module 'model\.layers\.0\.mlp\.down'; nearest: model\.layers\.0\.mlp\.down_proj"
     ):
         Site("x", "model.layers.{layer}.mlp.down:input").module(models["llama"], 0)
-    with pytest.raises(UserError, match="no site 'codes' for a gpt2 model .it has mlp, attention, residual"):
-        site_named("codes", "gpt2")
-    with pytest.raises(UserError, match="no site 'auto' for a bloom model .it has no built-in site"):
-        site_named("auto", "bloom")
+    with pytest.raises(
+        UserError, match=r"no site 'codes' for a gpt2 model .it has mlp, attention, residual.*\{layer\}"
+    ):
+        site_named("codes", models["gpt2"])
     with pytest.raises(UserError, match="layer 3 is out of range"):
-        site_named("auto", "llama").module(models["llama"], 3)
+        site_named("auto", models["llama"]).module(models["llama"], 3)
 
 
 def test_a_module_without_neurons_is_refused(models):
     model = models["gpt2"]
     with (
-        pytest.raises(UserError, match="name a module with a tensor"),
-        read_site(model, Site("x", "transformer.h.{layer}.attn:input"), [0]),
-    ):
-        model.transformer.h[0].attn(hidden_states=torch.zeros(1, 2, 16))
-    with (
-        pytest.raises(UserError, match=r"shape \(24, 3, 16\)|shape"),
+        pytest.raises(UserError, match=r"shape \(3, 16\); name a module with a tensor"),
         read_site(model, Site("x", "transformer.h.{layer}.mlp"), [0]),
     ):
         model.transformer.h[0].mlp(torch.zeros(3, 16))
+
+
+def test_an_input_given_by_name_is_read_and_edited(models):
+    site, model = Site("x", "model.layers.{layer}.self_attn:input"), models["llama"]
+    with torch.no_grad(), read_site(model, site, [0]) as found:
+        before = model(TOKENS).logits
+    assert found[0].shape == (2, 12, 16)
+    with torch.no_grad(), intervene(model, Intervention(site, 0, 3, 9.0)), read_site(model, site, [0]) as found:
+        assert not torch.allclose(before, model(TOKENS).logits)
+    assert (found[0][..., 3] == 9.0).all()
+
+
+@pytest.mark.parametrize(
+    ("kind", "mlp", "attention"),
+    [
+        ("bloom", "transformer.h.{layer}.mlp.dense_4h_to_h:input", "transformer.h.{layer}.self_attention"),
+        ("opt", "model.decoder.layers.{layer}.fc2:input", "model.decoder.layers.{layer}.self_attn"),
+        ("bert", "bert.encoder.layer.{layer}.output.dense:input", "bert.encoder.layer.{layer}.attention"),
+        ("lfm2", "model.layers.{layer}.feed_forward.w2:input", "model.layers.{layer}.self_attn"),
+        ("gemma3n_text", "model.layers.{layer}.mlp.down_proj:input", "model.layers.{layer}.self_attn"),
+        ("git", "git.encoder.layer.{layer}.output.dense:input", "git.encoder.layer.{layer}.attention"),
+    ],
+)
+def test_sites_of_other_families_are_found_in_names_and_shapes(kind, mlp, attention):
+    model = skeleton(tiny_config(kind))
+    assert site_named("auto", model).pattern == mlp
+    assert site_named("attention", model).pattern == attention
+    assert site_named("residual", model).pattern == mlp.partition("{layer}")[0] + "{layer}"
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "mamba"])
+def test_a_model_without_an_mlp_of_all_tokens_is_answered_with_its_projections(kind):
+    model = skeleton(tiny_config(kind))
+    with pytest.raises(
+        UserError, match=r"no site 'auto' for a .*residual.*\{layer\} in it: .*\.layers\.\{layer\}\.m"
+    ) as said:
+        site_named("auto", model)
+    assert Site("x", str(said.value).rpartition(" ")[2]).layers(model) == [0, 1]
+
+
+def test_layers_that_lack_a_site_are_named(models):
+    model = skeleton(tiny_config("lfm2_moe"))
+    assert Site("x", "model.layers.{layer}.self_attn").layers(model) == [1]
+    with pytest.raises(UserError, match=r"layer 0 has no 'model\.layers\.0\.self_attn'; .*: --layers 1$"):
+        Site("x", "model.layers.{layer}.self_attn").module(model, 0)

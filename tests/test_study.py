@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -141,22 +142,125 @@ def test_a_mistake_in_the_last_section_is_found_before_any_work(plan, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+def test_a_study_is_read_by_its_byte_order_mark(encoding, tmp_path):
+    (tmp_path / "plan.toml").write_text('title = "é"\r\n[[model]]\nname = "a"\n', encoding=encoding)
+    assert read_plan(tmp_path / "plan.toml") == {"title": "é", "model": [{"name": "a"}]}
+
+
+def test_a_study_in_another_encoding_is_refused(tmp_path):
+    for text in ('title = "é"'.encode("latin-1"), 'title = "e"'.encode("utf-16-le"), b"\xff\xfet"):
+        (tmp_path / "plan.toml").write_bytes(text)
+        with pytest.raises(UserError, match="plan.toml: not valid TOML"):
+            read_plan(tmp_path / "plan.toml")
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("[[model", "not valid TOML"),
+        ("a = " + "[" * 10**4, "not valid TOML"),
+        ("a = " + "9" * 5000, "not valid TOML"),
         ("[trian]\nsteps = 1", r"no section \[trian\]"),
         ("[train]\nsteps = 1", "at least one"),
         ("train = 3", r"write \[train\]"),
         ("[model]\nname = 'a'", "two brackets"),
         ("[[model]]\npreset = 'crate-1l'", "each with a name"),
         ("[[model]]\nname = 'a'\n[[model]]\nname = 'a'", "a name of its own"),
+        ("model = [1]", "two brackets"),
+        ("title = ['a', 'b']\n[[model]]\nname = 'a'", r"title = \['a', 'b'\] is not a title"),
+        ("title = ''\n[[model]]\nname = 'a'", "title = '' is not a title"),
+        (f"x = {'9' * 5000}", "not valid TOML"),
+        (f"[train]\nsteps = 0x{'F' * 6000}", "not valid TOML"),
+        (f"x = {'[' * 5000}", "not valid TOML"),
     ],
+    ids=lambda value: value[:30],
 )
 def test_a_wrong_study_file_is_refused(tmp_path, text, message):
     (tmp_path / "plan.toml").write_text(text)
     with pytest.raises(UserError, match=message):
         read_plan(tmp_path / "plan.toml")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("../../../escaped", "a slash"),
+        ("/somewhere", "a slash"),
+        ("a\\b", "a slash"),
+        ("a\nb", "invisible"),
+        ("a\0b", "invisible"),
+        ("a\u202eb", "invisible"),
+        ("", "is no name"),
+        (".", "a dot"),
+        ("..", "a dot"),
+        (".hidden", "a dot"),
+        ("a ", "a space"),
+        ("x" * 161, "longer"),
+        ("é" * 81, "longer"),
+        ("CRATE", "another one too"),
+        (3, "is no name"),
+        (["a"], "is no name"),
+    ],
+)
+def test_a_model_name_that_is_no_folder_of_its_own_is_refused(tmp_path, name, message):
+    (tmp_path / "plan.toml").write_text(
+        f'[prepare]\nsource = "x"\n[[model]]\nname = "crate"\n[[model]]\nname = {json.dumps(name)}\n'
+    )
+    with pytest.raises(UserError, match=rf"\[\[model\]\] name = .*{message}"):
+        study(StudyConfig(tmp_path / "plan.toml", tmp_path / "out" / "here"))
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.toml"]
+
+
+@pytest.mark.parametrize(
+    ("section", "line", "message"),
+    [
+        ("train", "steps = -1", "--steps -1: has to be 0 or more"),
+        ("train", "steps = nan", "steps = nan"),
+        ("train", "steps = true", "steps = True"),
+        ("train", "steps = [1, 2]", r"steps = \[1, 2\]"),
+        ("train", "steps = {a = 1}", "steps = {'a': 1}"),
+        ("train", "steps = 1979-05-27", "steps = datetime"),
+        ("train", "steps = 99999999999999999999", "steps = 9999"),
+        ("train", "clip = inf", "--clip inf"),
+        ("train", "adam_betas = [0.9, 0.9, 0.9]", r"adam_betas = \[0.9"),
+        ("train", "fsdp = 1", "fsdp = 1"),
+        ("train", "preset = 'crate-9l'", "no preset 'crate-9l'"),
+        ("train", "crate = {ista_steps = nan}", "--crate ista_steps = 'nan' is not a int"),
+        ("train", "crate = {ista_expansion = 1000000}", "ista_expansion = 1000000"),
+        ("train", "llm = 'x'", "has no option 'llm'"),
+        ("evaluate", "on = ['heldout', '-x']", r"on = \['heldout', '-x'\]"),
+        ("collect", "dump = 'yes'", "dump = 'yes'"),
+        ("explain", "llm = ''", "--llm: is empty"),
+        ("explain", "llm_batch = 'many'\nllm = 'x'", "llm_batch = 'many'"),
+        ("explain", "protocols = ['uniform', 'nosuch']", "--protocols nosuch: not a protocol"),
+        ("simulate", "llm = 'http://localhost/v1'", "a server tells of the likeliest tokens only"),
+        ("judge", "scorer = []", r"scorer = \[\]"),
+        ("report", "cards = [1, 2]", r"cards = \[1, 2\]"),
+        ("report", "primary = 'nosuch/pearson'", "there is no protocol 'nosuch'"),
+    ],
+)
+def test_a_wrong_option_is_found_before_any_work_by_section_and_name(tmp_path, section, line, message):
+    (tmp_path / "plan.toml").write_text(
+        f'[prepare]\nsource = "x"\n[{section}]\n{line}\n[[model]]\nname = "a"\n', encoding="utf-8"
+    )
+    with pytest.raises(UserError, match=rf"\[{section}\] .*{message}"):
+        study(StudyConfig(tmp_path / "plan.toml", tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_section_without_what_it_needs_is_refused_by_that_name(tmp_path):
+    (tmp_path / "plan.toml").write_text('[[model]]\nname = "a"\n')
+    with pytest.raises(UserError, match=r"\[prepare\] source is missing"):
+        study(StudyConfig(tmp_path / "plan.toml", tmp_path / "out"))
+
+
+def test_values_that_look_like_options_and_a_byte_order_mark_are_read(tmp_path):
+    text = 'title = "--all [/b] of it"\n[prepare]\nsource = "x"\n[explain]\nllm_model = ""\n[[model]]\nname = "-a"\n'
+    (tmp_path / "plan.toml").write_text(text, encoding="utf-8-sig")
+    plan = read_plan(tmp_path / "plan.toml")
+    check(plan, tmp_path / "plan.toml")
+    assert plan["title"] == "--all [/b] of it"
 
 
 STUDIES = sorted((Path(__file__).parent.parent / "studies").glob("*.toml"))

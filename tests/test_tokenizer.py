@@ -90,7 +90,7 @@ def test_only_bpe_specs_have_a_size(spec, size):
     assert vocabulary_size(spec) == size
 
 
-@pytest.mark.parametrize("spec", ["bpe:256", "bpe:", "bpe:many", "bpe:-4"])
+@pytest.mark.parametrize("spec", ["bpe:256", "bpe:", "bpe:many", "bpe:-4", "bpe:99999999999", "bpe:1000001", "bpe:٣٠٠"])
 def test_a_bad_bpe_size_is_refused(spec):
     with pytest.raises(UserError, match=f"tokenizer {spec}: N of bpe:N"):
         vocabulary_size(spec)

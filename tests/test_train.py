@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -96,12 +97,12 @@ def test_zero_steps_write_the_untrained_control(data_folder, tmp_path):
             {"batch_tokens": 100},
             "batch_tokens = 100 is no multiple of micro_batch x context x processes = 2 x 32 x 1 = 64",
         ),
-        ({"save_every": 3, "log_every": 2}, "save_every = 3 is no multiple of log_every = 2"),
+        ({"save_every": 3, "log_every": 2}, "--save-every 3: is no multiple of --log-every 2"),
         ({"context": 100_000, "batch_tokens": 200_000}, "fewer than one crop of 100000"),
         ({"preset": "crate-9l"}, "no preset 'crate-9l'"),
-        ({"keep": 1}, "at least 2"),
-        ({"milestones": (0.5, 1.5)}, "milestones: 1.5 is no fraction"),
-        ({"workers": -1}, "workers = -1"),
+        ({"keep": 1}, "--keep 1: has to be 2 or more"),
+        ({"milestones": (0.5, 1.5)}, "--milestones 1.5: has to be 1 or less"),
+        ({"workers": -1}, "--workers -1: has to be 0 or more"),
         ({"fsdp": True}, "fsdp shards over several GPUs"),
     ],
 )
@@ -174,3 +175,8 @@ def test_the_peak_of_matrix_products_is_measured_in_under_a_second():
     start = time.monotonic()
     assert gemm_peak(torch.device("cpu"), torch.float32) > 1e9
     assert time.monotonic() - start < 1
+
+
+def test_a_run_names_its_data_by_a_path_that_leads_there(runs_folder, data_folder):
+    run = Run(runs_folder / "crate")
+    assert run.data_path().samefile(data_folder) and not Path(run.read_manifest()["data"]["path"]).is_absolute()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 TITLES = {"crate": "CRATE", "gpt2": "GPT-2"}
@@ -57,21 +58,23 @@ class Arm:
         return cls(family, attention, feed_forward, size, site, seed, tokens, variant)
 
     @classmethod
-    def adopted(cls, family: str, layers: int, parameters: int, site: str) -> Arm:
-        """The arm of a model that was trained elsewhere; nothing is known of its training."""
+    def adopted(cls, source: str, family: str, layers: int | None, parameters: int, site: str) -> Arm:
+        """The arm of a model trained elsewhere: each is an arm of its own, and nothing is known of its training."""
         millions = parameters / 1e6
-        size = f"{layers}L-{millions / 1000:.3g}B" if millions >= 1000 else f"{layers}L-{millions:.3g}M"
-        return cls(family, "mhsa", "mlp", size, site, None, None)
+        large = f"{millions / 1000:.3g}B" if millions >= 1000 else f"{millions:.3g}M"
+        size = f"{layers}L-{large}" if layers else large
+        return cls(family, "mhsa", "mlp", size, site, None, None, Path(source).name)
 
     @classmethod
     def of(cls, manifest: Mapping[str, Any]) -> Arm:
         """The arm that a run.json names, also one of a version that wrote its parts only."""
         if "arm" in manifest:
             return cls(**manifest["arm"])
-        if "preset" in manifest:
-            overrides = manifest.get("settings", {}).get("crate") or {}
-            return cls.trained(manifest["preset"], manifest["seed"], manifest["tokens_trained"], overrides)
-        return cls.adopted(manifest["family"], manifest["n_layer"], manifest["parameters"], "mlp")
+        if "adopted" in manifest:
+            source, family = manifest["adopted"], manifest["family"]
+            return cls.adopted(source, family, manifest["n_layer"], manifest["parameters"], "mlp")
+        overrides = manifest.get("settings", {}).get("crate") or {}
+        return cls.trained(manifest["preset"], manifest["seed"], manifest["tokens_trained"], overrides)
 
     def row(self) -> dict[str, Any]:
         """What run.json keeps."""

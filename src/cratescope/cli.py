@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import errno
+import io
+import os
 import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
 from cratescope import config as settings
 from cratescope.hardware import keep_freed_memory, processes, rank
-from cratescope.run import Stopped, UserError
+from cratescope.run import DISK_FULL, Stopped, UserError, unusable
 
 
 def prepare(config: settings.PrepareConfig) -> str:
@@ -225,7 +226,8 @@ def main() -> None:
 
 
 def run_and_exit(arguments: list[str]) -> None:
-    """Results go to stdout. Bad input is one line on stderr and exit code 2, a full disk likewise."""
+    """Results go to stdout. Bad input is one line on stderr and exit code 2; so is a path the system refuses."""
+    _print_any_text()
     try:
         said = run(arguments)
         if rank() == 0:
@@ -237,10 +239,19 @@ def run_and_exit(arguments: list[str]) -> None:
     except KeyboardInterrupt:
         _fail("interrupted; the same command goes on where it stopped", code=130)
     except Exception as error:
+        if isinstance(error, OSError) and (refused := unusable(error)):
+            _fail(refused)
         if not _disk_full(error):
             raise
         where = f" while writing {error.filename}" if isinstance(error, OSError) and error.filename else ""
         _fail(f"disk full{where}; finished files are whole, so free some space and run the same command again")
+
+
+def _print_any_text() -> None:
+    """Print a question mark for what the terminal's encoding does not have; left alone where that is settled."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
+            stream.reconfigure(errors="replace")
 
 
 # Libraries that write in native code tell of a full disk in words only.
@@ -248,10 +259,10 @@ FULL = ("No space left on device", "os error 28", "PytorchStreamWriter failed", 
 
 
 def _disk_full(error: Exception) -> bool:
-    return getattr(error, "errno", None) == errno.ENOSPC or any(words in str(error) for words in FULL)
+    return getattr(error, "errno", None) in DISK_FULL or any(words in str(error) for words in FULL)
 
 
 def _fail(message: str, code: int = 2) -> NoReturn:
-    if rank(local=True) == 0:  # once a machine: what is wrong may be wrong on one of them only
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # once a machine: what is wrong may be wrong on one of them only
         sys.stderr.write(f"cratescope: {' '.join(message.split())}\n")
     sys.exit(code)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, TypeVar
@@ -62,13 +63,25 @@ def keep_freed_memory() -> None:
 
 
 def processes() -> int:
-    """How many processes train one model together, as torchrun and accelerate say in the environment."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """How many processes train one model together, as torchrun and accelerate say in the environment.
+
+    Raises:
+        UserError: what the environment says is no such number; also by `rank`.
+    """
+    return _from_environment("WORLD_SIZE", 1)
 
 
 def rank(local: bool = False) -> int:
     """This process's number among them, or among those of its machine; number 0 writes files and speaks."""
-    return int(os.environ.get("LOCAL_RANK" if local else "RANK", "0"))
+    return _from_environment("LOCAL_RANK" if local else "RANK", 0)
+
+
+def _from_environment(name: str, least: int) -> int:
+    """A number that a launcher of processes leaves in the environment; `least` where there is none."""
+    text = os.environ.get(name, "").strip()
+    if text and not (re.fullmatch(r"[0-9]{1,9}", text) and int(text) >= least):
+        raise UserError(f"environment variable {name} = {text!r:.60}: has to be a number of {least} or more; unset it")
+    return int(text or least)
 
 
 def worker_of(text: str) -> tuple[int, int]:
@@ -77,12 +90,12 @@ def worker_of(text: str) -> tuple[int, int]:
     Raises:
         UserError: it is neither.
     """
-    if text == "auto":
-        text = f"{rank()}/{processes()}"
-    number, _, total = text.partition("/")
-    if not (number.isdecimal() and total.isdecimal() and int(number) < int(total)):
-        raise UserError(f"--worker {text}: has to be i/n with i from 0 to n - 1, such as 0/4")
-    return int(number), int(total)
+    given = f"{rank()}/{processes()}" if text == "auto" else text
+    found = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", given)
+    if not found or int(found[1]) >= int(found[2]):
+        what = f"RANK and WORLD_SIZE {given}" if text == "auto" else text
+        raise UserError(f"--worker {what:.60}: has to be i/n with i from 0 to n - 1, such as 0/4")
+    return int(found[1]), int(found[2])
 
 
 def share(items: Sequence[T], worker: str, batch: int) -> list[T]:

@@ -10,15 +10,17 @@ import contextlib
 import dataclasses
 import functools
 import io
+import re
 import tomllib
+import unicodedata
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 from rich.console import Console
 
 from cratescope import config as settings
-from cratescope.run import UserError
+from cratescope.run import UserError, decode_text, first_line
 
 Settings = dict[str, Any]
 
@@ -43,7 +45,7 @@ def study(config: settings.StudyConfig) -> Path:
         UserError: the file is not TOML, or names an unknown section, option or value.
     """
     plan = read_plan(config.config)
-    say = Console(stderr=True).print
+    say = functools.partial(Console(stderr=True).print, markup=False)
     options, models, judging = check(plan, config.config)
 
     from cratescope.lm.data import prepare
@@ -52,11 +54,11 @@ def study(config: settings.StudyConfig) -> Path:
     from cratescope.neurons.collect import collect
 
     data = config.out / "data"
-    say(f"[bold]prepare[/] {data}")
+    say(f"prepare {data}")
     prepare(options("prepare", out=data), Console(stderr=True))
     runs = [config.out / "runs" / name for name in models]
     for run, own in zip(runs, models.values(), strict=True):
-        say(f"[bold]train, evaluate, collect[/] {run}")
+        say(f"train, evaluate, collect {run}")
         train(options("train", own, out=run, data=data))
         result = evaluate(options("evaluate", run=run))
         margin = result["unigram_entropy"] - result["loss"]
@@ -70,7 +72,7 @@ def study(config: settings.StudyConfig) -> Path:
 
     from cratescope.report.report import report
 
-    say("[bold]report[/]")
+    say("report")
     given = {"runs": tuple(runs), "out": config.out / "report", "title": plan["title"], "explainer": explainer}
     return report(options("report", **given))
 
@@ -78,7 +80,8 @@ def study(config: settings.StudyConfig) -> Path:
 def check(plan: dict[str, Any], path: Path) -> tuple[Callable[..., Any], dict[str, Settings], list[Settings]]:
     """The options of every section, every model and every scorer of a plan that was read from `path`.
 
-    Every section is parsed once, so that a mistake in the last one is found before hours of work on the first.
+    Every section is parsed once, and what its names mean is looked up, so that a mistake in the last one is found
+    before hours of work on the first.
 
     Raises:
         UserError: an unknown option or a wrong value.
@@ -89,8 +92,27 @@ def check(plan: dict[str, Any], path: Path) -> tuple[Callable[..., Any], dict[st
     several = {"train": list(models.values()), "judge": judging}
     for section, (_, given) in SECTIONS.items():
         for own in several.get(section, [{}]):
-            options(section, own, **dict.fromkeys(given, "x"))
+            names = dict.fromkeys(given, "x") | ({"title": plan["title"]} if section == "report" else {})
+            parsed = options(section, own, **names)
+            try:
+                _look_up(parsed)
+            except UserError as error:
+                raise UserError(f"{path}: [{section}] {error}") from error
     return options, models, judging
+
+
+def _look_up(parsed: Any) -> None:
+    """Raises UserError for a preset, a protocol or a measure that there is not."""
+    from cratescope.models.presets import preset_config
+    from cratescope.neurons.protocols import protocols_named
+    from cratescope.results.compare import Quantity
+
+    if isinstance(parsed, settings.TrainConfig):
+        preset_config(parsed.preset, context=parsed.context, crate=parsed.crate)
+    if isinstance(parsed, settings.ReportConfig):
+        Quantity.parse(parsed.primary)
+    if hasattr(parsed, "protocols"):
+        protocols_named(parsed.protocols)
 
 
 def _judging(plan: dict[str, Any]) -> list[Settings]:
@@ -98,7 +120,8 @@ def _judging(plan: dict[str, Any]) -> list[Settings]:
     if "judge" not in plan:
         return []
     scorers = plan["judge"].get("scorer", settings.JudgeConfig.scorer)
-    return [{"scorer": scorer} for scorer in (scorers if isinstance(scorers, list) else [scorers])]
+    # An empty list stays the value of one scorer, which is then refused by name.
+    return [{"scorer": scorer} for scorer in (scorers if isinstance(scorers, list) and scorers else [scorers])]
 
 
 def _score_neurons(
@@ -110,9 +133,9 @@ def _score_neurons(
     from cratescope.neurons.score import score
     from cratescope.neurons.simulate import simulate
 
-    explainer = options("explain", run="").llm.llm
+    explainer = options("explain", run="x").llm.llm_name
     for run in runs:
-        say(f"[bold]explain, simulate, {'judge, ' if judging else ''}score[/] {run}")
+        say(f"explain, simulate, {'judge, ' if judging else ''}score {run}")
         explain(options("explain", run=run))
         simulate(options("simulate", run=run, explainer=explainer))
         for scorer in judging:
@@ -124,11 +147,12 @@ def _score_neurons(
 def read_plan(path: Path) -> dict[str, Any]:
     """The study file, checked for unknown sections and models without a name."""
     try:
-        plan = tomllib.loads(path.read_text(encoding="utf-8"))
+        plan = tomllib.loads(decode_text(path.read_bytes(), errors="strict"))
+        repr(plan)  # fails for a hexadecimal number of more digits than Python writes, which no message could name
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file; `studies/demo.toml` is an example") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid TOML ({error})") from error
+    except (ValueError, RecursionError) as error:  # no UTF-8, no TOML, a number of 5000 digits, brackets without end
+        raise UserError(f"{path}: not valid TOML ({first_line(error)})") from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     unknown = plan.keys() - SECTIONS.keys() - {"title", "model"}
@@ -138,12 +162,39 @@ def read_plan(path: Path) -> dict[str, Any]:
         if not isinstance(plan[name], dict):
             raise UserError(f"{path}: {name} is a section; write [{name}] and its options below it")
     models = plan.get("model", [])
-    if not isinstance(models, list):
+    if not isinstance(models, list) or not all(isinstance(model, dict) for model in models):
         raise UserError(f"{path}: write [[model]] with two brackets, one for each model")
-    names = [model.get("name") for model in models]
-    if not all(isinstance(name, str) and name for name in names) or len(set(names)) < len(names) or not names:
+    if not models:
         raise UserError(f"{path}: give at least one [[model]], each with a name of its own")
-    return {"title": path.stem} | plan
+    seen: set[str] = set()
+    for model in models:
+        name = model.get("name")
+        # Two folders of a disk that takes small and capital letters for the same would be one.
+        alike = unicodedata.normalize("NFC", str(name)).casefold()
+        if reason := "is the name of another one too" if alike in seen else _unfit(name):
+            raise UserError(f"{path}: [[model]] name = {name!r:.60} {reason}; write each with a name of its own")
+        seen.add(alike)
+    title = plan.get("title", path.stem)
+    if not isinstance(title, str) or not title.strip():
+        raise UserError(f"{path}: title = {title!r:.60} is not a title; give some words or leave it out")
+    return plan | {"title": title}
+
+
+LONGEST_NAME = 160
+"""Bytes of a model's name; a file system takes 255."""
+
+
+def _unfit(name: Any) -> str | None:
+    """Why a model's folder cannot have this name, if so."""
+    if not isinstance(name, str) or not name:
+        return "is no name"
+    if len(name.encode()) > LONGEST_NAME:
+        return f"is longer than {LONGEST_NAME} bytes"
+    if "/" in name or "\\" in name or any(unicodedata.category(sign) in ("Cc", "Cf", "Zl", "Zp") for sign in name):
+        return "has a slash or an invisible character in it, which a folder's name cannot have"
+    if name.startswith(".") or name != name.strip() or name.endswith("."):
+        return "begins or ends with a dot or a space"
+    return None
 
 
 def _options(path: Path, plan: dict[str, Any], section: str, own: dict[str, Any] | None = None, **given: Any) -> Any:
@@ -162,12 +213,14 @@ def parse_options(kind: type[settings.Config], options: dict[str, Any], where: s
     Raises:
         UserError: an unknown option or a value of the wrong type; `where` begins the message.
     """
-    fields = [f.name for f in dataclasses.fields(kind)] + [f.name for f in dataclasses.fields(settings.LLMConfig)]  # type: ignore[arg-type]
+    hints = get_type_hints(kind) | (get_type_hints(settings.LLMConfig) if "llm" in get_type_hints(kind) else {})
     arguments: list[str] = []
     positional: list[str] = []
     for name, value in options.items():
-        if name not in fields:
-            raise UserError(f"{where} has no option {name!r}; see `cratescope <section> --help`")
+        if name not in hints:
+            raise UserError(f"{where} has no option {name!r:.60}; see `cratescope <section> --help`")
+        if not _of_type(value, hints[name]):
+            raise UserError(f"{where} {name} = {value!r:.60} is not a value it takes")
         values = [str(v) for v in value] if isinstance(value, list | tuple) else [str(value)]
         if isinstance(value, dict):
             values = [str(part) for pair in value.items() for part in pair]
@@ -175,6 +228,8 @@ def parse_options(kind: type[settings.Config], options: dict[str, Any], where: s
             positional += values
         elif isinstance(value, bool):
             arguments.append(f"--{'' if value else 'no-'}{name.replace('_', '-')}")
+        elif len(values) == 1:
+            arguments.append(f"--{name.replace('_', '-')}={values[0]}")  # the value may begin with a hyphen
         else:
             arguments += [f"--{name.replace('_', '-')}", *values]
     said = io.StringIO()
@@ -182,6 +237,36 @@ def parse_options(kind: type[settings.Config], options: dict[str, Any], where: s
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
             return settings.parse(kind, [*positional, *arguments])
     except SystemExit as error:
-        named = next((o for o in options if f"--{o.replace('_', '-')}" in said.getvalue()), "an option")
-        value = options.get(named)
-        raise UserError(f"{where} {named} = {value!r} is not a value it takes") from error
+        raise UserError(f"{where} {_refused(options, kind, said.getvalue())}") from error
+    except UserError as error:
+        raise UserError(f"{where} {error}") from error
+
+
+def _of_type(value: Any, hint: Any) -> bool:
+    """Whether TOML's value is of the option's type, as far as the command line, where all is text, cannot tell."""
+    kinds = {get_origin(part) or part for part in (hint, *get_args(hint))}
+    if isinstance(value, dict):
+        return dict in kinds and all(isinstance(one, str | int | float) for one in value.values())
+    if isinstance(value, list | tuple):
+        wanted = next((get_args(part) for part in (hint, *get_args(hint)) if get_origin(part) is tuple), None)
+        fits = wanted is not None and (... in wanted or len(value) == len(wanted))
+        return fits and all(_of_type(one, str) for one in value)
+    if isinstance(value, bool) or bool in kinds:
+        return isinstance(value, bool) and bool in kinds
+    return isinstance(value, str | float | Path) or isinstance(value, int) and abs(value) < 2**63  # as TOML has it
+
+
+def _refused(options: Settings, kind: type, said: str) -> str:
+    """Which option the command line has refused, from what it said."""
+    missing = [
+        field.name
+        for field in dataclasses.fields(kind)
+        if field.name not in options and field.default is field.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        return f"{missing[0]} is missing"
+    found = (name.replace("-", "_") for name in re.findall(r"--([a-z-]+)", said))
+    # Else it is a value that begins with a hyphen, in a list.
+    others = (name for name, value in options.items() if isinstance(value, list) and any(str(v) in said for v in value))
+    named = next((name for name in (*found, *others) if name in options), "an option")
+    return f"{named} = {options.get(named)!r:.60} is not a value it takes"

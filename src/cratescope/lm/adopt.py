@@ -2,51 +2,118 @@
 
 from __future__ import annotations
 
-import os
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForCausalLM
+import torch
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from cratescope.lm.data import TokenData
-from cratescope.lm.tokenizer import load_tokenizer
-from cratescope.run import Run, UserError, atomic_folder, first_line, sha256, versions, write_json
+from cratescope.lm.tokenizer import load_tokenizer, n_text_ids
+from cratescope.models.folder import longest_context
+from cratescope.run import Run, UserError, atomic_folder, first_line, mark_whole, versions, write_json
 
 
-def adopt(run: Run, source: str, data: TokenData) -> None:
-    """Copy the causal LM `source` (a folder or a hub name) and its tokenizer into `run`; finished work is kept.
+def is_adopted(run: Run, source: str) -> bool:
+    """Whether `run` is that of the model `source` already.
 
     Raises:
-        UserError: no such model, text of another tokenizer, or `run` is that of another model.
+        UserError: it is that of another model.
     """
-    if run.manifest.exists():
-        if run.read_manifest().get("adopted") != source:
-            raise UserError(f"{run.root}: is the run of another model than {source}; give a directory of its own")
-        return
+    if not run.manifest.exists():
+        return False
+    if run.read_manifest().get("adopted") != source:
+        raise UserError(f"{run.root}: is the run of another model than {source}; give a directory of its own")
+    return True
+
+
+def adopt(run: Run, source: str, data: TokenData, opened: Callable[[Path], PreTrainedModel]) -> PreTrainedModel:
+    """Copy the causal LM `source` (a folder or a hub name) and its tokenizer into `run`.
+
+    Returns what `opened` gives, which opens the copy and checks it; nothing stays where it refuses.
+
+    Raises:
+        UserError: no such model, text of another tokenizer, a tokenizer with more ids than the model, or a model that
+            sees later tokens.
+    """
     tokenizer = load_tokenizer(source)
     if tokenizer.get_vocab() != data.tokenizer.get_vocab():
         raise UserError(
             f"{data.path} is text of another tokenizer than {source}'s; make it with "
             f"`cratescope prepare ... --tokenizer {source}`"
         )
-    try:
-        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype="auto", trust_remote_code=False)
-    except (OSError, ValueError, RuntimeError) as error:
+    model = _load(source)
+    rows, needed = model.get_input_embeddings().weight.shape[0], n_text_ids(tokenizer)
+    if needed > rows:
         raise UserError(
-            f"model {source}: cannot be loaded ({first_line(error)}); give a folder or a hub name"
-        ) from error
-    with atomic_folder(run.model) as folder:
-        model.save_pretrained(folder, max_shard_size="1TB")
-        tokenizer.save_pretrained(folder)
-    path = os.path.relpath(data.path.resolve(), run.root.resolve())
+            f"model {source}: its tokenizer has {needed:,} ids and the model {rows:,} embeddings; "
+            "give it the tokenizer that it was trained with"
+        )
+    try:
+        with atomic_folder(run.model) as folder:
+            model.save_pretrained(folder, max_shard_size="1TB")
+            tokenizer.save_pretrained(folder)
+            found = opened(folder)
+            refuse_unless_causal(found, source)
+            mark_whole(folder)
+    except UserError:
+        with contextlib.suppress(OSError):
+            run.root.rmdir()  # if it was made for this
+        raise
     manifest = {
         "name": run.name,
         "adopted": source,
         "family": model.config.model_type,
         "parameters": model.num_parameters(),
-        "n_layer": model.config.num_hidden_layers,
+        "n_layer": getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None),
         "vocab_size": data.vocab_size,
-        "context": model.config.max_position_embeddings,
-        "data": {"path": path, "manifest_sha256": sha256(data.path / "manifest.json")},
+        "context": longest_context(model.config),
+        "data": run.data_entry(data.path),
         "versions": versions(),
     }
     write_json(run.manifest, manifest)
+    return found
+
+
+def _load(source: str) -> Any:
+    """The model as its checkpoint is; every weight must be in it."""
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source, dtype="auto", trust_remote_code=False, output_loading_info=True
+        )
+    except Exception as error:  # what is raised on damaged files, or for want of a package, depends on the model
+        raise UserError(
+            f"model {source}: cannot be loaded ({first_line(error)}); give a folder or a hub name"
+        ) from error
+    model, info = loaded
+    if missing := sorted(info["missing_keys"]):
+        raise UserError(
+            f"model {source}: its checkpoint has no {missing[0]}, so it is not a whole causal language model; "
+            "give one with its head"
+        )
+    try:
+        model.generation_config.validate(strict=True)
+    except ValueError:
+        # Settings of sampling, of no use here, that contradict one another; transformers refuses to save them.
+        model.generation_config = GenerationConfig.from_model_config(model.config)
+    return model
+
+
+@torch.no_grad()
+def refuse_unless_causal(model: Any, source: str) -> None:
+    """A trial: no output before the last token may depend on it.
+
+    Raises:
+        UserError: one does, as in BERT and other encoders.
+    """
+    tokens = torch.arange(1, 17, device=model.device)[None]
+    other = tokens.clone()
+    other[:, -1] = 20
+    first, second = (model(each, use_cache=False).logits[:, :-1].float().nan_to_num() for each in (tokens, other))
+    if not torch.allclose(first, second, rtol=1e-3, atol=1e-3 * float(first.std())):
+        raise UserError(
+            f"model {source}: its tokens see later ones, so it is no causal language model; "
+            "give another (an encoder trained as a decoder has is_decoder = true in its config.json)"
+        )

@@ -8,6 +8,8 @@ import os
 import re
 import signal
 import threading
+import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
@@ -72,12 +74,18 @@ class Past:
 
     @classmethod
     def load(cls, work: Path) -> Past:
-        """From the blocks in the work folder up to the first one that is missing."""
+        """From the blocks in the work folder up to the first one that is missing or damaged."""
         found = cls()
         while (path := block_path(work, found.blocks)).exists():
-            with np.load(path, allow_pickle=False) as block:
-                state = json.loads(str(block["state"]))
-                found.seen.update(block["names"][: max(REMEMBERED - len(found.seen), 0)].tolist())
+            try:
+                with np.load(path, allow_pickle=False) as block:
+                    state, names = json.loads(str(block["state"])), block["names"]
+                    for name in SPLITS:
+                        block[name]  # its checksum is compared now, while the block can still be made again
+            except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
+                path.unlink()
+                break
+            found.seen.update(names[: max(REMEMBERED - len(found.seen), 0)].tolist())
             found.blocks += 1
             found.tally.update(state["tally"])
             found.source, found.position = state["source"], state["position"]

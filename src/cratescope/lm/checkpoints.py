@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import os
+import re
 import shutil
 from pathlib import Path
 
 from rich.console import Console
 
-from cratescope.run import sha256, write_json
-
-WHOLE = "whole.json"
-"""Written last into a checkpoint: the SHA-256 of its files. A checkpoint without it was cut short."""
+from cratescope.run import WHOLE, UserError, read_json, sha256
+from cratescope.run import mark_whole as mark_whole
 
 
 def step_of(checkpoint: Path) -> int:
@@ -20,24 +17,16 @@ def step_of(checkpoint: Path) -> int:
 
 
 def newest_first(folder: Path) -> list[Path]:
-    return sorted(folder.glob("checkpoint-*"), key=step_of, reverse=True)
-
-
-def mark_whole(checkpoint: Path) -> None:
-    """Say that every file of the checkpoint is on disk, and what is in it."""
-    files = sorted(path for path in checkpoint.rglob("*") if path.is_file())
-    for path in files:
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
-    write_json(checkpoint / WHOLE, {str(path.relative_to(checkpoint)): sha256(path) for path in files})
+    found = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(found, key=step_of, reverse=True)
 
 
 def is_whole(checkpoint: Path) -> bool:
     """Whether every file still is what it was when the checkpoint was finished."""
     try:
-        marked = json.loads((checkpoint / WHOLE).read_text())
-        return all(sha256(checkpoint / name) == digest for name, digest in marked.items())
-    except (FileNotFoundError, json.JSONDecodeError):
+        marked = read_json(checkpoint / WHOLE, {str: str})
+        return bool(marked) and all(sha256(checkpoint / name) == digest for name, digest in marked.items())
+    except (UserError, OSError, ValueError):  # a damaged mark may name any file, or none that there can be
         return False
 
 
@@ -47,9 +36,12 @@ def last_whole_checkpoint(folder: Path) -> Path | None:
         if is_whole(checkpoint):
             return checkpoint
         Console(stderr=True, soft_wrap=True).print(
-            f"[yellow]{checkpoint} was cut short or is damaged; using the checkpoint before it"
+            f"{checkpoint} was cut short or is damaged; using the checkpoint before it", style="yellow", markup=False
         )
-        shutil.rmtree(checkpoint)
+        if checkpoint.is_dir():
+            shutil.rmtree(checkpoint)
+        else:
+            checkpoint.unlink()
     return None
 
 

@@ -10,39 +10,64 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import re
 import shutil
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Int64
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, track
 from transformers import PreTrainedTokenizerFast
 
 from cratescope.config import PrepareConfig
 from cratescope.lm.blocks import REMEMBERED, SPLITS, Block, Encoder, Past, block_path, open_workers, write_block
 from cratescope.lm.sources import Source, open_sources
-from cratescope.lm.tokenizer import load_tokenizer, train_bpe, vocabulary_size
-from cratescope.run import UserError, atomic_path, claim, first_line, read_json, sha256, versions, write_json
+from cratescope.lm.tokenizer import load_tokenizer, n_ids, train_bpe, vocabulary_size
+from cratescope.run import (
+    SURROGATES,
+    Shape,
+    UserError,
+    atomic_folder,
+    atomic_path,
+    claim,
+    first_line,
+    locked,
+    mark_whole,
+    read_json,
+    sha256,
+    stamp,
+    versions,
+    write_json,
+)
 
+_SHARD: Shape = {"file": str, "tokens": int, "sha256": str}
+DATA: Shape = {
+    "identity?": {},
+    "dtype?": str,
+    "tokenizer?": {"vocab_size": int, "eos_id": int},
+    "splits?": {str: {"documents": int, "tokens": int, "bytes": int, "shards": [_SHARD]}},
+}
+"""What is read of manifest.json."""
 BLOCK_BYTES = 8_000_000
 """Text in one unit of work: a kill loses at most the encoding of those under way."""
 PROCESS_BYTES = 10_000_000
 """Text for which another process is worth its start."""
 BPE_BYTES = 6_000_000
 """Text that `bpe:N` is trained on."""
+LISTED = 100
+"""Files left out that the manifest names."""
 NPY_HEADER = 128
 """Bytes in front of the values in a file of one row written by numpy."""
 _COLUMNS = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-_SURROGATES = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,7 +123,10 @@ class TokenSplit:
 
 
 def _reopen(name: str, shards: tuple[Any, ...], n_bytes: int) -> TokenSplit:
-    opened = (shard if isinstance(shard, np.ndarray) else np.load(shard, mmap_mode="r") for shard in shards)
+    opened = (
+        shard if isinstance(shard, np.ndarray) else np.load(shard, mmap_mode="r", allow_pickle=False)
+        for shard in shards
+    )
     return TokenSplit(name, tuple(opened), n_bytes)
 
 
@@ -120,9 +148,11 @@ class TokenData:
         path = Path(path)
         if not (path / "manifest.json").exists():
             raise UserError(f"{path}: not a data folder (no manifest.json); make one with `cratescope prepare`")
-        manifest = read_json(path / "manifest.json")
+        manifest = read_json(path / "manifest.json", DATA, "`cratescope prepare`")
         if "splits" not in manifest:
             raise UserError(f"{path}: not finished; run the same `cratescope prepare` again")
+        if manifest.get("dtype") not in ("uint16", "uint32") or "tokenizer" not in manifest:
+            raise UserError(f"{path / 'manifest.json'}: damaged; delete {path} and run `cratescope prepare` again")
         width = np.dtype(manifest["dtype"]).itemsize
         for shard in (shard for split in manifest["splits"].values() for shard in split["shards"]):
             file = path / shard["file"]
@@ -138,7 +168,7 @@ class TokenData:
 
     @property
     def vocab_size(self) -> int:
-        """The tokenizer's entries, rounded up to a multiple of 64 (the rows of a model's embedding)."""
+        """The tokenizer's ids, rounded up to a multiple of 64 (the rows of a model's embedding)."""
         return -(-self.manifest["tokenizer"]["vocab_size"] // 64) * 64
 
     @property
@@ -160,7 +190,7 @@ class TokenData:
         for shard in entry["shards"]:
             try:
                 shards.append(np.load(self.path / shard["file"], mmap_mode="r", allow_pickle=False))
-            except OSError as error:
+            except (OSError, ValueError) as error:
                 raise UserError(f"{self.path / shard['file']}: cannot be opened ({first_line(error)})") from error
         return TokenSplit(name, tuple(shards), entry["bytes"])
 
@@ -171,8 +201,7 @@ def _damaged(file: Path, why: str) -> UserError:
 
 def _seal(folder: Path, shard: dict[str, Any]) -> list[Any]:
     """What holds as long as nobody touches a shard whose SHA-256 was right."""
-    stat = (folder / shard["file"]).stat()
-    return [shard["sha256"], stat.st_size, stat.st_mtime_ns]
+    return [shard["sha256"], *stamp(folder / shard["file"])]
 
 
 def _verify(folder: Path, shards: Sequence[dict[str, Any]]) -> None:
@@ -183,12 +212,12 @@ def _verify(folder: Path, shards: Sequence[dict[str, Any]]) -> None:
     """
     path, seals = folder / ".verified.json", {}
     with contextlib.suppress(UserError):
-        seals = read_json(path)
+        seals = read_json(path, {})
     new = [shard for shard in shards if seals.get(shard["file"]) != _seal(folder, shard)]
     if not new:
         return
     try:
-        for shard in track(new, f"checking {folder}", console=Console(stderr=True), transient=True):
+        for shard in track(new, escape(f"checking {folder}"), console=Console(stderr=True), transient=True):
             if sha256(folder / shard["file"]) != shard["sha256"]:
                 raise _damaged(folder / shard["file"], "SHA-256 differs")
             seals[shard["file"]] = _seal(folder, shard)
@@ -206,11 +235,23 @@ def prepare(config: PrepareConfig, console: Console | None = None) -> TokenData:
     console = console or Console(stderr=True, quiet=True)
     report = partial(console.print, markup=False, highlight=False, soft_wrap=True)
     _check(config)
-    identity, sources = open_sources(config.source, report)
+    identity, sources, left_out = open_sources(config.source, report)
     for name in ("tokenizer", "max_megabytes", "validation", "heldout", "shard_tokens", "seed"):
         identity[name] = getattr(config, name)
-    if _finished(config.out, identity):
+    with locked(config.out, "prepare"):
+        if not _finished(config.out, identity):
+            _prepare(config, console, report, identity, sources, left_out)
         return _opened(config.out)
+
+
+def _prepare(
+    config: PrepareConfig,
+    console: Console,
+    report: Callable[[str], None],
+    identity: dict[str, Any],
+    sources: Sequence[Source],
+    left_out: Mapping[str, str],
+) -> None:
     fractions = _fractions(sources, config.max_megabytes)
     tokenizer = _tokenizer(config, sources, fractions, report)
     work = config.out / ".work"
@@ -218,7 +259,7 @@ def prepare(config: PrepareConfig, console: Console | None = None) -> TokenData:
     encoder = Encoder(tokenizer.backend_tokenizer, tokenizer.eos_token_id, _dtype(tokenizer))
     _encode_blocks(_blocks(config, sources, fractions, past), past, work, encoder, _n_workers(config, sources), console)
     manifest: dict[str, Any] = {
-        "tokenizer": {"spec": config.tokenizer, "vocab_size": len(tokenizer), "eos_id": tokenizer.eos_token_id},
+        "tokenizer": {"spec": config.tokenizer, "vocab_size": n_ids(tokenizer), "eos_id": tokenizer.eos_token_id},
         "dtype": encoder.dtype.name,
         "seed": config.seed,
         "identity": identity,
@@ -226,14 +267,18 @@ def prepare(config: PrepareConfig, console: Console | None = None) -> TokenData:
         "splits": {name: _write_split(config, name, past) for name in SPLITS},
         "versions": versions(),
     }
+    if left_out:
+        manifest["left_out"] = {"files": len(left_out), "first": dict(islice(left_out.items(), LISTED))}
     shards = [shard for split in manifest["splits"].values() for shard in split["shards"]]
     write_json(config.out / ".verified.json", {shard["file"]: _seal(config.out, shard) for shard in shards})
     write_json(config.out / "manifest.json", manifest)
     shutil.rmtree(work)
     for row in manifest["sources"]:
         if row["invalid_utf8"]:
-            report(f"warning: {row['origin']}: {row['invalid_utf8']} documents had invalid UTF-8, now U+FFFD")
-    return _opened(config.out)
+            report(
+                f"warning: {row['origin']}: {row['invalid_utf8']} documents had invalid UTF-8, now U+FFFD; "
+                "if the file is in another encoding, convert it first"
+            )
 
 
 def _opened(out: Path) -> TokenData:
@@ -244,18 +289,10 @@ def _opened(out: Path) -> TokenData:
 
 
 def _check(config: PrepareConfig) -> None:
-    for name in ("validation", "heldout"):
-        if not 0 < getattr(config, name) < 1:
-            raise UserError(f"--{name} {getattr(config, name)}: has to be between 0 and 1, such as 0.05")
-    if config.validation + config.heldout >= 1:
-        raise UserError("--validation and --heldout together leave nothing to train on; make them smaller")
-    if config.shard_tokens < 1:
-        raise UserError(f"--shard-tokens {config.shard_tokens}: has to be 1 or more")
-    if config.max_megabytes is not None and config.max_megabytes <= 0:
-        raise UserError(f"--max-megabytes {config.max_megabytes}: has to be more than 0")
     if config.out.exists() and not config.out.is_dir():
         raise UserError(f"--out {config.out}: is a file; give a folder")
-    vocabulary_size(config.tokenizer)
+    if vocabulary_size(config.tokenizer) is None and not (config.out / "tokenizer").exists():
+        load_tokenizer(config.tokenizer)  # a wrong one is found before the folder is claimed
 
 
 def _finished(out: Path, identity: dict[str, Any]) -> bool:
@@ -264,13 +301,15 @@ def _finished(out: Path, identity: dict[str, Any]) -> bool:
     A claim without a block of work behind it is dropped first, so a mistake found early costs no folder.
     """
     path = out / "manifest.json"
-    found = read_json(path) if path.exists() else {}
-    ours = isinstance(found, dict) and identity.keys() <= found.get("identity", {}).keys()
+    found = read_json(path, DATA, "`cratescope prepare`") if path.exists() else {}
+    ours = identity.keys() <= found.get("identity", {}).keys()
     if ours and "splits" not in found and not any((out / ".work").glob("*.npz")):
         path.unlink()
         shutil.rmtree(out / "tokenizer", ignore_errors=True)
     claim(out, identity)
     splits = read_json(path).get("splits", {})
+    if splits:
+        shutil.rmtree(out / ".work", ignore_errors=True)  # of a process killed in its last moment
     return bool(splits) and all((out / shard["file"]).exists() for row in splits.values() for shard in row["shards"])
 
 
@@ -294,7 +333,7 @@ def _tokenizer(
     config: PrepareConfig, sources: Sequence[Source], fractions: Sequence[float], report: Callable[[str], None]
 ) -> PreTrainedTokenizerFast:
     """The tokenizer in the data folder, put there (and trained, for `bpe:N`) the first time."""
-    folder, temporary = config.out / "tokenizer", config.out / ".tokenizer"
+    folder = config.out / "tokenizer"
     if not folder.exists():
         size = vocabulary_size(config.tokenizer)
         if size is None:
@@ -302,9 +341,9 @@ def _tokenizer(
         else:
             report(f"training a BPE of {size} entries")
             tokenizer = train_bpe(_sample(sources, fractions, config), size)
-        shutil.rmtree(temporary, ignore_errors=True)
-        tokenizer.save_pretrained(temporary)
-        temporary.rename(folder)
+        with atomic_folder(folder) as temporary:
+            tokenizer.save_pretrained(temporary)
+            mark_whole(temporary)
     return load_tokenizer(folder.resolve())
 
 
@@ -372,7 +411,7 @@ def _utf8(text: str) -> tuple[bytes, bool]:
     try:
         return text.encode("utf-8"), False
     except UnicodeEncodeError:
-        return _SURROGATES.sub("\ufffd", text).encode("utf-8"), True
+        return SURROGATES.sub("\ufffd", text).encode("utf-8"), True
 
 
 def _blocks(
@@ -459,7 +498,7 @@ def _encode_blocks(
 
 
 def _dtype(tokenizer: PreTrainedTokenizerFast) -> np.dtype:
-    return np.dtype(np.uint16 if len(tokenizer) < 65536 else np.uint32)
+    return np.dtype(np.uint16 if n_ids(tokenizer) < 65536 else np.uint32)
 
 
 def _write_split(config: PrepareConfig, name: str, past: Past) -> dict[str, Any]:

@@ -12,7 +12,6 @@ and se(exp(loss)) = exp(loss) se(loss).
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
@@ -23,24 +22,30 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import track
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from cratescope.config import EvaluateConfig
 from cratescope.hardware import pick_device
 from cratescope.lm import harness
 from cratescope.lm.data import TokenData, TokenSplit
-from cratescope.lm.loss import token_losses
+from cratescope.lm.head import Head, plain_pass
 from cratescope.lm.texts import HubSet, find_set, identity, read
-from cratescope.lm.tokenizer import encode, load_tokenizer
+from cratescope.lm.tokenizer import bytes_put_before, encode, load_tokenizer, n_ids, token_bytes, token_strings
 from cratescope.models.convert import load_folder
-from cratescope.run import Run, UserError, read_json, sha256, versions, write_json
+from cratescope.models.folder import longest_context
+from cratescope.run import Run, Shape, UserError, locked, read_json, sha256, versions, write_json
 
 # The prompts of paper section 7 (next-token examples and steering).
 PROMPTS = ("They saw some boats on the", "Beijing is the capital of", "1 2 3 4 5")
 SPLITS = ("validation", "heldout")
 SCANNED = 1 << 20
 """Tokens of a split looked at in one go."""
+TRIED = 16
+"""Tokens of the text that the model's head is tried on."""
+DEFAULT_LONGEST = 4096
+"""Tokens in a crop of a model that reads more, unless it is said otherwise."""
 _progress = partial(track, console=Console(stderr=True), transient=True)
 
 
@@ -53,35 +58,35 @@ class Loss:
     n_tokens: int
 
 
-@torch.no_grad()
-def _predict(
-    model: Any, tokens: Int[torch.Tensor, "b t"], labels: Int[torch.Tensor, "b t"]
-) -> tuple[Float[torch.Tensor, "b t d"], Float[torch.Tensor, "b t"]]:
-    """The last hidden states, and the loss (nats) of every label given the tokens of its row up to its place."""
-    hidden = model.base_model(tokens, use_cache=False).last_hidden_state
-    losses = token_losses(hidden.flatten(0, 1), model.get_output_embeddings().weight, labels.flatten())
-    return hidden, losses.view(labels.shape)
-
-
 def _crop_token_losses(
-    model: PreTrainedModel, crops: Int[np.ndarray, "n t"], batch_size: int, label: str | None = None
+    model: PreTrainedModel,
+    crops: Int[np.ndarray, "n t"],
+    batch_size: int,
+    label: str | None = None,
+    head: Head | None = None,
 ) -> Float[np.ndarray, "n t-1"]:
     was_training = model.training
     model.eval()
     starts = range(0, len(crops), batch_size)
     losses = []
-    for start in _progress(starts, label) if label else starts:
+    for start in _progress(starts, escape(label)) if label else starts:
         tokens = torch.from_numpy(crops[start : start + batch_size]).to(model.device)
-        losses.append(_predict(model, tokens[:, :-1], tokens[:, 1:])[1].double().cpu().numpy())
+        head = head or Head.of(model, tokens[:1, :TRIED])
+        nats, _ = head.losses(tokens[:, :-1], tokens[:, 1:], torch.zeros_like(tokens[:, 1:], dtype=torch.bool))
+        losses.append(nats.double().cpu().numpy())
     model.train(was_training)
     return np.concatenate(losses)
 
 
 def crop_losses(
-    model: PreTrainedModel, crops: Int[np.ndarray, "n t"], batch_size: int = 8, label: str | None = None
+    model: PreTrainedModel,
+    crops: Int[np.ndarray, "n t"],
+    batch_size: int = 8,
+    label: str | None = None,
+    head: Head | None = None,
 ) -> Float[np.ndarray, " n"]:
-    """Mean next-token cross-entropy (nats) of each crop; `label` shows a progress bar."""
-    return _crop_token_losses(model, crops, batch_size, label).mean(1)
+    """Mean next-token cross-entropy (nats) of each crop; `label` shows a progress bar, `head` spares its trial."""
+    return _crop_token_losses(model, crops, batch_size, label, head).mean(1)
 
 
 def mean_loss(losses: Float[np.ndarray, " n"], context: int) -> Loss:
@@ -134,13 +139,22 @@ def _perplexity(mean: float, error: float | None) -> dict[str, float | None]:
 
 
 def evaluate_split(
-    model: PreTrainedModel, split: TokenSplit, tokenizer: PreTrainedTokenizerFast, crops: int, batch_size: int
+    model: PreTrainedModel,
+    split: TokenSplit,
+    tokenizer: PreTrainedTokenizerFast,
+    crops: int,
+    batch_size: int,
+    context: int,
 ) -> dict[str, Any]:
-    """Read `crops` crops of the model's context, evenly spaced; their documents are told apart by <eos>.
+    """Read `crops` crops of `context` tokens, evenly spaced; their documents are told apart by <eos>.
 
     A document's tokens in several crops count as one document's, and its <eos>, which has no bytes, is its last one.
     """
-    context = model.config.max_position_embeddings
+    if crops * context > split.n_tokens:
+        raise UserError(
+            f"split {split.name}: its {split.n_tokens:,} tokens have no room for {crops:,} crops of {context}; give "
+            f"fewer --crops, a --context of at most {split.n_tokens // crops}, or prepare more text"
+        )
     tokens = split.spaced(crops, context)
     starts = np.arange(crops) * split.n_tokens // crops  # where `spaced` takes them
     losses = _crop_token_losses(model, tokens, batch_size, f"evaluate {split.name}")
@@ -149,6 +163,8 @@ def evaluate_split(
     _, document = np.unique(numbers, return_inverse=True)
     document = document.ravel()
     n_bytes = token_bytes(tokenizer)[tokens[:, 1:]]
+    begins = (tokens[:, :-1] == tokenizer.eos_token_id) & (n_bytes > 0)
+    n_bytes = n_bytes - begins * bytes_put_before(tokenizer)
     nats, n_tokens, n_bytes = (np.bincount(document, part.ravel()) for part in (losses, np.ones_like(losses), n_bytes))
     return measures(nats, n_tokens, n_bytes, f"split {split.name}")
 
@@ -168,25 +184,6 @@ def unigram_entropy(split: TokenSplit, vocab_size: int) -> float:
     counts = sum((np.bincount(tokens, minlength=vocab_size) for _, tokens in _scan(split)), np.zeros(vocab_size))
     frequencies = counts[counts > 0] / counts.sum()
     return float(-(frequencies * np.log(frequencies)).sum())
-
-
-def token_bytes(tokenizer: PreTrainedTokenizerFast) -> Int[np.ndarray, " v"]:
-    """How many bytes of text every token stands for; special tokens stand for none.
-
-    A byte-level piece has a letter for every byte; other tokenizers write a space as U+2581 and a byte as `<0x0A>`.
-    """
-    vocabulary, added = tokenizer.get_vocab(), tokenizer.get_added_vocab()
-    byte_level = "Ġ" in vocabulary
-    lengths = np.zeros(max(vocabulary.values()) + 1, dtype=np.int64)
-    for piece, index in vocabulary.items():
-        if byte_level and piece not in added:
-            lengths[index] = len(piece)
-        elif re.fullmatch(r"<0x[0-9A-F]{2}>", piece):
-            lengths[index] = 1
-        else:
-            lengths[index] = len(piece.replace("\u2581", " ").encode())
-    lengths[tokenizer.all_special_ids] = 0
-    return lengths
 
 
 @dataclass(frozen=True)
@@ -215,6 +212,7 @@ def evaluate_texts(
     tokenizer: PreTrainedTokenizerFast,
     texts: Sequence[str],
     batch_size: int,
+    context: int,
     name: str,
     last_word: bool = False,
 ) -> dict[str, Any]:
@@ -222,7 +220,7 @@ def evaluate_texts(
 
     A batch holds at most as many tokens as `batch_size` full contexts.
     """
-    context, eos = model.config.max_position_embeddings, tokenizer.eos_token_id
+    eos = tokenizer.eos_token_id
     ids = _encode(tokenizer, texts)
     words = _last_word_lengths(tokenizer, texts, ids) if last_word else [0] * len(ids)
     rows = [
@@ -231,8 +229,9 @@ def evaluate_texts(
         for row in windows(n, tokens, eos, context, word)
     ]
     nats, word_nats, right = np.zeros(len(ids)), np.zeros(len(ids)), np.zeros(len(ids))
-    for batch in _progress(list(_batches(rows, batch_size * context)), f"evaluate {name}"):
-        for row, (loss, word_loss, correct) in zip(batch, _predict_windows(model, batch, eos), strict=True):
+    head = Head.of(model, torch.from_numpy(rows[0].tokens[None, :TRIED]).to(model.device))
+    for batch in _progress(list(_batches(rows, batch_size * context)), escape(f"evaluate {name}")):
+        for row, (loss, word_loss, correct) in zip(batch, _predict_windows(head, batch, eos), strict=True):
             nats[row.document] += loss
             word_nats[row.document] += word_loss
             right[row.document] += correct
@@ -266,21 +265,20 @@ def _batches(rows: Sequence[Window], budget: int) -> Iterator[list[Window]]:
     yield batch
 
 
-@torch.no_grad()
-def _predict_windows(model: Any, batch: Sequence[Window], eos: int) -> Iterator[tuple[float, float, bool]]:
+def _predict_windows(head: Head, batch: Sequence[Window], eos: int) -> Iterator[tuple[float, float, bool]]:
     """For each window: nats of what is scored, nats of the last word, and whether all of that is the likeliest."""
     # Padding on the right changes nothing before it: the models are causal.
     padded = np.full((len(batch), len(batch[0].tokens)), eos)
-    for line, row in zip(padded, batch, strict=True):
+    words = np.zeros((len(batch), len(batch[0].tokens) - 1), dtype=bool)
+    for line, word, row in zip(padded, words, batch, strict=True):
         line[: len(row.tokens)] = row.tokens
-    tokens = torch.from_numpy(padded).to(model.device)
-    hidden, losses = _predict(model, tokens[:, :-1], tokens[:, 1:])
-    for row, states, nats, labels in zip(batch, hidden, losses.double(), tokens[:, 1:], strict=True):
+        word[len(row.tokens) - 1 - row.word : len(row.tokens) - 1] = True
+    tokens, asked = (torch.from_numpy(table).to(head.model.device) for table in (padded, words))
+    losses, likeliest = head.losses(tokens[:, :-1], tokens[:, 1:], asked)
+    for row, nats, right in zip(batch, losses.double(), likeliest, strict=True):
         end = len(row.tokens) - 1
-        scored, word = slice(end - row.scored, end), slice(end - row.word, end)
-        likeliest = (states[word] @ model.get_output_embeddings().weight.t()).argmax(-1)
-        right = row.word > 0 and bool((likeliest == labels[word]).all())
-        yield nats[scored].sum().item(), nats[word].sum().item(), right
+        scored, last = slice(end - row.scored, end), slice(end - row.word, end)
+        yield nats[scored].sum().item(), nats[last].sum().item(), row.word > 0 and bool(right[last].all())
 
 
 def _last_word_measures(nats: Float[np.ndarray, " d"], right: Float[np.ndarray, " d"]) -> dict[str, float | None]:
@@ -295,40 +293,49 @@ def _last_word_measures(nats: Float[np.ndarray, " d"], right: Float[np.ndarray, 
 
 @torch.no_grad()
 def next_token_examples(
-    model: Any, tokenizer: PreTrainedTokenizerBase, prompts: tuple[str, ...] = PROMPTS, top: int = 5
+    model: Any, tokenizer: PreTrainedTokenizerFast, prompts: tuple[str, ...] = PROMPTS, top: int = 5
 ) -> list[dict[str, Any]]:
     """For each prompt that fits the context: the `top` likeliest next tokens and a greedy continuation."""
+    had = sorted(tokenizer.get_vocab().values())
     examples = []
     for prompt in prompts:
         ids: list[int] = tokenizer(prompt, add_special_tokens=False).input_ids
-        room = model.config.max_position_embeddings - len(ids)
+        room = min(12, (longest_context(model.config) or math.inf) - len(ids))
         if room < 1:
             continue
-        tokens = torch.tensor([ids], device=model.device)
-        logits = model(tokens, use_cache=False).logits[0, -1, : len(tokenizer)].float()
-        best = logits.topk(top)
-        rows = zip(best.indices.tolist(), best.values.tolist(), logits.softmax(-1)[best.indices].tolist(), strict=True)
-        continued = model.generate(
-            tokens,
-            attention_mask=torch.ones_like(tokens),
-            max_new_tokens=min(room, 12),
-            do_sample=False,
-            pad_token_id=tokenizer.eos_token_id,
-        )
+        logits = _next_logits(model, ids)
+        known = torch.tensor([index for index in had if index < len(logits)], device=logits.device)
+        best = logits[known].topk(top)
+        texts = token_strings(tokenizer, known[best.indices].tolist())
+        rows = zip(texts, best.values.tolist(), logits[known].softmax(-1)[best.indices].tolist(), strict=True)
+        more: list[int] = []
+        # Without a cache, of which every kind of model has its own.
+        while len(more) < room and tokenizer.eos_token_id not in more:
+            more.append(int(_next_logits(model, [*ids, *more]).argmax()))
         examples.append(
             {
                 "prompt": prompt,
-                "top": [{"token": tokenizer.decode([i]), "probability": p, "logit": logit} for i, logit, p in rows],
-                "continuation": tokenizer.decode(continued[0, len(ids) :], skip_special_tokens=True),
+                "top": [{"token": token, "probability": p, "logit": logit} for token, logit, p in rows],
+                "continuation": _continuation(tokenizer, ids, more),
             }
         )
     return examples
 
 
+def _continuation(tokenizer: PreTrainedTokenizerFast, ids: list[int], more: list[int]) -> str:
+    """The text of `more` after that of `ids`: decoded by itself it can lose its first space."""
+    before, whole, alone = (str(tokenizer.decode(part, skip_special_tokens=True)) for part in (ids, ids + more, more))
+    return whole.removeprefix(before) if whole.startswith(before) else alone
+
+
+def _next_logits(model: Any, ids: Sequence[int]) -> Float[torch.Tensor, " v"]:
+    return plain_pass(model, torch.tensor([ids], device=model.device)).logits[0, -1].float()
+
+
 def data_of(run: Run, data_path: Path | None) -> TokenData:
     """The data given, or the data the run was trained on; its vocabulary must be the model's."""
     manifest = run.read_manifest()
-    data = TokenData.open(data_path or run.root / manifest["data"]["path"])
+    data = TokenData.open(data_path or run.data_path())
     if data.vocab_size != manifest["vocab_size"]:
         raise UserError(
             f"{data.path} has a vocabulary of {data.vocab_size}, {run.root} one of {manifest['vocab_size']}; "
@@ -350,33 +357,64 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     lm-eval in `tasks`, by the names they were asked for. Results of other weights are dropped.
 
     Raises:
-        UserError: no run, no data, a split is shorter than asked, or a set or task is unknown or cannot be read.
+        UserError: no run, no data, a split is shorter than asked, a context that the model does not read or does not
+            state, or a set or task is unknown or cannot be read.
     """
     run = Run(config.run)
     data = data_of(run, config.data)
+    # Two at once would each write a file without the other's results.
+    with locked(run.root, "evaluate"):
+        return _evaluate(config, run, data)
+
+
+def _evaluate(config: EvaluateConfig, run: Run, data: TokenData) -> dict[str, Any]:
     weights = run.fingerprint()
     tokenizer = load_tokenizer(run.model.resolve())
+    context, of_context = _context(config, run)
+    made_with = {"model_sha256": weights, **of_context}
     sets, tasks = _found(run.evaluation, weights)
-    wanted = {name: _settings(config, data, weights, name) for name in ("validation", *config.on)}
-    task_settings = {"model_sha256": weights, "task_folder_sha256": harness.identity(config.task_folder)}
+    # Before heads were tried, a product stood for the logits of adopted models, whatever their heads do.
+    of_head = {"logits": "own"} if "adopted" in run.read_manifest() else {}
+    wanted = {name: made_with | of_head | _settings(config, data, name) for name in ("validation", *config.on)}
+    task_settings = made_with | {"task_folder_sha256": harness.identity(config.task_folder)}
     new_tasks = [name for name in config.task_names() if tasks.get(name, {}).get("settings") != task_settings]
     manager = harness.open_tasks(new_tasks, config.task_folder) if new_tasks else None
     open_model = cache(partial(load_model, run, config.device))
     for name, settings in wanted.items():
         if sets.get(name, {}).get("settings") != settings:
-            sets[name] = {"settings": settings} | _evaluate_set(config, data, open_model(), tokenizer, name)
+            sets[name] = {"settings": settings} | _evaluate_set(config, data, open_model(), tokenizer, name, context)
             _write(run.evaluation, sets, tasks)
     if new_tasks:
-        results = harness.run_tasks(manager, new_tasks, open_model(), tokenizer, config.batch_size)
+        results = harness.run_tasks(manager, new_tasks, open_model(), tokenizer, config.batch_size, context)
         for name, result in results:
             tasks[name] = {"settings": task_settings} | result
             _write(run.evaluation, sets, tasks)
     return read_json(run.evaluation)
 
 
+def _context(config: EvaluateConfig, run: Run) -> tuple[int, dict[str, int]]:
+    """Tokens that the model reads at once, and the same as a setting where it is not the longest that it can."""
+    shape = AutoConfig.from_pretrained(run.trained_model(), trust_remote_code=False)
+    longest = longest_context(shape)
+    if config.context is None and longest is None:
+        raise UserError(
+            f"{run.root}: its model ({shape.model_type}) states no longest context; say how many tokens to read at "
+            "once, such as --context 1024"
+        )
+    context = config.context or min(longest or DEFAULT_LONGEST, DEFAULT_LONGEST)
+    if not 2 <= context <= (longest or context):
+        raise UserError(
+            f"--context {context}: has to be from 2 to the model's longest context"
+            f"{'' if longest is None else f', {longest}'}"
+        )
+    return context, {} if context == longest else {"context": context}
+
+
 def _found(path: Path, weights: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """Results by set and by task as far as they are of the same weights."""
-    found = read_json(path) if path.exists() else {}
+    results: Shape = {str: {"settings?": {}}}
+    shape = {"settings?": {}, "sets?": results, "tasks?": results}
+    found = read_json(path, shape, "`cratescope evaluate`") if path.exists() else {}
     others, tasks = found.pop("sets", {}), found.pop("tasks", {})
     sets = {"validation": found, **others}
     ours = [
@@ -391,29 +429,34 @@ def _write(path: Path, sets: dict[str, Any], tasks: dict[str, Any]) -> None:
     write_json(path, sets["validation"] | {"sets": others, "tasks": tasks})
 
 
-def _settings(config: EvaluateConfig, data: TokenData, weights: str, name: str) -> dict[str, Any]:
-    """What the result on a set depends on."""
+def _settings(config: EvaluateConfig, data: TokenData, name: str) -> dict[str, Any]:
+    """What the result on a set depends on besides the model."""
     if name in SPLITS:
         of_set = {"crops": config.crops, "data_sha256": sha256(data.path / "manifest.json")}
     else:
         of_set = {"max_documents": config.max_documents, **identity(find_set(name))}
-    return {"on": name, "model_sha256": weights} | of_set
+    return {"on": name} | of_set
 
 
 def _evaluate_set(
-    config: EvaluateConfig, data: TokenData, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, name: str
+    config: EvaluateConfig,
+    data: TokenData,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    name: str,
+    context: int,
 ) -> dict[str, Any]:
     if name not in SPLITS:
         found = find_set(name)
         texts = read(name, found, config.max_documents)
         last_word = isinstance(found, HubSet) and found.last_word
-        return evaluate_texts(model, tokenizer, texts, config.batch_size, name, last_word)
+        return evaluate_texts(model, tokenizer, texts, config.batch_size, context, name, last_word)
     split = data.split(name)
     return {
         "split": name,
         "crops": config.crops,
-        **evaluate_split(model, split, data.tokenizer, config.crops, config.batch_size),
-        "unigram_entropy": unigram_entropy(split, data.vocab_size),
+        **evaluate_split(model, split, data.tokenizer, config.crops, config.batch_size, context),
+        "unigram_entropy": unigram_entropy(split, n_ids(data.tokenizer)),
         "examples": next_token_examples(model, data.tokenizer),
         "versions": versions(),
     }

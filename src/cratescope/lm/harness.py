@@ -50,7 +50,12 @@ def open_tasks(names: Sequence[str], folder: Path | None) -> Any:
 
 
 def run_tasks(
-    manager: Any, names: Sequence[str], model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, batch_size: int
+    manager: Any,
+    names: Sequence[str],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    batch_size: int,
+    context: int,
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """One by one, the name and what lm-eval says of it: metrics with standard errors, versions and sample counts.
 
@@ -60,7 +65,7 @@ def run_tasks(
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
-    wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=context)
     for name in names:
         try:
             manager.load([name])

@@ -1,31 +1,42 @@
 """Where documents come from: the offline corpus, text files of several formats, or a data set of the hub.
 
-A reader yields documents as they are; bytes that are not UTF-8 come as lone surrogates (`surrogateescape`), so that
-the caller can count and mend them in one place.
+A reader yields documents as they are; bytes that cannot be decoded come as lone surrogates (`run.encoding_of`), so
+that the caller can count and mend them in one place.
 """
 
 from __future__ import annotations
 
+import contextlib
+import gzip
 import hashlib
-import json
+import io
+import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+import zlib
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import zstandard
 
 from cratescope.lm import offline
-from cratescope.run import UserError, first_line, sha256
+from cratescope.run import UserError, encoding_of, first_line, parse_json, sha256
 
-SUFFIXES = (".txt", ".md", ".jsonl", ".jsonl.zst", ".parquet")
+SUFFIXES = (".txt", ".md", ".jsonl", ".jsonl.zst", ".parquet", ".txt.gz", ".md.gz", ".jsonl.gz")
 FORMATS = ", ".join(SUFFIXES)
 BLOCK = 1 << 20
+TEXT_TYPES = (
+    *(pa.string(), pa.large_string(), pa.string_view(), pa.null()),
+    *(pa.binary(), pa.large_binary(), pa.binary_view(), pa.json_(pa.string())),
+)
+UNREADABLE = "cannot be read"
+SHOWN = 5
+"""Files left out that are named in a message."""
 
 
 class Documents:
@@ -55,12 +66,13 @@ class HubDocuments:
     def __iter__(self) -> Iterator[str]:
         try:
             for row in self.rows:
-                if not isinstance(row.get("text"), str):
+                text = as_document(row["text"]) if "text" in row else None
+                if text is None:
                     columns = ", ".join(row)
                     raise UserError(
                         f"{self.name}: no `text` column of strings, only {columns}; use a data set with one"
                     )
-                yield row["text"]
+                yield text
         except UserError:
             raise
         except Exception as error:  # whatever the network and the many formats give rise to
@@ -84,13 +96,15 @@ class Source:
     sha256: Callable[[], str | None]
 
 
-def open_sources(source: str, report: Callable[[str], None]) -> tuple[dict[str, str], list[Source]]:
-    """The sources behind `offline`, a file, a folder or a hub name, and what identifies their content cheaply.
+def open_sources(source: str, report: Callable[[str], None]) -> tuple[dict[str, str], list[Source], dict[str, str]]:
+    """What identifies the content of `offline`, a file, a folder or a hub name cheaply, and its sources.
+
+    With them come the files of a folder that are left out, and why; `report` is told of the first few.
 
     Raises:
         UserError: nothing there, or of no known format.
     """
-    path = Path(source).expanduser()
+    path, left_out = Path(source).expanduser(), dict[str, str]()
     if source == "offline":
         offline.fetch_all((name for part in offline.CORPUS for name in part.archives), report)
         sources = [
@@ -103,60 +117,177 @@ def open_sources(source: str, report: Callable[[str], None]) -> tuple[dict[str, 
         ]
         listing = [part.sha256 for part in offline.CORPUS]
     elif path.exists():
-        files = _files(path)
+        files, left_out = _files(path)
+        if left_out:
+            report(f"{path}: {name_some(left_out)}")
         sources = [_file_source(name, file) for name, file in files]
         listing = [f"{name} {file.stat().st_size}" for name, file in files]
     else:
-        return {"source": source}, [_hub(source)]
+        return {"source": source}, [_hub(source)], {}
     digest = hashlib.sha256("\n".join(listing).encode("utf-8", "surrogateescape")).hexdigest()
-    return {"source": source if source == "offline" else path.resolve().name, "source_files": digest}, sources
+    name = source if source == "offline" else path.resolve().name
+    return {"source": name, "source_files": digest}, sources, left_out
 
 
-def _files(path: Path) -> list[tuple[str, Path]]:
-    """(name relative to the folder, path) of every readable file, in the order of the names."""
+def _files(path: Path) -> tuple[list[tuple[str, Path]], dict[str, str]]:
+    """(name relative to the folder, path) of every file to read, and name and reason of what is left out, by name."""
     if path.is_file():
         if not path.name.lower().endswith(SUFFIXES):
             raise UserError(f"{path}: unknown kind of file; the known ones are {FORMATS}")
-        return [(path.name, path)]
-    found = sorted((file.relative_to(path).as_posix(), file) for file in path.rglob("*") if file.is_file())
-    found = [(name, file) for name, file in found if name.lower().endswith(SUFFIXES) and "/." not in f"/{name}"]
+        return [(path.name, path)], {}
+    found: list[tuple[str, Path]] = []
+    links: list[tuple[str, Path]] = []
+    left_out: dict[str, str] = {}
+    root = Path(os.path.realpath(path))
+
+    def unreadable(error: OSError) -> None:
+        left_out[os.path.relpath(error.filename, path)] = UNREADABLE
+
+    for folder, folders, files in os.walk(path, onerror=unreadable):
+        for entry in (Path(folder, name) for name in [*folders, *files]):
+            name = entry.relative_to(path).as_posix()
+            if reason := _reason(entry, root):
+                left_out[name] = reason
+            elif entry.is_file():
+                (links if entry.is_symlink() else found).append((name, entry))
+        folders[:] = [name for name in folders if not name.startswith(".")]
+    known = {os.path.realpath(file) for _, file in found}
+    for name, file in sorted(links):
+        if (target := os.path.realpath(file)) in known:
+            left_out[name] = "a link to a file that is read"
+        else:
+            known.add(target)
+            found.append((name, file))
+    left_out = dict(sorted(left_out.items()))
     if not found:
-        raise UserError(f"{path}: no files of a known kind in this folder; the known ones are {FORMATS}")
-    return found
+        but = f" ({name_some(left_out)})" if left_out else ""
+        raise UserError(f"{path}: no files of a known kind in this folder{but}; the known ones are {FORMATS}")
+    return sorted(found), left_out
+
+
+def _reason(entry: Path, root: Path) -> str | None:
+    """Why a file or folder below `root` is left out; a stranger's link must not read what lies elsewhere."""
+    if entry.name.startswith("."):
+        return "hidden"
+    if entry.is_symlink() and not os.path.exists(entry):
+        return "a link to nothing"
+    if entry.is_symlink() and not Path(os.path.realpath(entry)).is_relative_to(root):
+        return "a link that leads out of the folder"
+    if entry.is_dir():
+        return "a link to a folder" if entry.is_symlink() else None
+    if not entry.name.lower().endswith(SUFFIXES):
+        return "unknown kind"
+    if not entry.is_file():
+        return "no regular file"
+    return None if os.access(entry, os.R_OK) else UNREADABLE
+
+
+def name_some(left_out: dict[str, str]) -> str:
+    """The first few names with their reasons, and how many more there are."""
+    shown = [f"{name} ({reason})" for name, reason in islice(left_out.items(), SHOWN)]
+    more = f" and {len(left_out) - SHOWN} more" if len(left_out) > SHOWN else ""
+    return f"left out: {', '.join(shown)}{more}"
 
 
 def _file_source(name: str, path: Path) -> Source:
-    read, expansion = {
-        ".txt": (read_text, 1),
-        ".md": (read_text, 1),
-        ".jsonl": (read_jsonl, 1),
-        ".zst": (read_jsonl_zst, 3),
-        ".parquet": (read_parquet, 2),
-    }[path.suffix.lower()]
-    size = path.stat().st_size * expansion
+    packed = path.suffix.lower() in (".gz", ".zst")
+    suffix = Path(path.stem if packed else path.name).suffix.lower()
+    read = {".jsonl": read_jsonl, ".parquet": read_parquet}.get(suffix, read_text)
+    size = path.stat().st_size * (3 if packed else 2 if suffix == ".parquet" else 1)
     documents = partial(Documents, partial(read, path))
     return Source(name, "not stated", str(path), size, documents, partial(sha256, path))
 
 
+def as_document(value: Any) -> str | None:
+    """A value of a text column: null is an empty document, bytes are UTF-8; None for what is no text."""
+    if value is None:
+        return ""
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "surrogateescape")
+    return value if isinstance(value, str) else None
+
+
 def read_text(path: Path) -> Iterator[str]:
     """A text file is one document, a long one several: it is cut at blank lines (`offline.cut`)."""
-    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+    with _opened(path, newline="") as file:
         # readline with a limit: a file without line ends must not be read into memory whole.
-        yield from offline.cut(iter(lambda: file.readline(offline.PIECE), ""))
+        yield from _without_nuls(path, offline.cut(iter(lambda: file.readline(offline.PIECE), "")))
 
 
-def read_jsonl(path: Path) -> Iterator[str]:
-    """One JSON object with a `text` string a line."""
-    with open(path, "rb") as file:
-        yield from _json_documents(path, file)
+def _without_nuls(path: Path, texts: Iterable[str]) -> Iterator[str]:
+    """The same texts. Raises UserError when one is full of NULs."""
+    for text in texts:
+        if _has_nuls(text):
+            raise _not_utf8(str(path))
+        yield text
 
 
-def read_jsonl_zst(path: Path) -> Iterator[str]:
-    """As `read_jsonl`, compressed with zstandard (any number of frames)."""
-    return _json_documents(path, _lines(_unpacked(path)))
+def _has_nuls(text: str) -> bool:
+    """Whether more than every twentieth character is NUL: of Cyrillic in UTF-16 it is every twelfth."""
+    return text.count("\0") * 20 > len(text)
 
 
-def _unpacked(path: Path) -> Iterator[bytes]:
+def _not_utf8(where: str) -> UserError:
+    return UserError(
+        f"{where}: full of NULs, so it is no UTF-8 text (UTF-16 without a byte-order mark?); "
+        "convert it first, e.g. with iconv -f UTF-16LE -t UTF-8"
+    )
+
+
+@contextlib.contextmanager
+def _opened(path: Path, newline: str) -> Iterator[TextIO]:
+    """The text of a file, unpacked by its suffix and decoded by its byte-order mark.
+
+    Raises:
+        UserError: unreadable, damaged or cut short.
+    """
+    try:
+        with _unpacked(path) as start:
+            encoding, errors = encoding_of(start.read(4))
+        with io.TextIOWrapper(_unpacked(path), encoding, errors, newline) as file:
+            yield file
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise UserError(f"{path}: damaged or cut short gzip file ({first_line(error)}); get it again") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or first_line(error)})") from error
+
+
+def _unpacked(path: Path) -> Any:
+    """The bytes of a file, unpacked by its suffix, as an open file."""
+    if path.suffix.lower() == ".zst":
+        return io.BufferedReader(_Blocks(_zstd_blocks(path)), BLOCK)
+    if path.suffix.lower() == ".gz":
+        if not path.stat().st_size:
+            raise EOFError("it is empty")  # which the library takes for the end of the data
+        return gzip.GzipFile(path)
+    return open(path, "rb")
+
+
+class _Blocks(io.RawIOBase):
+    """Blocks of bytes as a file to read."""
+
+    def __init__(self, blocks: Generator[bytes]) -> None:
+        self.blocks, self.rest = blocks, memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self.rest:
+            block = next(self.blocks, None)
+            if block is None:
+                return 0
+            self.rest = memoryview(block)
+        n = min(len(buffer), len(self.rest))
+        buffer[:n], self.rest = self.rest[:n], self.rest[n:]
+        return n
+
+    def close(self) -> None:
+        self.blocks.close()
+        super().close()
+
+
+def _zstd_blocks(path: Path) -> Generator[bytes]:
     frame = None
     with open(path, "rb") as file:
         try:
@@ -172,42 +303,46 @@ def _unpacked(path: Path) -> Iterator[bytes]:
         raise UserError(f"{path}: the zstandard file is cut short; get it again")
 
 
-def _lines(blocks: Iterable[bytes]) -> Iterator[bytes]:
-    rest = [b""]
-    for block in blocks:
-        first, *others = block.split(b"\n")
-        rest.append(first)
-        for line in others:
-            yield b"".join(rest)
-            rest = [line]
-    yield b"".join(rest)
-
-
-def _json_documents(path: Path, lines: Iterable[bytes]) -> Iterator[str]:
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line.decode("utf-8-sig", "surrogateescape"))
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}:{number}: not valid JSON ({error.msg}); mend or delete the line") from error
-        if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-            raise UserError(f'{path}:{number}: no "text" string; every line has to be like {{"text": "..."}}')
-        yield row["text"]
+def read_jsonl(path: Path) -> Iterator[str]:
+    """One JSON object with a `text` string a line, plain or compressed; null is an empty document."""
+    with _opened(path, newline="\n") as file:
+        for number, line in enumerate(file, 1):
+            # Files that were put together have byte-order marks in their midst.
+            line = line.removeprefix("\ufeff").strip(" \t\r\n")
+            if not line:
+                continue
+            if _has_nuls(line):
+                raise _not_utf8(f"{path}:{number}")
+            row = parse_json(line, f"{path}:{number}", "mend or delete the line")
+            text = as_document(row["text"]) if isinstance(row, dict) and "text" in row else None
+            if text is None:
+                raise UserError(f'{path}:{number}: no "text" string; every line has to be like {{"text": "..."}}')
+            yield text
 
 
 def read_parquet(path: Path) -> Iterator[str]:
-    """The `text` column, row by row; missing values are empty documents."""
+    """The `text` column, row by row, of strings or of bytes that are UTF-8; missing values are empty documents."""
     try:
         with pq.ParquetFile(path) as file:
-            schema = file.schema_arrow
-            kind = schema.field("text").type if "text" in schema.names else None
-            if kind not in (pa.string(), pa.large_string(), pa.string_view()):
-                raise UserError(f"{path}: no column `text` of strings, only {', '.join(schema.names)}; rename one")
+            _check_column(path, file.schema_arrow)
             for batch in file.iter_batches(batch_size=256, columns=["text"]):
-                yield from (text or "" for text in batch.column(0).to_pylist())
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: damaged Parquet file ({str(error).splitlines()[0]}); get it again") from error
+                column = batch.column(0)
+                column = column.dictionary_decode() if isinstance(column, pa.DictionaryArray) else column
+                # As bytes: a string that is not UTF-8 would raise.
+                documents = (as_document(value) or "" for value in column.cast(pa.large_binary()).to_pylist())
+                yield from _without_nuls(path, documents)
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{path}: damaged Parquet file ({first_line(error)}); get it again") from error
+
+
+def _check_column(path: Path, schema: pa.Schema) -> None:
+    if schema.names.count("text") != 1:
+        found = "more than one column" if "text" in schema.names else "no column"
+        raise UserError(f"{path}: {found} `text` of strings, only {', '.join(schema.names)}; rename one")
+    kind = schema.field("text").type
+    values = kind.value_type if pa.types.is_dictionary(kind) else kind
+    if values not in TEXT_TYPES and not pa.types.is_fixed_size_binary(values):
+        raise UserError(f"{path}: no column `text` of strings, it is of {kind}; write the text as a string a row")
 
 
 def _hub(source: str) -> Source:

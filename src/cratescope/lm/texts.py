@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from cratescope.lm.sources import open_sources
-from cratescope.run import UserError, first_line, sha256
+from rich.console import Console
+
+from cratescope.lm.sources import Source, as_document, open_sources
+from cratescope.run import SURROGATES, UserError, first_line, sha256
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ SETS = {
         data_files="hf://datasets/ptb-text-only/ptb_text_only@refs%2Fconvert%2Fparquet/penn_treebank/test/0000.parquet",
     ),
 }
-BUILDERS = {".jsonl": "json", ".zst": "json", ".parquet": "parquet"}
+BUILDERS = {".jsonl": "json", ".jsonl.zst": "json", ".jsonl.gz": "json", ".parquet": "parquet"}
 
 
 def find_set(name: str) -> HubSet | Path:
@@ -74,10 +77,10 @@ def _names() -> str:
 def _local_copy(entry: HubSet, file: Path) -> HubSet:
     if not file.is_file():
         raise UserError(f"{file}: no such file; give a copy of the data set {entry.path}")
-    if file.suffix.lower() not in BUILDERS:
-        raise UserError(f"{file}: unknown kind of file; a copy of a hub data set is .jsonl, .jsonl.zst or .parquet")
-    path, files = BUILDERS[file.suffix.lower()], str(file.resolve())
-    return dataclasses.replace(entry, path=path, config=None, data_files=files)
+    builder = next((name for suffix, name in BUILDERS.items() if file.name.lower().endswith(suffix)), None)
+    if builder is None:
+        raise UserError(f"{file}: unknown kind of file; a copy of a hub data set is {', '.join(BUILDERS)}")
+    return dataclasses.replace(entry, path=builder, config=None, data_files=str(file.resolve()))
 
 
 def identity(found: HubSet | Path) -> dict[str, Any]:
@@ -90,25 +93,29 @@ def identity(found: HubSet | Path) -> dict[str, Any]:
 
 
 def read(name: str, found: HubSet | Path, limit: int) -> list[str]:
-    """The first `limit` documents that are not empty, as valid Unicode: what is none becomes `?`.
+    """The first `limit` documents that are not empty, as valid Unicode: what is none becomes `?`, with a warning.
+
+    It is not U+FFFD, as in `prepare`, because bits per byte are of the file's bytes: one `?` stands for one of them.
 
     Raises:
         UserError: the set cannot be read, has no such column, or has no text.
     """
-    documents = _hub_documents(name, found) if isinstance(found, HubSet) else _file_documents(found)
-    filled = (text.encode("utf-8", "replace").decode("utf-8") for text in documents if text.strip())
-    texts = list(islice(filled, limit))
+    say = partial(Console(stderr=True).print, markup=False, highlight=False, soft_wrap=True)
+    documents = _hub_documents(name, found) if isinstance(found, HubSet) else _file_documents(found, say)
+    texts = list(islice((text for text in documents if text.strip()), limit))
     if not texts:
         raise UserError(f"--on {name}: has no text; give a file or set with text")
-    return texts
+    if invalid := sum(1 for text in texts if SURROGATES.search(text)):
+        say(f"warning: --on {name}: {invalid} documents had invalid UTF-8, now `?`")
+    return [SURROGATES.sub("?", text) for text in texts]
 
 
-def _sources(path: Path) -> list[Any]:
-    return open_sources(str(path.resolve()), lambda line: None)[1]
+def _sources(path: Path, say: Callable[[str], None] = lambda line: None) -> list[Source]:
+    return open_sources(str(path.resolve()), say)[1]
 
 
-def _file_documents(path: Path) -> Iterator[str]:
-    for source in _sources(path):
+def _file_documents(path: Path, say: Callable[[str], None]) -> Iterator[str]:
+    for source in _sources(path, say):
         yield from source.documents()
 
 
@@ -120,9 +127,10 @@ def _hub_documents(name: str, entry: HubSet) -> Iterator[str]:
 
 
 def _text(name: str, entry: HubSet, row: dict[str, Any]) -> str:
-    if not isinstance(row.get(entry.column), str):
+    text = as_document(row[entry.column]) if entry.column in row else None
+    if text is None:
         raise UserError(f"--on {name}: no column `{entry.column}` of strings, only {', '.join(row)}; rename one")
-    return row[entry.column]
+    return text
 
 
 def _hub_rows(name: str, entry: HubSet) -> Iterator[dict[str, Any]]:

@@ -1,22 +1,29 @@
 """Tokenizers: the packaged GPT-2 BPE, a byte-level BPE trained on the spot, or any Hugging Face tokenizer.
 
-All are `PreTrainedTokenizerFast`; text goes through them byte for byte (decoding what was encoded gives it back).
+All are `PreTrainedTokenizerFast`. Text goes through the first two byte for byte: decoding what was encoded gives it
+back. Others may normalise it, or keep no spaces.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 
+import numpy as np
+from jaxtyping import Int
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from cratescope.lm.offline import gpt2_files
-from cratescope.run import UserError
+from cratescope.run import UserError, check_whole, first_line
 
 EOS = "<|endoftext|>"
 """Begins and ends every document; also the padding token."""
+_UNREADABLE = "\N{REPLACEMENT CHARACTER}"
+LARGEST_BPE = 1_000_000
+"""Entries of the largest `bpe:N`, a few times those of any tokenizer in use: room for N is taken at the start."""
 
 
 def load_tokenizer(spec: str | Path) -> PreTrainedTokenizerFast:
@@ -32,10 +39,12 @@ def load_tokenizer(spec: str | Path) -> PreTrainedTokenizerFast:
         raise UserError(f"tokenizer {spec}: has to be trained first; give it to `cratescope prepare --tokenizer`")
     if Path(spec).is_absolute() and not Path(spec).is_dir():
         raise UserError(f"tokenizer {spec}: no such folder; use `gpt2`, `bpe:N`, or a folder with tokenizer.json")
+    if Path(spec).is_dir():
+        check_whole(Path(spec), weights=False)
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(spec), trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # what the library raises on damaged files depends on their bytes
+        reason = first_line(error)
         raise UserError(
             f"tokenizer {spec}: cannot be loaded ({reason}); use `gpt2`, `bpe:N`, or a folder with tokenizer.json"
         ) from error
@@ -52,13 +61,16 @@ def vocabulary_size(spec: str) -> int | None:
     """N of the tokenizer spec `bpe:N`; None for any other spec.
 
     Raises:
-        UserError: N is no number, or leaves no room for the 256 bytes and the end-of-text token.
+        UserError: N is no number, leaves no room for the 256 bytes and the end-of-text token, or is too large.
     """
     if not spec.startswith("bpe:"):
         return None
-    match = re.fullmatch(r"bpe:(\d+)", spec)
-    if not match or int(match[1]) < 257:
-        raise UserError(f"tokenizer {spec}: N of bpe:N is a number of 257 or more (256 bytes and {EOS}), e.g. bpe:4096")
+    match = re.fullmatch(r"bpe:0*([0-9]{1,9})", spec)
+    if not match or not 257 <= int(match[1]) <= LARGEST_BPE:
+        raise UserError(
+            f"tokenizer {spec[:40]}: N of bpe:N is a number from 257 (256 bytes and {EOS}) to {LARGEST_BPE:,}, "
+            "e.g. bpe:4096"
+        )
     return int(match[1])
 
 
@@ -89,13 +101,131 @@ def encode(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> Iterable
         backend.encode_special_tokens = False
 
 
-def token_strings(tokenizer: PreTrainedTokenizerFast, ids: Sequence[int]) -> list[str]:
-    """One display string a token: bytes that are no text of their own become U+FFFD, special tokens stay as they are.
+def n_ids(tokenizer: PreTrainedTokenizerFast) -> int:
+    """The highest id + 1; `len(tokenizer)` counts the entries, which are fewer where ids are left out."""
+    return max(tokenizer.get_vocab().values()) + 1
 
-    Ids past the vocabulary (a model's padding rows) become the empty string.
+
+def n_text_ids(tokenizer: PreTrainedTokenizerFast) -> int:
+    """The highest id + 1 of the tokens that encoded documents can hold: no special ones but <eos> and unknown."""
+    in_text = {tokenizer.eos_token_id, tokenizer.unk_token_id}
+    never = _special_ids(tokenizer) - in_text
+    return max(index for index in tokenizer.get_vocab().values() if index not in never) + 1
+
+
+def vocabulary_strings(tokenizer: PreTrainedTokenizerFast) -> tuple[str, ...]:
+    """`token_strings` of every id up to the highest; made once for a tokenizer."""
+    return _strings(tokenizer, len(tokenizer))
+
+
+def token_strings(tokenizer: PreTrainedTokenizerFast, ids: Sequence[int]) -> list[str]:
+    """The text of each token as it stands in running text, with the space before a word that begins there.
+
+    Bytes that are no text of their own become U+FFFD; special tokens are their names. Ids that the tokenizer does not
+    have (a model's padding rows) become the empty string.
     """
-    size = len(tokenizer)
-    return [str(tokenizer.decode([index])) if index < size else "" for index in map(int, ids)]
+    known = vocabulary_strings(tokenizer)
+    return [known[index] if 0 <= index < len(known) else "" for index in map(int, ids)]
+
+
+def token_bytes(tokenizer: PreTrainedTokenizerFast) -> Int[np.ndarray, " v"]:
+    """How many bytes of running text each token stands for, by id; special tokens stand for none."""
+    strings = vocabulary_strings(tokenizer)
+    lengths = np.array([len(text.encode()) for text in strings])
+    for piece, index in tokenizer.get_vocab().items():
+        if _UNREADABLE in strings[index] and _UNREADABLE not in piece:
+            # Part of a character: a byte by its name, or a byte-level piece, which has a letter for every byte.
+            lengths[index] = 1 if re.fullmatch(r"<0x[0-9A-F]{2}>", piece) else len(piece)
+    lengths[list(_special_ids(tokenizer))] = 0
+    return lengths
+
+
+def bytes_put_before(tokenizer: PreTrainedTokenizerFast) -> int:
+    """How many bytes more the tokens of a text have than the text: the space that many tokenizers put before it."""
+    lengths, strings = token_bytes(tokenizer), vocabulary_strings(tokenizer)
+    words = [word for text in strings if (word := text.strip(" ")).isascii() and word.isalpha()][:100]
+    found = zip(words, encode(tokenizer, words), strict=True)
+    more = [int(lengths[ids].sum()) - len(word) for word, ids in found if ids and lengths[ids].all()]
+    return max(0, min(more, default=0))
+
+
+@lru_cache(maxsize=4)
+def _strings(tokenizer: PreTrainedTokenizerFast, _size: int) -> tuple[str, ...]:
+    """The text of every id, empty where there is none; `_size` tells a tokenizer that was added to from before."""
+    # The library's own order differs between processes.
+    vocabulary = dict(sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]))
+    added, special = tokenizer.get_added_vocab(), _special_ids(tokenizer)
+    spell = _speller(tokenizer, vocabulary)
+    anchor = _anchor(spell, [piece for piece, index in vocabulary.items() if index not in special])
+    strings = [""] * (max(vocabulary.values()) + 1)
+    for (piece, index), text in zip(vocabulary.items(), _running(spell, anchor, vocabulary), strict=True):
+        # A byte-level decoder takes the letters of an added token for bytes.
+        as_it_is = index in special or (piece in added and _UNREADABLE in text)
+        strings[index] = piece if as_it_is else text
+    spaced = {piece: index for piece, index in vocabulary.items() if strings[index] == f" {piece}"}
+    for piece in _needless_spaces(tokenizer, anchor, spaced):
+        strings[vocabulary[piece]] = piece
+    return tuple(strings)
+
+
+def _special_ids(tokenizer: PreTrainedTokenizerFast) -> set[int]:
+    added = tokenizer.added_tokens_decoder.items()
+    return {*tokenizer.all_special_ids, *(index for index, token in added if token.special)}
+
+
+def _speller(tokenizer: PreTrainedTokenizerFast, pieces: Iterable[str]) -> Callable[[list[str]], str]:
+    """What puts pieces together: the decoder, or, for a tokenizer without, the one that goes with the rest of it."""
+    backend = tokenizer.backend_tokenizer
+    if backend.decoder is not None:
+        return backend.decoder.decode
+    before = b"" if backend.pre_tokenizer is None else backend.pre_tokenizer.__getstate__()
+    if prefix := getattr(backend.model, "continuing_subword_prefix", None):
+        return decoders.WordPiece(prefix).decode
+    if suffix := getattr(backend.model, "end_of_word_suffix", None):
+        return decoders.BPEDecoder(suffix).decode
+    if b'"ByteLevel"' in before:
+        return decoders.ByteLevel().decode
+    if any(piece.startswith("\u2581") for piece in pieces):
+        return decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]).decode
+    return "".join if not before or any(" " in piece for piece in pieces) else " ".join
+
+
+def _anchor(spell: Callable[[list[str]], str], pieces: Sequence[str]) -> str:
+    """A piece that stays what it is beside others, if possible a word of letters and without a space; else empty."""
+
+    def faults(piece: str) -> tuple[bool, ...]:
+        once, twice = spell([piece]), spell([piece, piece])
+        word = once.strip(" ")
+        return not once, not twice.startswith(once), not (word.isascii() and word.isalpha()), twice != once * 2
+
+    likely = sorted(pieces, key=lambda piece: (not piece.isascii(), len(piece)))[:1000]
+    best = min(likely, key=faults, default="")
+    return best if spell([best]) else ""
+
+
+def _running(spell: Callable[[list[str]], str], anchor: str, pieces: Iterable[str]) -> Iterator[str]:
+    """What each piece adds between two anchors, since decoders strip and clean up at the ends of a text."""
+    before = [anchor] if anchor else []
+    left, both = spell(before), spell(before * 2)
+    right = both[len(left) :]
+    for piece in pieces:
+        text = spell([*before, piece, *before])
+        if len(text) >= len(both) and text.startswith(left) and text.endswith(right):
+            yield text[len(left) : len(text) - len(right)]
+        else:
+            text = spell([*before, piece])
+            yield text[len(left) :] if text.startswith(left) else spell([piece])
+
+
+def _needless_spaces(tokenizer: PreTrainedTokenizerFast, anchor: str, spaced: dict[str, int]) -> list[str]:
+    """Those of the pieces that the tokenizer finds behind a word without a space too: punctuation, Chinese letters.
+
+    Its decoder puts a space before them, as before words, but running text mostly has none there.
+    """
+    pieces = list(spaced)
+    found = encode(tokenizer, [anchor + piece for piece in pieces]) if pieces else []
+    together = [tokenizer.convert_tokens_to_ids(anchor)]
+    return [piece for piece, ids in zip(pieces, found, strict=True) if ids == [*together, spaced[piece]]]
 
 
 def _byte_level(model: models.Model) -> Tokenizer:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import gc
 import importlib.util
 import json
-import os
 import signal
 import time
 from collections.abc import Callable
@@ -25,15 +25,19 @@ from cratescope.lm.checkpoints import last_whole_checkpoint, step_of
 from cratescope.lm.crops import PackedCrops, RandomCrops, open_crops
 from cratescope.lm.data import TokenData
 from cratescope.lm.loss import fuse
+from cratescope.lm.tokenizer import n_ids
 from cratescope.lm.trainer import Watch, WatchedTrainer, milestone_steps
 from cratescope.models.convert import load_folder
 from cratescope.models.presets import build, count_parameters, preset_config
 from cratescope.run import (
+    METRICS,
     Run,
     Stopped,
     UserError,
     atomic_folder,
     claim,
+    locked,
+    mark_whole,
     read_jsonl,
     sha256,
     versions,
@@ -68,21 +72,23 @@ def train(config: TrainConfig) -> Run:
     _check(config, data, device)
     model_config = preset_config(config.preset, data.vocab_size, config.context, data.eos_id, config.crate)
     # Only now: a refused command must not claim the folder for its mistake.
-    if rank() == 0:
-        claim(run.root, _identity(config, data))
-    model = build(model_config, config.seed)
-    publish = functools.partial(_publish, config, data, started)
-    say = Console(stderr=True, soft_wrap=True, quiet=rank() > 0).print
-    together = f" x {processes()} processes" if processes() > 1 else ""
-    say(f"{run.name}: {config.preset}, {count_parameters(model):,} parameters, {device.type}{together}, {dtype}")
-    if config.steps:
-        number, step = _fit(config, run, model, data, _arguments(config, run, device, dtype), publish)
-        _leave_group()
-        if number:
-            what = f"{run.root}: stopped by {signal.Signals(number).name} after step {step}, which is saved"
-            raise Stopped(f"{what}; the same command goes on from there", number)
-    elif rank() == 0:
-        publish(0, model)
+    with locked(run.root, "train") if rank() == 0 else contextlib.nullcontext():
+        if rank() == 0:
+            claim(run.root, _identity(config, data))
+        model = build(model_config, config.seed)
+        publish = functools.partial(_publish, config, data, started)
+        say = Console(stderr=True, soft_wrap=True, quiet=rank() > 0).print
+        together = f" x {processes()} processes" if processes() > 1 else ""
+        what = f"{config.preset}, {count_parameters(model):,} parameters, {device.type}{together}, {dtype}"
+        say(f"{run.name}: {what}", markup=False)
+        if config.steps:
+            number, step = _fit(config, run, model, data, _arguments(config, run, device, dtype), publish)
+            _leave_group()
+            if number:
+                what = f"{run.root}: stopped by {signal.Signals(number).name} after step {step}, which is saved"
+                raise Stopped(f"{what}; the same command goes on from there", number)
+        elif rank() == 0:
+            publish(0, model)
     return run
 
 
@@ -134,10 +140,12 @@ def _resume(run: Run, milestones: set[int]) -> Path | None:
     """The checkpoint to go on from, if any; the log is cut back to it."""
     last = last_whole_checkpoint(run.checkpoints)
     step = step_of(last) if last else 0
-    rows = [row for row in read_jsonl(run.metrics) if row["step"] <= step]
+    rows = [row for row in read_jsonl(run.metrics, METRICS, "`cratescope train`") if row["step"] <= step]
     write_text(run.metrics, "".join(json.dumps(row) + "\n" for row in rows))
     for missed in sorted(m for m in milestones if m <= step and not run.milestone(m).manifest.exists()):
-        Console(stderr=True).print(f"[yellow]milestone {missed} is not kept: training is at step {step} already")
+        Console(stderr=True).print(
+            f"milestone {missed} is not kept: training is at step {step} already", style="yellow"
+        )
     return last
 
 
@@ -150,28 +158,18 @@ def _check(config: TrainConfig, data: TokenData, device: torch.device) -> None:
     """Refuse settings that do not fit together before anything is written.
 
     Raises:
-        UserError: too little text; batch_tokens is no multiple of what one forward pass of all processes reads; a
-            checkpoint would fall between two lines of the log; a package or several processes are missing.
+        UserError: too little text; ids that the data's manifest does not count; batch_tokens is no multiple of what one
+            forward pass of all processes reads; a checkpoint would fall between two lines of the log; a package or
+            several processes are missing.
     """
+    if (ids := n_ids(data.tokenizer)) > data.vocab_size:  # prepared when entries were counted instead
+        raise UserError(f"{data.path}: its manifest does not count the ids up to {ids - 1}; prepare it again elsewhere")
     a_pass = config.micro_batch * config.context * processes()
     if config.batch_tokens % a_pass:
         raise UserError(
             f"batch_tokens = {config.batch_tokens} is no multiple of micro_batch x context x processes = "
             f"{config.micro_batch} x {config.context} x {processes()} = {a_pass}; change one of them"
         )
-    if config.steps < 0 or config.learning_rate <= 0 or config.workers < 0:
-        raise UserError(
-            f"steps = {config.steps}, learning_rate = {config.learning_rate}, workers = {config.workers}: "
-            "give numbers above 0"
-        )
-    for name in ("save_every", "validate_every"):
-        if getattr(config, name) % config.log_every:
-            raise UserError(f"{name} = {getattr(config, name)} is no multiple of log_every = {config.log_every}")
-    if config.keep < 2:
-        raise UserError(f"keep = {config.keep}: at least 2, so that one is left when the newest is damaged")
-    for fraction in config.milestones:
-        if not 0 < fraction <= 1:
-            raise UserError(f"milestones: {fraction} is no fraction of the steps; give numbers from 0 to 1")
     for name in config.report_to:
         if importlib.util.find_spec(name) is None:
             raise UserError(f"report_to {name}: the package is not installed; run `pip install {name}` or leave it out")
@@ -231,6 +229,7 @@ def _publish(config: TrainConfig, data: TokenData, started: float, step: int, mo
     with atomic_folder(run.model) as folder:
         model.save_pretrained(folder)
         data.tokenizer.save_pretrained(folder)
+        mark_whole(folder)
     if run is not whole:
         write_text(run.metrics, whole.metrics.read_text())
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(config).items()}
@@ -249,11 +248,7 @@ def _publish(config: TrainConfig, data: TokenData, started: float, step: int, mo
             "context": config.context,
             "steps": step,
             "tokens_trained": step * config.batch_tokens,
-            "data": {
-                # From the run's folder, so that a study can be moved as a whole.
-                "path": os.path.relpath(data.path, run.root),
-                "manifest_sha256": sha256(data.path / "manifest.json"),
-            },
+            "data": run.data_entry(data.path),
             "settings": settings,
             "versions": versions(),
             "seconds": round(time.monotonic() - started, 1),

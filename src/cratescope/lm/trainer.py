@@ -24,6 +24,7 @@ from cratescope.config import TrainConfig
 from cratescope.hardware import gemm_peak, processes, rank
 from cratescope.lm.checkpoints import mark_whole, rotate
 from cratescope.lm.evaluate import crop_losses, mean_loss
+from cratescope.lm.head import Head
 from cratescope.models.convert import load_folder
 from cratescope.models.presets import flops_per_token
 from cratescope.run import Run, UserError
@@ -44,8 +45,9 @@ class Watch(TrainerCallback):
         self.asked = 0
         self.step_loss: torch.Tensor | float = 0.0
         self.seconds, self.timed_steps = 0.0, 0
+        self.name = f"train {run.name}"
         self.progress = Progress(
-            TextColumn(f"train {run.name}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
@@ -78,7 +80,9 @@ class Watch(TrainerCallback):
         # Every process measures at the same time, so cores and memory are shared as they will be in training.
         self.peak = float(reduce(torch.tensor(peak, device=args.device), "sum"))
         self.flops = flops_per_token(model.config, self.config.context)
-        self.task = self.progress.add_task("", total=state.max_steps, completed=state.global_step, loss="-", speed="")
+        self.task = self.progress.add_task(
+            self.name, total=state.max_steps, completed=state.global_step, loss="-", speed=""
+        )
         self.clock = time.monotonic()
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
@@ -178,7 +182,8 @@ class WatchedTrainer(Trainer):
             model.unshard()  # FSDP: the losses are read from parts of the model
         share = -(-len(self.validation) // processes())
         mine = self.validation.take(range(rank() * share, (rank() + 1) * share), axis=0, mode="wrap")
-        losses = torch.from_numpy(crop_losses(model, mine, self.args.per_device_train_batch_size))
+        head = Head(model, "product")  # as `fuse` takes it; a trial would call the sharded model as a whole
+        losses = torch.from_numpy(crop_losses(model, mine, self.args.per_device_train_batch_size, head=head))
         everyone = gather(losses.to(self.args.device)).cpu().numpy()[: len(self.validation)]
         loss = mean_loss(everyone, self.watch.config.context)
         found = {"validation_loss": loss.mean, "validation_standard_error": loss.standard_error or math.nan}

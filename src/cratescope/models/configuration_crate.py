@@ -56,10 +56,10 @@ class CrateConfig(PreTrainedConfig):
         """Called by `strict` when a configuration is made."""
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd = {self.n_embd} is not a multiple of n_head = {self.n_head}")
-        if self.ista_steps < 1:
-            raise ValueError(f"ista_steps = {self.ista_steps}, but at least one step is needed")
-        if self.ista_expansion < 1:
-            raise ValueError(f"ista_expansion = {self.ista_expansion}, but it has to be 1 or more")
+        if not 1 <= self.ista_steps <= 1000:
+            raise ValueError(f"ista_steps = {self.ista_steps}, but it has to be from 1 to 1000")
+        if not 1 <= self.ista_expansion <= 1000:
+            raise ValueError(f"ista_expansion = {self.ista_expansion}, but it has to be from 1 to 1000")
         if not (0 < self.ista_step_size < math.inf and 0 <= self.ista_lambda < math.inf):
             raise ValueError("ista_step_size has to be above 0, ista_lambda 0 or more, and both finite")
 

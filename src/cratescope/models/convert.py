@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import re
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedModel
 
 from cratescope.models import CrateConfig
-from cratescope.run import UserError, atomic_folder, atomic_path, first_line, last_line
+from cratescope.run import UserError, atomic_folder, atomic_path, check_whole, first_line, last_line, mark_whole
 
 # Our name -> theirs, inside one block. "*" is weight or bias.
 CRATE_BLOCK = {
@@ -41,7 +42,7 @@ def convert(source: Path, out: Path) -> Path:
     """
     if not source.exists():
         raise UserError(f"{source}: no such file or folder")
-    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+    if os.path.lexists(out) and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: exists already; delete it or give a new name")
     if source.is_dir():
         if out.suffix != ".pt":
@@ -54,6 +55,7 @@ def convert(source: Path, out: Path) -> Path:
     model = from_reference(load_checkpoint(source), source)
     with atomic_folder(out) as folder:
         model.save_pretrained(folder)
+        mark_whole(folder)
     return out
 
 
@@ -72,18 +74,50 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not a readable PyTorch checkpoint ({first_line(error)})") from error
     if not isinstance(checkpoint, dict) or not {"model", "model_args"} <= checkpoint.keys():
         raise UserError(f"{path}: not a nanoGPT-style checkpoint, which has the entries 'model' and 'model_args'")
+    for entry in ("model", "model_args"):
+        if not isinstance(checkpoint[entry], dict) or not all(isinstance(name, str) for name in checkpoint[entry]):
+            raise UserError(f"{path}: the entry {entry!r} is not a dictionary of names, as nanoGPT writes it")
+    for name, tensor in checkpoint["model"].items():
+        if wrong := _not_a_weight(tensor):
+            raise UserError(
+                f"{path}: the tensor {name} {wrong}; a nanoGPT-style checkpoint holds plain tensors of numbers"
+            )
+    if not _is_count(checkpoint.get("iter_num", 0), 0):
+        raise UserError(f"{path}: iter_num = {checkpoint['iter_num']!r} is not a number of steps")
     return checkpoint
 
 
-def load_folder(folder: Path) -> PreTrainedModel:
-    """Read a Hugging Face folder of one of our two families; every tensor must be there and none too many."""
+def _not_a_weight(value: Any) -> str | None:
+    """What keeps a value of a state dict from being a weight."""
+    if not isinstance(value, Tensor):
+        return f"is a {type(value).__name__}"
+    if value.layout is not torch.strided or value.is_quantized or value.is_nested or value.device.type != "cpu":
+        return "is sparse, quantised or without values"
+    if not (value.dtype.is_floating_point or value.dtype is torch.bool):  # a mask of older research code is bool
+        return f"is of {value.dtype}"
+    if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+        return f"claims the shape {tuple(value.shape)}, but the file holds fewer numbers"
+    return None
+
+
+def _is_count(value: Any, least: int) -> bool:
+    return type(value) is int and value >= least
+
+
+def load_folder(folder: Path, dtype: str = "auto") -> PreTrainedModel:
+    """Read a Hugging Face folder; every tensor must be there and none too many. `auto` keeps its number format."""
     if not (folder / "config.json").exists():
         raise UserError(f"{folder}: no config.json in it, so it is not a Hugging Face model folder")
+    check_whole(folder)
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, dtype="auto")
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, output_loading_info=True, dtype=dtype, trust_remote_code=False, local_files_only=True
+        )
         model, info = loaded
-    except (OSError, ValueError, RuntimeError, StrictDataclassError) as error:
-        raise UserError(f"{folder}: cannot be loaded ({first_line(error)})") from error
+    except Exception as error:  # what the library raises on damaged files depends on their bytes
+        raise UserError(
+            f"{folder}: cannot be loaded ({first_line(error)}); check config.json and the weights, or copy them again"
+        ) from error
     wrong = [f"{kind[:-5]} {sorted(info[kind])[0]}" for kind in ("missing_keys", "unexpected_keys") if info[kind]]
     if wrong:
         raise UserError(f"{folder}: the weights do not fit config.json: {', '.join(wrong)}")
@@ -100,12 +134,13 @@ def from_reference(checkpoint: dict[str, Any], name: Path | str) -> PreTrainedMo
     theirs = {key.removeprefix(COMPILED): tensor for key, tensor in checkpoint["model"].items()}
     theirs = {key: tensor for key, tensor in theirs.items() if not CAUSAL_MASK.search(key)}
     config = _config(checkpoint["model_args"], theirs, name)
+    _check_claims(config, theirs, name)
     config.reference = {
         "bias": any(key.endswith(".bias") for key in theirs),
         "prefix": COMPILED if compiled else "",
         "iter_num": int(checkpoint.get("iter_num", 0)),
     }
-    model = AutoModelForCausalLM.from_config(config)
+    model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     names, expected = _names(model), model.state_dict()
     state = {}
     for ours, reference in names.items():
@@ -125,6 +160,21 @@ def from_reference(checkpoint: dict[str, Any], name: Path | str) -> PreTrainedMo
         raise UserError(f"{name}: the tensor {extra[0]} belongs to no CRATE or GPT-2 model of the reference code")
     model.load_state_dict(state)
     return model.eval()
+
+
+def _check_claims(config: CrateConfig | GPT2Config, theirs: dict[str, Tensor], name: Path | str) -> None:
+    """Compare model_args with the tensors, before memory is taken for what may be a wrong number."""
+    layers = {int(found[1]) for key in theirs if (found := re.match(r"transformer\.h\.(\d{1,6})\.", key))}
+    if config.n_layer != max(layers, default=-1) + 1:
+        raise UserError(f"{name}: model_args say n_layer = {config.n_layer}, the tensors {max(layers, default=-1) + 1}")
+    wanted = {OUTER[0]: (config.vocab_size, config.n_embd), OUTER[1]: (config.n_positions, config.n_embd)}
+    for key, shape in wanted.items():
+        if key not in theirs:
+            raise UserError(f"{name}: the tensor {key} is missing; the checkpoint is not whole")
+        if theirs[key].shape != shape:
+            raise UserError(f"{name}: {key} has shape {tuple(theirs[key].shape)}, not {shape}")
+    if config.n_embd % config.n_head:
+        raise UserError(f"{name}: model_args do not fit together (n_embd {config.n_embd}, n_head {config.n_head})")
 
 
 def to_reference(model: PreTrainedModel) -> dict[str, Any]:
@@ -172,6 +222,11 @@ def _config(arguments: dict[str, Any], theirs: dict[str, Tensor], name: Path | s
         shape["n_positions"] = arguments["block_size"]
     except KeyError as error:
         raise UserError(f"{name}: model_args has no {error.args[0]!r}") from error
+    for field, value in shape.items():
+        if not _is_count(value, 1):
+            raise UserError(
+                f"{name}: model_args do not fit together ({field} = {value!r:.50} is no number of 1 or more)"
+            )
     if any(key.endswith("ista.weight") for key in theirs):
         try:
             return CrateConfig(**shape)

@@ -75,12 +75,12 @@ def _parse_crate(fields: dict[str, str]) -> dict[str, Any]:
     parsed: dict[str, Any] = {}
     for name, text in fields.items():
         if name not in known:
-            raise UserError(f"CRATE has no field {name!r}; choose from {', '.join(known)}")
+            raise UserError(f"--crate: CRATE has no field {name!r:.60}; choose from {', '.join(known)}")
         default = getattr(defaults, name)
         try:
             parsed[name] = _parse_bool(text) if isinstance(default, bool) else type(default)(text)
         except ValueError as error:
-            raise UserError(f"{name} = {text!r} is not a {type(default).__name__}") from error
+            raise UserError(f"--crate {name} = {text!r:.60} is not a {type(default).__name__}") from error
     return parsed
 
 
@@ -96,7 +96,7 @@ def build(config: CrateConfig | GPT2Config, seed: int) -> PreTrainedModel:
 
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(config)
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 
 def count_parameters(model: PreTrainedModel) -> int:

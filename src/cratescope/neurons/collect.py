@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import os
 import shutil
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,23 +20,28 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int, Integer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import track
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from cratescope.config import CollectConfig
-from cratescope.hardware import worker_of
-from cratescope.lm.adopt import adopt
+from cratescope.hardware import pick_device, rank, worker_of
+from cratescope.lm.adopt import adopt, is_adopted
 from cratescope.lm.data import TokenData
-from cratescope.lm.evaluate import data_of, load_model
+from cratescope.lm.evaluate import data_of
+from cratescope.models.convert import load_folder
+from cratescope.models.folder import longest_context, model_config, skeleton
 from cratescope.neurons.merge import Totals, columns
 from cratescope.neurons.records import layer_file, write_table
 from cratescope.neurons.shards import load_tensors, save_first, save_tensors
-from cratescope.neurons.sites import Site, partial_pass, site_named
+from cratescope.neurons.sites import Site, check_site, partial_pass, site_named
 from cratescope.neurons.strata import Pilot
 from cratescope.neurons.streaming import LayerStatistics, Plan, refuse_not_finite
-from cratescope.run import Run, UserError, claim, sha256
+from cratescope.run import Run, UserError, claim, first_line, locked, sha256
 
+TRIED = 2
+"""Excerpts of the trial pass before anything is written."""
 PILOT_TOKENS = 8192
 """Read beforehand, for thresholds."""
 DUMP_BYTES = 8
@@ -48,44 +52,44 @@ def collect(config: CollectConfig) -> Path:
     """Write one Parquet file of neuron records a layer and return their folder; finished layers and parts are kept.
 
     Raises:
-        UserError: no model or data, a context longer than the model's, too little text, records of another model,
-            an activation that is not a number, or a disk too small.
+        UserError: no model or data, a context longer than the model's, too little text, a site that is not read once
+            for every token, records of another model, an activation that is not a number, or a disk too small.
     """
     run = Run(config.run)
-    if config.model is not None:
-        if config.data is None:
-            raise UserError("--model needs --data: a folder that `cratescope prepare --tokenizer` made for that model")
-        adopt(run, config.model, TokenData.open(config.data))
-    data = data_of(run, config.data)
-    shape = AutoConfig.from_pretrained(run.trained_model())
-    context = config.context or shape.max_position_embeddings
-    if context > shape.max_position_embeddings:
-        raise UserError(f"context = {context} is longer than the {shape.max_position_embeddings} tokens of this model")
+    if config.model is not None and config.data is None:
+        raise UserError("--model needs --data: a folder that `cratescope prepare --tokenizer` made for that model")
+    source = None if config.model is None or is_adopted(run, config.model) else config.model
+    data = TokenData.open(config.data) if source and config.data else data_of(run, config.data)
+    shape = model_config(source or run.trained_model())
+    context = _context(config, shape)
     worker, n_workers = worker_of(config.worker)
-    site = site_named(config.site, shape.model_type)
+    blank = skeleton(shape)
+    site = site_named(config.site, blank)
+    layers = sorted(set(config.layers or site.layers(blank) or [0]))
+    for layer in layers:
+        site.module(blank, layer)  # a wrong pattern is found before anything is written
     folder = run.records(site.name)
-    identity = _identity(config, run, site, context, sha256(data.path / "manifest.json"))
-    layers = sorted(set(config.layers or range(shape.num_hidden_layers)))
-    if all(layer_file(folder, layer).exists() for layer in layers):
-        claim(folder, identity)
+    if not source and all(layer_file(folder, layer).exists() for layer in layers):
+        claim(folder, _identity(config, run, site, context, data))
         _remove_parts(folder, layers)
         return folder
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    model = load_model(run, config.device)
-    for layer in layers:
-        site.module(model, layer)  # a wrong pattern is found before anything is written
+        torch.cuda.set_device(rank(local=True))
     excerpts = data.split("heldout").spaced(config.excerpts, context)
-    claim(folder, identity)
+    excerpts = excerpts.astype(np.min_scalar_type(excerpts.max()))
+    opened = partial(_opened, config, site, layers, excerpts[:TRIED])
+    model = adopt(run, source, data, opened) if source else opened(run.trained_model())
+    claim(folder, _identity(config, run, site, context, data))
     left = [layer for layer in layers if not layer_file(folder, layer).exists()]
-    work = Pass(config, model, site, left, excerpts.astype(np.min_scalar_type(excerpts.max())), folder)
+    work = Pass(config, model, site, left, excerpts, folder)
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), _locked(folder, left, f"{worker}-of-{n_workers}"):
             work.read(range(worker, work.n_parts, n_workers))
             if n_workers > 1 and (missing := work.missing()):
                 sys.stderr.write(f"worker {worker}: done; {missing} parts of other workers are missing still\n")
                 return folder
-            work.finish({"model": run.name, "site": site.name})
+            with locked(folder, "finish", wait=True):  # the last two workers may have ended together
+                work.finish({"model": run.name, "site": site.name})
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
@@ -97,11 +101,57 @@ def collect(config: CollectConfig) -> Path:
     return folder
 
 
-def _identity(config: CollectConfig, run: Run, site: Site, context: int, data_sha256: str) -> dict[str, Any]:
+@contextlib.contextmanager
+def _locked(folder: Path, layers: Sequence[int], share: str) -> Iterator[None]:
+    """One process at a time for one share of a layer; other layers and other shares may be collected meanwhile."""
+    with contextlib.ExitStack() as locks:
+        for layer in layers:
+            locks.enter_context(locked(folder, f"layer-{layer:02d}-{share}"))
+        yield
+
+
+def _context(config: CollectConfig, shape: Any) -> int:
+    """Tokens in an excerpt."""
+    longest = longest_context(shape)
+    context = config.context or longest
+    if context is None:
+        raise UserError(
+            f"a {shape.model_type} model states no longest context; say with --context how long an excerpt is"
+        )
+    if longest is not None and context > longest:
+        raise UserError(f"context = {context} is longer than the {longest} tokens of this model")
+    return context
+
+
+def _opened(
+    config: CollectConfig, site: Site, layers: list[int], excerpts: Integer[np.ndarray, "n t"], folder: Path
+) -> PreTrainedModel:
+    """The model of a folder, for reading, after a trial on a few excerpts."""
+    model: Any = load_folder(folder, config.dtype)  # Any: the library's own annotation of `to` takes no device
+    model = model.to(pick_device(config.device)).eval()
+    tokens = torch.from_numpy(excerpts.astype(np.int64)).to(model.device)
+    try:
+        with torch.inference_mode():
+            seen = check_site(model, site, layers, tokens)
+    except UserError:
+        raise
+    except Exception as error:  # what a model of others raises depends on its code
+        raise UserError(
+            f"a {model.config.model_type} model does not run on {tokens.shape[1]} tokens "
+            f"({type(error).__name__}: {first_line(error)}); give another --context, --dtype or --device"
+        ) from error
+    for layer, activations in seen.items():
+        with _named(layer, model.dtype):
+            refuse_not_finite(activations.float(), 0)
+    return model
+
+
+def _identity(config: CollectConfig, run: Run, site: Site, context: int, data: TokenData) -> dict[str, Any]:
     wanted = ("excerpts", "top", "per_excerpt", "random", "window", "strata", "tokens", "dump", "part", "seed")
     settings = {name: getattr(config, name) for name in wanted}
-    found = {"site": site.pattern, "context": context, "model_sha256": run.fingerprint(), "data_sha256": data_sha256}
-    return settings | found
+    found = {"site": site.pattern, "context": context, "model_sha256": run.fingerprint()}
+    found["data_sha256"] = sha256(data.path / "manifest.json")
+    return settings | found | ({} if config.dtype == "auto" else {"dtype": config.dtype})
 
 
 @dataclass(frozen=True)
@@ -142,7 +192,7 @@ class Pass:
         if self.config.dump:
             self._check_room()
         label = f"collect {self.folder.parent.parent.name} {self.site.name}"
-        for part, lacking in track(work, label, console=Console(stderr=True), transient=True):
+        for part, lacking in track(work, escape(label), console=Console(stderr=True), transient=True):
             self._read_part(part, {layer: statistics[layer] for layer in lacking})
 
     def finish(self, labels: dict[str, Any]) -> None:
@@ -190,7 +240,7 @@ class Pass:
 
         def visit(layer: int, activations: Float[Tensor, "b t h"]) -> None:
             activations = activations.float().cpu()
-            with _named(layer):
+            with _named(layer, self.model.dtype):
                 refuse_not_finite(activations, excerpt)
             found[layer].append(activations[0])
 
@@ -205,7 +255,7 @@ class Pass:
         dumps: dict[int, list[dict[str, Tensor]]] = {layer: [] for layer in statistics}
 
         def visit(layer: int, activations: Float[Tensor, "b t h"]) -> None:
-            with _named(layer):
+            with _named(layer, self.model.dtype):
                 statistics[layer].update(activations, tokens, start)
             if self.config.dump:
                 dumps[layer].append(_non_zero(activations))
@@ -256,9 +306,11 @@ def _non_zero(activations: Float[Tensor, "b t h"]) -> dict[str, Tensor]:
 
 
 @contextlib.contextmanager
-def _named(layer: int) -> Iterator[None]:
-    """Say which layer an error is about."""
+def _named(layer: int, dtype: torch.dtype) -> Iterator[None]:
+    """Say which layer an error is about, and what helps."""
     try:
         yield
     except UserError as error:
-        raise UserError(f"layer {layer}: {error}; the model is not usable, train it again") from error
+        name = str(dtype).removeprefix("torch.")
+        fix = "the model is not usable, train it again" if name == "float32" else "collect again with --dtype float32"
+        raise UserError(f"layer {layer}: {error} in {name}; {fix}") from error

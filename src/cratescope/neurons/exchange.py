@@ -9,13 +9,15 @@ import hashlib
 import itertools
 import json
 import math
+import re
+import reprlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 from jaxtyping import Integer
 from rich.console import Console
 from rich.progress import track
@@ -25,7 +27,7 @@ from transformers import PreTrainedTokenizerFast
 
 from cratescope.config import ExportConfig, ImportConfig
 from cratescope.lm.evaluate import data_of
-from cratescope.lm.tokenizer import EOS, load_tokenizer, token_strings
+from cratescope.lm.tokenizer import EOS, load_tokenizer, vocabulary_strings
 from cratescope.neurons.explain import find_site, record_files, records_identity
 from cratescope.neurons.records import (
     ActivationRecord,
@@ -35,11 +37,27 @@ from cratescope.neurons.records import (
     Stratum,
     layer_file,
     neuron_file,
+    read_columns,
     read_records,
     write_records,
 )
 from cratescope.neurons.shards import load_tensors
-from cratescope.run import Run, UserError, atomic_folder, atomic_path, claim, sha256, write_json, write_text
+from cratescope.run import (
+    SURROGATES,
+    Run,
+    UserError,
+    atomic_folder,
+    atomic_path,
+    claim,
+    decode_text,
+    locked,
+    mark_whole,
+    parse_json,
+    sha256,
+    versions,
+    write_json,
+    write_text,
+)
 
 IMPORTED = "imported"
 """Site of imported records: a NeuronRecord does not say of what its activations are."""
@@ -48,6 +66,7 @@ FILES = 5
 PER_FILE = 1 << 26
 """Most activations wanted in one of them: about 700 MB."""
 LARGEST = float(np.finfo(np.float32).max)
+LARGEST_INDEX = (1 << 31) - 1
 STDERR = Console(stderr=True)
 Json = dict[str, Any]
 
@@ -71,7 +90,7 @@ def export(config: ExportConfig) -> Path:
 
 
 def _export_openai(out: Path, files: Mapping[int, Path], tokenizer: PreTrainedTokenizerFast) -> None:
-    vocabulary = token_strings(tokenizer, range(len(tokenizer)))
+    vocabulary = vocabulary_strings(tokenizer)
     for layer, path in files.items():
         records = read_records(path).values()
         for record in track(records, f"export layer {layer}", console=STDERR, transient=True):
@@ -117,7 +136,8 @@ def import_records(config: ImportConfig) -> Path:
     The tokens of a NeuronRecord are texts of a tokenizer that may not be here, so the run gets a tokenizer of its own,
     with one id for every different text. What a NeuronRecord does not have is left open: the number of tokens read is
     0, the density NaN (0 for a neuron that is silent in all of its windows), missing moments NaN; the maximum is that
-    of the windows. A top window's peak is its highest token, another window's its middle one.
+    of the windows. A top window's peak is its highest token, another window's its middle one. Tokens that hold what
+    has no UTF-8 get U+FFFD in its place; they are counted in the folder's manifest and warned of.
 
     Raises:
         UserError: no such files, a file that is no NeuronRecord (names the file and the field), or `config.out` is
@@ -128,20 +148,30 @@ def import_records(config: ImportConfig) -> Path:
         raise UserError(f"{run.root}: is the run of a model; give --out a folder of its own")
     folder = run.records(IMPORTED)
     identity = {"imported": "openai", "sha256": _joint_sha256(config.source, paths)}
-    if folder.exists():
-        claim(folder, identity)
-        return folder
-    vocabulary = {EOS: 0}
+    with locked(run.root, "import"):
+        if folder.exists():
+            claim(folder, identity)
+        else:
+            _write_imported(run, config, folder, paths, identity)
+    return folder
+
+
+def _write_imported(run: Run, config: ImportConfig, folder: Path, paths: Sequence[Path], identity: Json) -> None:
+    vocabulary, invalid = {EOS: 0}, Counter[Path]()
     with atomic_folder(folder) as temporary:
         for layer, group in itertools.groupby(paths, lambda path: int(path.parent.name)):
             work: Any = track(list(group), f"import layer {layer}", console=STDERR, transient=True)
             with closing(work):  # or the bar outlives a file that is refused, until the garbage collector comes
-                records = [_read(path, run.name, vocabulary) for path in work]
+                records = [_read(path, run.name, vocabulary, invalid) for path in work]
             write_records(layer_file(temporary, layer), records)
-        claim(temporary, identity)
+        counted = {"invalid_utf8": invalid.total()}
+        write_json(temporary / "manifest.json", {"identity": identity, "versions": versions()} | counted)
         with atomic_folder(run.model) as model:
             _tokenizer(vocabulary).save_pretrained(model)
-    return folder
+            mark_whole(model)
+    if invalid:
+        found = f"{invalid.total()} tokens had invalid UTF-8, now U+FFFD; the first are in {next(iter(invalid))}"
+        STDERR.print(f"warning: {config.source}: {found}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _record_paths(folder: Path) -> list[Path]:
@@ -150,8 +180,12 @@ def _record_paths(folder: Path) -> list[Path]:
     if not paths:
         raise UserError(f"{folder}: no files {{layer}}/{{neuron}}.json there; name the folder that holds the layers'")
     for path in paths:
-        if not (path.parent.name.isdecimal() and path.stem.isdecimal()):
+        if not all(re.fullmatch(r"0|[1-9][0-9]*", name) for name in (path.parent.name, path.stem)):
             raise UserError(f"{path}: not named {{layer}}/{{neuron}}.json with two numbers; move it elsewhere")
+        if max(int(path.parent.name), int(path.stem)) > LARGEST_INDEX:
+            raise UserError(f"{path}: layer and neuron have to be below {LARGEST_INDEX + 1:,}; rename it")
+        if not path.is_file():
+            raise UserError(f"{path}: is no file; move it elsewhere")
     return sorted(paths, key=lambda path: (int(path.parent.name), int(path.stem)))
 
 
@@ -168,17 +202,24 @@ def _tokenizer(vocabulary: dict[str, int]) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS, clean_up_tokenization_spaces=False)
 
 
-def _read(path: Path, model: str, vocabulary: dict[str, int]) -> NeuronRecord:
-    """The record in a file; texts of tokens that are new are added to `vocabulary`."""
+def _read(path: Path, model: str, vocabulary: dict[str, int], invalid: Counter[Path]) -> NeuronRecord:
+    """The record in a file; new texts of tokens are added to `vocabulary`, and mended ones counted in `invalid`."""
     row = _read_json(path)
     neuron = NeuronId(model, IMPORTED, *_neuron_id(path, row))
+
+    def token_id(token: str) -> int:
+        mended = SURROGATES.sub("\ufffd", token)
+        if mended != token:
+            invalid[path] += 1
+        return vocabulary.setdefault(mended, len(vocabulary))
+
     excerpts = itertools.count()  # whether two windows overlap is not known: each counts as an excerpt of its own
 
     def windows(name: str, rows: Any, at_highest: bool = False) -> tuple[ActivationRecord, ...]:
         found = (_window(f"{path}: {name}[{place}]", item) for place, item in enumerate(_list(path, name, rows)))
         return tuple(
             ActivationRecord(
-                np.array([vocabulary.setdefault(token, len(vocabulary)) for token in tokens], np.int64),
+                np.array([token_id(token) for token in tokens], np.int64),
                 activations,
                 next(excerpts),
                 0,
@@ -209,9 +250,10 @@ def _read(path: Path, model: str, vocabulary: dict[str, int]) -> NeuronRecord:
 
 def _read_json(path: Path) -> Json:
     try:
-        row = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error}); export it again where it was made") from error
+        text = decode_text(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    row = parse_json(text, str(path), "export it again where it was made")
     if not isinstance(row, dict) or row.get("dataclass_name", "NeuronRecord") != "NeuronRecord":
         raise UserError(f"{path}: not a NeuronRecord; only files of OpenAI's NeuronRecord class can be imported")
     return row
@@ -254,7 +296,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _not_a_number(where: str, value: Any) -> UserError:
-    return UserError(f"{where} is {value!r}, not a finite number; export the file again where it was made")
+    return UserError(f"{where} is {reprlib.repr(value)}, not a finite number; export the file again where it was made")
 
 
 def _number(path: Path, name: str, value: Any) -> float:
@@ -277,6 +319,8 @@ def _boundaries(path: Path, row: Json, n_samples: int) -> list[float]:
 
 def _moments(path: Path, row: Json, maximum: float) -> Moments:
     found = {name: _number(path, name, row.get(name)) for name in ("mean", "variance", "skewness", "kurtosis")}
+    if found["variance"] < 0:
+        raise UserError(f"{path}: variance is {found['variance']}, below 0; export the file again where it was made")
     skewness, kurtosis = (None if found["variance"] == 0 else found[name] for name in ("skewness", "kurtosis"))
     return Moments(0, found["mean"], found["variance"], skewness, kurtosis, maximum)
 
@@ -318,7 +362,7 @@ def _export_delphi(config: ExportConfig, run: Run, site: str, layers: Sequence[i
 
 def _write_latents(folder: Path, layer: int, tokens: Integer[np.ndarray, "n t"], target: Path) -> int:
     """Write the files of one module and return how many there are; the dump is read once for each."""
-    width = pq.read_metadata(layer_file(folder, layer)).num_rows
+    width = read_columns(layer_file(folder, layer), ["index"]).num_rows
     counts = np.zeros(width, np.int64)
     for part in _dump(folder, layer):
         counts += np.bincount(part["neurons"], minlength=width)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Sequence
+import functools
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from jaxtyping import Int
 from rich.console import Console
 from rich.progress import track
@@ -17,8 +16,10 @@ from transformers import PreTrainedTokenizerFast
 
 from cratescope.config import ExplainConfig
 from cratescope.hardware import share
-from cratescope.lm.tokenizer import load_tokenizer, token_strings
-from cratescope.neurons.llm import LanguageModel, llm_identity, open_llm
+from cratescope.lm.tokenizer import load_tokenizer, token_strings, vocabulary_strings
+from cratescope.neurons.llm import LanguageModel, NoAnswer, RefusedError, llm_identity, open_llm
+from cratescope.neurons.llm.answers import EMPTY_ANSWER, ONLY_REASONING
+from cratescope.neurons.llm.reasoning import without_reasoning
 from cratescope.neurons.prompts import Shown, Wording, clean_answer, wording_named
 from cratescope.neurons.protocols import Protocol, protocols_named
 from cratescope.neurons.records import (
@@ -26,40 +27,49 @@ from cratescope.neurons.records import (
     Explanation,
     NeuronRecord,
     layer_file,
+    read_columns,
+    read_explanations,
     read_records,
     write_explanation,
 )
-from cratescope.run import Run, UserError, claim, read_json
+from cratescope.run import IDENTITY, Run, UserError, claim, read_json
 
 MAX_TOKENS = 60
 """Longest answer (paper section 4)."""
+ENOUGH = 16
+"""So many refusals and useless answers, and nothing else, are no matter of single neurons."""
 DEAD = "dead neuron"
 NOTHING_TO_SHOW = "no readable token"
-EMPTY_ANSWER = "empty answer"
 UNDECODABLE = "tokens the tokenizer does not have"
 STDERR = Console(stderr=True)
+Result = TypeVar("Result")
 
 
 def explain(config: ExplainConfig, llm: LanguageModel | None = None) -> list[Path]:
     """Write one explanation file for every sampled neuron and return the folder of each explanation set.
 
-    A dead neuron, or one whose answer is empty, gets a file with no text and the reason in `skipped`, so that the
-    sample stays what was drawn. Finished files are kept.
+    A dead neuron, or one whose answer is empty or refused, gets a file with no text and the reason in `skipped`, so
+    that the sample stays what was drawn. Finished files are kept.
 
     Raises:
-        UserError: no such site, layer, protocol or number of neurons; or a folder holds explanations of something else.
+        UserError: no such site, layer, protocol or number of neurons; a folder holds explanations of something else; or
+            a server gives no answer that can be used.
     """
     run = Run(config.run)
     site = find_site(run, config.site)
     samples = _samples(config, run.records(site))
     wording = wording_named(config.prompts)
-    made_with = {"prompt": wording.explain_version, "max_tokens": MAX_TOKENS, "neuron_seed": config.neuron_seed}
+    max_tokens = config.llm.llm_max_tokens or MAX_TOKENS
+    made_with = {"prompt": wording.explain_version, "max_tokens": max_tokens, "neuron_seed": config.neuron_seed}
     made_with = records_identity(run, site) | llm_identity(config.llm, llm) | made_with
     tokenizer = load_tokenizer(run.model)
     folders = []
     for explained, protocols in protocols_named(config.protocols).items():
         folder = run.explanations(site, config.llm.llm_name, explained)
-        claim(folder, made_with | {"explained": explained})
+        identity = made_with | {"explained": explained}
+        if (folder / "manifest.json").exists():
+            claim(folder, identity)
+        waiting = Waiting(functools.partial(_write, folder, identity), ENOUGH)
         folders.append(folder)
         for layer, indices in samples.items():
             indices = share(indices, config.worker, config.llm.llm_batch)
@@ -67,9 +77,52 @@ def explain(config: ExplainConfig, llm: LanguageModel | None = None) -> list[Pat
             if len(done) < len(indices):
                 llm = llm or open_llm(config.llm)
                 records = read_records(layer_file(run.records(site), layer), indices)
-                asking = Asking(llm, tokenizer, wording, protocols[0], config.llm.llm_name)
-                _explain_layer([records[index] for index in indices], done, folder, asking, config.llm.llm_batch)
+                asking = Asking(llm, tokenizer, wording, protocols[0], config.llm.llm_name, max_tokens)
+                _explain_layer([records[index] for index in indices], done, waiting, asking, config.llm.llm_batch)
+        waiting.end(functools.partial(_has_text, folder))
     return folders
+
+
+def _write(folder: Path, identity: dict[str, Any], explanation: Explanation) -> None:
+    claim(folder, identity)  # not before: after a stop with advice another --llm-max-tokens has to be free to start
+    write_explanation(folder, explanation)
+
+
+def _has_text(folder: Path) -> bool:
+    return any(item.text for item in read_explanations(folder).values())
+
+
+class Waiting(Generic[Result]):
+    """Results that tell only of refusals and useless answers wait until something was answered.
+
+    A wrong option, or too few tokens, spoils every answer; it must not be written as that many skipped neurons.
+    """
+
+    def __init__(self, write: Callable[[Result], None], enough: int) -> None:
+        self._write, self._enough = write, enough
+        self._results: list[Result] = []
+        self._problems: list[UserError] = []
+        self.answered = False
+
+    def add(self, result: Result, problem: UserError | None) -> None:
+        """Write, or keep, what is known of a neuron. Raises the first problem when there are enough and no answer."""
+        self._results.append(result)
+        self._problems += [problem] if problem else []
+        if self.answered:
+            self._flush()
+        elif len(self._problems) >= self._enough:
+            raise self._problems[0]
+
+    def end(self, answered_before: Callable[[], bool]) -> None:
+        """Write what waits. Raises the first problem when nothing was ever answered."""
+        if self._problems and not self.answered and not answered_before():
+            raise self._problems[0]
+        self._flush()
+
+    def _flush(self) -> None:
+        for result in self._results:
+            self._write(result)
+        self._results = []
 
 
 def find_site(run: Run, site: str) -> str:
@@ -80,7 +133,11 @@ def find_site(run: Run, site: str) -> str:
     """
     site = site.replace("{layer}", "N")  # as `collect` names the folder of a pattern
     folder = run.root / "records"
-    found = sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.exists() else []
+    found = (
+        sorted(path.name for path in folder.iterdir() if path.is_dir() and path.name[0] != ".")
+        if folder.exists()
+        else []
+    )
     listed = ", ".join(found) or "none"
     if site != "auto" and run.records(site).name not in found:
         raise UserError(f"{run.root}: no records of site {site} (found: {listed}); run `cratescope collect` first")
@@ -96,14 +153,14 @@ def records_identity(run: Run, site: str) -> dict[str, Any]:
     Imported records come without weights.
     """
     manifest = run.records(site) / "manifest.json"
-    collected = read_json(manifest)["identity"] if manifest.exists() else {}
+    collected = read_json(manifest, IDENTITY, "`cratescope collect`")["identity"] if manifest.exists() else {}
     weights = {} if "imported" in collected else {"model_sha256": run.fingerprint()}
     return weights | {"site": site, "records": collected}
 
 
 def check_identity(folder: Path, wanted: dict[str, Any]) -> dict[str, Any]:
     """What a finished stage's folder was made from. Raises UserError when that is not `wanted`."""
-    identity = read_json(folder / "manifest.json")["identity"]
+    identity = read_json(folder / "manifest.json", IDENTITY)["identity"]
     claim(folder, identity | wanted)
     return identity
 
@@ -119,10 +176,7 @@ def draw_neurons(path: Path, seed: int, layer: int) -> list[int]:
     Raises:
         UserError: the file is missing or damaged.
     """
-    try:
-        known = pq.read_table(path, columns=["index"]).column("index").to_numpy()
-    except (OSError, pa.ArrowException) as error:
-        raise UserError(f"{path}: cannot be read ({error}); delete it and run `cratescope collect`") from error
+    known = read_columns(path, ["index"]).column("index").to_numpy()
     return known[neuron_order(seed, layer, len(known))].tolist()
 
 
@@ -134,7 +188,7 @@ def record_files(folder: Path, layers: Sequence[int] | None = None) -> dict[int,
     """
     if (folder / ".parts").exists():
         raise UserError(f"{folder}: not finished; run the same `cratescope collect` again")
-    files = {int(path.stem.removeprefix("layer-")): path for path in sorted(folder.glob("layer-*.parquet"))}
+    files = {int(path.stem[6:]): path for path in sorted(folder.glob("layer-*.parquet")) if path.stem[6:].isdecimal()}
     for layer in layers or ():
         if layer not in files:
             known = ", ".join(map(str, files)) or "none"
@@ -157,7 +211,7 @@ def _samples(config: ExplainConfig, folder: Path) -> dict[int, list[int]]:
 
 
 def _explain_layer(
-    records: Sequence[NeuronRecord], done: Container[int], folder: Path, asking: Asking, batch: int
+    records: Sequence[NeuronRecord], done: Container[int], waiting: Waiting[Explanation], asking: Asking, batch: int
 ) -> None:
     """Explain one layer's sample in batches that depend on the sample alone.
 
@@ -168,9 +222,11 @@ def _explain_layer(
     for chunk in track(chunks, f"explain layer {records[0].neuron.layer}", console=STDERR, transient=True):
         if all(record.neuron.index in done for record in chunk):
             continue
-        for explanation in asking.explanations(chunk):
+        found = asking.asked(chunk)
+        waiting.answered |= any(explanation.text for explanation, _ in found)
+        for explanation, problem in found:
             if explanation.neuron.index not in done:
-                write_explanation(folder, explanation)
+                waiting.add(explanation, problem)
 
 
 @dataclass(frozen=True)
@@ -182,32 +238,54 @@ class Asking:
     wording: Wording
     protocol: Protocol
     explainer: str
+    max_tokens: int = MAX_TOKENS
 
     def explanations(self, records: Sequence[NeuronRecord]) -> list[Explanation]:
         """One a neuron, in one call of the model."""
+        return [explanation for explanation, _ in self.asked(records)]
+
+    def asked(self, records: Sequence[NeuronRecord]) -> list[tuple[Explanation, UserError | None]]:
+        """The same, each with what to say where a server's answer cannot be used and no other can."""
         asked = [self._prompt(record) for record in records]
         prompts = [self.llm.encode(prompt) for prompt, _ in asked if prompt]
-        prefix = self.llm.encode(self.wording.explain_prefix())
-        answers = iter(self.llm.generate(prefix, prompts, MAX_TOKENS, "\n") if prompts else [])
+        answers = iter(self._answers(prompts) if prompts else [])
         found = []
         for record, (prompt, reason) in zip(records, asked, strict=True):
-            text = clean_answer(next(answers)) if prompt else ""
-            reason = reason or (None if text else EMPTY_ANSWER)
-            found.append(Explanation(record.neuron, text, self.explainer, self.wording.explain_version, reason))
+            answer = next(answers) if prompt else ""
+            text, problem = "", None
+            if isinstance(answer, NoAnswer):
+                reason, problem = answer.reason, self._problem(answer)
+            elif prompt:
+                text = clean_answer(answer)
+                unsaid = ONLY_REASONING if answer.strip() and not without_reasoning(answer).strip() else EMPTY_ANSWER
+                reason = None if text else unsaid
+            one = Explanation(record.neuron, text, self.explainer, self.wording.explain_version, reason)
+            found.append((one, problem))
         return found
+
+    def _answers(self, prompts: Sequence[list[int]]) -> Sequence[str | NoAnswer]:
+        prefix = self.llm.encode(self.wording.explain_prefix())
+        try:
+            return self.llm.generate(prefix, prompts, self.max_tokens, "\n")
+        except RefusedError as error:
+            return error.answers
+
+    def _problem(self, answer: NoAnswer) -> UserError:
+        told = f"{self.explainer}: none of its answers can be used, the first one for this reason: {answer.reason}"
+        return UserError(f"{told}; {answer.fix}")
 
     def _prompt(self, record: NeuronRecord) -> tuple[str, str | None]:
         """The neuron's own part of the prompt, or why there is none."""
         if record.dead:
             return "", DEAD
         windows = self.protocol.explain_records(record)
-        if undecodable(windows, len(self.tokenizer)):
+        if undecodable(windows, len(vocabulary_strings(self.tokenizer))):
             return "", UNDECODABLE
         shown = [Shown(token_strings(self.tokenizer, window.tokens.tolist()), window.activations) for window in windows]
         prompt = self.wording.explain_prompt(shown, record.moments.maximum)
         return prompt, None if prompt else NOTHING_TO_SHOW
 
 
-def undecodable(windows: Iterable[ActivationRecord], n_tokens: int) -> bool:
-    """Is there a token that the tokenizer (with `n_tokens` entries) does not have?"""
-    return any(((window.tokens < 0) | (window.tokens >= n_tokens)).any() for window in windows)
+def undecodable(windows: Iterable[ActivationRecord], n_ids: int) -> bool:
+    """Is there a token that the tokenizer (with ids below `n_ids`) does not have?"""
+    return any(((window.tokens < 0) | (window.tokens >= n_ids)).any() for window in windows)

@@ -6,19 +6,21 @@ Detection and fuzzing are after Paulo et al. 2024 (arXiv 2410.13928), intruder d
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Bool, Float
+from rich.markup import escape
 from rich.progress import track
 
 from cratescope.config import JudgeConfig
-from cratescope.lm.tokenizer import load_tokenizer, token_strings
+from cratescope.lm.tokenizer import load_tokenizer, vocabulary_strings
 from cratescope.neurons import prompts
-from cratescope.neurons.explain import DEAD, STDERR, UNDECODABLE, find_site, records_identity, undecodable
-from cratescope.neurons.llm import LanguageModel, llm_identity, open_llm
+from cratescope.neurons.explain import DEAD, STDERR, UNDECODABLE, Waiting, find_site, records_identity, undecodable
+from cratescope.neurons.llm import LanguageModel, RefusedError, llm_identity, open_llm
 from cratescope.neurons.protocols import Protocol, protocols_named
 from cratescope.neurons.records import (
     INTRUDER_GROUP,
@@ -30,10 +32,11 @@ from cratescope.neurons.records import (
     layer_file,
     neuron_file,
     read_judgement,
+    read_judgements,
     read_records,
     write_judgements,
 )
-from cratescope.neurons.simulate import explained_layers, own_share
+from cratescope.neurons.simulate import ENOUGH, explained_layers, own_share
 from cratescope.run import Run, claim
 
 WINDOWS = 10
@@ -69,9 +72,12 @@ def _judge_set(
     layers, identity = explained_layers(config, run, site, explained)
     folder = run.judgements(site, config.explainer, config.scorer, explained)
     known = records_identity(run, site) | llm_identity(config.llm, llm) | {"explanations": identity}
+    if not (folder / "manifest.json").exists():
+        llm = llm or open_llm(config.llm)  # before the claim: a mistyped --llm leaves no folder
     claim(folder, known | {"prompt": prompts.JUDGE_PROMPTS[config.scorer]})
     tokenizer = load_tokenizer(run.model)
-    vocabulary = token_strings(tokenizer, range(len(tokenizer)))
+    vocabulary = vocabulary_strings(tokenizer)
+    waiting = Waiting(functools.partial(write_judgements, folder), ENOUGH)
     for layer, explanations in layers.items():
         pairs = own_share(config, explanations)
         pending = [(own, null) for own, null in pairs if not _done(folder, config.scorer, own, null)]
@@ -81,9 +87,20 @@ def _judge_set(
         asking = Judge(llm, vocabulary, protocol, config.scorer, config.llm.llm_batch)
         records = read_records(layer_file(run.records(site), layer), [own.neuron.index for own, _ in pending])
         label = f"{config.scorer} {run.name} layer {layer}"
-        for own, null in track(pending, label, console=STDERR, transient=True):
-            write_judgements(folder, asking.judgements(records[own.neuron.index], own, null))
+        for own, null in track(pending, escape(label), console=STDERR, transient=True):
+            refused = None
+            try:
+                found = asking.judgements(records[own.neuron.index], own, null)
+                waiting.answered |= any(item.probabilities for item in found)
+            except RefusedError as error:
+                found, refused = _unjudged(own, null, config.scorer, error.answers[0].reason), error
+            waiting.add(found, refused)
+    waiting.end(functools.partial(_any_judged, folder))
     return folder
+
+
+def _any_judged(folder: Path) -> bool:
+    return any(item.probabilities for item in read_judgements(folder))
 
 
 def _texts(scorer: str, explanation: Explanation, null_text: str) -> dict[str, str]:
@@ -91,6 +108,11 @@ def _texts(scorer: str, explanation: Explanation, null_text: str) -> dict[str, s
     if scorer == "intruder":
         return {"none": ""}
     return {control: text for control, text in (("none", explanation.text), ("shuffled", null_text)) if text}
+
+
+def _unjudged(explanation: Explanation, null_text: str, scorer: str, reason: str | None) -> list[Judgement]:
+    texts = _texts(scorer, explanation, null_text) or {"none": ""}
+    return [Judgement(explanation.neuron, scorer, name, text, (), (), reason) for name, text in texts.items()]
 
 
 def _done(folder: Path, scorer: str, explanation: Explanation, null_text: str) -> bool:
@@ -121,19 +143,29 @@ class Judge:
         self._prefix = llm.encode(prompts.judge_prefix(scorer))
 
     def judgements(self, record: NeuronRecord, explanation: Explanation, null_text: str) -> list[Judgement]:
-        """One a control; a neuron that cannot be judged has one without answers, and the reason."""
+        """One a control; a neuron that cannot be judged has one without answers, and the reason.
+
+        Raises:
+            RefusedError: a server refuses prompts of every control.
+        """
         texts = _texts(self._scorer, explanation, null_text)
         active, silent = self._windows(record)
         reason = self._refusal(record, explanation, active, silent)
         if reason:
-            texts = texts or {"none": ""}
-            return [Judgement(record.neuron, self._scorer, name, text, (), (), reason) for name, text in texts.items()]
+            return _unjudged(explanation, null_text, self._scorer, reason)
         random = np.random.default_rng([record.neuron.layer, record.neuron.index])
         ask = self._intruder if self._scorer == "intruder" else self._yes_or_no
         examples = [self._example(window, record, random) for window in (*active, *silent)]
-        return [
-            self._judgement(record.neuron, name, text, *ask(text, examples, random)) for name, text in texts.items()
-        ]
+        found, refused = [], None
+        for name, text in texts.items():
+            try:
+                found.append(self._judgement(record.neuron, name, text, *ask(text, examples, random)))
+            except RefusedError as error:
+                refused = error
+                found.append(Judgement(record.neuron, self._scorer, name, text, (), (), error.answers[0].reason))
+        if refused and not any(item.probabilities for item in found):
+            raise refused
+        return found
 
     def _windows(self, record: NeuronRecord) -> tuple[list[ActivationRecord], list[ActivationRecord]]:
         """Active windows (the strongest ones and some by quantile) and silent ones, none of them explained from."""

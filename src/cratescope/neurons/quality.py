@@ -7,6 +7,7 @@ so two models are compared at matched density as well.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import statistics
 from collections import Counter
@@ -20,7 +21,7 @@ from cratescope.neurons.explain import records_identity
 from cratescope.neurons.measures import measure
 from cratescope.neurons.records import ActivationRecord, NeuronRecord, layer_file, read_records
 from cratescope.neurons.statistics import mean_of
-from cratescope.run import Run, read_json, write_json
+from cratescope.run import Run, Shape, UserError, read_json, write_json
 
 QUALITIES = ("lookup", "concentration", "selectivity")
 VERSION = 1
@@ -28,14 +29,22 @@ DENSITY_STEP = 2**0.25
 """Neurons of two models are matched when their densities are within the same such factor."""
 
 Row = dict[str, Any]
+_NUMBERS: Shape = {name: (float, None) for name in ("density", *QUALITIES)}
+QUALITY: Shape = {
+    "layers": [{"layer": int} | _NUMBERS],
+    "model": _NUMBERS,
+    "neurons": {"layer": [int], "index": [int], **{name: [(float, None)] for name in ("density", *QUALITIES)}},
+}
+"""What is read of quality.json."""
 
 
 def write_quality(run: Run, site: str, layers: Sequence[int]) -> Path:
     """Write scores/<site>/quality.json for every neuron of the layers, unless it is there for these records."""
     path = run.quality(site)
     made_from = {"version": VERSION, "layers": list(layers)} | records_identity(run, site)
-    if path.exists() and read_json(path).get("made_from") == made_from:
-        return path
+    with contextlib.suppress(UserError):  # a damaged file is made again
+        if path.exists() and read_quality(path).get("made_from") == made_from:
+            return path
     neurons: list[Row] = []
     for layer in layers:
         records = read_records(layer_file(run.records(site), layer), strata=False)
@@ -44,6 +53,14 @@ def write_quality(run: Run, site: str, layers: Sequence[int]) -> Path:
     columns = {name: [row[name] for row in neurons] for name in (neurons[0] if neurons else ())}
     write_json(path, {"made_from": made_from, "layers": rows, "model": _model(rows), "neurons": columns})
     return path
+
+
+def read_quality(path: Path) -> Row:
+    """What `write_quality` wrote. Raises UserError when it is damaged."""
+    found = read_json(path, QUALITY, "`cratescope score`")
+    if len({len(column) for column in found["neurons"].values()}) > 1:
+        raise UserError(f"{path}: damaged (columns of different lengths); delete it and run `cratescope score` again")
+    return found
 
 
 def activation_quality(record: NeuronRecord) -> dict[str, float | None]:

@@ -7,17 +7,29 @@ never by their place in a list. Imports nothing else of neurons.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cratescope.run import UserError, atomic_path, read_json, write_json, write_text
+from cratescope.run import (
+    Shape,
+    UserError,
+    atomic_path,
+    first_line,
+    read_json,
+    read_jsonl,
+    stamp,
+    write_json,
+    write_text,
+)
 
 
 @dataclass(frozen=True, order=True)
@@ -262,8 +274,11 @@ SCHEMA = pa.schema(
         ("histogram", pa.list_(_BIN)),
         ("top_tokens", pa.list_(_TOKEN)),
         ("bottom_tokens", pa.list_(_TOKEN)),
-    ]
+    ],
+    metadata={"checksum": "sha256"},
 )
+_SEAL = b"sha256: "
+"""Before the footer of a file of records, where readers of Parquet do not look, and then the hash of all the rest."""
 _NEURONS_A_READ = 64
 """Neurons in one row group, the least that is read from disk at once."""
 
@@ -301,7 +316,57 @@ def write_table(path: Path, columns: dict[str, Any]) -> None:
     with atomic_path(path) as temporary:
         table = pa.Table.from_arrays(arrays, schema=SCHEMA)
         # Dictionaries of activations would be larger than these.
-        pq.write_table(table, temporary, compression="zstd", use_dictionary=False, row_group_size=_NEURONS_A_READ)
+        pq.write_table(
+            table,
+            temporary,
+            compression="zstd",
+            use_dictionary=False,
+            row_group_size=_NEURONS_A_READ,
+            write_page_checksum=True,  # for other tools; it leaves headers and the footer out
+        )
+        _seal(temporary)
+
+
+def _seal(path: Path) -> None:
+    with open(path, "r+b") as file:
+        digest = hashlib.file_digest(file, "sha256").digest()
+        start = _footer(file)
+        file.seek(start)
+        footer = file.read()
+        file.seek(start)
+        file.write(_SEAL + digest + footer)
+
+
+def _footer(file: IO[bytes]) -> int:
+    """Where the footer of a Parquet file begins: its length stands before the last four bytes."""
+    size = file.seek(0, 2)
+    file.seek(max(size - 8, 0))
+    return max(size - 8 - int.from_bytes(file.read(4), "little"), 0)
+
+
+@functools.lru_cache(1024)
+def _is_sealed(path: Path, _stamp: tuple[int, ...]) -> bool:
+    """Whether the file has a checksum; files of before have none. Worked out once, as long as nobody touches it.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    with open(path, "rb") as file:
+        start = _footer(file)
+        end = max(start - len(_SEAL) - 32, 0)
+        file.seek(end)
+        if file.read(len(_SEAL)) != _SEAL:
+            return False
+        expected = file.read(32)
+        file.seek(0)
+        digest = hashlib.sha256()
+        for first in range(0, end, 1 << 20):
+            digest.update(file.read(min(1 << 20, end - first)))
+        file.seek(start)
+        digest.update(file.read())
+    if digest.digest() != expected:
+        raise UserError(f"{path}: damaged (its checksum differs); delete it and run `cratescope collect`")
+    return True
 
 
 def write_records(path: Path, records: Sequence[NeuronRecord]) -> None:
@@ -364,15 +429,7 @@ def read_records(path: Path, indices: Sequence[int] | None = None, strata: bool 
     Raises:
         UserError: the file is missing or damaged, or an index is not in it.
     """
-    if not path.exists():
-        raise UserError(f"{path}: no such file; run `cratescope collect` first, or check the layer")
-    wanted = [name for name in SCHEMA.names if strata or name not in STRATIFICATIONS]
-    try:
-        if set(SCHEMA.names) - set(pq.read_schema(path).names):
-            raise UserError(f"{path}: made by an older version; delete {path.parent} and run `cratescope collect`")
-        table = pq.read_table(path, columns=wanted)
-    except pa.ArrowException as error:
-        raise UserError(f"{path}: damaged Parquet file ({error}); delete it and run `cratescope collect`") from error
+    table = read_columns(path, [name for name in SCHEMA.names if strata or name not in STRATIFICATIONS])
     known = table.column("index").to_pylist()
     if indices is not None:
         rows = {index: row for row, index in enumerate(known)}
@@ -381,6 +438,29 @@ def read_records(path: Path, indices: Sequence[int] | None = None, strata: bool 
                 raise UserError(f"{path}: no neuron {index}; this layer has neurons 0 to {max(known)}")
         table = table.take(pa.array([rows[index] for index in indices], pa.int64()))
     return {record.neuron.index: record for batch in table.to_batches(64) for record in _records(batch)}
+
+
+def read_columns(path: Path, columns: Sequence[str]) -> pa.Table:
+    """Some columns of one layer's records, a row a neuron.
+
+    Raises:
+        UserError: the file is missing, damaged or of another version.
+    """
+    if not path.exists():
+        raise UserError(f"{path}: no such file; run `cratescope collect` first, or check the layer")
+    try:
+        sealed = _is_sealed(path, stamp(path))
+        schema = pq.read_schema(path)
+        if (schema.metadata or {}).get(b"checksum") and not sealed:
+            raise pa.ArrowInvalid("its checksum is gone")
+        if not all(
+            name in schema.names and schema.field(name).type == SCHEMA.field(name).type for name in SCHEMA.names
+        ):
+            raise UserError(f"{path}: made by an older version; delete {path.parent} and run `cratescope collect`")
+        return pq.read_table(path, columns=[*columns], page_checksum_verification=True)
+    except (OSError, pa.ArrowException) as error:
+        said = first_line(error)
+        raise UserError(f"{path}: damaged Parquet file ({said}); delete it and run `cratescope collect`") from error
 
 
 def _records(batch: pa.RecordBatch) -> list[NeuronRecord]:
@@ -435,6 +515,15 @@ def _read_histograms(column: pa.ListArray) -> list[Histogram | None]:
     return [Histogram(*part) if len(part[0]) else None for part in zip(*parts, strict=True)]
 
 
+NEURON: Shape = {"model": str, "site": str, "layer": int, "index": int}
+_NAMED: Shape = {"neuron": NEURON, "skipped": (str, None)}
+EXPLANATION: Shape = _NAMED | {"text": str, "explainer": str, "prompt": str}
+SIMULATION: Shape = _NAMED | {"simulator": str, "texts": {str: str}, "keys": [[int]], "expected": {str: [[float]]}}
+JUDGEMENT: Shape = _NAMED | {"scorer": str, "control": str, "text": str, "probabilities": [float], "labels": [bool]}
+SCORE: Shape = NEURON | {"protocol": str, "set": str, "control": str, "measure": str, "value": (float, None), "n": int}
+SCORE |= {"low": (float, None), "high": (float, None), "reason": (str, None)}
+
+
 def neuron_file(folder: Path, neuron: NeuronId) -> Path:
     """Where a neuron's explanation or simulation lies inside its stage's folder."""
     return folder / str(neuron.layer) / f"{neuron.index}.json"
@@ -472,7 +561,7 @@ def write_judgements(folder: Path, judgements: Sequence[Judgement]) -> None:
 
 def read_judgement(path: Path) -> list[Judgement]:
     """One neuron's file of a judgements folder."""
-    return [_from_row(Judgement, row) for row in read_json(path)]
+    return [_from_row(Judgement, row) for row in read_json(path, [JUDGEMENT], "`cratescope judge`")]
 
 
 def read_judgements(folder: Path) -> list[Judgement]:
@@ -494,24 +583,24 @@ def read_scores(path: Path) -> list[Score]:
     if not path.exists():
         raise UserError(f"{path}: no such file; run `cratescope score` first")
     names = [field.name for field in dataclasses.fields(NeuronId)]
-    with open(path, encoding="utf-8") as file:
-        rows = [json.loads(line) for line in file]
-    if any("set" not in row for row in rows):
-        raise UserError(f"{path}: written by an older version of cratescope; run `cratescope score` again")
-    return [Score(NeuronId(*(row.pop(name) for name in names)), **row) for row in rows]
+    rows = read_jsonl(path, SCORE, "`cratescope score`", whole=True)
+    fields = [name for name in SCORE if name not in names]
+    return [Score(NeuronId(*(row[name] for name in names)), **{name: row[name] for name in fields}) for row in rows]
 
 
 def _neuron_files(folder: Path) -> list[Path]:
-    found = folder.glob("*/*.json") if folder.exists() else ()
+    found = [path for path in folder.glob("*/*.json") if path.parent.name.isdecimal() and path.stem.isdecimal()]
     return sorted(found, key=lambda path: (int(path.parent.name), int(path.stem)))
 
 
 def _from_json(kind: type, path: Path) -> Any:
-    return _from_row(kind, read_json(path))
+    shape, maker = {Explanation: (EXPLANATION, "explain"), Simulation: (SIMULATION, "simulate")}[kind]
+    return _from_row(kind, read_json(path, shape, f"`cratescope {maker}`"))
 
 
 def _from_row(kind: type, row: dict[str, Any]) -> Any:
-    row["neuron"] = NeuronId(**row["neuron"])
+    row = {field.name: row[field.name] for field in dataclasses.fields(kind)}
+    row["neuron"] = NeuronId(*(row["neuron"][name] for name in NEURON))
     if "expected" in row:
         row["expected"] = {name: _tuples(rows) for name, rows in row["expected"].items()}
         row["keys"] = _tuples(row["keys"])

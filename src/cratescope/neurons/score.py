@@ -31,7 +31,7 @@ from cratescope.neurons.records import (
     write_scores,
 )
 from cratescope.neurons.sanity import on_records
-from cratescope.run import Run, UserError, made_from, read_json, write_json
+from cratescope.run import Run, Shape, UserError, locked, made_from, read_json, sha256, write_json
 
 OWN = "none"
 """The control that is none: a neuron's own explanation."""
@@ -46,6 +46,18 @@ VERSION = 1
 """Of how scores are computed: raise it when the same simulations score otherwise."""
 SANITY_NEURONS = 64
 """At most so many neurons a layer in the sanity tests of the measures."""
+
+
+ABOUT: Shape = {
+    "explainer": str,
+    "simulator": str,
+    "site": str,
+    "sanity": [{"sample": str, "measure": str, "n_neurons": int, "missing": float, "extra": float, "passes": bool}],
+    "made_with": {str: {}},
+    "made_from": {str: str},
+    "scores_sha256": str,
+}
+"""scores.json: what the rows beside it were made with and from, and which measures pass the sanity tests."""
 
 
 @dataclass(frozen=True)
@@ -74,9 +86,7 @@ def score(config: ScoreConfig) -> Path:
     site = find_site(run, config.site)
     folder = run.scores(site, config.explainer, config.simulator)
     inputs = _made_from(run, site, config, chosen)
-    about = folder / "scores.json"
-    outputs = (about, folder / "scores.jsonl", run.quality(site))
-    if all(path.exists() for path in outputs) and read_json(about).get("made_from") == inputs:
+    if run.quality(site).exists() and _finished(folder, inputs):
         return folder
     sets = {name: _read(run, site, config, name) for name in chosen}
     scores: list[Score] = []
@@ -92,19 +102,46 @@ def score(config: ScoreConfig) -> Path:
         scores += _judgement_scores(run, site, config, name, one, len(sets) > 1)
     verdicts = on_records([protocol for group in chosen.values() for protocol in group], sample)
     write_quality(run, site, layers)
-    write_scores(folder / "scores.jsonl", scores)
-    write_json(
-        about,
-        {
-            "explainer": config.explainer,
-            "simulator": config.simulator,
-            "site": site,
-            "sanity": [verdict.row() for verdict in verdicts],
-            "made_with": {name: one.made_with for name, one in sets.items()},
-            "made_from": inputs,
-        },
-    )
+    with locked(folder, "score", wait=True):  # both files are of one process
+        write_scores(folder / "scores.jsonl", scores)
+        write_json(
+            folder / "scores.json",
+            {
+                "explainer": config.explainer,
+                "simulator": config.simulator,
+                "site": site,
+                "sanity": [verdict.row() for verdict in verdicts],
+                "made_with": {name: one.made_with for name, one in sets.items()},
+                "made_from": inputs,
+                "scores_sha256": sha256(folder / "scores.jsonl"),
+            },
+        )
     return folder
+
+
+def _finished(folder: Path, inputs: dict[str, str]) -> bool:
+    """Whether scores were made from `inputs` and nothing has damaged them."""
+    try:
+        return read_about(folder)["made_from"] == inputs
+    except UserError:
+        return False
+
+
+def read_about(folder: Path) -> dict[str, Any]:
+    """A scores.json whose scores.jsonl, beside it, is as it was written.
+
+    Raises:
+        UserError: one of the files is missing or damaged, or of an older version.
+    """
+    path, scores = folder / "scores.json", folder / "scores.jsonl"
+    if not path.exists() and (folder / "summary.json").exists():
+        raise UserError(f"{folder}: scored by an older version of cratescope; run `cratescope score` again")
+    about = read_json(path, ABOUT, "`cratescope score`")
+    if not scores.exists():
+        raise UserError(f"{scores}: no such file; run `cratescope score` first")
+    if about["scores_sha256"] != sha256(scores):
+        raise UserError(f"{scores}: damaged (its SHA-256 is not the one in {path.name}); run `cratescope score` again")
+    return about
 
 
 def _made_from(run: Run, site: str, config: ScoreConfig, explained: Iterable[str]) -> dict[str, str]:
@@ -259,9 +296,9 @@ def _read(run: Run, site: str, config: ScoreConfig, explained: str) -> Simulated
 def _check_finished(folder: Path, simulations: Mapping[NeuronId, Simulation]) -> None:
     """Were all neurons simulated that were meant to be?"""
     path = folder / "plan.json"
-    planned = read_json(path) if path.exists() else {}
+    planned = read_json(path, {str: int}, "`cratescope simulate`") if path.exists() else {}
     for layer, wanted in planned.items():
-        found = sum(neuron.layer == int(layer) for neuron in simulations)
+        found = sum(str(neuron.layer) == layer for neuron in simulations)
         if found < wanted:
             raise UserError(
                 f"{folder}: {found} of {wanted} neurons of layer {layer} are simulated; run the same "

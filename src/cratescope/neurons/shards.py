@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import zlib
 from pathlib import Path
 
@@ -19,18 +17,18 @@ LAYOUT = 1
 
 def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """Write `path` atomically."""
-    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    with atomic_path(path) as temporary:
-        save_file(tensors, temporary, {"crc32": _checksum(tensors)})
+    _save(path, tensors, first=False)
 
 
 def save_first(path: Path, tensors: dict[str, Tensor]) -> None:
     """Write `path` unless another process was faster."""
-    mine = path.with_name(f".{path.name}.{os.getpid()}.mine")
-    save_tensors(mine, tensors)
-    with contextlib.suppress(FileExistsError):
-        os.link(mine, path)
-    mine.unlink()
+    _save(path, tensors, first=True)
+
+
+def _save(path: Path, tensors: dict[str, Tensor], first: bool) -> None:
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    with atomic_path(path, first) as temporary:
+        save_file(tensors, temporary, {"crc32": _checksum(tensors)})
 
 
 def load_tensors(path: Path) -> dict[str, Tensor] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,22 +10,25 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
+from rich.markup import escape
 from rich.progress import track
 
 from cratescope.config import JudgeConfig, SimulateConfig
 from cratescope.hardware import share
-from cratescope.lm.tokenizer import load_tokenizer, token_strings
+from cratescope.lm.tokenizer import load_tokenizer, vocabulary_strings
 from cratescope.neurons import prompts
 from cratescope.neurons.explain import (
     STDERR,
     UNDECODABLE,
+    Waiting,
     check_identity,
     draw_neurons,
     find_site,
     records_identity,
     undecodable,
 )
-from cratescope.neurons.llm import LanguageModel, llm_identity, open_llm
+from cratescope.neurons.llm import LanguageModel, RefusedError, llm_identity, open_llm
+from cratescope.neurons.llm.answers import REFUSED
 from cratescope.neurons.protocols import PROTOCOLS, Protocol, protocols_named, scoring_windows
 from cratescope.neurons.records import (
     ActivationRecord,
@@ -37,9 +41,10 @@ from cratescope.neurons.records import (
     read_explanations,
     read_records,
     read_simulation,
+    read_simulations,
     write_simulation,
 )
-from cratescope.run import Run, UserError, claim, read_json, write_json
+from cratescope.run import Run, UserError, claim, locked, read_json, write_json
 
 ITEMS = 3
 """list-pmi averages the distributions of this many list items, the first ones written greedily."""
@@ -49,6 +54,8 @@ SMALLEST = 1e-5
 """list-pmi: probabilities below this are as good as none, so that rare words are not meant by chance."""
 DECIMALS = 4
 UNREAD = "a slot without a value"
+ENOUGH = 4
+"""So many neurons whose windows a server refuses, and no others, are no matter of single neurons."""
 UNIGRAM_SHOWN = 8
 """How many tokens the text of the unigram control lists."""
 
@@ -250,10 +257,6 @@ def simulate(config: SimulateConfig, llm: LanguageModel | None = None) -> list[P
     """
     run = Run(config.run)
     site = find_site(run, config.site)
-    if config.simulator != "all-at-once" and (config.reference_quirks or config.prompts != "own"):
-        raise UserError(
-            f"--simulator {config.simulator} is our own; --reference-quirks and --prompts go with all-at-once"
-        )
     chosen = protocols_named(config.protocols)
     return [_simulate_set(config, run, site, explained, chosen[explained], llm) for explained in chosen]
 
@@ -269,11 +272,14 @@ def _simulate_set(
     layers, identity = explained_layers(config, run, site, explained)
     folder = run.simulations(site, config.explainer, config.simulator, explained)
     known = records_identity(run, site) | llm_identity(config.llm, llm) | {"explanations": identity}
+    if not (folder / "manifest.json").exists():
+        llm = llm or open_llm(config.llm)  # before the claim: a mistyped --llm leaves no folder
     claim(folder, known | made_with(config))
     tokenizer = load_tokenizer(run.model)
-    vocabulary = token_strings(tokenizer, range(len(tokenizer)))
+    vocabulary = vocabulary_strings(tokenizer)
     _plan(folder, {layer: len(explanations[: config.neurons]) for layer, explanations in layers.items()})
     simulator: Simulator | None = None
+    waiting = Waiting(functools.partial(write_simulation, folder), ENOUGH)
     for layer, explanations in layers.items():
         pairs = own_share(config, explanations)
         records = read_records(layer_file(run.records(site), layer), [item.neuron.index for item, _ in pairs])
@@ -283,18 +289,26 @@ def _simulate_set(
             continue
         simulator = simulator or make_simulator(config, llm or open_llm(config.llm), vocabulary)
         simulator.plan([prompts.EMPTY_EXPLANATION, *(item.text for item in explanations if item.text)])
-        for task in track(pending, f"simulate {run.name} layer {layer}", console=STDERR, transient=True):
-            write_simulation(folder, task.simulate(simulator, config.simulator, folder))
+        for task in track(pending, escape(f"simulate {run.name} layer {layer}"), console=STDERR, transient=True):
+            simulated, refused = task.simulate(simulator, config.simulator, folder)
+            waiting.answered |= not refused and bool(task.texts.keys() - {"unigram"})
+            waiting.add(simulated, refused)
+    waiting.end(functools.partial(_any_simulated, folder))
     return folder
+
+
+def _any_simulated(folder: Path) -> bool:
+    return any(item.expected.keys() - {"unigram"} for item in read_simulations(folder).values())
 
 
 def _plan(folder: Path, neurons: dict[int, int]) -> None:
     """Write how many neurons a layer are wanted, so that `score` can tell a killed run from a smaller --neurons."""
     path = folder / "plan.json"
-    planned = read_json(path) if path.exists() else {}
-    wanted = planned | {str(layer): max(n, planned.get(str(layer), 0)) for layer, n in neurons.items()}
-    if wanted != planned:
-        write_json(path, wanted)
+    with locked(folder, "plan", wait=True):
+        planned = read_json(path, {str: int}, "`cratescope simulate`") if path.exists() else {}
+        wanted = planned | {str(layer): max(n, planned.get(str(layer), 0)) for layer, n in neurons.items()}
+        if wanted != planned:
+            write_json(path, wanted)
 
 
 def made_with(config: SimulateConfig) -> dict[str, Any]:
@@ -414,24 +428,34 @@ class Task:
         return (
             found is not None
             and found.texts == self.texts
-            and found.skipped in (self.skipped, UNREAD)
+            and (found.skipped in (self.skipped, UNREAD) or str(found.skipped).startswith(REFUSED))
             and keys <= {*found.keys}
         )
 
-    def simulate(self, simulator: Simulator, name: str, folder: Path) -> Simulation:
-        """Also on the windows that a file already there has of other protocols, so that none of them loses its own."""
-        found = self._found(folder)
-        keys = {window.key for window in self.windows} | {*(found.keys if found else ())}
+    def simulate(self, simulator: Simulator, name: str, folder: Path) -> tuple[Simulation, RefusedError | None]:
+        """Also on the windows that a file already there has of other protocols, so that none of them loses its own.
+
+        A control whose prompts a server refuses is missing; the refusal is returned when all of them are.
+        """
+        there = self._found(folder)
+        keys = {window.key for window in self.windows} | {*(there.keys if there else ())}
         windows = [window for window in self.possible if window.key in keys]
 
-        expected, skipped = {}, self.skipped
+        expected, skipped, refused, answered = {}, self.skipped, None, False
         for control, text in self.texts.items():
-            rows = self._unigram(windows) if control == "unigram" else simulator(text, windows)
+            try:
+                rows = self._unigram(windows) if control == "unigram" else simulator(text, windows)
+            except RefusedError as error:
+                skipped, refused = error.answers[0].reason, error
+                continue
+            answered |= control != "unigram"
             if any(np.isnan(row).any() for row in rows):
                 skipped = UNREAD
             else:
                 expected[control] = tuple(tuple(round(float(value), DECIMALS) for value in row) for row in rows)
-        return Simulation(self.neuron, name, self.texts, tuple(window.key for window in windows), expected, skipped)
+        keyed = tuple(window.key for window in windows)
+        found = Simulation(self.neuron, name, self.texts, keyed, expected, skipped)
+        return found, None if answered else refused
 
     def _unigram(self, windows: Sequence[ActivationRecord]) -> list[Float[np.ndarray, " w"]]:
         return [np.array([self.means.get(token, 0.0) for token in window.tokens.tolist()]) for window in windows]

@@ -1,20 +1,25 @@
 """Where neurons live: a module of any Hugging Face causal LM whose activations hooks read or edit.
 
 A site is a module path with {layer} in it, such as `transformer.h.{layer}.mlp.act`; what the module gives is (b, t, h)
-and its last axis are the neurons. With `:input` behind the path it is what the module is given.
+and its last axis are the neurons. Modules that see batch and tokens as one axis, (b t, h), are read alike. With
+`:input` behind the path it is what the module is given.
 """
 
 from __future__ import annotations
 
 import contextlib
 import difflib
+import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from cratescope.models.folder import text_config
 from cratescope.run import UserError
 
 INPUT = ":input"
@@ -29,48 +34,75 @@ class Site:
     name: str
     pattern: str
 
-    def module(self, model: PreTrainedModel, layer: int) -> nn.Module:
+    def path(self, layer: int | str) -> str:
+        return self.pattern.removesuffix(INPUT).replace("{layer}", str(layer))
+
+    def layers(self, model: nn.Module) -> list[int]:
+        """Layers that have this site: a hybrid or mixture-of-experts model may have it in some only."""
+        first, *others = map(re.escape, self.path("{layer}").split("{layer}"))
+        form = re.compile(first + r"(\d+)" + r"\1".join(others))
+        found = (form.fullmatch(name) for name, _ in model.named_modules(remove_duplicate=False))
+        return sorted(int(match[1]) for match in found if match)
+
+    def module(self, model: nn.Module, layer: int) -> nn.Module:
         """The module of a layer.
 
         Raises:
             UserError: the layer is out of range, or no module has this path; names the nearest paths.
         """
-        n_layers = model.config.num_hidden_layers
-        if not 0 <= layer < n_layers:
+        modules = dict(model.named_modules(remove_duplicate=False))
+        path, stem = self.path(layer), self.pattern.partition("{layer}")[0]
+        if path in modules:
+            return modules[path]
+        n_layers = sum(re.fullmatch(re.escape(stem) + r"\d+", name) is not None for name in modules)
+        if n_layers and not 0 <= layer < n_layers:
             raise UserError(f"layer {layer} is out of range; this model has layers 0 to {n_layers - 1}")
-        path = self.pattern.removesuffix(INPUT).replace("{layer}", str(layer))
-        modules = dict(model.named_modules())
-        if path not in modules:
-            near = difflib.get_close_matches(path, modules, n=3, cutoff=0.3)
-            raise UserError(f"this model has no module {path!r}; nearest: {', '.join(near) or 'none'}")
-        return modules[path]
+        if some := self.layers(model):
+            listed = " ".join(map(str, some))
+            raise UserError(f"layer {layer} has no {path!r}; give those that have it: --layers {listed}")
+        near = difflib.get_close_matches(path, modules, n=3, cutoff=0.3)
+        raise UserError(f"this model has no module {path!r}; nearest: {', '.join(near) or 'none'}")
 
-    def hook(self, model: PreTrainedModel, layer: int, visit: Visit) -> Any:
-        """Have `visit` see this layer in every forward pass, until the handle returned is removed."""
+    def hook(self, model: PreTrainedModel, layer: int, visit: Visit, shape: list[int]) -> Any:
+        """Have `visit` see this layer in every forward pass, until the handle returned is removed.
 
-        def on_input(module: nn.Module, inputs: tuple) -> Any:
-            edited = visit(layer, self._activations(inputs))
-            return None if edited is None else (edited, *inputs[1:])
+        `shape` holds batch and tokens of the pass under way.
+        """
 
-        def on_output(module: nn.Module, inputs: tuple, output: Any) -> Any:
-            edited = visit(layer, self._activations(output))
-            if edited is None or isinstance(output, Tensor):
-                return edited
-            return (edited, *output[1:])
+        def edit(found: Any) -> Any:
+            """What takes the place of `found`, or None."""
+            first = found[0] if isinstance(found, tuple | list) and found else found
+            edited = visit(layer, self._activations(first, shape))
+            if edited is None:
+                return None
+            edited = edited.reshape(first.shape)
+            return edited if first is found else (edited, *found[1:])
+
+        def on_input(module: nn.Module, inputs: tuple, named: dict[str, Any]) -> Any:
+            if inputs:
+                edited = edit(inputs)
+                return None if edited is None else (edited, named)
+            name = next((name for name, value in named.items() if isinstance(value, Tensor)), "")
+            edited = edit(named.get(name))
+            return None if edited is None else (inputs, named | {name: edited})
 
         module = self.module(model, layer)
         if self.pattern.endswith(INPUT):
-            return module.register_forward_pre_hook(on_input)
-        return module.register_forward_hook(on_output)
+            return module.register_forward_pre_hook(on_input, with_kwargs=True)
+        return module.register_forward_hook(lambda _module, _inputs, output: edit(output))
 
-    def _activations(self, found: Any) -> Tensor:
-        """The tensor itself, or the first of a tuple, such as an attention's (output, weights)."""
-        if isinstance(found, tuple) and found:
-            found = found[0]
-        if not isinstance(found, Tensor) or found.ndim != 3:
-            kind = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
-            raise UserError(f"site {self.pattern} has a {kind}; name a module with a tensor (batch, tokens, neurons)")
-        return found
+    def _activations(self, found: Any, shape: list[int]) -> Tensor:
+        """As (b, t, h); `found` is what the module gives, or the first of a tuple such as (output, weights)."""
+        if isinstance(found, Tensor) and found.is_floating_point():
+            if found.ndim == 3 and shape in ([], list(found.shape[:2])):
+                return found
+            if found.ndim == 2 and shape and len(found) == shape[0] * shape[1]:
+                return found.unflatten(0, shape)
+        kind = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+        of = f" for {shape[0]} x {shape[1]} tokens" if shape else ""
+        raise UserError(
+            f"site {self.pattern} has a {kind}{of}; name a module with a tensor (batch, tokens, neurons) of all tokens"
+        )
 
 
 def _llama(layer: str) -> dict[str, str]:
@@ -91,31 +123,164 @@ BUILT_IN: dict[str, dict[str, str]] = {
     "gpt_neox": {"mlp": f"{_NEOX}.mlp.act", "attention": f"{_NEOX}.attention", "residual": _NEOX},
     **{kind: _llama(_LLAMA) for kind in ("llama", "mistral", "qwen2", "qwen3", "smollm3")},
 }
-"""Module paths by `model_type` and name; the first of a model is its `auto`."""
+"""Module paths by `model_type` and name; the first of a model is its `auto`. Other models': `sites_of`."""
+
+_ATTENTION = re.compile(r"attn|attention")
+_MLP = re.compile(r"mlp|ffn|ffw|ff$|feed_?forward")
+_NOT_TEXT = re.compile(r"vision|visual|image|audio|video|speech|\.\d+(\.|$)")
+"""Towers of other senses, and lists inside of a block."""
+_OTHER = re.compile(r"attn|attention|mixer|mamba|conv|ssm|recurrent|temporal|rglru|expert|adapter|gate$|router|norm")
+"""Not the MLP of a block: what mixes tokens, what sees a part of them, what chooses experts."""
 
 
-def site_named(name: str, kind: str) -> Site:
-    """`auto` (the first built-in site of this `model_type`), a built-in site's name, or a pattern with {layer}.
+def site_named(name: str, model: PreTrainedModel) -> Site:
+    """`auto` (the first of the model's sites), the name of one of them, or a pattern with {layer}.
 
     Raises:
         UserError: no such site.
     """
     if "{layer}" in name:
         return Site(name.replace("{layer}", "N"), name)
-    built_in = BUILT_IN.get(kind, {})
-    chosen = next(iter(built_in), name) if name == "auto" else name
-    if chosen in built_in:
-        return Site(chosen, built_in[chosen])
-    known = ", ".join(built_in) or "no built-in site"
-    raise UserError(f"no site {name!r} for a {kind} model (it has {known}); give a module path with {{layer}} in it")
+    kind = model.config.model_type
+    known = BUILT_IN.get(kind) or sites_of(model)
+    chosen = next((one for one in known if one not in ("attention", "residual")), name) if name == "auto" else name
+    if chosen in known:
+        return Site(chosen, known[chosen])
+    listed = ", ".join(known) or "no site with a name"
+    near = ", ".join(_projections(model)) or "such as `transformer.h.{layer}.mlp.act`"
+    raise UserError(
+        f"no site {name!r} for a {kind} model (it has {listed}); "
+        f"give one of these or a module path with {{layer}} in it: {near}"
+    )
+
+
+def sites_of(model: PreTrainedModel) -> dict[str, str]:
+    """Sites by name, found in the modules' names and shapes: what holds for the most blocks.
+
+    mlp is what the last projection of the block's MLP is given. Mixtures of experts have none: an expert sees a part
+    of the tokens.
+    """
+    stem, blocks = _blocks(model)
+    if not len(blocks):
+        return {}
+    hidden = getattr(text_config(model.config), "hidden_size", None)
+    projections = [last for block in blocks if (last := _last_projection(block, hidden))]
+    attentions = [name for block in blocks for name, child in block.named_children() if _is_attention(name, child)]
+    found = {"mlp": f"{_commonest(projections)}{INPUT}" if projections else "", "attention": _commonest(attentions)}
+    return {name: f"{stem}.{{layer}}.{path}" for name, path in found.items() if path} | {
+        "residual": f"{stem}.{{layer}}"
+    }
+
+
+def _blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """Path and modules of the text model's layers: of the lists that lie in no other list the one with most weights."""
+    lists = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and not _NOT_TEXT.search(name)
+    }
+    sizes = {name: sum(weight.numel() for weight in module.parameters()) for name, module in lists.items()}
+    stem = max(sizes, key=lambda name: sizes[name], default="")
+    return stem, lists.get(stem, nn.ModuleList())
+
+
+def _is_attention(name: str, module: nn.Module) -> bool:
+    if isinstance(module, nn.ModuleList) or not _ATTENTION.search(name):
+        return False
+    return not re.search(r"norm|dropout|residual|input|gate", name)
+
+
+def _linears(block: nn.Module) -> dict[str, tuple[int, int]]:
+    """Path -> width of input and output of every projection."""
+    found = {}
+    for name, module in block.named_modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, Tensor) and weight.ndim == 2 and not isinstance(module, nn.Embedding):
+            # transformers' Conv1D, a linear layer of GPT-2's time, keeps its matrix the other way round.
+            out, given = weight.shape[::-1] if type(module).__name__ == "Conv1D" else weight.shape
+            found[name] = (given, out)
+    return found
+
+
+def _last_projection(block: nn.Module, hidden: int | None) -> str:
+    """The last projection of a block's MLP that leads back to `hidden`; an empty string if it has none."""
+    linears = {name: shape for name, shape in _linears(block).items() if not _OTHER.search(name)}
+    back = [name for name, (_, width) in linears.items() if width == hidden]
+    back = [name for name in back if _MLP.search(name.split(".")[0])] or back
+    wide = [name for name in back if linears[name][0] != hidden]
+    return next(reversed(wide or back), "")
+
+
+def _projections(model: PreTrainedModel, n: int = 6) -> list[str]:
+    """Module paths with {layer} of projections of the last block, for messages."""
+    stem, blocks = _blocks(model)
+    names = list(_linears(blocks[-1])) if len(blocks) else []
+    return [f"{stem}.{{layer}}.{name}" for name in names[-n:]]
+
+
+def _commonest(names: Sequence[str]) -> str:
+    return Counter(names).most_common(1)[0][0] if names else ""
+
+
+def check_site(model: PreTrainedModel, site: Site, layers: Sequence[int], tokens: Tensor) -> dict[int, Tensor]:
+    """Try the site on tokens (b, t): every layer has it once in a pass, for all tokens and in their order.
+
+    The order is known from a second pass with other last tokens: in a causal model nothing else may change. Returns
+    the activations (b, t, h) of each layer.
+
+    Raises:
+        UserError: a layer has no such module, or it is read never, several times, or not token by token.
+    """
+    other = tokens.clone()
+    other[:, -1] = tokens[:, 0].where(tokens[:, 0] != tokens[:, -1], tokens[:, 1])
+    first, second = (_seen(model, site, layers, each) for each in (tokens, other))
+    for layer in layers:
+        if len(first[layer]) != 1:
+            often = f"{len(first[layer])} times" if first[layer] else "not"
+            raise UserError(
+                f"site {site.pattern} is {often} read in a pass at layer {layer}; "
+                "name a module that every pass runs once, such as the block itself"
+            )
+        before, after = (found[layer][0][:, :-1].float().nan_to_num() for found in (first, second))
+        if not torch.allclose(before, after, rtol=0.05, atol=0.05 * float(before.abs().max()) + 1e-12):
+            raise UserError(
+                f"site {site.pattern} does not give the tokens in the order of the text at layer {layer}; "
+                "name a module outside of the experts, with a tensor (batch, tokens, neurons)"
+            )
+    return {layer: found[0] for layer, found in first.items()}
+
+
+def _seen(model: PreTrainedModel, site: Site, layers: Sequence[int], tokens: Tensor) -> dict[int, list[Tensor]]:
+    """Activations of each layer, as often as they occur in a pass up to the head."""
+    found: dict[int, list[Tensor]] = {layer: [] for layer in layers}
+    head = model.get_output_embeddings()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(hooked(model, site, layers, lambda layer, x: found[layer].append(x.detach().clone())))
+        if head is not None:
+            stack.callback(head.register_forward_pre_hook(_stop).remove)
+        stack.enter_context(contextlib.suppress(_LastLayerError))
+        model(tokens, use_cache=False)
+    return found
+
+
+def _stop(*_: Any) -> None:
+    raise _LastLayerError
 
 
 @contextlib.contextmanager
 def hooked(model: PreTrainedModel, site: Site, layers: Sequence[int], visit: Visit) -> Iterator[None]:
     """While open, `visit` sees, and may replace, the layers' activations in every forward pass."""
+    shape: list[int] = []
+
+    def note(module: nn.Module, inputs: tuple, named: dict[str, Any]) -> None:
+        tokens = inputs[0] if inputs else named.get("input_ids", named.get("inputs_embeds"))
+        shape[:] = tokens.shape[:2] if isinstance(tokens, Tensor) else []
+
     with contextlib.ExitStack() as handles:
+        for whole in {model, model.base_model}:
+            handles.callback(whole.register_forward_pre_hook(note, with_kwargs=True).remove)
         for layer in layers:
-            handles.callback(site.hook(model, layer, visit).remove)
+            handles.callback(site.hook(model, layer, visit, shape).remove)
         yield
 
 
@@ -146,6 +311,10 @@ def partial_pass(
     left: set[int] = set()
 
     def see(layer: int, activations: Tensor) -> None:
+        if layer not in left:
+            raise UserError(
+                f"site {site.pattern} is read several times in a pass at layer {layer}; name another module"
+            )
         visit(layer, activations)
         left.discard(layer)
         if not left:
@@ -154,7 +323,9 @@ def partial_pass(
     def run(tokens: Tensor) -> None:
         left.update(layers)
         with contextlib.suppress(_LastLayerError):
-            model.base_model(tokens, use_cache=False)
+            model(tokens, use_cache=False)
+        if left:
+            raise UserError(f"site {site.pattern} is not read in a pass at layer {min(left)}; name another module")
 
     with hooked(model, site, layers, see):
         yield run

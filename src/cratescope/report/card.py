@@ -16,6 +16,7 @@ from cratescope.config import ShowConfig
 from cratescope.lm.tokenizer import load_tokenizer, token_strings
 from cratescope.neurons.explain import find_site, record_files
 from cratescope.neurons.records import (
+    EXPLANATION,
     ActivationRecord,
     NeuronId,
     NeuronRecord,
@@ -73,7 +74,7 @@ def _explained(run: Run, site: str, record: NeuronRecord, config: ShowConfig) ->
     """The explanation of each set, with the scores by each protocol's own measure that were made from it."""
     folders = run.explanations(site, config.explainer, "*")
     paths = [neuron_file(folder, record.neuron) for folder in sorted(folders.parent.glob("*"))]
-    found = [(path.parts[-3], read_json(path)) for path in paths if path.exists()]
+    found = [(path.parts[-3], read_json(path, EXPLANATION, "`cratescope explain`")) for path in paths if path.exists()]
     if not found:
         yield Text(f"not explained by {config.explainer}", "dim italic")
     path = run.scores(site, config.explainer, config.simulator) / "scores.jsonl"

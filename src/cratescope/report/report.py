@@ -36,7 +36,7 @@ from cratescope.results.compare import DETECTABLE, UNTRAINED, Comparison, Quanti
 from cratescope.results.estimates import Estimate, finite
 from cratescope.results.runs import Results, Row, load_results, one_per_run, protocols
 from cratescope.results.scores import measures_of
-from cratescope.run import UserError, made_from, read_json, write_json, write_text
+from cratescope.run import UserError, locked, made_from, read_json, write_json, write_text
 
 Decode = Callable[[Sequence[int]], list[str]]
 
@@ -108,8 +108,9 @@ def report(config: ReportConfig, tokenizer: PreTrainedTokenizerFast | None = Non
     outputs = ("report.html", "scores.json", "figures", *(f"{name}.csv" for name in CSV))
     if all((config.out / name).exists() for name in outputs) and stamp.exists() and read_json(stamp) == inputs:
         return page
-    write_text(page, _page(config, tokenizer))
-    write_json(stamp, inputs)
+    with locked(config.out, "report"):
+        write_text(page, _page(config, tokenizer))
+        write_json(stamp, inputs)
     return page
 
 
@@ -327,6 +328,8 @@ def _said(item: Results, config: ReportConfig, record: NeuronRecord, explained: 
     if not path.exists():
         raise UserError(f"{path}: no such file; run `cratescope simulate {item.run.root}` first")
     simulation = read_simulation(path)
+    if any(len(row) != key[-1] for row, key in zip(simulation.expected.get(OWN, ()), simulation.keys, strict=False)):
+        raise UserError(f"{path}: damaged (more or fewer values than tokens); delete it and run `cratescope simulate`")
     return Said(
         explained,
         item.text(record.neuron, explained) or "",

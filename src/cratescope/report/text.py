@@ -25,8 +25,10 @@ def percent(fraction: float | None) -> str:
     return f"{number(fraction, 3 if small else 1)} %"
 
 
-def count(value: float) -> str:
-    """A large number for a reader: 1.84M."""
+def count(value: float | None) -> str:
+    """A large number for a reader: 1.84M; a dash where there is none."""
+    if value is None:
+        return "–"
     for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
             return f"{value / size:.3g}{letter}"

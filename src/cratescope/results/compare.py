@@ -8,6 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from cratescope.neurons.measures import MEASURES
+from cratescope.neurons.protocols import PROTOCOLS
+from cratescope.neurons.score import CONTROLS, SCORERS
 from cratescope.neurons.statistics import Difference, compare_neurons, compare_seeds, mean_of, needed
 from cratescope.results.estimates import Estimate, over
 from cratescope.results.runs import Results, protocols, untrained_copy
@@ -33,11 +36,22 @@ class Quantity:
 
     @classmethod
     def parse(cls, text: str) -> Quantity:
-        """`protocol/measure` or `protocol/measure/control`. Raises UserError for anything else."""
+        """`protocol/measure` or `protocol/measure/control`. Raises UserError for anything else, and unknown names."""
         parts = text.split("/")
         if len(parts) not in (2, 3) or not all(parts):
             raise UserError(f"--primary {text}: write protocol/measure/control, such as uniform/pearson/shuffled")
-        return cls(parts[0], parts[1], parts[2] if len(parts) == 3 else None)
+        protocol, measure, over = *parts[:2], parts[2] if len(parts) == 3 else None
+        judged = protocol.partition("-")[0]  # a scorer, or a scorer and the explanation set it judged
+        known = (
+            ("protocol", judged if judged in SCORERS else protocol, (*PROTOCOLS, *SCORERS)),
+            ("measure", measure, tuple(MEASURES)),
+            ("control", over, (None, *CONTROLS, UNTRAINED)),
+        )
+        for what, name, names in known:
+            if name not in names:
+                listed = ", ".join(filter(None, names))
+                raise UserError(f"--primary {text:.80}: there is no {what} {name!r:.40}; choose from {listed}")
+        return cls(protocol, measure, over)
 
     @property
     def name(self) -> str:

@@ -8,16 +8,27 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from cratescope.arm import Arm
 from cratescope.config import ReportConfig
-from cratescope.neurons.records import Explanation, NeuronId, layer_file, read_explanations, read_scores
+from cratescope.neurons.quality import read_quality
+from cratescope.neurons.records import (
+    Explanation,
+    NeuronId,
+    layer_file,
+    read_columns,
+    read_explanations,
+    read_scores,
+)
+from cratescope.neurons.score import read_about
 from cratescope.results.scores import Scores
-from cratescope.run import Run, UserError, read_json, read_jsonl, slug
+from cratescope.run import METRICS, Run, Shape, UserError, read_json, read_jsonl, slug
 
 Row = dict[str, Any]
+EVALUATION: Shape = {
+    **{name: (float, None) for name in ("loss", "standard_error", "perplexity", "bits_per_byte", "unigram_entropy")},
+    "examples?": [{"prompt": str, "top": [{"token": str, "probability": float, "logit?": float}], "continuation": str}],
+}
+"""What a report shows of evaluation.json."""
 
 
 @dataclass(frozen=True)
@@ -129,10 +140,13 @@ def _load_run(run: Run, config: ReportConfig) -> Iterator[Results]:
     if not run.evaluation.exists():
         raise UserError(f"{run.evaluation}: no such file; run `cratescope evaluate {run.root}` first")
     folders = _scored(run, config)
-    evaluation, metrics = read_json(run.evaluation), read_jsonl(run.metrics)
+    evaluation = read_json(run.evaluation, EVALUATION, "`cratescope evaluate`")
+    metrics = read_jsonl(run.metrics, METRICS, "`cratescope train`")
     for folder in folders:
         site = folder.parents[1].name
-        scores = Scores(read_scores(folder / "scores.jsonl"))
+        about, scores = read_about(folder), Scores(read_scores(folder / "scores.jsonl"))
+        if not scores.protocols or about["made_with"].keys() != set(scores.sets):
+            raise UserError(f"{folder}: its scores.json is not of its scores; run `cratescope score` again")
         quality = run.quality(site)
         yield Results(
             run=run,
@@ -142,21 +156,14 @@ def _load_run(run: Run, config: ReportConfig) -> Iterator[Results]:
             manifest=manifest,
             evaluation=evaluation,
             metrics=metrics,
-            about=_about(folder / "scores.json", scores),
+            about=about,
             scores=scores,
             explanations={
                 name: read_explanations(run.explanations(site, config.explainer, name)) for name in scores.sets
             },
             activity=_read_activity(run.records(site), scores.layers),
-            quality=read_json(quality) if quality.exists() else None,
+            quality=read_quality(quality) if quality.exists() else None,
         )
-
-
-def _about(path: Path, scores: Scores) -> Row:
-    about = read_json(path)
-    if not isinstance(about, dict) or about.get("made_with", {}).keys() != set(scores.sets):
-        raise UserError(f"{path}: does not belong to the scores beside it; delete it and run `cratescope score` again")
-    return about
 
 
 def _scored(run: Run, config: ReportConfig) -> list[Path]:
@@ -177,12 +184,7 @@ def _read_activity(folder: Path, layers: Iterable[int]) -> dict[NeuronId, Activi
     """Density and maximum of every neuron; only these columns are read, the windows are a thousand times larger."""
     found: dict[NeuronId, Activity] = {}
     for path in (layer_file(folder, layer) for layer in layers):
-        if not path.exists():
-            raise UserError(f"{path}: no such file; run `cratescope collect` first")
-        try:
-            table = pq.read_table(path, columns=["model", "site", "layer", "index", "density", "maximum"])
-        except pa.ArrowException as error:
-            raise UserError(f"{path}: damaged ({error}); delete it and run `cratescope collect`") from error
+        table = read_columns(path, ["model", "site", "layer", "index", "density", "maximum"])
         for row in table.to_pylist():
             activity = Activity(row.pop("density"), row.pop("maximum"))
             found[NeuronId(**row)] = activity

@@ -249,9 +249,26 @@ def comparison_row(pair: Comparison) -> dict[str, Any]:
     return found
 
 
+FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "\uff1d", "\uff0b", "\uff0d", "\uff20", "'")
+"""What makes a spreadsheet run a cell (Japanese ones take the wide signs too), and what `csv_cell` puts before it."""
+
+
+def csv_cell(value: Any) -> Any:
+    """A text that a spreadsheet would run as a formula, after an apostrophe; everything else as it is.
+
+    A text that begins with an apostrophe gets another, so the text is what stands after the first one.
+    """
+    return f"'{value}" if isinstance(value, str) and value.startswith(FORMULA) else value
+
+
 def write_csv(path: Path, rows: Sequence[Row]) -> None:
-    """Write rows of equal keys with full precision; a missing number is an empty cell."""
+    """Write rows of equal keys with full precision; a missing number is an empty cell. See `csv_cell` for texts."""
+    cells = [{name: csv_cell(value) for name, value in row.items()} for row in rows]
+    # The library quotes no carriage return, at which readers then end the row.
+    returns = any(isinstance(value, str) and "\r" in value for row in cells for value in row.values())
+    quoting: Any = csv.QUOTE_ALL if returns else csv.QUOTE_MINIMAL
     with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]) if rows else [], lineterminator="\n")
+        names = list(rows[0]) if rows else []
+        writer = csv.DictWriter(file, fieldnames=names, lineterminator="\n", quoting=quoting)
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows(cells)

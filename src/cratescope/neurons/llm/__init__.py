@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -15,10 +16,27 @@ from jaxtyping import Float
 
 from cratescope.config import LLMConfig
 from cratescope.hardware import pick_device, pick_dtype
+from cratescope.run import UserError
 
 Ids = Sequence[int]
 Choices = Sequence[int] | Sequence[Sequence[int]]
 """What might stand in a slot: tokens, or sequences of tokens (a "10" that the tokenizer splits)."""
+
+
+@dataclass(frozen=True)
+class NoAnswer:
+    """Why a server has no text for a prompt, and what helps if it has none for any."""
+
+    reason: str
+    fix: str
+
+
+class RefusedError(UserError):
+    """The server refuses prompts that were asked; others may be answered. `answers` says why, one a prompt."""
+
+    def __init__(self, message: str, answers: Sequence[NoAnswer]) -> None:
+        super().__init__(message)
+        self.answers = answers
 
 
 @runtime_checkable
@@ -40,8 +58,12 @@ class LanguageModel(Protocol):
     def encode(self, text: str) -> list[int]:
         """Token ids of `text` as it stands in the middle of a prompt: no special tokens, no space put before it."""
 
-    def generate(self, prefix: Ids, prompts: Sequence[Ids], max_new_tokens: int, stop: str) -> list[str]:
-        """Greedy continuation of prefix + prompt for every prompt, cut before `stop` or the end-of-text token."""
+    def generate(self, prefix: Ids, prompts: Sequence[Ids], max_new_tokens: int, stop: str) -> Sequence[str | NoAnswer]:
+        """Greedy continuation of prefix + prompt for every prompt, cut before `stop` or the end-of-text token.
+
+        Raises:
+            RefusedError: the model is a server, which refuses all of the prompts.
+        """
 
     def next_logprobs(self, prefix: Ids, prompts: Sequence[Ids]) -> Float[np.ndarray, "n vocab"]:
         """Natural log of P(next token | prefix + prompt) over the whole vocabulary.
@@ -57,6 +79,9 @@ class LanguageModel(Protocol):
 
         slots: positions in the prompt from 1 (a token of the prompt stands before it) to its length (the next token).
         A server names the likeliest tokens only: a choice that is not among them has -inf, and so may all of a slot.
+
+        Raises:
+            RefusedError: the model is a server, which refuses one of the prompts.
         """
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -19,8 +19,21 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from cratescope.config import LLMConfig
 from cratescope.hardware import pick_device, pick_dtype, rank
+from cratescope.models.folder import longest_context
 from cratescope.neurons.llm import Choices, Ids, check_slots, encode, heads, spelled
-from cratescope.neurons.llm.prefix import SharedPrefix, adopt, empty_prefix
+from cratescope.neurons.llm.prefix import (
+    EXACT,
+    PROMPT,
+    ROUNDED,
+    UNFIT,
+    SharedPrefix,
+    adopt,
+    apart,
+    empty_prefix,
+    in_one_pass,
+    trial_prefix,
+    trial_tokens,
+)
 from cratescope.run import UserError, first_line
 
 KEPT = 4
@@ -77,12 +90,29 @@ class Tree:
         return paths
 
 
+class Reread:
+    """In place of a cache: the tokens themselves, to be read again with what follows them."""
+
+    def __init__(self, ids: Int[Tensor, "n t"]) -> None:
+        self.ids = ids
+
+    def get_seq_length(self) -> int:
+        return self.ids.shape[1]
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.ids = self.ids.repeat_interleave(repeats, 0)
+
+    def batch_select_indices(self, indices: Int[Tensor, " m"]) -> None:
+        self.ids = self.ids[indices]
+
+
 class LocalLLM:
     """A causal model and its tokenizer; the keys and values of the last few prefixes are kept.
 
     A model with ordinary attention runs a whole batch behind one copy of the prefix, prompts padded on the right, where
-    no token sees the padding. A model with an attention of its own (sliding windows, recurrent states) runs as it
-    would by itself: prompts of one length together, behind copies of the prefix. `shares_prefix` says which.
+    no token sees the padding: its `way` is `shared`. One with an attention of its own (sliding windows, biases) runs as
+    it would by itself: prompts of one length together, behind `copied` prefixes. Where that fails too (recurrent
+    states), prefix and prompt are read again for every answer: `reread`. Trials decide.
     """
 
     def __init__(self, model: Any, tokenizer: Any, name: str) -> None:
@@ -91,10 +121,10 @@ class LocalLLM:
         self.name = name
         quantized = getattr(model, "is_loaded_in_4bit", False)
         self.dtype = "4bit" if quantized else str(model.dtype).removeprefix("torch.")
-        self.context = getattr(model.config.get_text_config(), "max_position_embeddings", tokenizer.model_max_length)
+        self.context = longest_context(model.config) or tokenizer.model_max_length
         self._bos: list[int] = tokenizer("").input_ids[:1]
-        self._prefixes: dict[tuple[int, ...], Cache] = {}
-        self.shares_prefix = adopt(self.model)
+        self._prefixes: dict[tuple[int, ...], Cache | Reread] = {}
+        self.way: Literal["shared", "copied", "reread"] = self._tried()
 
     @classmethod
     def open(cls, config: LLMConfig) -> LocalLLM:
@@ -110,15 +140,27 @@ class LocalLLM:
         placed = _placed(config, device)
         try:
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **options)
-            model: Any = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=False, **options, **placed)
-        except (OSError, ValueError, KeyError) as error:
+            options |= {"trust_remote_code": False, "output_loading_info": True}
+            loaded: Any = AutoModelForCausalLM.from_pretrained(source, **options, **placed)
+        except Exception as error:  # what the library raises on damaged files depends on their bytes
             fix = "give `offline`, a hub name, a model folder or a .gguf file"
             raise UserError(f"--llm {config.llm}: cannot load it ({first_line(error)}); {fix}") from error
+        model, info = loaded
+        if info["missing_keys"]:  # the library gives such weights random values
+            missing = sorted(info["missing_keys"])[0]
+            raise UserError(f"--llm {config.llm}: its checkpoint has no {missing}, so it is not whole; get it again")
         llm = cls(model if "device_map" in placed else model.to(device), tokenizer, config.llm)
-        if not llm.shares_prefix:
-            said = "has an attention of its own, so every prompt gets a copy of the shared prefix, which is slower"
-            Console(stderr=True).print(f"--llm {config.llm} {said}", soft_wrap=True)
+        said = {
+            "copied": "has an attention of its own, so every prompt gets a copy of the shared prefix, which is slower",
+            "reread": "keeps what it has read in a way of its own, so all is read again for every answer; much slower",
+        }
+        if llm.way in said:
+            Console(stderr=True).print(f"--llm {config.llm} {said[llm.way]}", soft_wrap=True, markup=False)
         return llm
+
+    @property
+    def shares_prefix(self) -> bool:
+        return self.way == "shared"
 
     def encode(self, text: str) -> list[int]:
         return encode(self.tokenizer, text)
@@ -146,6 +188,51 @@ class LocalLLM:
         trees = [Tree.of(prompt, row, begun) for prompt, row in zip(prompts, slots, strict=True)]
         return [_choice_logprobs(logits, begun, choices) for logits in self._logits(prefix, trees)]
 
+    def _tried(self) -> Literal["shared", "copied", "reread"]:
+        """The fastest way to run prompts behind a prefix that gives what plain passes give.
+
+        Raises:
+            UserError: no way does.
+        """
+        try:
+            if adopt(self.model):
+                return "shared"
+            own = in_one_pass(self.model)
+        except UNFIT as error:
+            raise UserError(
+                f"--llm {self.name}: fails on a few tokens ({first_line(error)}); choose another"
+            ) from error
+        ways: tuple[Literal["copied", "reread"], ...] = ("copied", "reread")
+        for self.way in ways:
+            if self._is_plain(own):
+                return self.way
+        raise UserError(
+            f"--llm {self.name}: its logits depend on tokens behind, or are not had from a head; choose a causal model"
+        )
+
+    @torch.inference_mode()
+    def _is_plain(self, own: Float[Tensor, "n t vocab"]) -> bool:
+        """Are logits of a prefix, prompts and a next token, run apart, those of `own`? One row leaves on the way."""
+        tokens, prefix = trial_tokens(self.model), trial_prefix(self.model)
+        begun = prefix + PROMPT
+        bos, self._bos = self._bos, []
+        try:
+            rows = [Tree.of(row, range(1, PROMPT + 1)) for row in tokens[:, prefix:begun].tolist()]
+            cache, found = self._start(tokens[0, :prefix].tolist(), rows)
+            cache.batch_select_indices(torch.tensor([1], device=self.model.device))
+            positions = torch.tensor([[begun]], device=self.model.device)
+            last = self._run(cache, tokens[1:, begun:], positions, None, [[0]])
+        except UNFIT:
+            return False
+        finally:
+            self._bos = bos
+            self._prefixes.clear()
+        expected = torch.cat([own[:, prefix:begun].flatten(0, 1), own[1, begun:]])
+        differences = apart(torch.cat([found, last]), expected)
+        # In narrow formats rounding may send a token to another expert, which changes all that it says.
+        narrow = self.model.dtype.itemsize < torch.float32.itemsize
+        return bool(differences.median() <= ROUNDED if narrow else differences.max() <= EXACT)
+
     def _groups(self, lengths: Sequence[int]) -> list[list[int]]:
         """Rows that run together: all of them, or those of one length."""
         if self.shares_prefix:
@@ -162,14 +249,13 @@ class LocalLLM:
                 found[row] = one
         return list(torch.cat(found).split([len(tree.places) for tree in trees]))
 
-    def _start(self, prefix: Ids, rows: Sequence[Tree], room: int = 0) -> tuple[Cache, Float[Tensor, "m vocab"]]:
+    def _start(self, prefix: Ids, rows: Sequence[Tree], room: int = 0) -> tuple[Any, Float[Tensor, "m vocab"]]:
         """Run rows behind the prefix: the cache with both in it, and the logits at the rows' places."""
         depths = [row.depths() for row in rows]
         self._check_room(len(prefix) + 1 + max(max(row) for row in depths) + room)
         known = self._prefix(tuple(prefix))
-        cache: Cache = SharedPrefix(known)
+        cache = SharedPrefix(known) if self.shares_prefix else copy.deepcopy(known)
         if not self.shares_prefix:
-            cache = copy.deepcopy(known)
             cache.batch_repeat_interleave(len(rows))
         ids, positions = (self._padded(lists) for lists in ([row.ids for row in rows], depths))
         mask = self._mask(rows) if self.shares_prefix else None
@@ -207,15 +293,18 @@ class LocalLLM:
             positions = positions + 1
         return [texts[row] for row in range(len(prompts))]
 
-    def _prefix(self, prefix: tuple[int, ...]) -> Cache:
+    def _prefix(self, prefix: tuple[int, ...]) -> Any:
         """Keys and values of the begin-of-text token, where there is one, and the prefix."""
         known = self._prefixes.pop(prefix, None)
         if known is None:
-            known = empty_prefix(self.model) if self.shares_prefix else DynamicCache(config=self.model.config)
-            if ids := self._bos + list(prefix):
-                self._check_room(len(prefix))
-                rows = torch.tensor([ids], device=self.model.device)
-                self._run(known, rows, torch.arange(len(ids), device=self.model.device)[None], None, [[]])
+            ids = torch.tensor([self._bos + list(prefix)], dtype=torch.long, device=self.model.device)
+            self._check_room(len(prefix))
+            if self.way == "reread":
+                known = Reread(ids)
+            else:
+                known = empty_prefix(self.model) if self.shares_prefix else DynamicCache(config=self.model.config)
+                if ids.numel():
+                    self._run(known, ids, torch.arange(ids.shape[1], device=self.model.device)[None], None, [[]])
         self._prefixes[prefix] = known
         for old in list(self._prefixes)[:-KEPT]:
             del self._prefixes[old]
@@ -223,7 +312,7 @@ class LocalLLM:
 
     def _run(
         self,
-        cache: Cache,
+        cache: Any,
         ids: Int[Tensor, "n t"],
         positions: Int[Tensor, "n t"],
         mask: Float[Tensor, "_ 1 t s"] | None,
@@ -236,14 +325,17 @@ class LocalLLM:
         """
         rows = [row for row, columns in enumerate(places) for _ in columns]
         columns = [column for row in places for column in row]
+        given: dict[str, Any] = {"attention_mask": mask, "position_ids": positions, "past_key_values": cache}
+        if isinstance(cache, Reread):
+            columns = [cache.get_seq_length() + column for column in columns]
+            cache.ids = ids = torch.cat([cache.ids, ids], 1)
+            given = {}
         hook = self.model.get_output_embeddings().register_forward_pre_hook(
             lambda _module, inputs: (inputs[0][rows, columns][None],)
         )
         try:
             with cache.read() if isinstance(cache, SharedPrefix) else nullcontext():
-                out = self.model(
-                    input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
-                )
+                out = self.model(input_ids=ids, **given, use_cache=bool(given))
         finally:
             hook.remove()
         return out.logits[0].float()
@@ -321,7 +413,7 @@ def _placed(config: LLMConfig, device: torch.device) -> dict[str, Any]:
     return placed
 
 
-def _source(name: str) -> tuple[str, dict[str, str]]:
+def _source(name: str) -> tuple[str, dict[str, Any]]:
     """What to give from_pretrained: a name or folder, and the file inside it for a .gguf."""
     if name == "offline":
         from cratescope.lm.offline import smollm2_folder

@@ -20,12 +20,21 @@ from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from cratescope.models.folder import longest_context
 from cratescope.neurons.llm.precision import widen
 
 NAME = "cratescope_prefix"
 EXACT, ROUNDED = 1e-3, 0.1
 """Root mean square of differences between logits, in their standard deviations, that rounding explains: of float32,
 where it is under 1e-5, and of narrower formats, where SmolLM2-135M in bfloat16 has 0.04 to 0.07."""
+UNFIT = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, NotImplementedError, AssertionError)
+"""What a model's own code may raise when it is run in a way that is not its own."""
+PREFIX, PROMPT, NEXT = 6, 5, 1
+"""Tokens of a trial: those that rows share at least, those of a prompt, and the first one written."""
+WINDOWS = ("window", "local_attention", "chunk")
+"""What names of sizes have in them that configs state for attention of a limited reach."""
+WINDOW = 1024
+"""The prefix of a trial is longer than a window of up to so many tokens."""
 QUERIES = 1024
 """Queries whose scores are held at once where there is no fused kernel."""
 
@@ -78,17 +87,21 @@ def adopt(model: Any) -> bool:
     rest (biases, sinks, caps) is found by trying a few tokens both ways. A model in a narrow format is also widened,
     where that works.
     """
-    layers = DynamicCache(config=model.config).layers
+    try:
+        layers = DynamicCache(config=model.config).layers
+    except UNFIT:  # there are configs that it cannot read
+        return False
     if not (
         model._supports_attention_backend  # noqa: SLF001 (the flag that transformers' own code reads)
         and model.config._attn_implementation == "sdpa"  # noqa: SLF001
+        and layers
         and all(type(layer) is DynamicLayer for layer in layers)
     ):
         return False
     AttentionInterface.register(NAME, attend)
     AttentionMaskInterface.register(NAME, sdpa_mask)
     tolerance = EXACT if model.dtype == torch.float32 else ROUNDED
-    own = _in_one_pass(model)
+    own = in_one_pass(model)[0]
     model.set_attn_implementation(NAME)
     put_back = widen(model)
     if _difference(model, own) <= tolerance:
@@ -100,30 +113,53 @@ def adopt(model: Any) -> bool:
     return False
 
 
-def _tokens(model: Any) -> Int[Tensor, "1 t"]:
-    """A few tokens from all over the vocabulary: its first ones may be control signs that no model has learnt."""
-    return (torch.arange(12, device=model.device)[None] * 7919 + 1000) % model.config.get_text_config().vocab_size
+def trial_prefix(model: Any) -> int:
+    """Tokens of a trial's prefix; what a model does behind the end of its windows is tried too."""
+    stated = model.config.get_text_config().to_dict().items()
+    sizes = [size for name, size in stated if any(word in name for word in WINDOWS) and isinstance(size, int)]
+    longest = longest_context(model.config) or WINDOW
+    wanted = max((size for size in sizes if size <= WINDOW), default=0) + PREFIX
+    return wanted if wanted + PROMPT + NEXT <= longest else PREFIX
+
+
+def trial_tokens(model: Any) -> Int[Tensor, "2 t"]:
+    """A few tokens from all over the vocabulary: its first ones may be control signs that no model has learnt.
+
+    Both rows have the same prefix.
+    """
+    prefix = trial_prefix(model)
+    rows = torch.arange(prefix + PROMPT + NEXT, device=model.device).repeat(2, 1)
+    rows[1, prefix:] += PROMPT + NEXT
+    return (rows * 7919 + 1000) % model.config.get_text_config().vocab_size
 
 
 @torch.inference_mode()
-def _in_one_pass(model: Any) -> Float[Tensor, "t vocab"]:
-    return model(input_ids=_tokens(model), use_cache=False).logits[0].float()
+def in_one_pass(model: Any) -> Float[Tensor, "2 t vocab"]:
+    return model(input_ids=trial_tokens(model), use_cache=False).logits.float()
 
 
 @torch.inference_mode()
 def _difference(model: Any, own: Float[Tensor, "t vocab"]) -> float:
     """How far logits of a prefix and what is behind it, run apart, are from `own`: RMS, in standard deviations."""
-    (prefix, rest), known = _tokens(model).split(6, 1), empty_prefix(model)
+    begin, known = trial_prefix(model), empty_prefix(model)
+    prefix, rest = trial_tokens(model)[:1].tensor_split([begin], 1)
     try:
         model(input_ids=prefix, past_key_values=known, use_cache=True)
         cache = SharedPrefix(known)
         with cache.read():
-            positions = torch.arange(6, 12, device=model.device)[None]
-            mask = causal_mask(6, model)
+            positions = torch.arange(begin, begin + rest.shape[1], device=model.device)[None]
+            mask = causal_mask(rest.shape[1], model)
             found = model(input_ids=rest, position_ids=positions, attention_mask=mask, past_key_values=cache).logits
-    except RuntimeError:  # PyTorch's word for factors of two formats
+    except UNFIT:  # such as factors of two formats
         return float("inf")
-    return float((found[0].float() - own[6:]).square().mean().sqrt() / own.std())
+    return float(apart(found[0].float(), own[begin:]).square().mean().sqrt())
+
+
+def apart(found: Float[Tensor, "n vocab"], own: Float[Tensor, "n vocab"]) -> Float[Tensor, " n"]:
+    """How far logits are from `own`: the RMS of every row, in standard deviations of all."""
+    # A model may bar entries of its vocabulary: both are -inf there.
+    difference = torch.where(found == own, 0, found - own)
+    return difference.square().mean(-1).sqrt() / own[own.isfinite()].std()
 
 
 def causal_mask(width: int, model: Any) -> Float[Tensor, "1 1 w w"]:

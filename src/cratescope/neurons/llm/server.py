@@ -8,21 +8,38 @@ import logging
 import math
 import os
 import random
+import re
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 import httpx2
 import numpy as np
 from jaxtyping import Float
+from rich.console import Console
 
 from cratescope.config import LLMConfig
 from cratescope.lm.offline import cache
-from cratescope.neurons.llm import Choices, Ids, check_slots, encode, heads, spelled
+from cratescope.neurons.llm import Choices, Ids, NoAnswer, RefusedError, check_slots, encode, heads, spelled
+from cratescope.neurons.llm.answers import (
+    BY_ID,
+    PROMPT,
+    QUOTA,
+    REFUSED,
+    SYSTEM,
+    Read,
+    error_status,
+    parsed,
+    refused_option,
+    text_of,
+    tops_at,
+    words,
+)
 from cratescope.neurons.llm.cache import AnswerCache
+from cratescope.neurons.llm.reasoning import phrase, whole_characters, without_reasoning
 from cratescope.run import UserError, first_line
 
 TRIES = 6
@@ -32,10 +49,27 @@ TOP = 20
 """Likeliest tokens asked for at a place: as many as vLLM gives unless told otherwise."""
 PASSING = {408, 409, 425, 429, 500, 502, 503, 504, 529}
 """Statuses after which the same request may succeed."""
-BY_ID = "return_tokens_as_token_ids"
-"""vLLM's option to name tokens by their ids, so that none is taken for another; stricter servers refuse to know it."""
+REFUSALS = {400, 413, 422, 451}
+"""Statuses that refuse this request, while another may be answered."""
+LOGPROBS: tuple[dict[str, Any], ...] = (
+    {"logprobs": TOP},
+    {"logprobs": 5},
+    {"logprobs": True, "top_logprobs": TOP},
+    {"logprobs": True, "top_logprobs": 5},
+)
+"""Ways to ask for the likeliest tokens; the next one for a server that refuses one."""
 CONTINUE = "Continue the user's text. Write only what comes next, without repeating any of it, on one line."
-Read = Callable[[Any], Any]
+STDERR = Console(stderr=True)
+
+
+class _StoppedError(Exception):
+    """Another request has failed, and its reason is the one to tell."""
+
+
+class _Reply(NamedTuple):
+    status: int
+    retry_after: float | None
+    text: str
 
 
 class ServerLLM:
@@ -52,10 +86,13 @@ class ServerLLM:
         self._config, self._answers, self._tokenizer = config, answers, tokenizer
         self._url = config.llm.rstrip("/")
         self._key = os.environ.get(config.llm_key_env, "").strip()
+        if not (self._key.isascii() and self._key.isprintable()):
+            raise UserError(f"${config.llm_key_env}: not a key (it holds characters that no header can); set it anew")
         headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
         self._client = httpx2.Client(headers=headers, timeout=config.llm_timeout)
         self._turn, self._next, self._stop = threading.Lock(), 0.0, threading.Event()
-        self._unknown: set[str] = set()  # options that this server has refused
+        self._refused: set[str] = set()  # options that this server has refused
+        self._logprobs = 0  # which of LOGPROBS it is asked with
 
     @classmethod
     def open(cls, config: LLMConfig) -> ServerLLM:
@@ -86,16 +123,28 @@ class ServerLLM:
     def encode(self, text: str) -> list[int]:
         return [ord(sign) for sign in text] if self._tokenizer is None else encode(self._tokenizer, text)
 
-    def generate(self, prefix: Ids, prompts: Sequence[Ids], max_new_tokens: int, stop: str) -> list[str]:
+    def generate(self, prefix: Ids, prompts: Sequence[Ids], max_new_tokens: int, stop: str) -> list[str | NoAnswer]:
         asked = {"model": self.name, "max_tokens": max_new_tokens, "temperature": 0, "seed": 0}
         if self._config.llm_chat:
             system = {"role": "system", "content": CONTINUE}
             texts = [self._decode([*prefix, *prompt]) for prompt in prompts]
             bodies = [asked | {"messages": [system, {"role": "user", "content": text}]} for text in texts]
-            answers = self._ask("chat/completions", bodies, [_chat_text] * len(bodies))
-            return [text.lstrip().split(stop)[0] for text in answers]
-        bodies = [asked | {"prompt": self._prompt([*prefix, *prompt]), "stop": [stop]} for prompt in prompts]
-        return [text.split(stop)[0] for text in self._ask("completions", bodies, [_text] * len(bodies))]
+            path = "chat/completions"
+        else:
+            bodies = [asked | {"prompt": self._prompt([*prefix, *prompt]), "stop": [stop]} for prompt in prompts]
+            path = "completions"
+        answers = self._ask(path, bodies, [text_of(self._config.llm_chat, max_new_tokens)] * len(bodies))
+        found, halves = [], 0
+        for answer in answers:
+            if isinstance(answer, str):
+                text, lone = whole_characters(answer)
+                halves += lone > 0
+                answer = phrase(text, stop)
+                answer = answer.lstrip() if self._config.llm_chat else answer
+            found.append(answer)
+        if halves:
+            self._say(f"{halves} answers hold half a character (a lone surrogate); U+FFFD stands in its place")
+        return found
 
     def next_logprobs(self, prefix: Ids, prompts: Sequence[Ids]) -> Float[np.ndarray, "n vocab"]:
         raise UserError(
@@ -146,10 +195,10 @@ class ServerLLM:
             prompt = self._prompt(ids)
             places = [place + len(prompt) - len(ids) for place in places]
             echo = places != [len(prompt)]
-            body = {"model": self.name, "prompt": prompt, "max_tokens": 1, "temperature": 0, "logprobs": TOP}
+            body = {"model": self.name, "prompt": prompt, "max_tokens": 1, "temperature": 0} | LOGPROBS[0]
             bodies.append(body | {BY_ID: True} | ({"echo": True, "places": places} if echo else {}))
-            reads.append(_tops(places if echo else [-1], len(prompt) + 1 if echo else 1, self._url))
-        return self._ask("completions", bodies, reads)
+            reads.append(tops_at(places if echo else [-1], len(prompt) + 1 if echo else 1, self._url))
+        return self._ask("completions", bodies, reads, all_needed=True)
 
     def _prompt(self, ids: list[int]) -> str | list[int]:
         return self._decode(ids) if self._tokenizer is None else [*self._tokenizer("").input_ids[:1], *ids]
@@ -157,68 +206,163 @@ class ServerLLM:
     def _decode(self, ids: Ids) -> str:
         return "".join(map(chr, ids)) if self._tokenizer is None else self._tokenizer.decode(ids)
 
-    def _ask(self, path: str, bodies: Sequence[dict[str, Any]], reads: Sequence[Read]) -> list[Any]:
-        """What `reads` find in the answers: those on disk, and the rest from the server, each stored at once."""
+    def _ask(
+        self, path: str, bodies: Sequence[dict[str, Any]], reads: Sequence[Read], all_needed: bool = False
+    ) -> list[Any]:
+        """What `reads` find in the answers: those on disk, and the rest from the server, each stored at once.
+
+        Raises:
+            RefusedError: all prompts are refused; or one of them is, where all are needed.
+        """
         requests = [{"url": self._url, "path": path, "body": body} for body in bodies]
         keys = [json.dumps(request, sort_keys=True) for request in requests]
-        known = {
-            key: answer for key, answer in zip(keys, self._answers.find(requests), strict=True) if answer is not None
-        }
+        stored = dict(zip(keys, self._answers.find(requests), strict=True))
+        # An older version also kept answers without a text.
+        known = {key: one for key, one in stored.items() if one is not None and _says_something(one)}
         missing = {key: place for place, key in enumerate(keys) if key not in known}
         self._stop.clear()
+        refusals: dict[str, RefusedError] = {}
         pool = ThreadPoolExecutor(self._config.llm_concurrency)
         try:
-            jobs = {pool.submit(self._answer, requests[place], reads[place]): key for key, place in missing.items()}
+            jobs = {
+                pool.submit(self._answer, requests[place], reads[place], all_needed): key
+                for key, place in missing.items()
+            }
             for job in as_completed(jobs):
-                known[jobs[job]] = job.result()
+                try:
+                    known[jobs[job]] = job.result()
+                except _StoppedError:
+                    continue  # the job that stopped it says why
+                except RefusedError as error:
+                    if all_needed:
+                        raise
+                    refusals[jobs[job]] = error
         finally:
             self._stop.set()
             pool.shutdown(cancel_futures=True)
-        return [known[key] for key in keys]
+        if keys and len(refusals) == len({*keys}):
+            first = refusals[keys[0]]
+            raise RefusedError(str(first), [refusals[key].answers[0] for key in keys])
+        return [known[key] if key in known else refusals[key].answers[0] for key in keys]
 
-    def _answer(self, request: dict[str, Any], read: Read) -> Any:
-        body = {name: value for name, value in request["body"].items() if name != "places"}
+    def _answer(self, request: dict[str, Any], read: Read, all_needed: bool) -> Any:
         try:
-            answer = self._post(f"{self._url}/{request['path']}", body, read)
-        except UserError:
-            self._stop.set()  # the others are not worth trying
+            answer = self._post(f"{self._url}/{request['path']}", request["body"], read)
+        except UserError as error:
+            if all_needed or not isinstance(error, RefusedError):
+                self._stop.set()  # the others are not worth trying
             raise
-        self._answers.store(request, answer)
+        if not isinstance(answer, NoAnswer):  # another time there may be one
+            self._answers.store(request, answer)
         return answer
 
     def _post(self, url: str, body: dict[str, Any], read: Read) -> Any:
         """What `read` finds in the server's answer; failures that may pass are tried again, later and later."""
-        problem = "stopped"
-        for attempt in range(TRIES):
+        problem, attempt = "", 0
+        while attempt < TRIES:
             self._wait_for_turn()
             if self._stop.is_set():
-                break
+                raise _StoppedError
             wait = FIRST_WAIT * 2**attempt * random.uniform(0.75, 1.25)
+            sent = self._sent(body)
+            text = ""
             try:
-                sent = {name: value for name, value in body.items() if name not in self._unknown}
-                response = self._client.post(url, json=sent)
-                if response.is_success:
-                    return read(response.json())
-                problem = f"status {response.status_code}{self._said(response)}"
-                if response.status_code in (400, 422) and BY_ID in sent and BY_ID in response.text:
-                    self._unknown.add(BY_ID)
+                status, retry_after, text = self._reply(url, sent)
+                if 200 <= status < 300:
+                    answer = parsed(text)
+                    status = error_status(answer) or 200
+                    if status == 200:
+                        return read(answer)
+                problem = f"status {status} ({self._words(text)})"
+                if self._does_without(url, status, text, sent):
                     continue
-                if response.status_code not in PASSING:
-                    raise UserError(f"{url}: {problem}; {self._fix(response.status_code)}")
-                wait = _retry_after(response.headers.get("retry-after")) or wait
+                self._check_refusal(url, status, text, problem, retry_after)
+                wait = retry_after or wait
             except httpx2.InvalidURL as error:
                 raise UserError(f"{url}: not an address ({first_line(error)})") from error
             except httpx2.RequestError as error:
-                problem = f"no answer ({type(error).__name__}: {first_line(error)})"
-            except (ValueError, LookupError, TypeError, AttributeError) as error:
-                problem = f"an answer that is not OpenAI's JSON ({type(error).__name__}: {first_line(error)})"
-            if attempt + 1 < TRIES:
+                problem = self._no_answer(error)
+            except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+                said = self._words(text) or "an empty body"
+                problem = f"an answer that is not OpenAI's JSON ({type(error).__name__}: {first_line(error)}; {said})"
+            attempt += 1
+            if attempt < TRIES:
                 self._stop.wait(min(wait, LONGEST_WAIT))
         raise UserError(
             self._redacted(
                 f"{url}: {problem}, {TRIES} times; what was answered is kept, so mend it and run the same command again"
             )
         )
+
+    def _reply(self, url: str, sent: dict[str, Any]) -> _Reply:
+        """The whole answer, within --llm-timeout, also where a server sends blanks meanwhile to keep the line."""
+        end = time.monotonic() + self._config.llm_timeout
+        content = bytearray()
+        with self._client.stream("POST", url, json=sent) as response:
+            for chunk in response.iter_bytes():
+                content += chunk
+                if time.monotonic() > end:
+                    raise httpx2.ReadTimeout("the answer did not end")
+        headers = response.headers
+        milliseconds = headers.get("retry-after-ms")
+        wait = _retry_after(f"{milliseconds}ms" if milliseconds else headers.get("retry-after"))
+        text = content.decode("utf-8", "replace")
+        if 300 <= response.status_code < 400:
+            text = f"moved to {headers.get('location', 'another place')}"
+        return _Reply(response.status_code, wait, text)
+
+    def _no_answer(self, error: httpx2.RequestError) -> str:
+        told = f"no answer ({type(error).__name__}: {first_line(error)})"
+        late = f" within the {self._config.llm_timeout} seconds of --llm-timeout"
+        return told.replace("no answer", "no answer" + late) if isinstance(error, httpx2.TimeoutException) else told
+
+    def _sent(self, body: dict[str, Any]) -> dict[str, Any]:
+        """A request as this server takes it."""
+        sent = {name: value for name, value in body.items() if name != "places" and name not in self._refused}
+        if "max_tokens" in body and "max_tokens" in self._refused and "max_completion_tokens" not in self._refused:
+            sent["max_completion_tokens"] = body["max_tokens"]
+        if "logprobs" in body:
+            sent |= LOGPROBS[self._logprobs]
+        if SYSTEM in self._refused and "messages" in body:
+            content = "\n\n".join(message["content"] for message in body["messages"])
+            sent["messages"] = [{"role": "user", "content": content}]
+        return sent
+
+    def _does_without(self, url: str, status: int, text: str, sent: dict[str, Any]) -> bool:
+        """Is there an option in `sent` that the server refuses and that will not be sent again?"""
+        name = refused_option(text, sent) if status >= 400 and status not in (401, 402, 403, 404, 408, 429) else None
+        if name is None:
+            return False
+        said = self._words(text)
+        if name == "echo":
+            raise UserError(
+                f"{url}: the server gives no log-probabilities of the prompt itself (echo: {said}), which all-at-once "
+                "needs; vLLM does; or run the model here (--llm HUB_NAME or FOLDER)"
+            )
+        with self._turn:
+            if name in ("logprobs", "top_logprobs"):
+                now = LOGPROBS.index({key: sent[key] for key in ("logprobs", "top_logprobs") if key in sent})
+                if now + 1 == len(LOGPROBS):
+                    raise UserError(f"{url}: the server gives no log-probabilities ({said}); it can only explain")
+                fresh, self._logprobs = self._logprobs == 0, max(now + 1, self._logprobs)
+            else:
+                fresh = name not in self._refused
+                self._refused.add(name)
+            if fresh:
+                self._say(f"{url}: the server refuses {name} ({said}); it is asked in another way from now on")
+        return True
+
+    def _check_refusal(self, url: str, status: int, text: str, problem: str, retry_after: float | None) -> None:
+        """Raises UserError for what would be refused again; RefusedError where that is due to the prompt."""
+        said = words(text)
+        fix = "change the options of the request, or use another server"
+        spent = QUOTA.search(said) and (retry_after is None or "insufficient" in said)
+        if status == 402 or (status in (403, 429) and spent):
+            raise UserError(f"{url}: {problem}; the account has nothing left: top it up, or use another server")
+        if status in REFUSALS or (status not in (401, 404, 429) and PROMPT.search(said)):
+            raise RefusedError(f"{url}: {problem}; {fix}", [NoAnswer(REFUSED + problem, f"{fix} than {self._url}")])
+        if status not in PASSING:
+            raise UserError(f"{url}: {problem}; {self._fix(status) or fix}")
 
     def _wait_for_turn(self) -> None:
         """Keep to so many requests a minute."""
@@ -228,10 +372,14 @@ class ServerLLM:
                 self._next = at + 60 / self._config.llm_per_minute
             self._stop.wait(at - time.monotonic())
 
-    def _said(self, response: httpx2.Response) -> str:
-        """What a server says of its refusal, without the key it may repeat."""
-        text = " ".join(response.text.split())[:200]
-        return f" ({self._redacted(text)})" if text else ""
+    def _say(self, text: str) -> None:
+        STDERR.print(
+            f"{self._url}: {text}" if self._url not in text else text, soft_wrap=True, markup=False, highlight=False
+        )
+
+    def _words(self, text: str) -> str:
+        """What a server says, without the key it may repeat."""
+        return words(self._redacted(text))
 
     def _redacted(self, text: str) -> str:
         return text.replace(self._key, "***") if self._key else text
@@ -239,66 +387,29 @@ class ServerLLM:
     def _fix(self, status: int) -> str:
         if status in (401, 403):
             return f"is the right key in ${self._config.llm_key_env}?"
-        if status == 404:
+        if status == 404 or status < 400:
             return "check the address (it mostly ends in /v1) and --llm-model"
-        return "change the request's options, or use another server"
+        return ""
 
 
-def _text(answer: Any) -> str:
-    return _string(answer["choices"][0]["text"])
+def _says_something(stored: Any) -> bool:
+    return not isinstance(stored, str) or bool(without_reasoning(stored).strip())
 
 
-def _chat_text(answer: Any) -> str:
-    return _string(answer["choices"][0]["message"]["content"] or "")
-
-
-def _string(text: Any) -> str:
-    if not isinstance(text, str):
-        raise TypeError("no text in it")
-    return text
-
-
-def _tops(places: Sequence[int], n: int, url: str) -> Read:
-    """Reads the likeliest tokens at `places` of an answer that tells of `n` tokens."""
-
-    def read(answer: Any) -> list[dict[str, float]]:
-        told = answer["choices"][0].get("logprobs")
-        if not told:
-            raise UserError(f"{url}: the server gives no log-probabilities; it can explain, and not simulate")
-        if "content" in told:  # llama.cpp answers like a chat
-            told = {"top_logprobs": [_named(token["top_logprobs"]) for token in told["content"]]}
-        tops = told["top_logprobs"]
-        if len(tops) == 1 < n:
-            raise UserError(
-                f"{url}: the server gives no log-probabilities of the prompt itself (echo), which all-at-once needs; "
-                "vLLM does; or run the model here (--llm HUB_NAME or FOLDER)"
-            )
-        if len(tops) != n:
-            raise ValueError(f"log-probabilities of {len(tops)} tokens instead of {n}")
-        return [{str(token): _log(value) for token, value in tops[place].items()} for place in places]
-
-    return read
-
-
-def _named(tokens: Any) -> dict[str, float]:
-    return {f"token_id:{token['id']}" if "id" in token else token["token"]: token["logprob"] for token in tokens}
-
-
-def _log(value: Any) -> float:
-    if not (isinstance(value, (int, float)) and value <= 1e-3):
-        raise ValueError(f"{value} is no log-probability")
-    return float(value)
+_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "": 1.0}
 
 
 def _retry_after(text: str | None) -> float | None:
-    """Seconds in a Retry-After header, which holds seconds or a date."""
-    if not text:
-        return None
+    """Seconds in a Retry-After header: seconds, a date, or spans such as 20ms and 1m30s; None for anything else."""
+    text = (text or "").strip()
+    spans = re.findall(r"([\d.]+(?:e\d+)?)\s*(ms|s|m|h|d|)(?![a-z])", text.lower())
+    if spans and "".join(number + unit for number, unit in spans) == text.lower().replace(" ", ""):
+        try:
+            return min(sum(float(number) * _UNITS[unit] for number, unit in spans), LONGEST_WAIT)
+        except ValueError:
+            return None
     try:
-        return max(0.0, float(text))
-    except ValueError:
-        pass
-    try:
-        return max(0.0, email.utils.parsedate_to_datetime(text).timestamp() - time.time())
-    except ValueError:
+        wait = email.utils.parsedate_to_datetime(text).timestamp() - time.time()
+    except (ValueError, TypeError, OverflowError):
         return None
+    return min(max(0.0, wait), LONGEST_WAIT)

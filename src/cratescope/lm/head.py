@@ -1,0 +1,165 @@
+"""Losses of a model's own logits in bounded memory: what its head does besides a matrix product is not left out.
+
+Heads have biases (Phi, GPT-J), scale their logits (Cohere, Granite) or cap them (Gemma 2), each in the code of its own
+model. So no list says which head is plain: a trial on the model itself does.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch.nn import functional as F
+
+from cratescope.lm.loss import CHUNK, token_losses
+from cratescope.run import UserError
+
+Way = Literal["product", "own", "whole"]
+SCALES = (0.0, 1.0, 30.0, 1e4)
+"""Largest logits of the trial: biases are all there is at 0, and caps, far below what a trial on text would show at 1,
+change everything at 10,000."""
+EXACT, ROUNDED = 2e-5, 2e-2
+"""Differences between logits, by the largest of their row, that rounding explains: of float32, of narrower formats."""
+UNFIT = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError)
+"""What a model's own code may raise when its head is given something else than it expects."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """How the logits of a causal model are had.
+
+    way: `product`, last hidden state x weight, which never exists as a whole (loss.py); `own`, what goes into the head
+    is kept, and the model's own forward pass is run on one token with a part of it put into the head; `whole`, the
+    model's logits as they are, a row at a time.
+    """
+
+    model: Any
+    way: Way
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, model: Any, tokens: Int[torch.Tensor, "b t"]) -> Head:
+        """The first way that gives the model's own logits of `tokens`, a few of the text.
+
+        Raises:
+            UserError: the model sees the tokens that it is to predict.
+        """
+        other = tokens.clone()
+        other[:, -1] = (tokens[:, -1] == 0).long()
+        logits, changed = plain_pass(model, torch.cat([tokens, other])).logits.chunk(2)
+        if tokens.shape[1] > 1 and not _alike(changed[:, :-1], logits[:, :-1], 5):
+            raise UserError(
+                f"a {model.config.model_type} model as it is configured here sees the tokens that it is to predict; "
+                "give a causal language model"
+            )
+        own = cls(model, "own")
+        # In another order than the text's: `losses` puts parts of several rows into the head.
+        if not _holds(lambda: _alike(own._logits(own._states(tokens).flip(1)), logits.flip(1))):
+            return cls(model, "whole")
+        return cls(model, "product") if _holds(lambda: own._is_product(tokens)) else own
+
+    @torch.no_grad()
+    def losses(
+        self, tokens: Int[torch.Tensor, "b t"], labels: Int[torch.Tensor, "b t"], asked: Bool[torch.Tensor, "b t"]
+    ) -> tuple[Float[torch.Tensor, "b t"], Bool[torch.Tensor, "b t"]]:
+        """Nats of every label given the tokens of its row up to its place; where `asked`, whether it is the likeliest.
+
+        Labels and logits are compared in float32 at least, whatever the model computes in.
+        """
+        if self.way == "whole" and len(tokens) > 1:
+            rows = zip(tokens.split(1), labels.split(1), asked.split(1), strict=True)
+            found = [self.losses(*row) for row in rows]
+            return torch.cat([nats for nats, _ in found]), torch.cat([right for _, right in found])
+        states = self._states(tokens)
+        right = torch.zeros_like(asked)
+        if asked.any():
+            right[asked] = self._logits(states[asked]).argmax(-1) == labels[asked]
+        if self.way == "product":
+            weight = self.model.get_output_embeddings().weight
+            return token_losses(states.flatten(0, 1), weight, labels.flatten()).view(labels.shape), right
+        chunks = zip(states.flatten(0, 1).split(CHUNK), labels.flatten().split(CHUNK), strict=True)
+        losses = [F.cross_entropy(_wide(self._logits(rows)), label, reduction="none") for rows, label in chunks]
+        return torch.cat(losses).view(labels.shape), right
+
+    def _states(self, tokens: Int[torch.Tensor, "b t"]) -> Float[torch.Tensor, "b t d"]:
+        """What `_logits` makes logits of."""
+        if self.way == "product":
+            return plain_pass(self.model.base_model, tokens).last_hidden_state
+        if self.way == "whole":
+            return plain_pass(self.model, tokens).logits
+        kept: list[torch.Tensor] = []
+
+        def keep(_module: Any, inputs: Any) -> Any:
+            kept.append(inputs[0])
+            return (inputs[0][:, :1], *inputs[1:])  # the logits of this pass are not wanted
+
+        _hooked(self.model, keep, tokens)
+        (states,) = kept
+        return states
+
+    def _logits(self, states: Float[torch.Tensor, "*n d"]) -> Float[torch.Tensor, "*n v"]:
+        if self.way == "whole":
+            return states
+        if self.way == "product":
+            return states @ self.model.get_output_embeddings().weight.t()
+        rows = states.reshape(1, -1, states.shape[-1])
+        token = torch.zeros(1, 1, dtype=torch.long, device=states.device)
+        found = _hooked(self.model, lambda _module, inputs: (rows, *inputs[1:]), token).logits
+        return found.reshape(*states.shape[:-1], -1)
+
+    def _is_product(self, tokens: Int[torch.Tensor, "b t"]) -> bool:
+        """Is the model's own way from last hidden states to logits nothing but the head's weight?
+
+        Narrow formats are not looked at: there the product of loss.py rounds otherwise than the model.
+        """
+        weight = self.model.get_output_embeddings().weight
+        if weight.dtype.itemsize < 4 or not _alike(Head(self.model, "product")._states(tokens), self._states(tokens)):
+            return False
+        chance = torch.Generator().manual_seed(0)
+        rows = torch.randn(4, weight.shape[1], generator=chance).to(weight)
+        largest = (rows @ weight.t()).abs().max()
+        if not largest > 0:
+            return False
+        probes = torch.cat([rows * (scale / largest) for scale in SCALES])
+        expected = probes @ weight.t()
+        return _alike(self._logits(probes), expected)
+
+
+def plain_pass(module: Any, tokens: Int[torch.Tensor, "b t"]) -> Any:
+    """A plain forward pass; a cache would only take memory."""
+    options = {"use_cache": False} if "use_cache" in inspect.signature(module.forward).parameters else {}
+    return module(tokens, **options)
+
+
+def _hooked(model: Any, hook: Callable[[Any, Any], Any], tokens: Int[torch.Tensor, "b t"]) -> Any:
+    """A plain forward pass whose head is given what `hook` makes of its input."""
+    handle = model.get_output_embeddings().register_forward_pre_hook(hook)
+    try:
+        return plain_pass(model, tokens)
+    finally:
+        handle.remove()
+
+
+def _holds(trial: Callable[[], bool]) -> bool:
+    try:
+        return trial()
+    except UNFIT:
+        return False
+
+
+def _alike(one: torch.Tensor, other: torch.Tensor, times: int = 1) -> bool:
+    """Are they equal but for so many times the rounding, each row by its own largest value?"""
+    tolerance = times * (EXACT if one.dtype.itemsize >= 4 else ROUNDED)
+    if one.shape != other.shape:
+        return False
+    one, other = _wide(one), _wide(other)
+    apart = torch.where((one == other) | (one.isnan() & other.isnan()), 0, one - other).abs().amax(-1)
+    return bool((apart <= tolerance * other.nan_to_num(0, 0, 0).abs().amax(-1)).all())
+
+
+def _wide(values: torch.Tensor) -> torch.Tensor:
+    return values.to(torch.promote_types(values.dtype, torch.float32))

@@ -1,0 +1,58 @@
+"""What any causal LM's configuration says of its size, under whatever names and however deeply nested."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from cratescope.run import UserError, first_line
+
+CONTEXT_NAMES = (
+    *("max_position_embeddings", "n_positions", "max_target_positions", "max_seq_len", "max_sequence_length", "n_ctx"),
+    *("context_length", "model_max_length"),
+)
+"""Names under which configurations state the longest context."""
+
+
+def text_config(config: Any) -> Any:
+    """The part about text: a composite model nests it, and encoder-decoder configurations name both halves."""
+    return config.get_text_config(decoder=True)
+
+
+def longest_context(config: Any) -> int | None:
+    """Tokens the model can read at once; None where its configuration states no limit (Mamba, Bloom)."""
+    text = text_config(config)
+    stated = (getattr(text, name, None) for name in CONTEXT_NAMES)
+    return next((length for length in stated if isinstance(length, int) and length > 0), None)
+
+
+def model_config(source: str | Path) -> Any:
+    """The configuration of a model's folder or hub name.
+
+    Raises:
+        UserError: no such model, or one of a class that transformers has no code of its own for.
+    """
+    try:
+        return AutoConfig.from_pretrained(source, trust_remote_code=False)
+    except Exception as error:  # what is raised on values that do not fit depends on the model
+        raise UserError(
+            f"model {source}: cannot be loaded ({first_line(error)}); give a folder or a hub name"
+        ) from error
+
+
+def skeleton(config: Any) -> PreTrainedModel:
+    """The model without weights, to find modules in: it takes no memory and next to no time.
+
+    Raises:
+        UserError: it is no causal language model, or needs a package that is not here.
+    """
+    try:
+        with torch.device("meta"):
+            model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as error:  # what a model's code raises on sizes that do not fit depends on the model
+        said = " ".join(str(error).split())[:200]
+        raise UserError(f"a {config.model_type} model cannot be made here ({said}); give another model") from error
+    return model
