@@ -12,6 +12,7 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
+from cratescope.arm import Arm
 from cratescope.neurons.protocols import PROTOCOLS as EVERY_PROTOCOL
 from cratescope.neurons.protocols import scoring_windows
 from cratescope.neurons.quality import write_quality
@@ -115,16 +116,13 @@ def seal_scores(folder: Path, **changes: Any) -> None:
 def _write_model(run: Run, fake: Fake, random: np.random.Generator) -> None:
     manifest = {
         "name": run.name,
-        "family": fake.family,
-        "preset": f"{fake.family}-{fake.size}",
-        "seed": fake.seed,
+        "arm": Arm.trained(f"{fake.family}-{fake.size}", fake.seed, fake.tokens_trained, {}).row(),
         "parameters": 6_640_000 + fake.layers,
         "parameters_without_positions": 6_640_000,
         "n_layer": fake.layers,
         "n_neurons": fake.neurons,
         "context": 256,
         "steps": 100,
-        "tokens_trained": fake.tokens_trained,
         "data": {"path": "somewhere/demo-data", "manifest_sha256": "0123456789abcdef" * 4},
         "settings": {"preset": f"{fake.family}-{fake.size}", "steps": 100, "learning_rate": 2e-3, "crate": {}},
         "versions": {"python": "3.11", "cratescope": "0.1.0"},

@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cratescope.arm import Arm
 from cratescope.config import ReportConfig
 from cratescope.neurons.records import Histogram, layer_file, read_records, read_scores, write_scores
 from cratescope.report.figures import inline, styles
@@ -92,6 +93,10 @@ def edit(path: Path, **changes: Any) -> None:
 
 def scores_of(run: Path, site: str = "codes") -> Scores:
     return Scores(read_scores(Run(run).scores(site, "offline", "list-pmi") / "scores.jsonl"))
+
+
+def edit_arm(run: Path, **changes: Any) -> None:
+    edit(run / "run.json", arm=read_json(run / "run.json")["arm"] | changes)
 
 
 def test_the_score_table_follows_from_the_rows_of_score(runs: tuple[Path, Path], written: Path) -> None:
@@ -412,6 +417,8 @@ def test_runs_that_differ_in_more_than_the_arm_are_not_compared(
 ) -> None:
     run = copy_of(runs[0], tmp_path)
     edit(run / "run.json", **changes)
+    if "tokens_trained" in changes:
+        edit_arm(run, **changes)
     results = load_results(ReportConfig(runs=(run, runs[1]), out=tmp_path))
     assert comparisons(results, PRIMARY) == []
     assert "no comparison" in " ".join(caveats(results, [], PRIMARY))
@@ -419,7 +426,7 @@ def test_runs_that_differ_in_more_than_the_arm_are_not_compared(
 
 def test_a_variant_is_an_arm_of_its_own(runs: tuple[Path, Path], tmp_path: Path) -> None:
     run = Path(shutil.copytree(runs[0], tmp_path / "steps"))
-    edit(run / "run.json", settings={"crate": {"ista_steps": "3"}})
+    edit_arm(run, variant="ista_steps=3")
     results = load_results(ReportConfig(runs=(*runs, run), out=tmp_path))
     assert [item.arm.title for item in results] == ["CRATE", "GPT-2", "CRATE ista_steps=3"]
     usual, chosen = (comparisons(results, PRIMARY, pair)[0][0] for pair in ((), ("crate ista_steps=3", "crate")))
@@ -508,7 +515,7 @@ def test_a_second_run_of_the_same_seed_is_no_replicate(runs: tuple[Path, Path], 
     again = Path(shutil.copytree(runs[0], tmp_path / "again"))
     results = load_results(ReportConfig(runs=(*runs, again), out=tmp_path))
     assert {len(pair.a.seeds) for group in comparisons(results, PRIMARY) for pair in group} == {1}
-    edit(again / "run.json", seed=99)
+    edit_arm(again, seed=99)
     results = load_results(ReportConfig(runs=(*runs, again), out=tmp_path))
     assert {len(pair.a.seeds) for group in comparisons(results, PRIMARY) for pair in group} == {2}
 
@@ -533,9 +540,10 @@ def test_no_spreadsheet_runs_a_text_of_a_csv_file_and_numbers_stay_numbers(tmp_p
 def adopted_run(root: Path, family: str = "llama", source: str = "somewhere/tiny-llama") -> Path:
     """A run of a model of whose training nothing is known."""
     run = fake_run(root, Fake(family="gpt2", size="2l"))
-    unknown = ("preset", "seed", "steps", "tokens_trained", "n_neurons", "settings", "seconds")
+    unknown = ("steps", "n_neurons", "settings", "seconds")
     manifest = {name: value for name, value in read_json(run.manifest).items() if name not in unknown}
-    write_json(run.manifest, manifest | {"family": family, "adopted": source})
+    arm = Arm.adopted(source, family, 2, manifest["parameters"], "mlp")
+    write_json(run.manifest, manifest | {"arm": arm.row(), "adopted": source})
     run.metrics.unlink()
     return run.root
 
@@ -543,7 +551,7 @@ def adopted_run(root: Path, family: str = "llama", source: str = "somewhere/tiny
 def test_a_model_trained_elsewhere_has_a_report_of_its_own(tmp_path: Path) -> None:
     run = adopted_run(tmp_path / "one")
     page = report(settings_for((run,), tmp_path / "report"), tokenizer=fake_tokenizer()).read_text(encoding="utf-8")
-    assert "tiny-llama" in page and "llama</td>" in page and "<td>None" not in page
+    assert "llama tiny-llama</td>" in page and "<td>None" not in page
     rows = rows_of(tmp_path / "report" / "scores.csv")
     assert {(row["preset"], row["seed"], row["tokens_trained"]) for row in rows} == {("llama-2L-6.64M", "", "")}
     (final,) = rows_of(tmp_path / "report" / "losses.csv")
@@ -563,3 +571,29 @@ def test_a_model_trained_elsewhere_stands_beside_others_and_is_no_side_of_a_comp
     assert rows and all(row["paper"] is None for row in rows)
     looks = styles(both)
     assert len({looks[name].colour for name in ("crate", "gpt2", "llama")}) == 3
+
+
+def test_a_run_made_before_there_were_arms_is_read_as_one(runs: tuple[Path, Path], tmp_path: Path) -> None:
+    run = copy_of(runs[0], tmp_path)
+    manifest = read_json(run / "run.json")
+    before = {"family": "crate", "preset": "crate-2l", "seed": 0, "tokens_trained": 2_000_000}
+    write_json(run / "run.json", {name: value for name, value in manifest.items() if name != "arm"} | before)
+    (new,), (old,) = (load_results(ReportConfig(runs=(path,), out=tmp_path)) for path in (runs[0], run))
+    assert new.arm == old.arm
+    write_json(run / "run.json", {name: value for name, value in manifest.items() if name != "arm"})
+    with pytest.raises(UserError, match="family is missing"):
+        load_results(ReportConfig(runs=(run,), out=tmp_path))
+
+
+def test_imported_records_have_a_report_alone_and_beside_others(runs: tuple[Path, Path], tmp_path: Path) -> None:
+    run = copy_of(runs[0], tmp_path)
+    for path in (run / "run.json", run / "evaluation.json", run / "metrics.jsonl"):
+        path.unlink()
+    write_json(run / "records" / "codes" / "manifest.json", {"identity": {"imported": "openai", "sha256": "0" * 64}})
+    run = run.rename(tmp_path / "theirs")
+    page = report(settings_for((run,), tmp_path / "one"), tokenizer=fake_tokenizer()).read_text(encoding="utf-8")
+    assert "imported theirs" in page and ">None<" not in page
+    results = load_results(settings_for((*runs, run), tmp_path))
+    assert [item.arm.family for item in results] == ["crate", "gpt2", "imported"]
+    assert comparisons(results, PRIMARY) == comparisons(results[:2], PRIMARY)
+    report(settings_for((*runs, run), tmp_path / "three"), tokenizer=fake_tokenizer())

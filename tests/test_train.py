@@ -87,7 +87,7 @@ def test_zero_steps_write_the_untrained_control(data_folder, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(run.model)
     fresh = build(preset_config("crate-1l", 320, 32, 0), seed=5)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), fresh.parameters(), strict=True))
-    assert run.read_manifest()["tokens_trained"] == 0
+    assert run.read_manifest()["arm"]["tokens_trained"] == 0
 
 
 @pytest.mark.parametrize(
@@ -141,7 +141,7 @@ def test_a_milestone_is_a_run_of_its_own_and_is_never_rotated_away(runs_folder, 
     assert sorted(path.name for path in run.checkpoints.iterdir()) == ["checkpoint-6", "checkpoint-8"]
     milestone = run.milestone(3)
     manifest = milestone.read_manifest()
-    assert (manifest["steps"], manifest["tokens_trained"], milestone.name) == (3, 3 * 128, "crate-step-000003")
+    assert (manifest["steps"], manifest["arm"]["tokens_trained"], milestone.name) == (3, 3 * 128, "crate-step-000003")
     assert [row["step"] for row in read_jsonl(milestone.metrics)] == [1, 2, 3]
     result = evaluate(EvaluateConfig(milestone.root, crops=6, device="cpu"))
     ends = [evaluate(EvaluateConfig(r.root, crops=6, device="cpu"))["loss"] for r in (run.milestone(2), run)]

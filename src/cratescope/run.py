@@ -574,8 +574,11 @@ def claim(folder: Path, identity: dict[str, Any]) -> None:
             )
 
 
+_WHOLE = (int, None)
+ARM: Shape = {name: str for name in ("family", "attention", "feed_forward", "size", "site", "variant")}
+ARM |= {"seed": _WHOLE, "tokens_trained": _WHOLE}
 RUN: Shape = {
-    "family": str,
+    "arm?": ARM,
     "parameters": int,
     "n_layer": (int, None),
     "context": (int, None),
@@ -586,8 +589,9 @@ RUN: Shape = {
         for name, kind in (("preset", str), ("tokens_trained", int), ("settings", {}), ("seconds", float))
     },
 }
-TRAINED: Shape = {"preset": str, "seed": int, "steps": int, "tokens_trained": int}
-"""What later stages read in run.json, and what of a run that was trained here."""
+TRAINED: Shape = {"steps": int}
+BEFORE_ARMS: Shape = {"family": str, "preset": str, "seed": int, "tokens_trained": int}
+"""What later stages read in run.json, what of a run trained here, and what of one from before there were arms."""
 METRICS: Shape = {
     "step": int,
     "tokens": int,
@@ -612,7 +616,7 @@ class Run:
 
     @property
     def manifest(self) -> Path:
-        """run.json: family, preset, seed, parameters, data, tokens trained, versions."""
+        """run.json: arm, parameters, data, steps, settings, versions."""
         return self.root / "run.json"
 
     @property
@@ -666,7 +670,9 @@ class Run:
             raise UserError(f"{self.root}: not a run directory (no run.json); make one with `cratescope train`")
         maker = "`cratescope train` or what made the run"
         found = read_json(self.manifest, RUN, maker)
-        return found if "adopted" in found else read_json(self.manifest, RUN | TRAINED, maker)
+        shape = {"family": str} if "adopted" in found else TRAINED | BEFORE_ARMS
+        shape = shape if "arm" not in found else {} if "adopted" in found else TRAINED
+        return read_json(self.manifest, RUN | shape, maker)
 
     def data_entry(self, data: Path) -> dict[str, str]:
         """What run.json says of a data folder: its path from the run's folder, so that both can be moved together.

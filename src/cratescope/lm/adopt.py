@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
+from cratescope.arm import Arm
 from cratescope.lm.data import TokenData
 from cratescope.lm.tokenizer import load_tokenizer, n_text_ids
 from cratescope.models.folder import longest_context
@@ -29,8 +30,10 @@ def is_adopted(run: Run, source: str) -> bool:
     return True
 
 
-def adopt(run: Run, source: str, data: TokenData, opened: Callable[[Path], PreTrainedModel]) -> PreTrainedModel:
-    """Copy the causal LM `source` (a folder or a hub name) and its tokenizer into `run`.
+def adopt(
+    run: Run, source: str, data: TokenData, site: str, opened: Callable[[Path], PreTrainedModel]
+) -> PreTrainedModel:
+    """Copy the causal LM `source` (a folder or a hub name) and its tokenizer into `run`; `site` is its native one.
 
     Returns what `opened` gives, which opens the copy and checks it; nothing stays where it refuses.
 
@@ -62,12 +65,13 @@ def adopt(run: Run, source: str, data: TokenData, opened: Callable[[Path], PreTr
         with contextlib.suppress(OSError):
             run.root.rmdir()  # if it was made for this
         raise
+    layers = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
     manifest = {
         "name": run.name,
         "adopted": source,
-        "family": model.config.model_type,
+        "arm": Arm.adopted(source, model.config.model_type, layers, model.num_parameters(), site).row(),
         "parameters": model.num_parameters(),
-        "n_layer": getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None),
+        "n_layer": layers,
         "vocab_size": data.vocab_size,
         "context": longest_context(model.config),
         "data": run.data_entry(data.path),

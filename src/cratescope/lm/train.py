@@ -19,6 +19,7 @@ from accelerate.utils import broadcast_object_list
 from rich.console import Console
 from transformers import PreTrainedModel, TrainingArguments
 
+from cratescope.arm import Arm
 from cratescope.config import TrainConfig
 from cratescope.hardware import pick_device, pick_dtype, processes, rank
 from cratescope.lm.checkpoints import last_whole_checkpoint, step_of
@@ -237,9 +238,7 @@ def _publish(config: TrainConfig, data: TokenData, started: float, step: int, mo
         run.manifest,
         {
             "name": run.name,
-            "family": config.preset.partition("-")[0],
-            "preset": config.preset,
-            "seed": config.seed,
+            "arm": Arm.trained(config.preset, config.seed, step * config.batch_tokens, config.crate).row(),
             "parameters": sum(p.numel() for p in model.parameters()),
             "parameters_without_positions": count_parameters(model),
             "n_layer": model.config.n_layer,
@@ -247,7 +246,6 @@ def _publish(config: TrainConfig, data: TokenData, started: float, step: int, mo
             "vocab_size": data.vocab_size,
             "context": config.context,
             "steps": step,
-            "tokens_trained": step * config.batch_tokens,
             "data": run.data_entry(data.path),
             "settings": settings,
             "versions": versions(),

@@ -78,7 +78,7 @@ def collect(config: CollectConfig) -> Path:
     excerpts = data.split("heldout").spaced(config.excerpts, context)
     excerpts = excerpts.astype(np.min_scalar_type(excerpts.max()))
     opened = partial(_opened, config, site, layers, excerpts[:TRIED])
-    model = adopt(run, source, data, opened) if source else opened(run.trained_model())
+    model = adopt(run, source, data, _native(blank, site), opened) if source else opened(run.trained_model())
     claim(folder, _identity(config, run, site, context, data))
     left = [layer for layer in layers if not layer_file(folder, layer).exists()]
     work = Pass(config, model, site, left, excerpts, folder)
@@ -108,6 +108,14 @@ def _locked(folder: Path, layers: Sequence[int], share: str) -> Iterator[None]:
         for layer in layers:
             locks.enter_context(locked(folder, f"layer-{layer:02d}-{share}"))
         yield
+
+
+def _native(blank: PreTrainedModel, site: Site) -> str:
+    """The site that `auto` names on this model; where there is none, the one that is read."""
+    try:
+        return site_named("auto", blank).name
+    except UserError:
+        return site.name
 
 
 def _context(config: CollectConfig, shape: Any) -> int:

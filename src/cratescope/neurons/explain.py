@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import track
 from transformers import PreTrainedTokenizerFast
 
+from cratescope.arm import Arm
 from cratescope.config import ExplainConfig
 from cratescope.hardware import share
 from cratescope.lm.tokenizer import load_tokenizer, token_strings, vocabulary_strings
@@ -126,19 +127,19 @@ class Waiting(Generic[Result]):
 
 
 def find_site(run: Run, site: str) -> str:
-    """The name of the records folder meant by `site`: `auto` is the only one there is.
+    """The name of the records folder meant by `site`: `auto` is the arm's native site, or the only one there is.
 
     Raises:
         UserError: no such folder, or several and `auto` cannot choose.
     """
     site = site.replace("{layer}", "N")  # as `collect` names the folder of a pattern
     folder = run.root / "records"
-    found = (
-        sorted(path.name for path in folder.iterdir() if path.is_dir() and path.name[0] != ".")
-        if folder.exists()
-        else []
-    )
+    paths = folder.iterdir() if folder.exists() else ()
+    found = sorted(path.name for path in paths if path.is_dir() and not path.name.startswith("."))
     listed = ", ".join(found) or "none"
+    if site == "auto" and len(found) > 1 and run.manifest.exists():
+        native = run.records(Arm.of(run.read_manifest()).site).name
+        found = [native] if native in found else found
     if site != "auto" and run.records(site).name not in found:
         raise UserError(f"{run.root}: no records of site {site} (found: {listed}); run `cratescope collect` first")
     if site == "auto" and len(found) != 1:

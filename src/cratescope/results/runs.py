@@ -21,7 +21,7 @@ from cratescope.neurons.records import (
 )
 from cratescope.neurons.score import read_about
 from cratescope.results.scores import Scores
-from cratescope.run import METRICS, Run, Shape, UserError, read_json, read_jsonl, slug
+from cratescope.run import IDENTITY, METRICS, Run, Shape, UserError, read_json, read_jsonl, slug
 
 Row = dict[str, Any]
 EVALUATION: Shape = {
@@ -29,6 +29,9 @@ EVALUATION: Shape = {
     "examples?": [{"prompt": str, "top": [{"token": str, "probability": float, "logit?": float}], "continuation": str}],
 }
 """What a report shows of evaluation.json."""
+UNKNOWN: Row = dict.fromkeys(("split", "n_tokens", "loss", "standard_error", "perplexity", "bits_per_byte"))
+UNKNOWN["unigram_entropy"] = None
+"""The same of imported records, which come without a model."""
 
 
 @dataclass(frozen=True)
@@ -136,11 +139,11 @@ def load_results(config: ReportConfig) -> list[Results]:
 
 
 def _load_run(run: Run, config: ReportConfig) -> Iterator[Results]:
-    manifest = run.read_manifest()
-    if not run.evaluation.exists():
+    manifest = _imported(run) or run.read_manifest()
+    if not run.evaluation.exists() and run.manifest.exists():
         raise UserError(f"{run.evaluation}: no such file; run `cratescope evaluate {run.root}` first")
     folders = _scored(run, config)
-    evaluation = read_json(run.evaluation, EVALUATION, "`cratescope evaluate`")
+    evaluation = read_json(run.evaluation, EVALUATION, "`cratescope evaluate`") if run.manifest.exists() else UNKNOWN
     metrics = read_jsonl(run.metrics, METRICS, "`cratescope train`")
     for folder in folders:
         site = folder.parents[1].name
@@ -164,6 +167,18 @@ def _load_run(run: Run, config: ReportConfig) -> Iterator[Results]:
             activity=_read_activity(run.records(site), scores.layers),
             quality=read_quality(quality) if quality.exists() else None,
         )
+
+
+def _imported(run: Run) -> Row | None:
+    """What stands for run.json of records that were imported; None for a run with a model."""
+    found = sorted((run.root / "records").glob("[!.]*/manifest.json"))
+    identity = read_json(found[0], IDENTITY, "`cratescope import`")["identity"] if found else {}
+    if run.manifest.exists() or identity.get("imported") != "openai":
+        return None
+    layers = len(list(found[0].parent.glob("layer-*.parquet")))
+    arm = Arm("imported", "unknown", "unknown", f"{layers}L", found[0].parent.name, None, None, run.name)
+    data = {"path": str(identity["imported"]), "manifest_sha256": str(identity.get("sha256", ""))}
+    return {"arm": arm.row(), "parameters": None, "n_layer": layers, "context": None, "data": data}
 
 
 def _scored(run: Run, config: ReportConfig) -> list[Path]:
