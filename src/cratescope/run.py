@@ -301,7 +301,6 @@ def locked(folder: Path, stage: str, wait: bool = False) -> Iterator[None]:
         yield
         return
     ours = not folder.exists()
-    make_folder(folder)
     file = _lock(folder, path, wait)
     _held.add(path)
     try:
@@ -319,6 +318,7 @@ def locked(folder: Path, stage: str, wait: bool = False) -> Iterator[None]:
 def _lock(folder: Path, path: Path, wait: bool) -> IO[str] | None:
     """The locked file, which says who holds it; None where there can be no lock."""
     while True:
+        make_folder(folder)  # its holder may have just removed that too
         try:
             file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 (open for as long as it is locked)
         except OSError as error:

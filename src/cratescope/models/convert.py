@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import re
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,7 @@ def convert(source: Path, out: Path) -> Path:
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """Read a .pt file with weights_only, so that no code in it runs."""
+    _check_sums(path)
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -85,6 +87,19 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     if not _is_count(checkpoint.get("iter_num", 0), 0):
         raise UserError(f"{path}: iter_num = {checkpoint['iter_num']!r} is not a number of steps")
     return checkpoint
+
+
+def _check_sums(path: Path) -> None:
+    """Compare the files inside a .pt with their CRC-32, which torch does not; its format of old has none."""
+    if not zipfile.is_zipfile(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except Exception as error:  # what is raised on a damaged archive depends on its bytes
+        raise UserError(f"{path}: not a readable PyTorch checkpoint ({first_line(error)})") from error
+    if damaged is not None:
+        raise UserError(f"{path}: damaged (the CRC-32 of {damaged} in it is another); copy it again")
 
 
 def _not_a_weight(value: Any) -> str | None:

@@ -16,6 +16,14 @@ CONTEXT_NAMES = (
 )
 """Names under which configurations state the longest context."""
 
+BEHIND_PADDING = {
+    **dict.fromkeys(("roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl"), 1),
+    **dict.fromkeys(("camembert", "data2vec-text", "xmod"), 1),
+    "prophetnet": 2,
+}
+"""Models that number positions from the padding token's id on, so that they read fewer tokens than they state: by that
+id and so many more."""
+
 
 def text_config(config: Any) -> Any:
     """The part about text: a composite model nests it, and encoder-decoder configurations name both halves."""
@@ -26,7 +34,10 @@ def longest_context(config: Any) -> int | None:
     """Tokens the model can read at once; None where its configuration states no limit (Mamba, Bloom)."""
     text = text_config(config)
     stated = (getattr(text, name, None) for name in CONTEXT_NAMES)
-    return next((length for length in stated if isinstance(length, int) and length > 0), None)
+    longest = next((length for length in stated if isinstance(length, int) and length > 0), None)
+    if longest is None or text.model_type not in BEHIND_PADDING:
+        return longest
+    return longest - (getattr(text, "pad_token_id", None) or 0) - BEHIND_PADDING[text.model_type]
 
 
 def model_config(source: str | Path) -> Any:

@@ -23,6 +23,7 @@ from rich.console import Console
 
 from cratescope.config import LLMConfig
 from cratescope.lm.offline import cache
+from cratescope.lm.tokenizer import named_tokenizer
 from cratescope.neurons.llm import Choices, Ids, NoAnswer, RefusedError, check_slots, encode, heads, spelled
 from cratescope.neurons.llm.answers import (
     BY_ID,
@@ -108,11 +109,9 @@ class ServerLLM:
             raise UserError(f"--llm {config.llm}: name one of the server's models with --llm-model")
         tokenizer = None
         if config.llm_tokenizer:
-            from transformers import AutoTokenizer
-
             try:
-                tokenizer = AutoTokenizer.from_pretrained(config.llm_tokenizer, trust_remote_code=False)
-            except (OSError, ValueError, KeyError) as error:
+                tokenizer = named_tokenizer(config.llm_tokenizer)
+            except Exception as error:  # what the library raises on damaged files depends on their bytes
                 raise UserError(
                     f"--llm-tokenizer {config.llm_tokenizer}: cannot load it ({first_line(error)}); "
                     "give the hub name or folder of the served model"
