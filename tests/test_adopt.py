@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -21,11 +25,13 @@ from transformers import (
 )
 
 from cratescope.config import CollectConfig
+from cratescope.lm.adopt import adopt
 from cratescope.lm.data import TokenData
+from cratescope.models.convert import load_folder
 from cratescope.models.presets import build
 from cratescope.neurons.collect import collect
 from cratescope.neurons.records import layer_file, read_records
-from cratescope.run import UserError
+from cratescope.run import Run, UserError
 
 SHAPE = {
     "vocab_size": 320,
@@ -205,3 +211,25 @@ def test_a_model_that_is_no_causal_one_is_refused(adopted, tmp_path):
 )
 def test_a_damaged_or_unknown_model_is_refused(adopted, tmp_path, name, content):
     refused(adopted, tmp_path, "cannot be", LlamaConfig(**SHAPE), lambda folder: (folder / name).write_bytes(content))
+
+
+def test_a_process_that_adopts_the_same_model_meanwhile_is_waited_for(data_folder, tmp_path):
+    source, run, data = str(tmp_path / "model"), Run(tmp_path / "run"), TokenData.open(data_folder)
+    build(LlamaConfig(**SHAPE), 0).save_pretrained(source)
+    data.tokenizer.save_pretrained(source)
+    holder = "import sys, time; from pathlib import Path; from cratescope.run import locked\n"
+    holder += "with locked(Path(sys.argv[1]), 'adopt'): print('ready', flush=True); time.sleep(60)"
+    other = subprocess.Popen([sys.executable, "-c", holder, run.root], stdout=subprocess.PIPE, text=True)
+    assert other.stdout.readline() == "ready\n"
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(adopt, run, source, data, load_folder)
+        time.sleep(0.3)
+        assert not waiting.done() and not run.model.exists()
+        other.kill()
+        other.communicate()
+        waiting.result()
+    written = run.manifest.stat().st_mtime_ns
+    adopt(run, source, data, load_folder)  # of two the second finds it done
+    assert run.manifest.stat().st_mtime_ns == written
+    with pytest.raises(UserError, match="is the run of another model"):
+        adopt(run, "another", data, load_folder)

@@ -513,6 +513,7 @@ def test_a_bad_source_is_refused_in_one_line_and_the_folder_can_be_used_again(na
     with pytest.raises(UserError, match=message) as error:
         prepare(config(tmp_path / name, tmp_path / "data"))
     assert "\n" not in str(error.value)
+    assert not (tmp_path / "data").exists()
     good = write_jsonl(tmp_path / "good.jsonl", documents(40))
     assert prepare(config(good, tmp_path / "data")).split("train").n_tokens
 

@@ -204,10 +204,12 @@ def _metrics(run: Run, manifest: Row) -> list[Row]:
     """
     rows = read_jsonl(run.metrics, METRICS, "`cratescope train`")
     steps, settings = manifest.get("steps", 0), manifest.get("settings", {})
-    # The last step of a training is always logged, that of a milestone where a line of the log is due.
-    due = steps if settings.get("steps", steps) == steps else steps - steps % settings.get("log_every", steps)
     last = rows[-1]["step"] if rows else 0
-    if last < due:
+    if settings.get("steps", steps) == steps:  # a training ends with a validation
+        whole = not steps or (last == steps and "validation_loss" in rows[-1])
+    else:  # a milestone
+        whole = last >= steps - steps % settings.get("log_every", steps)
+    if not whole:
         raise UserError(
             f"{run.metrics}: ends at step {last} of {steps}, so its end is lost; copy it again from where it was "
             "whole, or train the model again in another folder"
