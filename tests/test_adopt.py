@@ -31,6 +31,7 @@ from cratescope.models.convert import load_folder
 from cratescope.models.presets import build
 from cratescope.neurons.collect import collect
 from cratescope.neurons.records import layer_file, read_records
+from cratescope.neurons.sites import Intervention, intervene, site_named
 from cratescope.run import Run, UserError
 
 SHAPE = {
@@ -136,6 +137,43 @@ def test_the_router_of_a_mixture_of_experts_is_read_and_what_sees_a_part_of_the_
     refused(adopted, tmp_path, r"site .*act_fn (has a|is \d times read)", config, site=site)
     records = read_records(layer_file(adopted(config, site="model.layers.{layer}.mlp.gate"), 0))
     assert len(records) == 4  # one an expert
+
+
+def test_neurons_of_experts_are_zero_for_tokens_that_go_elsewhere(adopted, data_folder, tmp_path):
+    config = MixtralConfig(**SHAPE, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=1)
+    folder = adopted(config)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
+    experts, seen = model.model.layers[1].mlp.experts, []
+    experts.register_forward_pre_hook(lambda _module, given: seen.append(given))
+    excerpts = torch.from_numpy(TokenData.open(data_folder).split("heldout").spaced(4, 16).astype("int64"))
+    with torch.no_grad():
+        model(excerpts)
+    tokens, chosen, _ = seen[0]
+    records = read_records(layer_file(folder, 1))
+    assert folder.name == "mlp" and len(records) == 4 * 24
+    for neuron, record in records.items():
+        expert, column = divmod(neuron, 24)
+        gate, up = experts.gate_up_proj[expert].detach().view(2, 24, 16)[:, column]
+        found = torch.nn.functional.silu(tokens @ gate) * (tokens @ up) * (chosen[:, 0] == expert)
+        for one in record.top + record.random:
+            window = found.view(4, 16)[one.excerpt, one.start : one.start + 8]
+            assert torch.allclose(window, torch.tensor(one.activations), atol=1e-6)
+
+
+def test_neurons_of_experts_are_asked_of_experts_only_and_cannot_be_forced(adopted, tmp_path):
+    config = MixtralConfig(**SHAPE, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2)
+    site = "model.layers.{layer}.self_attn:neurons"
+    refused(adopted, tmp_path, r"layers\.0\.self_attn is no mixture of experts", config, site=site)
+    model = build(config, 0)
+    force = Intervention(site_named("auto", model), 0, 3, 1.0)
+    with intervene(model, force), pytest.raises(UserError, match="can be read only"):
+        model(torch.arange(8)[None])
+
+
+def test_the_inner_activations_of_mamba_are_its_neurons(adopted):
+    config = MambaConfig(vocab_size=320, hidden_size=16, state_size=4, num_hidden_layers=2)
+    folder = adopted(config)
+    assert folder.name == "mixer" and len(read_records(layer_file(folder, 0))) == config.intermediate_size
 
 
 def test_rows_in_the_order_of_the_experts_are_refused(adopted, tmp_path):
