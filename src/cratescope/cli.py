@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -261,5 +262,7 @@ def _disk_full(error: Exception) -> bool:
 
 def _fail(message: str, code: int = 2) -> NoReturn:
     if os.environ.get("LOCAL_RANK", "0") == "0":  # once a machine: what is wrong may be wrong on one of them only
-        sys.stderr.write(f"cratescope: {' '.join(message.split())}\n")
+        # A stranger's file name or answer must not steer the terminal.
+        said = re.sub("[\x00-\x1f\x7f-\x9f]", "?", " ".join(message.split()))
+        sys.stderr.write(f"cratescope: {said}\n")
     sys.exit(code)

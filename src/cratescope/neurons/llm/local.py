@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from cratescope.config import LLMConfig
 from cratescope.hardware import pick_device, pick_dtype, rank
-from cratescope.models.folder import longest_context
+from cratescope.models.folder import longest_context, model_config
 from cratescope.neurons.llm import Choices, Ids, check_slots, encode, heads, spelled
 from cratescope.neurons.llm.prefix import (
     EXACT,
@@ -139,6 +139,8 @@ class LocalLLM:
         device = pick_device(config.llm_device)
         placed = _placed(config, device)
         try:
+            if not options:
+                model_config(source)
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **options)
             options |= {"trust_remote_code": False, "output_loading_info": True}
             loaded: Any = AutoModelForCausalLM.from_pretrained(source, **options, **placed)
