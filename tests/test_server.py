@@ -197,6 +197,7 @@ def test_no_answer_is_paid_for_twice(serving: Serving, config: LLMConfig) -> Non
     [
         {"status": 500},
         {"status": 503},
+        {"status": 524},
         {"close": True},
         {"text": "<html>not JSON</html>"},
         {"text": "[]"},

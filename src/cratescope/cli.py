@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import select
 import signal
 import sys
@@ -286,5 +287,7 @@ def _disk_full(error: Exception) -> bool:
 def _fail(message: str, code: int = 2) -> NoReturn:
     # Once a machine: what is wrong may be wrong on one of them only.
     if sys.stderr and os.environ.get("LOCAL_RANK", "0") == "0":
-        sys.stderr.write(f"cratescope: {' '.join(message.split())}\n")
+        # A stranger's file name or answer must not steer the terminal.
+        said = re.sub("[\x00-\x1f\x7f-\x9f]", "?", " ".join(message.split()))
+        sys.stderr.write(f"cratescope: {said}\n")
     sys.exit(code)

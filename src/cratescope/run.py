@@ -53,9 +53,20 @@ class Stopped(KeyboardInterrupt):
         self.code = 128 + signal
 
 
+_PLAINLY = {
+    "weights_only": "its weights hold Python objects, which could run code and are never loaded; get safetensors",
+    "custom code": "it needs code of its own, which is never run; take one whose class transformers has",
+    "ignore_mismatched_sizes": "its weights have other shapes than its config.json says",
+}
+"""What to say where another library advises what cannot be done here, or to run a stranger's code; by its words."""
+
+
 def first_line(error: BaseException) -> str:
     """What another library says of a failure, cut to one line."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__).strip()
+    if told := next((told for sign, told in _PLAINLY.items() if sign in str(error)), None):
+        return told
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1]) if lines else type(error).__name__
 
 
 def last_line(error: BaseException) -> str:
@@ -248,6 +259,7 @@ def atomic_path(path: Path, first: bool = False) -> Iterator[Path]:
 def atomic_folder(folder: Path) -> Iterator[Path]:
     """Yield an empty temporary folder beside `folder`; rename it to `folder` when the block ends without an error."""
     folder = Path(os.path.realpath(folder))
+    ours = not folder.parent.exists()
     make_folder(folder.parent)
     temporary = temporary_beside(folder)
     try:
@@ -261,6 +273,9 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         _put(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        if ours:  # nothing came of it, or it is not empty
+            with contextlib.suppress(OSError):
+                folder.parent.rmdir()
 
 
 def _put(new: Path, folder: Path) -> None:

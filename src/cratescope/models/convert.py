@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedModel
 
 from cratescope.models import CrateConfig
+from cratescope.models.folder import model_config
 from cratescope.run import UserError, atomic_folder, atomic_path, check_whole, first_line, last_line, mark_whole
 
 # Our name -> theirs, inside one block. "*" is weight or bias.
@@ -124,6 +125,7 @@ def load_folder(folder: Path, dtype: str = "auto") -> PreTrainedModel:
     if not (folder / "config.json").exists():
         raise UserError(f"{folder}: no config.json in it, so it is not a Hugging Face model folder")
     check_whole(folder)
+    model_config(folder)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, output_loading_info=True, dtype=dtype, trust_remote_code=False, local_files_only=True

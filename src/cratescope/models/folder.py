@@ -15,6 +15,7 @@ CONTEXT_NAMES = (
     *("context_length", "model_max_length"),
 )
 """Names under which configurations state the longest context."""
+MOST_LAYERS = 10_000
 
 BEHIND_PADDING = {
     **dict.fromkeys(("roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl"), 1),
@@ -47,11 +48,19 @@ def model_config(source: str | Path) -> Any:
         UserError: no such model, or one of a class that transformers has no code of its own for.
     """
     try:
-        return AutoConfig.from_pretrained(source, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        layers = getattr(text_config(config), "num_hidden_layers", 0)
     except Exception as error:  # what is raised on values that do not fit depends on the model
         raise UserError(
             f"model {source}: cannot be loaded ({first_line(error)}); give a folder or a hub name"
         ) from error
+    if (
+        isinstance(layers, int) and layers > MOST_LAYERS
+    ):  # making them would take hours before the weights are looked at
+        raise UserError(
+            f"model {source}: config.json says num_hidden_layers = {layers:,}; no model has as many, mend it"
+        )
+    return config
 
 
 def skeleton(config: Any) -> PreTrainedModel:

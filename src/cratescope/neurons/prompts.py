@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from cratescope.neurons.llm import LanguageModel
-from cratescope.neurons.llm.reasoning import phrase
+from cratescope.neurons.llm.reasoning import phrase, without_controls
 
 EXPLAIN_PROMPT = "words-2"
 LIST_PROMPT = "list-2"
@@ -424,7 +424,7 @@ def clean_answer(text: str) -> str:
 
     Marks are quotes, Markdown's emphasis, bullets and headings, and a repetition of the prompt's last words.
     """
-    line, before = phrase(text, "\n").strip(), ""
+    line, before = without_controls(phrase(text, "\n")).strip(), ""
     while line != before:
         before, line = line, _bare(line)
     line = line if line in {".", ""} else line.removesuffix(".")

@@ -21,7 +21,7 @@ from cratescope.config import LLMConfig
 from cratescope.hardware import pick_device, pick_dtype, rank
 from cratescope.lm.head import looks_ahead, plain_pass
 from cratescope.lm.tokenizer import named_tokenizer
-from cratescope.models.folder import longest_context
+from cratescope.models.folder import longest_context, model_config
 from cratescope.neurons.llm import Choices, Ids, check_slots, encode, heads, spelled
 from cratescope.neurons.llm.prefix import (
     EXACT,
@@ -141,6 +141,8 @@ class LocalLLM:
         device = pick_device(config.llm_device)
         placed = _placed(config, device)
         try:
+            if not options:
+                model_config(source)
             tokenizer = named_tokenizer(source, **options)
             options |= {"trust_remote_code": False, "output_loading_info": True}
             loaded: Any = AutoModelForCausalLM.from_pretrained(source, **options, **placed)

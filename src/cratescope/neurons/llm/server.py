@@ -50,8 +50,8 @@ FIRST_WAIT, LONGEST_WAIT = 1.0, 300.0
 """Seconds before the second try, doubled for every further one; and at most, whatever the server asks for."""
 TOP = 20
 """Likeliest tokens asked for at a place: as many as vLLM gives unless told otherwise."""
-PASSING = {408, 409, 425, 429, 500, 502, 503, 504, 529}
-"""Statuses after which the same request may succeed."""
+PASSING = {408, 409, 425, 429, 500, 502, 503, 504, *range(520, 525), 527, 529, 530}
+"""Statuses after which the same request may succeed; those from 520 on are of services that stand before a server."""
 REFUSALS = {400, 413, 422, 451}
 """Statuses that refuse this request, while another may be answered."""
 LOGPROBS: tuple[dict[str, Any], ...] = (
