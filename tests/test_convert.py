@@ -123,6 +123,20 @@ def test_a_pickle_with_code_in_it_is_refused_and_does_not_run(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
+def test_a_checkpoint_with_a_changed_byte_is_refused(tmp_path):
+    data = bytearray((FIXTURES / "reference-crate-2l.pt").read_bytes())
+    data[len(data) // 2] ^= 1
+    (tmp_path / "changed.pt").write_bytes(data)
+    with pytest.raises(UserError, match=r"changed.pt: damaged \(the CRC-32 of .*; copy it again"):
+        convert(tmp_path / "changed.pt", tmp_path / "out")
+
+
+def test_a_checkpoint_of_the_old_format_is_read(tmp_path):
+    checkpoint = load_checkpoint(FIXTURES / "reference-crate-2l.pt")
+    torch.save(checkpoint, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    assert load_checkpoint(tmp_path / "old.pt")["model"].keys() == checkpoint["model"].keys()
+
+
 def test_a_truncated_checkpoint_is_refused(tmp_path):
     whole = (FIXTURES / "reference-crate-2l.pt").read_bytes()
     (tmp_path / "cut.pt").write_bytes(whole[: len(whole) // 2])

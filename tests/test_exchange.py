@@ -374,3 +374,13 @@ print(json.dumps([record.max_activation, record.kurtosis, record.quantile_bounda
     assert kurtosis == record.moments.kurtosis and boundaries == [s.low for s in record.by_quantile[1:]]
     found = [np.array(sample, np.float32) for sample in samples]
     assert all((a == s.windows[0].activations).all() for a, s in zip(found, record.by_quantile, strict=True))
+
+
+def test_a_refused_import_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "in" / "0").mkdir(parents=True)
+    (tmp_path / "in" / "0" / "0.json").write_text("{}")
+    (tmp_path / "out").mkdir()
+    for out in (tmp_path / "out", tmp_path / "new"):
+        with pytest.raises(UserError, match="neuron_id"):
+            import_records(ImportConfig(tmp_path / "in", out))
+    assert not any((tmp_path / "out").iterdir()) and not (tmp_path / "new").exists()

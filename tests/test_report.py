@@ -21,7 +21,7 @@ from cratescope.neurons.records import Histogram, NeuronId, layer_file, read_rec
 from cratescope.report.comparison import Comparison, Quantity, caveats, comparisons, headline
 from cratescope.report.figures import inline, styles
 from cratescope.report.paper import PAPER_SCORES
-from cratescope.report.report import highlight, report, spread
+from cratescope.report.report import _reasons, highlight, report, spread
 from cratescope.report.results import Results, load_results
 from cratescope.report.tables import FORMULA, loss_rows, matched_rows, neuron_rows, quality_rows, score_rows, write_csv
 from cratescope.report.text import number, sparkline, visible
@@ -506,3 +506,27 @@ def test_a_model_trained_elsewhere_stands_beside_others_and_is_no_side_of_a_comp
     assert rows and all(row["paper"] is None for row in rows)
     looks = styles(both)
     assert len({looks[name].colour for name in ("crate", "gpt2", "llama")}) == 3
+
+
+@pytest.mark.parametrize("kept", [0, 1, 50, 109])
+def test_a_log_that_has_lost_its_end_is_no_shorter_training(tmp_path: Path, kept: int) -> None:
+    run = fake_run(tmp_path / "run", Fake())
+    lines = run.metrics.read_text().splitlines(keepends=True)
+    run.metrics.write_text("".join(lines[:kept]))
+    with pytest.raises(UserError, match=r"metrics.jsonl: ends at step \d+ of 100, so its end is lost; copy it again"):
+        load_results(settings_for((run.root,), tmp_path / "report"))
+
+
+def test_a_model_trained_for_no_step_has_no_log(tmp_path: Path) -> None:
+    run = fake_run(tmp_path / "run", Fake(tokens_trained=0))
+    manifest = read_json(run.manifest)
+    write_json(run.manifest, manifest | {"steps": 0, "settings": manifest["settings"] | {"steps": 0}})
+    run.metrics.unlink()
+    assert load_results(settings_for((run.root,), tmp_path / "report"))
+
+
+def test_reasons_that_differ_in_a_servers_words_are_counted_together() -> None:
+    reasons = {"dead neuron": 1, "refused by the server: a": 2, "refused by the server: b": 1, "refusal: no": 1}
+    assert _reasons({"none_reasons": reasons, "n_none": 5, "n_dead": 1}) == (
+        " (1 dead neuron, 3 refused by the server, 1 refusal)"
+    )

@@ -53,9 +53,20 @@ class Stopped(KeyboardInterrupt):
         self.code = 128 + signal
 
 
+_PLAINLY = {
+    "weights_only": "its weights hold Python objects, which could run code and are never loaded; get safetensors",
+    "custom code": "it needs code of its own, which is never run; take one whose class transformers has",
+    "ignore_mismatched_sizes": "its weights have other shapes than its config.json says",
+}
+"""What to say where another library advises what cannot be done here, or to run a stranger's code; by its words."""
+
+
 def first_line(error: BaseException) -> str:
     """What another library says of a failure, cut to one line."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__).strip()
+    if told := next((told for sign, told in _PLAINLY.items() if sign in str(error)), None):
+        return told
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1]) if lines else type(error).__name__
 
 
 def last_line(error: BaseException) -> str:
@@ -328,6 +339,7 @@ def locked(folder: Path, stage: str, wait: bool = False) -> Iterator[None]:
 def _lock(folder: Path, path: Path, wait: bool) -> IO[str] | None:
     """The locked file, which says who holds it; None where there can be no lock."""
     while True:
+        make_folder(folder)  # its holder may have just removed that too
         try:
             file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 (open for as long as it is locked)
         except OSError as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,10 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from cratescope.lm.data import TokenData
+from cratescope.lm.head import looks_ahead
 from cratescope.lm.tokenizer import load_tokenizer, n_text_ids
 from cratescope.models.folder import longest_context
-from cratescope.run import Run, UserError, atomic_folder, first_line, mark_whole, versions, write_json
+from cratescope.run import Run, UserError, atomic_folder, first_line, locked, mark_whole, versions, write_json
 
 
 def is_adopted(run: Run, source: str) -> bool:
@@ -32,12 +32,18 @@ def is_adopted(run: Run, source: str) -> bool:
 def adopt(run: Run, source: str, data: TokenData, opened: Callable[[Path], PreTrainedModel]) -> PreTrainedModel:
     """Copy the causal LM `source` (a folder or a hub name) and its tokenizer into `run`.
 
-    Returns what `opened` gives, which opens the copy and checks it; nothing stays where it refuses.
+    Returns what `opened` gives, which opens the copy and checks it; nothing stays where it refuses. Another process
+    that does the same is waited for.
 
     Raises:
         UserError: no such model, text of another tokenizer, a tokenizer with more ids than the model, or a model that
             sees later tokens.
     """
+    with locked(run.root, "adopt", wait=True):
+        return opened(run.trained_model()) if is_adopted(run, source) else _adopt(run, source, data, opened)
+
+
+def _adopt(run: Run, source: str, data: TokenData, opened: Callable[[Path], PreTrainedModel]) -> PreTrainedModel:
     tokenizer = load_tokenizer(source)
     if tokenizer.get_vocab() != data.tokenizer.get_vocab():
         raise UserError(
@@ -51,17 +57,12 @@ def adopt(run: Run, source: str, data: TokenData, opened: Callable[[Path], PreTr
             f"model {source}: its tokenizer has {needed:,} ids and the model {rows:,} embeddings; "
             "give it the tokenizer that it was trained with"
         )
-    try:
-        with atomic_folder(run.model) as folder:
-            model.save_pretrained(folder, max_shard_size="1TB")
-            tokenizer.save_pretrained(folder)
-            found = opened(folder)
-            refuse_unless_causal(found, source)
-            mark_whole(folder)
-    except UserError:
-        with contextlib.suppress(OSError):
-            run.root.rmdir()  # if it was made for this
-        raise
+    with atomic_folder(run.model) as folder:
+        model.save_pretrained(folder, max_shard_size="1TB")
+        tokenizer.save_pretrained(folder)
+        found = opened(folder)
+        refuse_unless_causal(found, source)
+        mark_whole(folder)
     manifest = {
         "name": run.name,
         "adopted": source,
@@ -101,18 +102,13 @@ def _load(source: str) -> Any:
     return model
 
 
-@torch.no_grad()
 def refuse_unless_causal(model: Any, source: str) -> None:
     """A trial: no output before the last token may depend on it.
 
     Raises:
         UserError: one does, as in BERT and other encoders.
     """
-    tokens = torch.arange(1, 17, device=model.device)[None]
-    other = tokens.clone()
-    other[:, -1] = 20
-    first, second = (model(each, use_cache=False).logits[:, :-1].float().nan_to_num() for each in (tokens, other))
-    if not torch.allclose(first, second, rtol=1e-3, atol=1e-3 * float(first.std())):
+    if looks_ahead(model, torch.arange(1, 17, device=model.device)[None]):
         raise UserError(
             f"model {source}: its tokens see later ones, so it is no causal language model; "
             "give another (an encoder trained as a decoder has is_decoder = true in its config.json)"

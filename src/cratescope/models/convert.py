@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import re
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedModel
 
 from cratescope.models import CrateConfig
+from cratescope.models.folder import model_config
 from cratescope.run import UserError, atomic_folder, atomic_path, check_whole, first_line, last_line, mark_whole
 
 # Our name -> theirs, inside one block. "*" is weight or bias.
@@ -61,6 +63,7 @@ def convert(source: Path, out: Path) -> Path:
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """Read a .pt file with weights_only, so that no code in it runs."""
+    _check_sums(path)
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -87,6 +90,19 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     return checkpoint
 
 
+def _check_sums(path: Path) -> None:
+    """Compare the files inside a .pt with their CRC-32, which torch does not; its format of old has none."""
+    if not zipfile.is_zipfile(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except Exception as error:  # what is raised on a damaged archive depends on its bytes
+        raise UserError(f"{path}: not a readable PyTorch checkpoint ({first_line(error)})") from error
+    if damaged is not None:
+        raise UserError(f"{path}: damaged (the CRC-32 of {damaged} in it is another); copy it again")
+
+
 def _not_a_weight(value: Any) -> str | None:
     """What keeps a value of a state dict from being a weight."""
     if not isinstance(value, Tensor):
@@ -109,6 +125,7 @@ def load_folder(folder: Path, dtype: str = "auto") -> PreTrainedModel:
     if not (folder / "config.json").exists():
         raise UserError(f"{folder}: no config.json in it, so it is not a Hugging Face model folder")
     check_whole(folder)
+    model_config(folder)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, output_loading_info=True, dtype=dtype, trust_remote_code=False, local_files_only=True

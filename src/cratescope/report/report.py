@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -212,7 +214,9 @@ def _duration(seconds: float | None) -> str:
 
 def _reasons(row: Row) -> str:
     """Why neurons of a layer have no score, such as ` (2 dead neuron, 1 constant simulation)`."""
-    found = row.get("none_reasons") or {"dead": row["n_dead"]}
+    found: Counter[str] = Counter()
+    for reason, number in (row.get("none_reasons") or {"dead": row["n_dead"]}).items():
+        found[re.split(r"[:(]", reason)[0].strip()] += number  # what follows are a server's words, another every time
     return f" ({', '.join(f'{number} {reason}' for reason, number in found.items())})" if row["n_none"] else ""
 
 

@@ -170,7 +170,7 @@ def _load_run(run: Run, config: ReportConfig) -> list[Results]:
         raise UserError(f"{run.evaluation}: no such file; run `cratescope evaluate {run.root}` first")
     summaries = _summaries(run, config)
     evaluation = read_json(run.evaluation, EVALUATION, "`cratescope evaluate`")
-    metrics = read_jsonl(run.metrics, METRICS, "`cratescope train`")
+    metrics = _metrics(run, manifest)
     found = []
     for path in summaries:
         site = path.parents[2].name
@@ -194,6 +194,27 @@ def _load_run(run: Run, config: ReportConfig) -> list[Results]:
             )
         )
     return found
+
+
+def _metrics(run: Run, manifest: Row) -> list[Row]:
+    """The log of a run's training, up to its last step.
+
+    Raises:
+        UserError: its end is missing; a cut at the end of a line would else pass for a shorter training.
+    """
+    rows = read_jsonl(run.metrics, METRICS, "`cratescope train`")
+    steps, settings = manifest.get("steps", 0), manifest.get("settings", {})
+    last = rows[-1]["step"] if rows else 0
+    if settings.get("steps", steps) == steps:  # a training ends with a validation
+        whole = not steps or (last == steps and "validation_loss" in rows[-1])
+    else:  # a milestone
+        whole = last >= steps - steps % settings.get("log_every", steps)
+    if not whole:
+        raise UserError(
+            f"{run.metrics}: ends at step {last} of {steps}, so its end is lost; copy it again from where it was "
+            "whole, or train the model again in another folder"
+        )
+    return rows
 
 
 def explanation_set(summary: Row) -> str:
