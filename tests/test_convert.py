@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 from pathlib import Path
 
@@ -187,6 +188,19 @@ def with_weight(value):
     return change
 
 
+def with_number(value):
+    def change(checkpoint):
+        (weight,) = (one for name, one in checkpoint["model"].items() if name.endswith("wpe.weight"))
+        weight[0] = value
+
+    return change
+
+
+def as_truth(checkpoint):
+    (name,) = (name for name in checkpoint["model"] if name.endswith("wpe.weight"))
+    checkpoint["model"][name] = checkpoint["model"][name] > 0
+
+
 def with_entry(name, value):
     return lambda checkpoint: checkpoint.update({name: value})
 
@@ -206,6 +220,8 @@ ODD = [
     *map(with_weight, ("text", None, [1.0, 2.0], torch.eye(4).to_sparse(), torch.eye(4, dtype=torch.int64))),
     *map(with_weight, (torch.ones(4, dtype=torch.complex64), torch.zeros(3), torch.zeros(()))),
     *map(with_weight, (torch.zeros(1).expand(1 << 40), torch.empty(1 << 40, device="meta"))),
+    as_truth,
+    *map(with_number, (math.nan, math.inf, -math.inf)),
     *(with_argument("n_layer", value) for value in (10**9, 0, "2", 2.5, True, None)),
     *(with_argument("n_embd", value) for value in (-64, 10**9)),
     *(with_argument("n_head", value) for value in (7, True, 0)),

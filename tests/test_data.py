@@ -550,6 +550,8 @@ def test_a_hub_name_needs_the_extra_or_the_hub(tmp_path, monkeypatch):
     pytest.importorskip("datasets")
     with pytest.raises(UserError, match="nobody/nothing: no such file or folder, and no data set") as error:
         prepare(config("nobody/nothing", tmp_path / "data"))
+    with pytest.raises(UserError, match="~nobody: no such file or folder"):
+        prepare(config("~nobody", tmp_path / "data"))
     assert "\n" not in str(error.value)
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UserError, match=r"pip install 'cratescope\[hub\]'"):

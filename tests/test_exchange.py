@@ -272,6 +272,24 @@ def test_a_record_of_another_encoding_is_read_by_its_mark(tmp_path: Path, encodi
     assert texts(Run(tmp_path / "run"), read_records(layer_file(folder, 0))[4].random[0]) == ["é", "b"]
 
 
+def test_a_refused_import_or_export_leaves_nothing_behind(odd_run: Run, tmp_path: Path) -> None:
+    path, out = good_file(tmp_path), tmp_path / "not/yet/there"
+    path.write_text("{")
+    with pytest.raises(UserError, match="not valid JSON"):
+        import_records(ImportConfig(path.parents[1], out))
+    records = layer_file(odd_run.records("codes"), 2)
+    records.write_bytes(records.read_bytes()[:-9])
+    with pytest.raises(UserError, match="damaged"):
+        exported(odd_run, out)
+    assert not (tmp_path / "not").exists()
+
+
+def test_an_export_of_no_layer_is_refused(odd_run: Run, tmp_path: Path) -> None:
+    layer_file(odd_run.records("codes"), 2).unlink()
+    with pytest.raises(UserError, match="codes: has no records of any layer"):
+        exported(odd_run, tmp_path / "json")
+
+
 def test_an_import_is_kept_and_never_mixed_with_another(tmp_path: Path) -> None:
     path = good_file(tmp_path)
     config = ImportConfig(path.parents[1], tmp_path / "run")

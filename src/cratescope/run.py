@@ -24,7 +24,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 
 Shape = Any
 """What a JSON value has to look like; see `misfit`."""
@@ -160,6 +160,19 @@ def make_folder(folder: Path) -> None:
         raise _refused(error, folder) from error
 
 
+@contextlib.contextmanager
+def _folder_there(folder: Path) -> Iterator[None]:
+    """Make a folder and those above it; of these the new ones go again where nothing was put into them."""
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    make_folder(folder)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            for path in new:
+                path.rmdir()
+
+
 def _refused(error: OSError | ValueError, path: Path) -> Exception:
     """What to raise where `path` cannot be written; a full disk stays what it is."""
     if isinstance(error, ValueError):
@@ -232,50 +245,46 @@ def atomic_path(path: Path, first: bool = False) -> Iterator[Path]:
 
     first: a file that another process has put there meanwhile stays.
     """
-    make_folder(path.parent)
-    temporary = temporary_beside(path)
-    try:
-        # Here and not in a library, whose errors may not say what is wrong with the path.
-        with contextlib.suppress(FileNotFoundError):
-            path.lstat()
-        temporary.touch()
-    except (OSError, ValueError) as error:
-        raise _refused(error, path) from error
-    try:
-        yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        if first:
-            with contextlib.suppress(FileExistsError):
-                os.link(temporary, path)
-        else:
-            os.replace(temporary, path)
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+    with _folder_there(path.parent):
+        temporary = temporary_beside(path)
+        try:
+            # Here and not in a library, whose errors may not say what is wrong with the path.
+            with contextlib.suppress(FileNotFoundError):
+                path.lstat()
+            temporary.touch()
+        except (OSError, ValueError) as error:
+            raise _refused(error, path) from error
+        try:
+            yield temporary
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+            if first:
+                with contextlib.suppress(FileExistsError):
+                    os.link(temporary, path)
+            else:
+                os.replace(temporary, path)
+        finally:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
     """Yield an empty temporary folder beside `folder`; rename it to `folder` when the block ends without an error."""
     folder = Path(os.path.realpath(folder))
-    ours = not folder.parent.exists()
-    make_folder(folder.parent)
-    temporary = temporary_beside(folder)
-    try:
-        with contextlib.suppress(FileNotFoundError):
-            folder.lstat()
-        temporary.mkdir()
-    except (OSError, ValueError) as error:
-        raise _refused(error, folder) from error
-    try:
-        yield temporary
-        _put(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if ours:  # nothing came of it, or it is not empty
-            with contextlib.suppress(OSError):
-                folder.parent.rmdir()
+    with _folder_there(folder.parent):
+        temporary = temporary_beside(folder)
+        try:
+            with contextlib.suppress(FileNotFoundError):
+                folder.lstat()
+            temporary.mkdir()
+        except (OSError, ValueError) as error:
+            raise _refused(error, folder) from error
+        try:
+            yield temporary
+            _put(temporary, folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _put(new: Path, folder: Path) -> None:
@@ -315,19 +324,16 @@ def locked(folder: Path, stage: str, wait: bool = False) -> Iterator[None]:
     if path in _held:
         yield
         return
-    ours = not folder.exists()
-    file = _lock(folder, path, wait)
-    _held.add(path)
-    try:
-        yield
-    finally:
-        _held.discard(path)
-        if file is not None:
-            path.unlink(missing_ok=True)
-            file.close()
-        if ours:  # a refused command leaves no empty folder behind
-            with contextlib.suppress(OSError):
-                folder.rmdir()
+    with _folder_there(folder):  # a refused command leaves no empty folder behind
+        file = _lock(folder, path, wait)
+        _held.add(path)
+        try:
+            yield
+        finally:
+            _held.discard(path)
+            if file is not None:
+                path.unlink(missing_ok=True)
+                file.close()
 
 
 def _lock(folder: Path, path: Path, wait: bool) -> IO[str] | None:
@@ -390,7 +396,7 @@ def read_json(path: Path, shape: Shape = None, maker: str = "the stage that make
         UserError: the file is missing, damaged, or holds something else; names the file and the fix.
     """
     try:
-        value = json.loads(path.read_bytes())
+        value = json.loads(path.read_bytes(), parse_constant=_no_number)
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file") from error
     except (ValueError, RecursionError) as error:  # not all that json raises is a JSONDecodeError
@@ -400,6 +406,10 @@ def read_json(path: Path, shape: Shape = None, maker: str = "the stage that make
     if shape is not None and (wrong := misfit(value, shape)):
         raise UserError(f"{path}: damaged or not a file of cratescope ({wrong}); delete it and run {maker} again")
     return value
+
+
+def _no_number(name: str) -> NoReturn:
+    raise ValueError(f"{name}, which no file of cratescope holds")
 
 
 def misfit(value: Any, shape: Shape, name: str = "it") -> str | None:
@@ -451,7 +461,7 @@ def read_jsonl(
     lines = text.splitlines()
     for number, line in enumerate(lines, 1):
         try:
-            rows.append(json.loads(line))
+            rows.append(json.loads(line, parse_constant=_no_number))
         except (ValueError, RecursionError) as error:
             if number == len(lines) and _is_cut_short(text) and not whole:
                 break

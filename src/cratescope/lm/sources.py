@@ -112,7 +112,7 @@ def open_sources(source: str, report: Callable[[str], None]) -> tuple[dict[str, 
     Raises:
         UserError: nothing there, or of no known format.
     """
-    path, left_out = Path(source).expanduser(), dict[str, str]()
+    path, left_out = Path(os.path.expanduser(source)), dict[str, str]()  # Path.expanduser raises for unknown names
     if source == "offline":
         offline.fetch_all((name for part in offline.CORPUS for name in part.archives), report)
         sources = [

@@ -166,9 +166,8 @@ def from_reference(checkpoint: dict[str, Any], name: Path | str) -> PreTrainedMo
             state[ours] = torch.zeros_like(expected[ours])
         elif reference not in theirs:
             raise UserError(f"{name}: the tensor {reference} is missing; the checkpoint is not whole")
-        elif theirs[reference].shape != shape:
-            raise UserError(f"{name}: {reference} has shape {tuple(theirs[reference].shape)}, not {tuple(shape)}")
         else:
+            _check_weight(theirs[reference], shape, f"{name}: {reference}")
             state[ours] = theirs[reference].t() if _transposed(model, ours) else theirs[reference]
     if not torch.equal(theirs["lm_head.weight"], theirs["transformer.wte.weight"]):
         raise UserError(f"{name}: lm_head.weight and transformer.wte.weight differ, but the models here tie them")
@@ -177,6 +176,15 @@ def from_reference(checkpoint: dict[str, Any], name: Path | str) -> PreTrainedMo
         raise UserError(f"{name}: the tensor {extra[0]} belongs to no CRATE or GPT-2 model of the reference code")
     model.load_state_dict(state)
     return model.eval()
+
+
+def _check_weight(tensor: Tensor, shape: torch.Size, name: str) -> None:
+    if tensor.shape != shape:
+        raise UserError(f"{name} has shape {tuple(tensor.shape)}, not {tuple(shape)}")
+    if not tensor.is_floating_point():
+        raise UserError(f"{name} is of {tensor.dtype}; a weight has to be of a floating-point format")
+    if not tensor.isfinite().all():
+        raise UserError(f"{name} holds NaN or infinite numbers; take a checkpoint from before they came")
 
 
 def _check_claims(config: CrateConfig | GPT2Config, theirs: dict[str, Tensor], name: Path | str) -> None:
