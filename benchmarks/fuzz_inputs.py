@@ -18,6 +18,7 @@ import shutil
 import socketserver
 import threading
 import time
+import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -493,10 +494,32 @@ def spoiled_study(how: str) -> Spoil:
 
 def retold(old: str, new: str) -> Spoil:
     def spoil(_chance: Chance) -> bool:
-        Path("study.toml").write_text(STUDY.replace(old, new.replace("{here}", str(Path.cwd().parent)), 1))
-        return True
+        text = STUDY.replace(old, new.replace("{here}", str(Path.cwd().parent)), 1)
+        Path("study.toml").write_text(text)
+        return as_good(text)
 
     return spoil
+
+
+def as_good(text: str) -> bool | None:
+    """None, it has to be refused, if it is no TOML or has a value of another type than `STUDY` or a number below 0."""
+    try:
+        found = tomllib.loads(text)
+    except ValueError:
+        return None
+    good = dict(tables(tomllib.loads(STUDY)))
+    pairs = [(one, good.get(name, {}).get(key)) for name, values in tables(found) for key, one in values.items()]
+    return None if any(old is not None and not fits(new, old) for new, old in pairs) else True
+
+
+def tables(found: Json) -> list[tuple[str, Json]]:
+    return [(name, values) for name, values in found.items() if isinstance(values, dict)]
+
+
+def fits(new: Json, old: Json) -> bool:
+    if isinstance(old, list):
+        return all(fits(one, old[0]) for one in (new if isinstance(new, list) else [new]))
+    return shape(new) == shape(old) and not (shape(new) == "number" and new < 0)
 
 
 def records() -> Iterator[Input]:
@@ -518,7 +541,9 @@ def neuron_record(how: str) -> Spoil:
         path = picked("records/0/*.json", chance)
         before = json.loads(path.read_text())
         same = spoil_file(path, chance, how)
-        with contextlib.suppress(ValueError, AttributeError):  # what may be left open may be null or missing
+        with contextlib.suppress(
+            ValueError, AttributeError, RecursionError
+        ):  # what may be left open may be null or missing
             after = json.loads(path.read_text())
             same |= any(before.get(name) is not None and after.get(name) is None for name in OPTIONAL)
         return same

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -21,11 +25,14 @@ from transformers import (
 )
 
 from cratescope.config import CollectConfig
+from cratescope.lm.adopt import adopt
 from cratescope.lm.data import TokenData
+from cratescope.models.convert import load_folder
 from cratescope.models.presets import build
 from cratescope.neurons.collect import collect
 from cratescope.neurons.records import layer_file, read_records
-from cratescope.run import UserError
+from cratescope.neurons.sites import Intervention, intervene, site_named
+from cratescope.run import Run, UserError
 
 SHAPE = {
     "vocab_size": 320,
@@ -86,7 +93,7 @@ def test_a_context_longer_than_the_models_is_refused_before_anything_is_written(
 def test_a_context_for_which_the_model_has_no_positions_is_refused(adopted, tmp_path):
     """RoBERTa's first positions are those of padding, so it reads fewer tokens than it states."""
     config = RobertaConfig(**SHAPE, is_decoder=True)
-    refused(adopted, tmp_path, "does not run on 32 tokens .*--context", config, context=32)
+    refused(adopted, tmp_path, "context = 32 is longer than the 30 tokens of this model", config, context=32)
     assert adopted(config, context=30).name == "mlp"
 
 
@@ -130,6 +137,43 @@ def test_the_router_of_a_mixture_of_experts_is_read_and_what_sees_a_part_of_the_
     refused(adopted, tmp_path, r"site .*act_fn (has a|is \d times read)", config, site=site)
     records = read_records(layer_file(adopted(config, site="model.layers.{layer}.mlp.gate"), 0))
     assert len(records) == 4  # one an expert
+
+
+def test_neurons_of_experts_are_zero_for_tokens_that_go_elsewhere(adopted, data_folder, tmp_path):
+    config = MixtralConfig(**SHAPE, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=1)
+    folder = adopted(config)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
+    experts, seen = model.model.layers[1].mlp.experts, []
+    experts.register_forward_pre_hook(lambda _module, given: seen.append(given))
+    excerpts = torch.from_numpy(TokenData.open(data_folder).split("heldout").spaced(4, 16).astype("int64"))
+    with torch.no_grad():
+        model(excerpts)
+    tokens, chosen, _ = seen[0]
+    records = read_records(layer_file(folder, 1))
+    assert folder.name == "mlp" and len(records) == 4 * 24
+    for neuron, record in records.items():
+        expert, column = divmod(neuron, 24)
+        gate, up = experts.gate_up_proj[expert].detach().view(2, 24, 16)[:, column]
+        found = torch.nn.functional.silu(tokens @ gate) * (tokens @ up) * (chosen[:, 0] == expert)
+        for one in record.top + record.random:
+            window = found.view(4, 16)[one.excerpt, one.start : one.start + 8]
+            assert torch.allclose(window, torch.tensor(one.activations), atol=1e-6)
+
+
+def test_neurons_of_experts_are_asked_of_experts_only_and_cannot_be_forced(adopted, tmp_path):
+    config = MixtralConfig(**SHAPE, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2)
+    site = "model.layers.{layer}.self_attn:neurons"
+    refused(adopted, tmp_path, r"layers\.0\.self_attn is no mixture of experts", config, site=site)
+    model = build(config, 0)
+    force = Intervention(site_named("auto", model), 0, 3, 1.0)
+    with intervene(model, force), pytest.raises(UserError, match="can be read only"):
+        model(torch.arange(8)[None])
+
+
+def test_the_inner_activations_of_mamba_are_its_neurons(adopted):
+    config = MambaConfig(vocab_size=320, hidden_size=16, state_size=4, num_hidden_layers=2)
+    folder = adopted(config)
+    assert folder.name == "mixer" and len(read_records(layer_file(folder, 0))) == config.intermediate_size
 
 
 def test_rows_in_the_order_of_the_experts_are_refused(adopted, tmp_path):
@@ -205,3 +249,25 @@ def test_a_model_that_is_no_causal_one_is_refused(adopted, tmp_path):
 )
 def test_a_damaged_or_unknown_model_is_refused(adopted, tmp_path, name, content):
     refused(adopted, tmp_path, "cannot be", LlamaConfig(**SHAPE), lambda folder: (folder / name).write_bytes(content))
+
+
+def test_a_process_that_adopts_the_same_model_meanwhile_is_waited_for(data_folder, tmp_path):
+    source, run, data = str(tmp_path / "model"), Run(tmp_path / "run"), TokenData.open(data_folder)
+    build(LlamaConfig(**SHAPE), 0).save_pretrained(source)
+    data.tokenizer.save_pretrained(source)
+    holder = "import sys, time; from pathlib import Path; from cratescope.run import locked\n"
+    holder += "with locked(Path(sys.argv[1]), 'adopt'): print('ready', flush=True); time.sleep(60)"
+    other = subprocess.Popen([sys.executable, "-c", holder, run.root], stdout=subprocess.PIPE, text=True)
+    assert other.stdout.readline() == "ready\n"
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(adopt, run, source, data, load_folder)
+        time.sleep(0.3)
+        assert not waiting.done() and not run.model.exists()
+        other.kill()
+        other.communicate()
+        waiting.result()
+    written = run.manifest.stat().st_mtime_ns
+    adopt(run, source, data, load_folder)  # of two the second finds it done
+    assert run.manifest.stat().st_mtime_ns == written
+    with pytest.raises(UserError, match="is the run of another model"):
+        adopt(run, "another", data, load_folder)

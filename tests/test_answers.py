@@ -20,6 +20,7 @@ from cratescope.neurons.llm.answers import (
 )
 from cratescope.neurons.llm.reasoning import phrase, without_reasoning
 from cratescope.neurons.llm.server import _retry_after
+from cratescope.neurons.prompts import clean_answer
 
 ANSWER = "words such as river"
 SENT = {
@@ -257,3 +258,18 @@ def test_the_option_an_error_is_about_is_found_in_any_shape(body: Any, option: s
 )  # fmt: skip
 def test_retry_after_is_bounded_whatever_it_holds(header: str | None, seconds: float | None) -> None:
     assert _retry_after(header) == seconds
+
+
+def test_reasoning_under_a_heading_is_left_out() -> None:
+    assert without_reasoning("**Reasoning:** they\nare things.\n\n**Final answer:** words").strip() == "words"
+    assert without_reasoning("Analysis: words of laboratories") == "Analysis: words of laboratories"
+
+
+def test_an_answer_behind_comments_of_a_stream_is_read() -> None:
+    assert parsed(': PROCESSING\n\n: PROCESSING\n{"choices": []}') == {"choices": []}
+
+
+def test_what_steers_a_terminal_is_no_part_of_an_explanation_or_a_message() -> None:
+    assert clean_answer(" words\x1b[31m of\x00 rivers\u202e") == "words [31m of  rivers"
+    assert clean_answer("\u200b") == ""
+    assert words("bad \x1b]0;name\x07") == "bad ]0;name"

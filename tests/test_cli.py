@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -142,3 +144,14 @@ def test_the_module_runs_as_a_program():
     done = subprocess.run([sys.executable, "-m", "cratescope", "trian"], capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("cratescope: no command") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["prepare", "--help"], ["trian"]])
+def test_a_reader_that_has_gone_is_no_error(arguments):
+    reader, writer = os.pipe()
+    os.close(reader)
+    streams = {"stdout": subprocess.PIPE, "stderr": writer} if arguments == ["trian"] else {"stdout": writer}
+    done = subprocess.run([sys.executable, "-m", "cratescope", *arguments], **{"stderr": subprocess.PIPE} | streams)
+    os.close(writer)
+    assert not done.stderr and not done.stdout
+    assert done.returncode == 128 + signal.SIGPIPE

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 from pathlib import Path
 
@@ -122,6 +123,20 @@ def test_a_pickle_with_code_in_it_is_refused_and_does_not_run(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
+def test_a_checkpoint_with_a_changed_byte_is_refused(tmp_path):
+    data = bytearray((FIXTURES / "reference-crate-2l.pt").read_bytes())
+    data[len(data) // 2] ^= 1
+    (tmp_path / "changed.pt").write_bytes(data)
+    with pytest.raises(UserError, match=r"changed.pt: damaged \(the CRC-32 of .*; copy it again"):
+        convert(tmp_path / "changed.pt", tmp_path / "out")
+
+
+def test_a_checkpoint_of_the_old_format_is_read(tmp_path):
+    checkpoint = load_checkpoint(FIXTURES / "reference-crate-2l.pt")
+    torch.save(checkpoint, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    assert load_checkpoint(tmp_path / "old.pt")["model"].keys() == checkpoint["model"].keys()
+
+
 def test_a_truncated_checkpoint_is_refused(tmp_path):
     whole = (FIXTURES / "reference-crate-2l.pt").read_bytes()
     (tmp_path / "cut.pt").write_bytes(whole[: len(whole) // 2])
@@ -173,6 +188,19 @@ def with_weight(value):
     return change
 
 
+def with_number(value):
+    def change(checkpoint):
+        (weight,) = (one for name, one in checkpoint["model"].items() if name.endswith("wpe.weight"))
+        weight[0] = value
+
+    return change
+
+
+def as_truth(checkpoint):
+    (name,) = (name for name in checkpoint["model"] if name.endswith("wpe.weight"))
+    checkpoint["model"][name] = checkpoint["model"][name] > 0
+
+
 def with_entry(name, value):
     return lambda checkpoint: checkpoint.update({name: value})
 
@@ -192,6 +220,8 @@ ODD = [
     *map(with_weight, ("text", None, [1.0, 2.0], torch.eye(4).to_sparse(), torch.eye(4, dtype=torch.int64))),
     *map(with_weight, (torch.ones(4, dtype=torch.complex64), torch.zeros(3), torch.zeros(()))),
     *map(with_weight, (torch.zeros(1).expand(1 << 40), torch.empty(1 << 40, device="meta"))),
+    as_truth,
+    *map(with_number, (math.nan, math.inf, -math.inf)),
     *(with_argument("n_layer", value) for value in (10**9, 0, "2", 2.5, True, None)),
     *(with_argument("n_embd", value) for value in (-64, 10**9)),
     *(with_argument("n_head", value) for value in (7, True, 0)),

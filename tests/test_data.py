@@ -26,7 +26,7 @@ from cratescope.config import PrepareConfig
 from cratescope.lm import data as data_module
 from cratescope.lm import offline
 from cratescope.lm.data import SPLITS, TokenData, TokenSplit, prepare, reshape, shares
-from cratescope.lm.sources import HubDocuments, open_sources
+from cratescope.lm.sources import HubDocuments, open_sources, read_text
 from cratescope.run import UserError, sha256
 
 WORDS = ("the", "cat", "sat", "on", "a", "mat", "while", "rain", "fell", "over", "grey", "hills", "nobody", "saw")
@@ -501,6 +501,11 @@ BAD = {
         "utf16.parquet: full of NULs",
     ),
     "table.csv": (lambda path: path.write_text("a"), "unknown kind of file; the known ones are .txt"),
+    "escaped.jsonl": (
+        lambda path: path.write_text(json.dumps({"text": "\0".join("words")})),
+        "escaped.jsonl:1: full of NULs",
+    ),
+    "pipe.txt": (os.mkfifo, "is a device or pipe"),
     "folder": (lambda path: path.mkdir(), "no files of a known kind"),
     "one.txt": (lambda path: path.write_text("One document."), "split .* is empty: none of 1 documents"),
 }
@@ -513,6 +518,7 @@ def test_a_bad_source_is_refused_in_one_line_and_the_folder_can_be_used_again(na
     with pytest.raises(UserError, match=message) as error:
         prepare(config(tmp_path / name, tmp_path / "data"))
     assert "\n" not in str(error.value)
+    assert not (tmp_path / "data").exists()
     good = write_jsonl(tmp_path / "good.jsonl", documents(40))
     assert prepare(config(good, tmp_path / "data")).split("train").n_tokens
 
@@ -544,6 +550,8 @@ def test_a_hub_name_needs_the_extra_or_the_hub(tmp_path, monkeypatch):
     pytest.importorskip("datasets")
     with pytest.raises(UserError, match="nobody/nothing: no such file or folder, and no data set") as error:
         prepare(config("nobody/nothing", tmp_path / "data"))
+    with pytest.raises(UserError, match="~nobody: no such file or folder"):
+        prepare(config("~nobody", tmp_path / "data"))
     assert "\n" not in str(error.value)
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UserError, match=r"pip install 'cratescope\[hub\]'"):
@@ -639,3 +647,17 @@ def test_a_folder_that_is_no_data_is_refused(tmp_path, prepared):
         TokenData.open(tmp_path)
     with pytest.raises(UserError, match="split test: not in"):
         prepared.split("test")
+
+
+def test_what_zstd_packs_with_a_long_window_is_read(tmp_path):
+    longest = zstandard.ZstdCompressor(compression_params=zstandard.ZstdCompressionParameters(window_log=29))
+    packer = longest.compressobj()  # which does not know how little there is to come
+    text = "\n\n".join(documents(40))
+    (tmp_path / "a.txt.zst").write_bytes(packer.compress(text.encode()) + packer.flush())
+    assert "".join(read_text(tmp_path / "a.txt.zst")).split() == text.split()
+
+
+def test_too_small_a_part_of_a_text_is_refused_by_the_option(tmp_path):
+    source = write_jsonl(tmp_path / "a.jsonl", documents(40))
+    with pytest.raises(UserError, match="--max-megabytes 1e-09: takes none of 40"):
+        prepare(config(source, tmp_path / "data", max_megabytes=1e-9))

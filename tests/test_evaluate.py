@@ -53,8 +53,10 @@ from cratescope.lm.evaluate import (
     windows,
 )
 from cratescope.lm.harness import metrics
-from cratescope.lm.head import Head
+from cratescope.lm.head import Head, looks_ahead, plain_pass
+from cratescope.models.folder import longest_context
 from cratescope.run import Run, UserError, read_json
+from tiny_models import tiny_config, tiny_model
 
 WORDS = ("Our baker sold bread to the judge", "Paris found salt", "the court quoted its name. Rome", "é漢 the river")
 
@@ -253,6 +255,32 @@ def test_the_likeliest_token_is_that_of_the_models_own_logits(data):
 def test_a_model_that_sees_what_it_is_to_predict_has_no_loss(crops):
     with pytest.raises(UserError, match="bert model .* sees the tokens that it is to predict"):
         crop_losses(headed(BertConfig(**SHAPE), 1), crops)
+
+
+def test_a_hybrid_without_any_attention_is_read_without_a_cache(crops):
+    config = tiny_config("granitemoehybrid")
+    config.layer_types = ["linear_attention"] * 2
+    model = headed(config, 1)
+    logits = model(torch.from_numpy(crops), use_cache=False).logits[:, :-1]
+    expected = torch.nn.functional.cross_entropy(logits.mT, torch.from_numpy(crops)[:, 1:], reduction="none").mean(1)
+    np.testing.assert_allclose(crop_losses(model, crops, 3), expected.detach(), rtol=3e-6)
+
+
+@pytest.mark.parametrize("kind", ["bert", "dots3_note_text", "qwen3_moe"])
+def test_one_trial_tells_models_that_look_ahead(kind, crops):
+    model = headed(BertConfig(**SHAPE), 1) if kind == "bert" else tiny_model(kind)
+    assert looks_ahead(model, torch.from_numpy(crops[:1, :16])) == (kind == "bert")
+
+
+@pytest.mark.parametrize("kind", ["roberta", "camembert", "xmod", "data2vec-text", "opt", "biogpt", "prophetnet"])
+def test_a_model_reads_its_longest_context_and_no_more(kind):
+    config = tiny_config(kind)
+    config.pad_token_id = 1
+    model = AutoModelForCausalLM.from_config(config).eval()
+    longest = longest_context(config)
+    assert plain_pass(model, torch.arange(longest)[None] + 2).logits.shape[1] == longest
+    with pytest.raises((IndexError, RuntimeError)):
+        plain_pass(model, torch.arange(longest + 1)[None] + 2)
 
 
 @pytest.mark.parametrize("kind", ["mamba", "jamba", "recurrent_gemma", "openai-gpt"])

@@ -272,6 +272,24 @@ def test_a_record_of_another_encoding_is_read_by_its_mark(tmp_path: Path, encodi
     assert texts(Run(tmp_path / "run"), read_records(layer_file(folder, 0))[4].random[0]) == ["é", "b"]
 
 
+def test_a_refused_import_or_export_leaves_nothing_behind(odd_run: Run, tmp_path: Path) -> None:
+    path, out = good_file(tmp_path), tmp_path / "not/yet/there"
+    path.write_text("{")
+    with pytest.raises(UserError, match="not valid JSON"):
+        import_records(ImportConfig(path.parents[1], out))
+    records = layer_file(odd_run.records("codes"), 2)
+    records.write_bytes(records.read_bytes()[:-9])
+    with pytest.raises(UserError, match="damaged"):
+        exported(odd_run, out)
+    assert not (tmp_path / "not").exists()
+
+
+def test_an_export_of_no_layer_is_refused(odd_run: Run, tmp_path: Path) -> None:
+    layer_file(odd_run.records("codes"), 2).unlink()
+    with pytest.raises(UserError, match="codes: has no records of any layer"):
+        exported(odd_run, tmp_path / "json")
+
+
 def test_an_import_is_kept_and_never_mixed_with_another(tmp_path: Path) -> None:
     path = good_file(tmp_path)
     config = ImportConfig(path.parents[1], tmp_path / "run")
@@ -356,3 +374,18 @@ print(json.dumps([record.max_activation, record.kurtosis, record.quantile_bounda
     assert kurtosis == record.moments.kurtosis and boundaries == [s.low for s in record.by_quantile[1:]]
     found = [np.array(sample, np.float32) for sample in samples]
     assert all((a == s.windows[0].activations).all() for a, s in zip(found, record.by_quantile, strict=True))
+
+
+def test_a_refused_import_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "in" / "0").mkdir(parents=True)
+    (tmp_path / "in" / "0" / "0.json").write_text("{}")
+    (tmp_path / "out").mkdir()
+    for out in (tmp_path / "out", tmp_path / "new"):
+        with pytest.raises(UserError, match="neuron_id"):
+            import_records(ImportConfig(tmp_path / "in", out))
+    assert not any((tmp_path / "out").iterdir()) and not (tmp_path / "new").exists()
+
+
+def test_records_are_not_exported_into_a_run(odd_run: Run) -> None:
+    with pytest.raises(UserError, match="is a run directory"):
+        export(ExportConfig(odd_run.root, odd_run.root))

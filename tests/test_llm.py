@@ -43,11 +43,13 @@ from transformers import (
 
 from cratescope.config import LLMConfig
 from cratescope.lm.tokenizer import train_bpe
+from cratescope.models import CrateConfig
 from cratescope.neurons.llm import open_llm
 from cratescope.neurons.llm import prefix as engine
 from cratescope.neurons.llm.local import LocalLLM
 from cratescope.neurons.llm.scripted import ScriptedLLM
 from cratescope.run import UserError
+from tiny_models import tiny_config, tiny_model
 
 LINES = ["the dog saw the cat, and the cat ran.", "ten boats on the river\n\tand one bridge"] * 8
 PREFIX = "the dog saw the cat.\n\n"
@@ -94,6 +96,7 @@ def tiny_of(config: PreTrainedConfig) -> torch.nn.Module:
 
 OF_OTHERS = {
     "bloom": "copied",
+    "crate": "shared",
     "falcon": "copied",
     "gemma3": "copied",
     "gptj": "copied",
@@ -126,6 +129,7 @@ def other_configuration(architecture: str, vocab_size: int) -> PreTrainedConfig:
     periods |= dict.fromkeys(("attn_layer_offset", "expert_layer_offset"), 1)
     make: dict[str, Callable[[], PreTrainedConfig]] = {
         "bloom": lambda: BloomConfig(**short, hidden_size=32),
+        "crate": lambda: CrateConfig(**short, n_embd=32, n_positions=128),
         "falcon": lambda: FalconConfig(**size, num_attention_heads=4, alibi=True),
         "gemma3": lambda: Gemma3Config(text_config=windowed, vision_config=vision),
         "gptj": lambda: GPTJConfig(**short, n_embd=32, n_positions=128, rotary_dim=4),
@@ -369,10 +373,27 @@ def test_a_model_that_looks_ahead_is_refused_when_it_is_opened(
     tiny_of(BertConfig(vocab_size=len(tokenizer), **shape)).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(
-        UserError, match="--llm .*: its logits depend on tokens behind.*choose a causal model"
+        UserError, match="--llm .*: its logits depend on tokens behind; choose a causal model"
     ) as refusal:
         open_llm(LLMConfig(llm=str(tmp_path), llm_device="cpu", llm_dtype="float32"))
     assert "\n" not in str(refusal.value)
+
+
+def test_a_model_whose_logits_depend_on_how_much_is_read_is_read_again_for_every_answer(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    # The index of its sparse attention has ties, and which of them count depends on the number of tokens.
+    model = tiny_model("dots3_note_text")
+    llm = LocalLLM(model, tokenizer, "tiny")
+    prefix, prompt = llm.encode(PREFIX * 2), llm.encode("one bridge")
+    assert llm.way == "reread"
+    np.testing.assert_allclose(llm.next_logprobs(prefix, [prompt])[0], plain(llm, prefix + prompt)[-1], atol=5e-5)
+
+
+def test_a_hybrid_without_any_attention_is_read_again_for_every_answer(tokenizer: PreTrainedTokenizerFast) -> None:
+    config = tiny_config("granitemoehybrid")
+    config.layer_types = ["linear_attention"] * 2
+    assert LocalLLM(tiny_of(config), tokenizer, "tiny").way == "reread"
 
 
 def test_a_model_without_a_longest_context_reads_prompts_of_any_length(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -179,3 +179,18 @@ def test_a_word_as_items_of_the_list(word: str, items: list[str]) -> None:
 )
 def test_an_answer_is_cleaned_to_one_phrase(answer: str, text: str) -> None:
     assert prompts.clean_answer(answer) == text
+
+
+@pytest.mark.parametrize(
+    ("tokens", "words"),
+    [
+        ([" ह", "ि", "न", "्", "दी", " और"], [" हिन्दी"] * 5 + [" और"]),
+        ([" مُ", "حَ", "مَّد", "."], [" مُحَمَّد"] * 3 + ["."]),
+        ([" cafe", "\u0301", "s", ","], [" cafe\u0301s"] * 3 + [","]),
+        ([" می", "\u200c", "خواهم"], [" می\u200cخواهم"] * 3),
+        ([" 👍", "🏽", " 👩", "\u200d", "💻"], [" 👍🏽"] * 2 + [" 👩\u200d💻"] * 3),
+        ([" ", "\u0301", "", "a"], [" ", "\u0301", "", "a"]),
+    ],
+)
+def test_marks_belong_to_the_letters_they_stand_on(tokens: list[str], words: list[str]) -> None:
+    assert [prompts.whole_word(tokens, place) for place in range(len(tokens))] == words

@@ -597,3 +597,34 @@ def test_imported_records_have_a_report_alone_and_beside_others(runs: tuple[Path
     assert [item.arm.family for item in results] == ["crate", "gpt2", "imported"]
     assert comparisons(results, PRIMARY) == comparisons(results[:2], PRIMARY)
     report(settings_for((*runs, run), tmp_path / "three"), tokenizer=fake_tokenizer())
+
+
+@pytest.mark.parametrize("kept", [0, 1, 50, 109])
+def test_a_log_that_has_lost_its_end_is_no_shorter_training(tmp_path: Path, kept: int) -> None:
+    run = fake_run(tmp_path / "run", Fake())
+    lines = run.metrics.read_text().splitlines(keepends=True)
+    run.metrics.write_text("".join(lines[:kept]))
+    with pytest.raises(UserError, match=r"metrics.jsonl: ends at step \d+ of 100, so its end is lost; copy it again"):
+        load_results(settings_for((run.root,), tmp_path / "report"))
+
+
+def test_a_model_trained_for_no_step_has_no_log(tmp_path: Path) -> None:
+    run = fake_run(tmp_path / "run", Fake(tokens_trained=0))
+    manifest = read_json(run.manifest)
+    write_json(run.manifest, manifest | {"steps": 0, "settings": manifest["settings"] | {"steps": 0}})
+    run.metrics.unlink()
+    assert load_results(settings_for((run.root,), tmp_path / "report"))
+
+
+def test_reasons_that_differ_in_a_servers_words_are_counted_together(tmp_path: Path) -> None:
+    run = fake_run(tmp_path / "run", Fake(layers=1, size="1l"))
+    folder = run.scores("codes", "offline", "list-pmi")
+    reasons = iter(["refused by the server: a", "refused by the server: b", "refusal (no)"] * 99)
+    changed = [
+        dataclasses.replace(item, value=None, reason=next(reasons)) if item.control == "none" else item
+        for item in sorted(read_scores(folder / "scores.jsonl"), key=lambda item: (item.protocol, item.measure))
+    ]
+    write_scores(folder / "scores.jsonl", changed)
+    seal_scores(folder)
+    page = report(settings_for((run.root,), tmp_path / "out"), tokenizer=fake_tokenizer()).read_text()
+    assert re.search(r"6 without a score \(2 refusal, 4 refused by the server\)", page)

@@ -35,6 +35,19 @@ def test_a_file_whose_writing_fails_is_not_there_and_the_old_one_stays(tmp_path)
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.parametrize("make", [atomic_path, atomic_folder])
+def test_folders_made_for_a_file_or_a_folder_go_again_where_nothing_comes_of_it(make, tmp_path):
+    (tmp_path / "there").mkdir()
+    for target in (tmp_path / "a/b/c", tmp_path / "there/b/c"):
+        with pytest.raises(RuntimeError), make(target):
+            raise RuntimeError
+    assert [path.name for path in tmp_path.rglob("*")] == ["there"]
+    with pytest.raises(RuntimeError), make(tmp_path / "a/b"):
+        (tmp_path / "a/other").touch()
+        raise RuntimeError
+    assert (tmp_path / "a/other").exists()
+
+
 def test_a_folder_appears_whole_and_replaces_an_older_one(tmp_path):
     target = tmp_path / "model"
     for text in ("one", "two"):
@@ -70,6 +83,14 @@ def test_a_damaged_file_of_ours_is_named_whatever_ails_it(tmp_path):
         (tmp_path / "a.json").write_text(text)
         with pytest.raises(UserError, match=r"a\.json: not valid JSON"):
             read_json(tmp_path / "a.json")
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity"])
+def test_no_json_with_what_is_no_number_is_read(number, tmp_path):
+    (tmp_path / "a.json").write_text(f'{{"loss": {number}}}\n')
+    for read in (read_json, read_jsonl):
+        with pytest.raises(UserError, match=f"a.json: .*{number}"):
+            read(tmp_path / "a.json")
 
 
 def test_any_text_is_written_as_json_and_read_back(tmp_path):

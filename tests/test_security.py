@@ -5,9 +5,11 @@ from __future__ import annotations
 import ast
 import builtins
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 import cratescope
 from cratescope.config import EvaluateConfig
@@ -109,3 +111,22 @@ def test_a_pickle_with_code_in_it_is_refused(tmp_path):
     with pytest.raises(UserError, match="refused|not a readable"):
         load_checkpoint(tmp_path / "bad.pt")
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_model_folder_with_a_pickle_is_refused_without_advice_to_run_it(runs_folder, tmp_path):
+    source = runs_folder / "crate" / "model"
+    shutil.copytree(source, tmp_path / "model", ignore=shutil.ignore_patterns("model.safetensors", "whole.json"))
+    torch.save({"a": Path("x")}, tmp_path / "model" / "pytorch_model.bin")
+    with pytest.raises(UserError, match="which could run code and are never loaded") as refused:
+        load_folder(tmp_path / "model")
+    assert "weights_only" not in str(refused.value)
+
+
+def test_a_model_that_says_it_has_a_million_layers_is_refused_at_once(runs_folder, tmp_path):
+    shape = json.loads((runs_folder / "crate" / "model" / "config.json").read_text())
+    write_json(tmp_path / "config.json", {"model_type": "llama", "num_hidden_layers": 10**6, "hidden_size": 32})
+    with pytest.raises(UserError, match="num_hidden_layers = 1,000,000"):
+        load_folder(tmp_path)
+    write_json(tmp_path / "config.json", shape | {"n_layer": 10**6})
+    with pytest.raises(UserError, match="num_hidden_layers = 1,000,000"):
+        load_folder(tmp_path)

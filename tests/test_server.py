@@ -19,7 +19,8 @@ import httpx2
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer, decoders, models
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from cratescope.config import ExplainConfig, JudgeConfig, LLMConfig, ScoreConfig, SimulateConfig
 from cratescope.lm.tokenizer import train_bpe
@@ -196,6 +197,7 @@ def test_no_answer_is_paid_for_twice(serving: Serving, config: LLMConfig) -> Non
     [
         {"status": 500},
         {"status": 503},
+        {"status": 524},
         {"close": True},
         {"text": "<html>not JSON</html>"},
         {"text": "[]"},
@@ -362,6 +364,26 @@ def test_a_choice_that_is_not_among_the_likeliest_has_no_probability(
     llm = opened(replace(config, llm_tokenizer=str(local[1])))
     found = llm.slot_logprobs([5], [[6, 7, 8]], [[1, 3]], [1, 2, 77])[0]
     assert found.tolist() == [[-2, -3, -np.inf]] * 2
+
+
+@pytest.mark.parametrize("told", [{" yes": -1.0, "yes": -3.0}, {"▁yes": -1.0, "yes": -3.0}, {"yes": -1.0, "no": -2.0}])
+def test_a_token_is_found_under_any_name_that_servers_give_it(
+    serving: Serving, config: LLMConfig, tmp_path: Path, told: dict[str, float]
+) -> None:
+    pieces = Tokenizer(models.BPE({"<unk>": 0, "▁": 1, "yes": 2, "▁yes": 3, "no": 4}, [("▁", "yes")]))
+    pieces.decoder = decoders.Metaspace()
+    PreTrainedTokenizerFast(tokenizer_object=pieces, unk_token="<unk>", eos_token="<unk>").save_pretrained(tmp_path)
+    llm = opened(replace(config, llm_tokenizer=str(tmp_path)))
+    serving.script({"json": {"choices": [{"text": "", "logprobs": {"top_logprobs": [told]}}]}})
+    assert llm.slot_logprobs([1], [[2]], [[1]], [3])[0].tolist() == [[-1.0]]
+
+
+def test_a_damaged_tokenizer_of_the_served_model_is_one_line(config: LLMConfig, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text('{"model": 1}')
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": 7}')
+    with pytest.raises(UserError, match="--llm-tokenizer .*: cannot load it") as error:
+        opened(replace(config, llm_tokenizer=str(tmp_path)))
+    assert "\n" not in str(error.value)
 
 
 def test_a_server_without_log_probabilities_of_the_prompt_is_told_apart(
@@ -770,6 +792,7 @@ def test_a_window_that_is_refused_skips_its_neuron_only(
 
     with pytest.raises(UserError, match="no such thing"):
         done_with(start(lambda _: (400, {"error": {"message": "no such thing"}}, {})))
+    assert not (explained.root / {"simulate": "simulations", "judge": "judgements"}[stage]).exists()
     found = done_with(start(quirk))
     refused = [item for item in found if str(item.skipped).startswith(REFUSED)]
     if stage == "judge":  # a neuron is refused for its own text, or for that of the wrong one it is compared with
@@ -814,3 +837,10 @@ def test_log_probabilities_are_asked_for_in_the_way_a_server_takes(
     else:
         with pytest.raises(UserError, match="gives no log-probabilities"):
             llm.slot_logprobs([5], [[6, 7, 8]], [[1, 3]], [1, 2])
+
+
+@pytest.mark.parametrize("address", ["http://[::1", "http://127.0.0.1:99999/v1", "https://", "http://:80/v1"])
+def test_an_address_that_is_none_is_refused_in_one_line(address: str) -> None:
+    with pytest.raises(UserError, match=r"http://HOST:PORT/v1"):
+        server.ServerLLM.open(LLMConfig(llm=address, llm_model="m"))
+    assert LLMConfig(llm="HTTP://localhost/v1").served

@@ -16,6 +16,7 @@ from cratescope import cli
 from cratescope.config import ShowConfig
 from cratescope.neurons.records import layer_file, read_records, read_scores
 from cratescope.report.card import neuron_card, shade
+from cratescope.report.text import visible
 from cratescope.run import Run, UserError
 from fake_run import Fake, fake_run, fake_tokenizer
 from test_explain import make_run
@@ -127,3 +128,10 @@ def test_a_terminal_of_any_encoding_gets_the_card(
     shown = out.buffer.getvalue().decode(encoding)  # type: ignore[attr-defined]
     assert "months and dates" in shown and ("█" in shown) == (encoding == "utf-8")
     assert err.buffer.getvalue().startswith(b"cratescope: ")  # type: ignore[attr-defined]
+
+
+def test_what_steers_a_terminal_is_shown_and_not_sent(capsys: pytest.CaptureFixture[str]) -> None:
+    assert visible("a\x9b31m\u202eb\x1b") == "a⟨009B⟩31m⟨202E⟩b␛"
+    with pytest.raises(SystemExit):
+        cli._fail("no such file \x1b]0;name\x07")
+    assert capsys.readouterr().err == "cratescope: no such file ?]0;name?\n"

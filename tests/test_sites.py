@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 from transformers import GPT2Config, GPTNeoXConfig, LlamaConfig, Qwen2Config
@@ -9,7 +11,16 @@ from transformers import GPT2Config, GPTNeoXConfig, LlamaConfig, Qwen2Config
 from cratescope.models import CrateConfig
 from cratescope.models.folder import skeleton
 from cratescope.models.presets import build
-from cratescope.neurons.sites import BUILT_IN, Intervention, Site, intervene, partial_pass, read_site, site_named
+from cratescope.neurons.sites import (
+    BUILT_IN,
+    Intervention,
+    Site,
+    intervene,
+    partial_pass,
+    read_site,
+    site_named,
+    sites_of,
+)
 from cratescope.run import UserError
 from tiny_models import tiny_config
 
@@ -138,14 +149,54 @@ def test_sites_of_other_families_are_found_in_names_and_shapes(kind, mlp, attent
     assert site_named("residual", model).pattern == mlp.partition("{layer}")[0] + "{layer}"
 
 
-@pytest.mark.parametrize("kind", ["mixtral", "mamba"])
-def test_a_model_without_an_mlp_of_all_tokens_is_answered_with_its_projections(kind):
-    model = skeleton(tiny_config(kind))
-    with pytest.raises(
-        UserError, match=r"no site 'auto' for a .*residual.*\{layer\} in it: .*\.layers\.\{layer\}\.m"
-    ) as said:
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("mixtral", {"mlp": "model.layers.{layer}.mlp.experts:neurons"}),
+        (
+            "qwen2_moe",
+            {
+                "mlp": "model.layers.{layer}.mlp.shared_expert.down_proj:input",
+                "experts": "model.layers.{layer}.mlp.experts:neurons",
+            },
+        ),
+        (
+            "nemotron_h",
+            {
+                "mlp": "model.layers.{layer}.mixer.shared_experts.down_proj:input",
+                "experts": "model.layers.{layer}.mixer.experts:neurons",
+                "mixer": "model.layers.{layer}.mixer.out_proj:input",
+            },
+        ),
+        ("mamba", {"mixer": "backbone.layers.{layer}.mixer.out_proj:input"}),
+        ("dbrx", {"attention": "transformer.blocks.{layer}.norm_attn_norm.attn"}),
+        ("longcat_flash", {"attention": "model.layers.{layer}.self_attn.1"}),
+        ("xlm", {"mlp": "transformer.ffns.{layer}.lin2:input"}),
+    ],
+)
+def test_experts_mixers_and_nested_modules_are_found(kind, expected):
+    found = sites_of(skeleton(tiny_config(kind)))
+    assert expected.items() <= found.items()
+    assert found.keys() - expected.keys() <= {"mlp", "attention", "residual"}
+    assert ("mlp" in found) == (kind not in ("mamba", "dbrx"))
+    assert ("residual" in found) == (kind != "xlm")  # a list of MLPs is not one of blocks
+
+
+def test_a_model_without_a_site_of_neurons_is_answered_with_its_projections():
+    model = skeleton(tiny_config("dbrx"))
+    with pytest.raises(UserError, match=r"no site 'auto' for a .*residual.*\{layer\} in it: .*\.blocks\.") as said:
         site_named("auto", model)
     assert Site("x", str(said.value).rpartition(" ")[2]).layers(model) == [0, 1]
+
+
+def test_residual_streams_side_by_side_are_one_row_of_neurons(models):
+    model = models["llama"]
+    site, block = Site("residual", "model.layers.{layer}"), model.model.layers[0]
+    streams = block.register_forward_hook(lambda *args: args[2].unflatten(-1, (4, 4)))  # the first of all hooks
+    with contextlib.suppress(RuntimeError), torch.no_grad(), read_site(model, site, [0]) as found:
+        model(TOKENS)
+    streams.remove()
+    assert found[0].shape == (2, 12, 16)
 
 
 def test_layers_that_lack_a_site_are_named(models):

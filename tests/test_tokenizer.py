@@ -102,3 +102,13 @@ def test_a_tokenizer_that_is_not_there_is_refused_in_one_line(tmp_path: Path):
         with pytest.raises(UserError, match="tokenizer.json") as error:
             load_tokenizer(spec)
         assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("named", ["T5TokenizerFast", "XLNetTokenizerFast", "BertTokenizer", "GemmaTokenizerFast", 7])
+def test_a_class_of_another_kind_than_tokenizer_json_is_not_made_of_it(tmp_path, named):
+    BPE.save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"tokenizer_class": named}))
+    loaded = load_tokenizer(tmp_path)
+    assert loaded.get_vocab() == BPE.get_vocab()
+    assert list(encode(loaded, TEXT[1:2])) == list(encode(BPE, TEXT[1:2]))

@@ -111,14 +111,14 @@ TABLE: dict[str, dict[str, Any]] = {
 }
 """What the rule does not get right, by `model_type`."""
 
-SKIPPED = {
+NOT_MADE = {
     "gemma3n": "needs timm for its vision tower (its text model is gemma3n_text)",
     "gemma4_assistant": "drafts tokens for another model, whose keys and values it reads",
     "gemma4_unified_assistant": "drafts tokens for another model, whose keys and values it reads",
     "musicgen": "codes of sound, several at once, behind a text encoder",
     "musicgen_melody": "codes of sound, several at once, behind a text encoder",
 }
-"""Why no model of a `model_type` can be tried here."""
+"""Why there is no tiny model of a `model_type` here: a folder with its configuration alone is tried."""
 
 
 def tiny_config(kind: str) -> Any:
@@ -143,7 +143,7 @@ def _fields(made: type[PretrainedConfig]) -> dict[str, Any]:
             fields[name] = _fields(type(value))
         elif name in RULE and (isinstance(value, int) or (value is None and name in EMPTY)):
             fields[name] = RULE[name]
-        elif name == "is_decoder":
+        elif name in ("is_decoder", "causal"):
             fields[name] = True
     if "kv_lora_rank" in fields:  # latent attention has no groups of heads
         fields["num_key_value_heads"] = RULE["num_attention_heads"]

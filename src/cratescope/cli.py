@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import io
 import os
+import re
+import select
+import signal
 import sys
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import IO, Any, NoReturn
 
 from cratescope import config as settings
 from cratescope.hardware import keep_freed_memory, processes, rank
@@ -229,9 +232,31 @@ def run_and_exit(arguments: list[str]) -> None:
     """Results go to stdout. Bad input is one line on stderr and exit code 2; so is a path the system refuses."""
     _print_any_text()
     try:
-        said = run(arguments)
-        if rank() == 0:
-            sys.stdout.write(said + "\n")
+        _run_and_exit(arguments)
+    except BrokenPipeError:
+        if not (broken := [stream for stream in (sys.stdout, sys.stderr) if stream and _nobody_reads(stream)]):
+            raise  # another pipe than ours
+        # Nobody reads on, as after `| head -1`; Python would complain when it flushes once more at its end.
+        for stream in broken:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        sys.exit(128 + signal.SIGPIPE)
+
+
+def _nobody_reads(stream: IO[str]) -> bool:
+    poll = select.poll()
+    poll.register(stream, 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+
+
+def _run_and_exit(arguments: list[str]) -> None:
+    try:
+        try:
+            said = run(arguments)
+            if rank() == 0 and sys.stdout:  # there is none where the shell has closed it
+                sys.stdout.write(said + "\n")
+        finally:
+            if sys.stdout:
+                sys.stdout.flush()  # also what --help says
     except UserError as error:
         _fail(str(error))
     except Stopped as stop:
@@ -263,6 +288,9 @@ def _disk_full(error: Exception) -> bool:
 
 
 def _fail(message: str, code: int = 2) -> NoReturn:
-    if os.environ.get("LOCAL_RANK", "0") == "0":  # once a machine: what is wrong may be wrong on one of them only
-        sys.stderr.write(f"cratescope: {' '.join(message.split())}\n")
+    # Once a machine: what is wrong may be wrong on one of them only.
+    if sys.stderr and os.environ.get("LOCAL_RANK", "0") == "0":
+        # A stranger's file name or answer must not steer the terminal.
+        said = re.sub("[\x00-\x1f\x7f-\x9f]", "?", " ".join(message.split()))
+        sys.stderr.write(f"cratescope: {said}\n")
     sys.exit(code)

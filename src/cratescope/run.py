@@ -24,7 +24,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 
 Shape = Any
 """What a JSON value has to look like; see `misfit`."""
@@ -53,9 +53,20 @@ class Stopped(KeyboardInterrupt):
         self.code = 128 + signal
 
 
+_PLAINLY = {
+    "weights_only": "its weights hold Python objects, which could run code and are never loaded; get safetensors",
+    "custom code": "it needs code of its own, which is never run; take one whose class transformers has",
+    "ignore_mismatched_sizes": "its weights have other shapes than its config.json says",
+}
+"""What to say where another library advises what cannot be done here, or to run a stranger's code; by its words."""
+
+
 def first_line(error: BaseException) -> str:
     """What another library says of a failure, cut to one line."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__).strip()
+    if told := next((told for sign, told in _PLAINLY.items() if sign in str(error)), None):
+        return told
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1]) if lines else type(error).__name__
 
 
 def last_line(error: BaseException) -> str:
@@ -149,6 +160,19 @@ def make_folder(folder: Path) -> None:
         raise _refused(error, folder) from error
 
 
+@contextlib.contextmanager
+def _folder_there(folder: Path) -> Iterator[None]:
+    """Make a folder and those above it; of these the new ones go again where nothing was put into them."""
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    make_folder(folder)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            for path in new:
+                path.rmdir()
+
+
 def _refused(error: OSError | ValueError, path: Path) -> Exception:
     """What to raise where `path` cannot be written; a full disk stays what it is."""
     if isinstance(error, ValueError):
@@ -221,46 +245,46 @@ def atomic_path(path: Path, first: bool = False) -> Iterator[Path]:
 
     first: a file that another process has put there meanwhile stays.
     """
-    make_folder(path.parent)
-    temporary = temporary_beside(path)
-    try:
-        # Here and not in a library, whose errors may not say what is wrong with the path.
-        with contextlib.suppress(FileNotFoundError):
-            path.lstat()
-        temporary.touch()
-    except (OSError, ValueError) as error:
-        raise _refused(error, path) from error
-    try:
-        yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        if first:
-            with contextlib.suppress(FileExistsError):
-                os.link(temporary, path)
-        else:
-            os.replace(temporary, path)
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+    with _folder_there(path.parent):
+        temporary = temporary_beside(path)
+        try:
+            # Here and not in a library, whose errors may not say what is wrong with the path.
+            with contextlib.suppress(FileNotFoundError):
+                path.lstat()
+            temporary.touch()
+        except (OSError, ValueError) as error:
+            raise _refused(error, path) from error
+        try:
+            yield temporary
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+            if first:
+                with contextlib.suppress(FileExistsError):
+                    os.link(temporary, path)
+            else:
+                os.replace(temporary, path)
+        finally:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
     """Yield an empty temporary folder beside `folder`; rename it to `folder` when the block ends without an error."""
     folder = Path(os.path.realpath(folder))
-    make_folder(folder.parent)
-    temporary = temporary_beside(folder)
-    try:
-        with contextlib.suppress(FileNotFoundError):
-            folder.lstat()
-        temporary.mkdir()
-    except (OSError, ValueError) as error:
-        raise _refused(error, folder) from error
-    try:
-        yield temporary
-        _put(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with _folder_there(folder.parent):
+        temporary = temporary_beside(folder)
+        try:
+            with contextlib.suppress(FileNotFoundError):
+                folder.lstat()
+            temporary.mkdir()
+        except (OSError, ValueError) as error:
+            raise _refused(error, folder) from error
+        try:
+            yield temporary
+            _put(temporary, folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _put(new: Path, folder: Path) -> None:
@@ -300,25 +324,22 @@ def locked(folder: Path, stage: str, wait: bool = False) -> Iterator[None]:
     if path in _held:
         yield
         return
-    ours = not folder.exists()
-    make_folder(folder)
-    file = _lock(folder, path, wait)
-    _held.add(path)
-    try:
-        yield
-    finally:
-        _held.discard(path)
-        if file is not None:
-            path.unlink(missing_ok=True)
-            file.close()
-        if ours:  # a refused command leaves no empty folder behind
-            with contextlib.suppress(OSError):
-                folder.rmdir()
+    with _folder_there(folder):  # a refused command leaves no empty folder behind
+        file = _lock(folder, path, wait)
+        _held.add(path)
+        try:
+            yield
+        finally:
+            _held.discard(path)
+            if file is not None:
+                path.unlink(missing_ok=True)
+                file.close()
 
 
 def _lock(folder: Path, path: Path, wait: bool) -> IO[str] | None:
     """The locked file, which says who holds it; None where there can be no lock."""
     while True:
+        make_folder(folder)  # its holder may have just removed that too
         try:
             file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 (open for as long as it is locked)
         except OSError as error:
@@ -375,7 +396,7 @@ def read_json(path: Path, shape: Shape = None, maker: str = "the stage that make
         UserError: the file is missing, damaged, or holds something else; names the file and the fix.
     """
     try:
-        value = json.loads(path.read_bytes())
+        value = json.loads(path.read_bytes(), parse_constant=_no_number)
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file") from error
     except (ValueError, RecursionError) as error:  # not all that json raises is a JSONDecodeError
@@ -385,6 +406,10 @@ def read_json(path: Path, shape: Shape = None, maker: str = "the stage that make
     if shape is not None and (wrong := misfit(value, shape)):
         raise UserError(f"{path}: damaged or not a file of cratescope ({wrong}); delete it and run {maker} again")
     return value
+
+
+def _no_number(name: str) -> NoReturn:
+    raise ValueError(f"{name}, which no file of cratescope holds")
 
 
 def misfit(value: Any, shape: Shape, name: str = "it") -> str | None:
@@ -436,7 +461,7 @@ def read_jsonl(
     lines = text.splitlines()
     for number, line in enumerate(lines, 1):
         try:
-            rows.append(json.loads(line))
+            rows.append(json.loads(line, parse_constant=_no_number))
         except (ValueError, RecursionError) as error:
             if number == len(lines) and _is_cut_short(text) and not whole:
                 break

@@ -28,7 +28,7 @@ SECTIONS: dict[str, tuple[type, tuple[str, ...]]] = {
     "prepare": (settings.PrepareConfig, ("out",)),
     "train": (settings.TrainConfig, ("out", "data")),
     "evaluate": (settings.EvaluateConfig, ("run",)),
-    "collect": (settings.CollectConfig, ("run",)),
+    "collect": (settings.CollectConfig, ("run", "model")),
     "explain": (settings.ExplainConfig, ("run",)),
     "simulate": (settings.SimulateConfig, ("run", "explainer")),
     "judge": (settings.JudgeConfig, ("run", "explainer")),
@@ -98,17 +98,36 @@ def check(plan: dict[str, Any], path: Path) -> tuple[Callable[..., Any], dict[st
                 _look_up(parsed)
             except UserError as error:
                 raise UserError(f"{path}: [{section}] {error}") from error
+    _same_simulator(plan, path)
     return options, models, judging
 
 
+def _same_simulator(plan: dict[str, Any], path: Path) -> None:
+    """Raises UserError where [score] or [report] would look for simulations that [simulate] does not make."""
+    named = {
+        section: plan.get(section, {}).get("simulator", settings.SimulateConfig.simulator)
+        for section in ("simulate", "score", "report")
+    }
+    for section, name in named.items():
+        if name != named["simulate"]:
+            made = named["simulate"]
+            raise UserError(
+                f"{path}: [{section}] simulator = {name!r}, and [simulate] has {made!r}; write the same there"
+            )
+
+
 def _look_up(parsed: Any) -> None:
-    """Raises UserError for a preset, a protocol or a measure that there is not."""
+    """Raises UserError for a preset, a set of text, a protocol or a measure that there is not."""
+    from cratescope.lm.texts import find_set
     from cratescope.models.presets import preset_config
     from cratescope.neurons.protocols import protocols_named
     from cratescope.results.compare import Quantity
 
     if isinstance(parsed, settings.TrainConfig):
         preset_config(parsed.preset, context=parsed.context, crate=parsed.crate)
+    if isinstance(parsed, settings.EvaluateConfig):
+        for name in {*parsed.on} - {"validation", "heldout"}:
+            find_set(name)
     if isinstance(parsed, settings.ReportConfig):
         Quantity.parse(parsed.primary)
     if hasattr(parsed, "protocols"):

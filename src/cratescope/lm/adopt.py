@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,10 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from cratescope.arm import Arm
 from cratescope.lm.data import TokenData
+from cratescope.lm.head import looks_ahead
 from cratescope.lm.tokenizer import load_tokenizer, n_text_ids
 from cratescope.models.folder import longest_context
-from cratescope.run import Run, UserError, atomic_folder, first_line, mark_whole, versions, write_json
+from cratescope.run import Run, UserError, atomic_folder, first_line, locked, mark_whole, versions, write_json
 
 
 def is_adopted(run: Run, source: str) -> bool:
@@ -35,12 +35,20 @@ def adopt(
 ) -> PreTrainedModel:
     """Copy the causal LM `source` (a folder or a hub name) and its tokenizer into `run`; `site` is its native one.
 
-    Returns what `opened` gives, which opens the copy and checks it; nothing stays where it refuses.
+    Returns what `opened` gives, which opens the copy and checks it; nothing stays where it refuses. Another process
+    that does the same is waited for.
 
     Raises:
         UserError: no such model, text of another tokenizer, a tokenizer with more ids than the model, or a model that
             sees later tokens.
     """
+    with locked(run.root, "adopt", wait=True):
+        return opened(run.trained_model()) if is_adopted(run, source) else _adopt(run, source, data, site, opened)
+
+
+def _adopt(
+    run: Run, source: str, data: TokenData, site: str, opened: Callable[[Path], PreTrainedModel]
+) -> PreTrainedModel:
     tokenizer = load_tokenizer(source)
     if tokenizer.get_vocab() != data.tokenizer.get_vocab():
         raise UserError(
@@ -54,17 +62,12 @@ def adopt(
             f"model {source}: its tokenizer has {needed:,} ids and the model {rows:,} embeddings; "
             "give it the tokenizer that it was trained with"
         )
-    try:
-        with atomic_folder(run.model) as folder:
-            model.save_pretrained(folder, max_shard_size="1TB")
-            tokenizer.save_pretrained(folder)
-            found = opened(folder)
-            refuse_unless_causal(found, source)
-            mark_whole(folder)
-    except UserError:
-        with contextlib.suppress(OSError):
-            run.root.rmdir()  # if it was made for this
-        raise
+    with atomic_folder(run.model) as folder:
+        model.save_pretrained(folder, max_shard_size="1TB")
+        tokenizer.save_pretrained(folder)
+        found = opened(folder)
+        refuse_unless_causal(found, source)
+        mark_whole(folder)
     layers = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
     manifest = {
         "name": run.name,
@@ -105,18 +108,13 @@ def _load(source: str) -> Any:
     return model
 
 
-@torch.no_grad()
 def refuse_unless_causal(model: Any, source: str) -> None:
     """A trial: no output before the last token may depend on it.
 
     Raises:
         UserError: one does, as in BERT and other encoders.
     """
-    tokens = torch.arange(1, 17, device=model.device)[None]
-    other = tokens.clone()
-    other[:, -1] = 20
-    first, second = (model(each, use_cache=False).logits[:, :-1].float().nan_to_num() for each in (tokens, other))
-    if not torch.allclose(first, second, rtol=1e-3, atol=1e-3 * float(first.std())):
+    if looks_ahead(model, torch.arange(1, 17, device=model.device)[None]):
         raise UserError(
             f"model {source}: its tokens see later ones, so it is no causal language model; "
             "give another (an encoder trained as a decoder has is_decoder = true in its config.json)"

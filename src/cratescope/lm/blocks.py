@@ -21,7 +21,7 @@ import numpy as np
 from jaxtyping import UInt
 from tokenizers import Tokenizer
 
-from cratescope.run import atomic_path
+from cratescope.run import UserError, atomic_path, first_line
 
 SPLITS = ("train", "validation", "heldout")
 BATCH = 256
@@ -167,7 +167,13 @@ class Encoder:
     def ask(self, texts: Sequence[str]) -> list[bytes]:
         """The ids of each text from the library, as bytes of `dtype`."""
         self.backend.encode_special_tokens = True
-        encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
+        try:
+            encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
+        except Exception as error:  # the library raises this very class
+            raise UserError(
+                f"the tokenizer cannot spell a text ({first_line(error)}); give its tokenizer.json a token for what it "
+                "does not know, or use `gpt2`"
+            ) from error
         return [np.array(encoding.ids, self.dtype).tobytes() for encoding in encodings]
 
 

@@ -240,7 +240,11 @@ def prepare(config: PrepareConfig, console: Console | None = None) -> TokenData:
         identity[name] = getattr(config, name)
     with locked(config.out, "prepare"):
         if not _finished(config.out, identity):
-            _prepare(config, console, report, identity, sources, left_out)
+            try:
+                _prepare(config, console, report, identity, sources, left_out)
+            except UserError:
+                _drop_claim(config.out)
+                raise
         return _opened(config.out)
 
 
@@ -296,21 +300,25 @@ def _check(config: PrepareConfig) -> None:
 
 
 def _finished(out: Path, identity: dict[str, Any]) -> bool:
-    """Claim the folder for `identity`, and say whether all of its shards are there.
-
-    A claim without a block of work behind it is dropped first, so a mistake found early costs no folder.
-    """
+    """Claim the folder for `identity`, and say whether all of its shards are there."""
     path = out / "manifest.json"
     found = read_json(path, DATA, "`cratescope prepare`") if path.exists() else {}
-    ours = identity.keys() <= found.get("identity", {}).keys()
-    if ours and "splits" not in found and not any((out / ".work").glob("*.npz")):
-        path.unlink()
-        shutil.rmtree(out / "tokenizer", ignore_errors=True)
+    if identity.keys() <= found.get("identity", {}).keys():
+        _drop_claim(out)
     claim(out, identity)
     splits = read_json(path).get("splits", {})
     if splits:
         shutil.rmtree(out / ".work", ignore_errors=True)  # of a process killed in its last moment
     return bool(splits) and all((out / shard["file"]).exists() for row in splits.values() for shard in row["shards"])
+
+
+def _drop_claim(out: Path) -> None:
+    """Take back a claim without a block of work behind it, so that a mistake found early costs no folder."""
+    path = out / "manifest.json"
+    if "splits" not in read_json(path, DATA, "`cratescope prepare`") and not any((out / ".work").glob("*.npz")):
+        path.unlink()
+        for folder in (out / "tokenizer", out / ".work"):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def shares(sizes: Sequence[float], budget: float) -> list[float]:
@@ -453,7 +461,11 @@ def _add(block: Block, past: Past, source: int, document: Document | str) -> Non
 def _check_splits(config: PrepareConfig, tally: Counter[str]) -> None:
     documents = sum(tally[f"{name} documents"] for name in SPLITS)
     if not documents:
-        empty = sum(count for name, count in tally.items() if name.endswith(" empty"))
+        empty, left = (
+            sum(count for name, count in tally.items() if name.endswith(kind)) for kind in (" empty", " not_taken")
+        )
+        if left:
+            raise UserError(f"--max-megabytes {config.max_megabytes}: takes none of {left} documents; give more")
         raise UserError(f"{config.source}: has no text ({empty} empty documents); give a source with documents")
     for name in SPLITS:
         if not tally[f"{name} documents"]:

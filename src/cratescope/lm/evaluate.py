@@ -24,7 +24,7 @@ from jaxtyping import Float, Int
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import track
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from cratescope.config import EvaluateConfig
 from cratescope.hardware import pick_device
@@ -34,7 +34,7 @@ from cratescope.lm.head import Head, plain_pass
 from cratescope.lm.texts import HubSet, find_set, identity, read
 from cratescope.lm.tokenizer import bytes_put_before, encode, load_tokenizer, n_ids, token_bytes, token_strings
 from cratescope.models.convert import load_folder
-from cratescope.models.folder import longest_context
+from cratescope.models.folder import longest_context, model_config
 from cratescope.run import Run, Shape, UserError, locked, read_json, sha256, versions, write_json
 
 # The prompts of paper section 7 (next-token examples and steering).
@@ -151,9 +151,11 @@ def evaluate_split(
     A document's tokens in several crops count as one document's, and its <eos>, which has no bytes, is its last one.
     """
     if crops * context > split.n_tokens:
+        longest = split.n_tokens // crops
+        shorter = f"a --context of at most {longest}, " if longest > 1 else ""
         raise UserError(
             f"split {split.name}: its {split.n_tokens:,} tokens have no room for {crops:,} crops of {context}; give "
-            f"fewer --crops, a --context of at most {split.n_tokens // crops}, or prepare more text"
+            f"fewer --crops, {shorter}or prepare more text"
         )
     tokens = split.spaced(crops, context)
     starts = np.arange(crops) * split.n_tokens // crops  # where `spaced` takes them
@@ -394,7 +396,7 @@ def _evaluate(config: EvaluateConfig, run: Run, data: TokenData) -> dict[str, An
 
 def _context(config: EvaluateConfig, run: Run) -> tuple[int, dict[str, int]]:
     """Tokens that the model reads at once, and the same as a setting where it is not the longest that it can."""
-    shape = AutoConfig.from_pretrained(run.trained_model(), trust_remote_code=False)
+    shape = model_config(run.trained_model())
     longest = longest_context(shape)
     if config.context is None and longest is None:
         raise UserError(

@@ -27,9 +27,17 @@ import zstandard
 from cratescope.lm import offline
 from cratescope.run import UserError, encoding_of, first_line, parse_json, sha256
 
-SUFFIXES = (".txt", ".md", ".jsonl", ".jsonl.zst", ".parquet", ".txt.gz", ".md.gz", ".jsonl.gz")
+SUFFIXES = (
+    ".txt",
+    ".md",
+    ".jsonl",
+    ".parquet",
+    *(kind + pack for pack in (".gz", ".zst") for kind in (".txt", ".md", ".jsonl")),
+)
 FORMATS = ", ".join(SUFFIXES)
 BLOCK = 1 << 20
+LONGEST_WINDOW = 1 << 31
+"""Bytes of the longest window of zstandard (`zstd --long=31`)."""
 TEXT_TYPES = (
     *(pa.string(), pa.large_string(), pa.string_view(), pa.null()),
     *(pa.binary(), pa.large_binary(), pa.binary_view(), pa.json_(pa.string())),
@@ -104,7 +112,7 @@ def open_sources(source: str, report: Callable[[str], None]) -> tuple[dict[str, 
     Raises:
         UserError: nothing there, or of no known format.
     """
-    path, left_out = Path(source).expanduser(), dict[str, str]()
+    path, left_out = Path(os.path.expanduser(source)), dict[str, str]()  # Path.expanduser raises for unknown names
     if source == "offline":
         offline.fetch_all((name for part in offline.CORPUS for name in part.archives), report)
         sources = [
@@ -135,6 +143,8 @@ def _files(path: Path) -> tuple[list[tuple[str, Path]], dict[str, str]]:
         if not path.name.lower().endswith(SUFFIXES):
             raise UserError(f"{path}: unknown kind of file; the known ones are {FORMATS}")
         return [(path.name, path)], {}
+    if not path.is_dir():
+        raise UserError(f"{path}: is a device or pipe; give a file or a folder")
     found: list[tuple[str, Path]] = []
     links: list[tuple[str, Path]] = []
     left_out: dict[str, str] = {}
@@ -293,7 +303,7 @@ def _zstd_blocks(path: Path) -> Generator[bytes]:
         try:
             while block := file.read(BLOCK):
                 while block:
-                    frame = frame or zstandard.ZstdDecompressor().decompressobj()
+                    frame = frame or zstandard.ZstdDecompressor(max_window_size=LONGEST_WINDOW).decompressobj()
                     yield frame.decompress(block)
                     block = frame.unused_data if frame.eof else b""
                     frame = None if frame.eof else frame
@@ -317,6 +327,8 @@ def read_jsonl(path: Path) -> Iterator[str]:
             text = as_document(row["text"]) if isinstance(row, dict) and "text" in row else None
             if text is None:
                 raise UserError(f'{path}:{number}: no "text" string; every line has to be like {{"text": "..."}}')
+            if _has_nuls(text):  # written out as \u0000
+                raise _not_utf8(f"{path}:{number}")
             yield text
 
 
@@ -338,7 +350,7 @@ def read_parquet(path: Path) -> Iterator[str]:
 def _check_column(path: Path, schema: pa.Schema) -> None:
     if schema.names.count("text") != 1:
         found = "more than one column" if "text" in schema.names else "no column"
-        raise UserError(f"{path}: {found} `text` of strings, only {', '.join(schema.names)}; rename one")
+        raise UserError(f"{path}: {found} `text` of strings, only {', '.join(schema.names) or 'none'}; rename one")
     kind = schema.field("text").type
     values = kind.value_type if pa.types.is_dictionary(kind) else kind
     if values not in TEXT_TYPES and not pa.types.is_fixed_size_binary(values):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -61,8 +62,8 @@ def find_set(name: str) -> HubSet | Path:
         return SETS[name]
     known, _, file = name.partition("=")
     if file and known in SETS:
-        return _local_copy(SETS[known], Path(file).expanduser())
-    path = Path(name).expanduser()
+        return _local_copy(SETS[known], Path(os.path.expanduser(file)))
+    path = Path(os.path.expanduser(name))
     if not path.exists():
         raise UserError(
             f"--on {name}: no such file, and no set of that name; there are validation, heldout, {_names()}"

@@ -6,15 +6,17 @@ back. Others may normalise it, or keep no spaces.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers.utils.hub import cached_file
 
 from cratescope.lm.offline import gpt2_files
 from cratescope.run import UserError, check_whole, first_line
@@ -42,7 +44,7 @@ def load_tokenizer(spec: str | Path) -> PreTrainedTokenizerFast:
     if Path(spec).is_dir():
         check_whole(Path(spec), weights=False)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(spec), trust_remote_code=False)
+        tokenizer = named_tokenizer(str(spec))
     except Exception as error:  # what the library raises on damaged files depends on their bytes
         reason = first_line(error)
         raise UserError(
@@ -55,6 +57,41 @@ def load_tokenizer(spec: str | Path) -> PreTrainedTokenizerFast:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def named_tokenizer(source: str, **options: Any) -> Any:
+    """The tokenizer of a folder or hub name, of the class that it names where tokenizer.json is of that class's kind.
+
+    The library makes the class's own kind of model out of any tokenizer.json: of a BPE a SentencePiece, which fails, or
+    a WordPiece, which gives other tokens. Then tokenizer.json is taken as it is. Raises whatever the library raises.
+    """
+    plain = functools.partial(PreTrainedTokenizerFast.from_pretrained, source, **options)
+    try:
+        found = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **options)
+    except Exception:  # a class may fail in any way on what is not its own
+        if _file_of(source) is None:
+            raise
+        return plain()
+    if type(found) is PreTrainedTokenizerFast or not isinstance(found, PreTrainedTokenizerFast):
+        return found
+    path = _file_of(source)
+    return found if path is None or _same_kind(found.backend_tokenizer, Tokenizer.from_file(path)) else plain()
+
+
+def _file_of(source: str) -> str | None:
+    """Where tokenizer.json is, on this disk or fetched before; None where there is none."""
+    try:
+        return cached_file(source, "tokenizer.json", local_files_only=True)
+    except (OSError, ValueError):
+        return None
+
+
+def _same_kind(made: Tokenizer, stated: Tokenizer) -> bool:
+    """Is `made` of the kind of model that tokenizer.json states, with the same token for what it does not know?"""
+    unknown = [getattr(one.model, "unk_token", None) for one in (made, stated)]
+    if type(made.model) is not type(stated.model):
+        return False
+    return unknown[0] in (None, unknown[1]) or unknown[0] in made.get_vocab(with_added_tokens=False)
 
 
 def vocabulary_size(spec: str) -> int | None:
@@ -149,7 +186,7 @@ def bytes_put_before(tokenizer: PreTrainedTokenizerFast) -> int:
     return max(0, min(more, default=0))
 
 
-@lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=4)
 def _strings(tokenizer: PreTrainedTokenizerFast, _size: int) -> tuple[str, ...]:
     """The text of every id, empty where there is none; `_size` tells a tokenizer that was added to from before."""
     # The library's own order differs between processes.

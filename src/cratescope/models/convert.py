@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import re
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedModel
 
 from cratescope.models import CrateConfig
+from cratescope.models.folder import model_config
 from cratescope.run import UserError, atomic_folder, atomic_path, check_whole, first_line, last_line, mark_whole
 
 # Our name -> theirs, inside one block. "*" is weight or bias.
@@ -61,6 +63,7 @@ def convert(source: Path, out: Path) -> Path:
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """Read a .pt file with weights_only, so that no code in it runs."""
+    _check_sums(path)
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -87,6 +90,19 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     return checkpoint
 
 
+def _check_sums(path: Path) -> None:
+    """Compare the files inside a .pt with their CRC-32, which torch does not; its format of old has none."""
+    if not zipfile.is_zipfile(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except Exception as error:  # what is raised on a damaged archive depends on its bytes
+        raise UserError(f"{path}: not a readable PyTorch checkpoint ({first_line(error)})") from error
+    if damaged is not None:
+        raise UserError(f"{path}: damaged (the CRC-32 of {damaged} in it is another); copy it again")
+
+
 def _not_a_weight(value: Any) -> str | None:
     """What keeps a value of a state dict from being a weight."""
     if not isinstance(value, Tensor):
@@ -109,6 +125,7 @@ def load_folder(folder: Path, dtype: str = "auto") -> PreTrainedModel:
     if not (folder / "config.json").exists():
         raise UserError(f"{folder}: no config.json in it, so it is not a Hugging Face model folder")
     check_whole(folder)
+    model_config(folder)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, output_loading_info=True, dtype=dtype, trust_remote_code=False, local_files_only=True
@@ -149,9 +166,8 @@ def from_reference(checkpoint: dict[str, Any], name: Path | str) -> PreTrainedMo
             state[ours] = torch.zeros_like(expected[ours])
         elif reference not in theirs:
             raise UserError(f"{name}: the tensor {reference} is missing; the checkpoint is not whole")
-        elif theirs[reference].shape != shape:
-            raise UserError(f"{name}: {reference} has shape {tuple(theirs[reference].shape)}, not {tuple(shape)}")
         else:
+            _check_weight(theirs[reference], shape, f"{name}: {reference}")
             state[ours] = theirs[reference].t() if _transposed(model, ours) else theirs[reference]
     if not torch.equal(theirs["lm_head.weight"], theirs["transformer.wte.weight"]):
         raise UserError(f"{name}: lm_head.weight and transformer.wte.weight differ, but the models here tie them")
@@ -160,6 +176,15 @@ def from_reference(checkpoint: dict[str, Any], name: Path | str) -> PreTrainedMo
         raise UserError(f"{name}: the tensor {extra[0]} belongs to no CRATE or GPT-2 model of the reference code")
     model.load_state_dict(state)
     return model.eval()
+
+
+def _check_weight(tensor: Tensor, shape: torch.Size, name: str) -> None:
+    if tensor.shape != shape:
+        raise UserError(f"{name} has shape {tuple(tensor.shape)}, not {tuple(shape)}")
+    if not tensor.is_floating_point():
+        raise UserError(f"{name} is of {tensor.dtype}; a weight has to be of a floating-point format")
+    if not tensor.isfinite().all():
+        raise UserError(f"{name} holds NaN or infinite numbers; take a checkpoint from before they came")
 
 
 def _check_claims(config: CrateConfig | GPT2Config, theirs: dict[str, Tensor], name: Path | str) -> None:

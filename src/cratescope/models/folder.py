@@ -15,6 +15,15 @@ CONTEXT_NAMES = (
     *("context_length", "model_max_length"),
 )
 """Names under which configurations state the longest context."""
+MOST_LAYERS = 10_000
+
+BEHIND_PADDING = {
+    **dict.fromkeys(("roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl"), 1),
+    **dict.fromkeys(("camembert", "data2vec-text", "xmod"), 1),
+    "prophetnet": 2,
+}
+"""Models that number positions from the padding token's id on, so that they read fewer tokens than they state: by that
+id and so many more."""
 
 
 def text_config(config: Any) -> Any:
@@ -26,7 +35,10 @@ def longest_context(config: Any) -> int | None:
     """Tokens the model can read at once; None where its configuration states no limit (Mamba, Bloom)."""
     text = text_config(config)
     stated = (getattr(text, name, None) for name in CONTEXT_NAMES)
-    return next((length for length in stated if isinstance(length, int) and length > 0), None)
+    longest = next((length for length in stated if isinstance(length, int) and length > 0), None)
+    if longest is None or text.model_type not in BEHIND_PADDING:
+        return longest
+    return longest - (getattr(text, "pad_token_id", None) or 0) - BEHIND_PADDING[text.model_type]
 
 
 def model_config(source: str | Path) -> Any:
@@ -36,11 +48,19 @@ def model_config(source: str | Path) -> Any:
         UserError: no such model, or one of a class that transformers has no code of its own for.
     """
     try:
-        return AutoConfig.from_pretrained(source, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        layers = getattr(text_config(config), "num_hidden_layers", 0)
     except Exception as error:  # what is raised on values that do not fit depends on the model
         raise UserError(
             f"model {source}: cannot be loaded ({first_line(error)}); give a folder or a hub name"
         ) from error
+    if (
+        isinstance(layers, int) and layers > MOST_LAYERS
+    ):  # making them would take hours before the weights are looked at
+        raise UserError(
+            f"model {source}: config.json says num_hidden_layers = {layers:,}; no model has as many, mend it"
+        )
+    return config
 
 
 def skeleton(config: Any) -> PreTrainedModel:

@@ -78,19 +78,23 @@ def export(config: ExportConfig) -> Path:
         UserError: no such records, `config.out` holds something else, or (delphi) there is no dump or other data.
     """
     run = Run(config.run)
+    if any((config.out / name).exists() for name in ("run.json", "records")):
+        raise UserError(f"--out {config.out}: is a run directory; give a folder of its own")
     site = find_site(run, config.site)
     files = record_files(run.records(site), config.layers)
     identity = {"format": config.format} | records_identity(run, site)
     if config.format == "delphi":
         _export_delphi(config, run, site, list(files), identity)
     else:
+        vocabulary = vocabulary_strings(load_tokenizer(run.model))
+        for path in files.values():  # a damaged one is refused before anything is written
+            read_columns(path, ["index"])
         claim(config.out, identity)
-        _export_openai(config.out, files, load_tokenizer(run.model))
+        _export_openai(config.out, files, vocabulary)
     return config.out
 
 
-def _export_openai(out: Path, files: Mapping[int, Path], tokenizer: PreTrainedTokenizerFast) -> None:
-    vocabulary = vocabulary_strings(tokenizer)
+def _export_openai(out: Path, files: Mapping[int, Path], vocabulary: Sequence[str]) -> None:
     for layer, path in files.items():
         records = read_records(path).values()
         for record in track(records, f"export layer {layer}", console=STDERR, transient=True):

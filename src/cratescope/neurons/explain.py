@@ -190,9 +190,11 @@ def record_files(folder: Path, layers: Sequence[int] | None = None) -> dict[int,
     if (folder / ".parts").exists():
         raise UserError(f"{folder}: not finished; run the same `cratescope collect` again")
     files = {int(path.stem[6:]): path for path in sorted(folder.glob("layer-*.parquet")) if path.stem[6:].isdecimal()}
+    if not files:
+        raise UserError(f"{folder}: has no records of any layer; run `cratescope collect`")
     for layer in layers or ():
         if layer not in files:
-            known = ", ".join(map(str, files)) or "none"
+            known = ", ".join(map(str, files))
             raise UserError(f"--layers {layer}: no such layer; {folder} has layers {known}")
     return {layer: files[layer] for layer in (sorted(files) if layers is None else layers)}
 

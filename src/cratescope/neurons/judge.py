@@ -10,6 +10,7 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -72,12 +73,12 @@ def _judge_set(
     layers, identity = explained_layers(config, run, site, explained)
     folder = run.judgements(site, config.explainer, config.scorer, explained)
     known = records_identity(run, site) | llm_identity(config.llm, llm) | {"explanations": identity}
-    if not (folder / "manifest.json").exists():
-        llm = llm or open_llm(config.llm)  # before the claim: a mistyped --llm leaves no folder
-    claim(folder, known | {"prompt": prompts.JUDGE_PROMPTS[config.scorer]})
+    known |= {"prompt": prompts.JUDGE_PROMPTS[config.scorer]}
+    if (folder / "manifest.json").exists():
+        claim(folder, known)
     tokenizer = load_tokenizer(run.model)
     vocabulary = vocabulary_strings(tokenizer)
-    waiting = Waiting(functools.partial(write_judgements, folder), ENOUGH)
+    waiting = Waiting(functools.partial(_write, folder, known), ENOUGH)
     for layer, explanations in layers.items():
         pairs = own_share(config, explanations)
         pending = [(own, null) for own, null in pairs if not _done(folder, config.scorer, own, null)]
@@ -97,6 +98,11 @@ def _judge_set(
             waiting.add(found, refused)
     waiting.end(functools.partial(_any_judged, folder))
     return folder
+
+
+def _write(folder: Path, identity: dict[str, Any], judgements: Sequence[Judgement]) -> None:
+    claim(folder, identity)  # not before: a model or server that gives no answer leaves no folder
+    write_judgements(folder, judgements)
 
 
 def _any_judged(folder: Path) -> bool:

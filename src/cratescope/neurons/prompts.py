@@ -7,6 +7,7 @@ part of the identity of what was made with it.
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -15,7 +16,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from cratescope.neurons.llm import LanguageModel
-from cratescope.neurons.llm.reasoning import phrase
+from cratescope.neurons.llm.reasoning import phrase, without_controls
 
 EXPLAIN_PROMPT = "words-2"
 LIST_PROMPT = "list-2"
@@ -157,11 +158,28 @@ def display(token: str) -> str:
 def whole_word(tokens: Sequence[str], place: int) -> str:
     """The word that `tokens[place]` is part of; the token itself when it is no part of a word."""
     first = last = place
-    while first > 0 and tokens[first][:1].isalnum() and tokens[first - 1][-1:].isalnum():
+    while first > 0 and _together(tokens[first - 1][-1:], tokens[first][:1]):
         first -= 1
-    while last + 1 < len(tokens) and tokens[last][-1:].isalnum() and tokens[last + 1][:1].isalnum():
+    while last + 1 < len(tokens) and _together(tokens[last][-1:], tokens[last + 1][:1]):
         last += 1
     return "".join(tokens[first : last + 1])
+
+
+def _together(before: str, after: str) -> bool:
+    """Are these two characters of one word? Vowel signs and accents of their own belong to what they stand on."""
+    if before == "\u200d":  # joins what is around it, as in emoji
+        return bool(after) and not after.isspace()
+    if _is_mark(after):
+        return bool(before) and not before.isspace()
+    return (before.isalnum() or _is_mark(before)) and after.isalnum()
+
+
+def _is_mark(character: str) -> bool:
+    """Combining marks, joiners, and the colours of emoji."""
+    if not character or character.isascii():
+        return False
+    coloured = "\U0001f3fb" <= character <= "\U0001f3ff"
+    return coloured or character in "\u200c\u200d" or unicodedata.category(character).startswith("M")
 
 
 def strongest_words(windows: Sequence[tuple[Sequence[str], Int[np.ndarray, " _"]]]) -> list[str]:
@@ -406,7 +424,7 @@ def clean_answer(text: str) -> str:
 
     Marks are quotes, Markdown's emphasis, bullets and headings, and a repetition of the prompt's last words.
     """
-    line, before = phrase(text, "\n").strip(), ""
+    line, before = without_controls(phrase(text, "\n")).strip(), ""
     while line != before:
         before, line = line, _bare(line)
     line = line if line in {".", ""} else line.removesuffix(".")

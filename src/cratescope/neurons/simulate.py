@@ -272,14 +272,19 @@ def _simulate_set(
     layers, identity = explained_layers(config, run, site, explained)
     folder = run.simulations(site, config.explainer, config.simulator, explained)
     known = records_identity(run, site) | llm_identity(config.llm, llm) | {"explanations": identity}
-    if not (folder / "manifest.json").exists():
-        llm = llm or open_llm(config.llm)  # before the claim: a mistyped --llm leaves no folder
-    claim(folder, known | made_with(config))
+    neurons = {layer: len(explanations[: config.neurons]) for layer, explanations in layers.items()}
+    begin = functools.cache(functools.partial(_begin, folder, known | made_with(config), neurons))
+    if (folder / "manifest.json").exists():
+        begin()
     tokenizer = load_tokenizer(run.model)
     vocabulary = vocabulary_strings(tokenizer)
-    _plan(folder, {layer: len(explanations[: config.neurons]) for layer, explanations in layers.items()})
     simulator: Simulator | None = None
-    waiting = Waiting(functools.partial(write_simulation, folder), ENOUGH)
+
+    def write(simulation: Simulation) -> None:
+        begin()  # not before: a model or server that gives no answer leaves no folder
+        write_simulation(folder, simulation)
+
+    waiting = Waiting(write, ENOUGH)
     for layer, explanations in layers.items():
         pairs = own_share(config, explanations)
         records = read_records(layer_file(run.records(site), layer), [item.neuron.index for item, _ in pairs])
@@ -299,6 +304,11 @@ def _simulate_set(
 
 def _any_simulated(folder: Path) -> bool:
     return any(item.expected.keys() - {"unigram"} for item in read_simulations(folder).values())
+
+
+def _begin(folder: Path, identity: dict[str, Any], neurons: dict[int, int]) -> None:
+    claim(folder, identity)
+    _plan(folder, neurons)
 
 
 def _plan(folder: Path, neurons: dict[int, int]) -> None:

@@ -1,8 +1,9 @@
 """Where neurons live: a module of any Hugging Face causal LM whose activations hooks read or edit.
 
 A site is a module path with {layer} in it, such as `transformer.h.{layer}.mlp.act`; what the module gives is (b, t, h)
-and its last axis are the neurons. Modules that see batch and tokens as one axis, (b t, h), are read alike. With
-`:input` behind the path it is what the module is given.
+and its last axis are the neurons. Modules that see batch and tokens as one axis, (b t, h), are read alike, and residual
+streams side by side, (b, t, n, h), are one row of neurons. With `:input` behind the path it is what the module is
+given, with `:neurons` what is inside of a mixture of experts.
 """
 
 from __future__ import annotations
@@ -22,20 +23,20 @@ from transformers import PreTrainedModel
 from cratescope.models.folder import text_config
 from cratescope.run import UserError
 
-INPUT = ":input"
+INPUT, NEURONS = ":input", ":neurons"
 Visit = Callable[[int, Tensor], Tensor | None]
 """Sees a layer's activations (b, t, h); a tensor it returns takes their place."""
 
 
 @dataclass(frozen=True)
 class Site:
-    """`name` is used for files, `pattern` is the module path with {layer}, with `:input` for the module's input."""
+    """`name` is used for files, `pattern` is the module path with {layer} and perhaps `:input` or `:neurons`."""
 
     name: str
     pattern: str
 
     def path(self, layer: int | str) -> str:
-        return self.pattern.removesuffix(INPUT).replace("{layer}", str(layer))
+        return self.pattern.removesuffix(INPUT).removesuffix(NEURONS).replace("{layer}", str(layer))
 
     def layers(self, model: nn.Module) -> list[int]:
         """Layers that have this site: a hybrid or mixture-of-experts model may have it in some only."""
@@ -48,11 +49,14 @@ class Site:
         """The module of a layer.
 
         Raises:
-            UserError: the layer is out of range, or no module has this path; names the nearest paths.
+            UserError: the layer is out of range, no module has this path (names the nearest paths), or `:neurons` are
+                asked of one that is no mixture of experts.
         """
         modules = dict(model.named_modules(remove_duplicate=False))
         path, stem = self.path(layer), self.pattern.partition("{layer}")[0]
         if path in modules:
+            if self.pattern.endswith(NEURONS) and not _is_experts(modules[path]):
+                raise UserError(f"site {self.pattern}: {path} is no mixture of experts; leave {NEURONS} out")
             return modules[path]
         n_layers = sum(re.fullmatch(re.escape(stem) + r"\d+", name) is not None for name in modules)
         if n_layers and not 0 <= layer < n_layers:
@@ -86,7 +90,14 @@ class Site:
             edited = edit(named.get(name))
             return None if edited is None else (inputs, named | {name: edited})
 
+        def on_experts(module: nn.Module, inputs: tuple, named: dict[str, Any]) -> None:
+            tokens, chosen = [*inputs, *named.values()][:2]
+            if edit(_neurons(module, tokens.flatten(0, -2), chosen.flatten(0, -2))) is not None:
+                raise UserError(f"site {self.pattern}: neurons of experts can be read only; name another module")
+
         module = self.module(model, layer)
+        if self.pattern.endswith(NEURONS):
+            return module.register_forward_pre_hook(on_experts, with_kwargs=True)
         if self.pattern.endswith(INPUT):
             return module.register_forward_pre_hook(on_input, with_kwargs=True)
         return module.register_forward_hook(lambda _module, _inputs, output: edit(output))
@@ -94,8 +105,8 @@ class Site:
     def _activations(self, found: Any, shape: list[int]) -> Tensor:
         """As (b, t, h); `found` is what the module gives, or the first of a tuple such as (output, weights)."""
         if isinstance(found, Tensor) and found.is_floating_point():
-            if found.ndim == 3 and shape in ([], list(found.shape[:2])):
-                return found
+            if found.ndim in (3, 4) and shape in ([], list(found.shape[:2])):
+                return found.flatten(2)
             if found.ndim == 2 and shape and len(found) == shape[0] * shape[1]:
                 return found.unflatten(0, shape)
         kind = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
@@ -103,6 +114,32 @@ class Site:
         raise UserError(
             f"site {self.pattern} has a {kind}{of}; name a module with a tensor (batch, tokens, neurons) of all tokens"
         )
+
+
+def _is_experts(module: nn.Module) -> bool:
+    """Whether it is a mixture of experts as transformers writes them: all experts' weights in one tensor."""
+    return hasattr(module, "_apply_gate") and getattr(getattr(module, "down_proj", None), "ndim", 0) == 3
+
+
+def _neurons(experts: Any, tokens: Tensor, chosen: Tensor) -> Tensor:
+    """What the last projections of all experts are given, (t, experts x width), of tokens (t, d) and experts (t, k).
+
+    Zero where a token does not go to an expert. This is computed besides the pass, since the pass itself sorts the
+    tokens in ways of its own.
+    """
+    name = "gate_up_proj" if experts.has_gate else "up_proj"
+    weights = getattr(experts, name) if experts.is_transposed else getattr(experts, name).mT
+    activate = experts._apply_gate if experts.has_gate else experts.act_fn
+    n, width = len(weights), experts.down_proj.shape[1 if experts.is_transposed else 2]
+    found = tokens.new_zeros(len(tokens), n, width)
+    for expert in chosen.unique().tolist():
+        if expert < n:  # some routers have one more, which leaves the token as it is
+            rows = (chosen == expert).any(-1)
+            wide = tokens[rows] @ weights[expert]
+            if experts.has_bias:
+                wide = wide + getattr(experts, f"{name}_bias")[expert]
+            found[rows, expert] = activate(wide)
+    return found.flatten(1)
 
 
 def _llama(layer: str) -> dict[str, str]:
@@ -125,11 +162,15 @@ BUILT_IN: dict[str, dict[str, str]] = {
 }
 """Module paths by `model_type` and name; the first of a model is its `auto`. Other models': `sites_of`."""
 
-_ATTENTION = re.compile(r"attn|attention")
+_ATTENTION, _NO_ATTENTION = re.compile(r"attn|attention"), re.compile(r"norm|dropout|residual|input|gate|cross")
 _MLP = re.compile(r"mlp|ffn|ffw|ff$|feed_?forward")
+_MIXER = re.compile(r"mixer|mamba")
 _NOT_TEXT = re.compile(r"vision|visual|image|audio|video|speech|\.\d+(\.|$)")
 """Towers of other senses, and lists inside of a block."""
-_OTHER = re.compile(r"attn|attention|mixer|mamba|conv|ssm|recurrent|temporal|rglru|expert|adapter|gate$|router|norm")
+_OTHER = re.compile(
+    r"attn|attention|mixer|mamba|conv|ssm|recurrent|temporal|rglru|adapter|gate(\.|$)|router|norm|hyper|"
+    r"(?<!shared_)expert"
+)
 """Not the MLP of a block: what mixes tokens, what sees a part of them, what chooses experts."""
 
 
@@ -157,19 +198,31 @@ def site_named(name: str, model: PreTrainedModel) -> Site:
 def sites_of(model: PreTrainedModel) -> dict[str, str]:
     """Sites by name, found in the modules' names and shapes: what holds for the most blocks.
 
-    mlp is what the last projection of the block's MLP is given. Mixtures of experts have none: an expert sees a part
-    of the tokens.
+    mlp is what the last projection of the block's MLP, or of the expert that every token goes to, is given; in
+    mixtures of experts without one it is what the experts' last projections are given, which is `experts` otherwise.
+    mixer is what the last projection of a state space mixer (Mamba) is given.
     """
     stem, blocks = _blocks(model)
     if not len(blocks):
         return {}
-    hidden = getattr(text_config(model.config), "hidden_size", None)
-    projections = [last for block in blocks if (last := _last_projection(block, hidden))]
-    attentions = [name for block in blocks for name, child in block.named_children() if _is_attention(name, child)]
-    found = {"mlp": f"{_commonest(projections)}{INPUT}" if projections else "", "attention": _commonest(attentions)}
-    return {name: f"{stem}.{{layer}}.{path}" for name, path in found.items() if path} | {
-        "residual": f"{stem}.{{layer}}"
+    hidden = getattr(text_config(model.config), "hidden_size", None) or _width(model)
+    last = _commonest([_last_projection(block, hidden) for block in blocks])
+    experts = _commonest([name for block in blocks for name, part in block.named_modules() if _is_experts(part)])
+    mixer = _commonest([_last_of_mixer(block, hidden) for block in blocks])
+    found = {
+        "mlp": last and last + INPUT,
+        "experts" if last else "mlp": experts and experts + NEURONS,
+        "mixer": mixer and mixer + INPUT,
+        "attention": _commonest([_attention(block) for block in blocks]),
     }
+    sites = {name: f"{stem}.{{layer}}.{path}" for name, path in found.items() if path}
+    # XLM has a list of MLPs instead of blocks: what one gives is not the residual stream.
+    return sites if _MLP.search(stem.rpartition(".")[2]) else sites | {"residual": f"{stem}.{{layer}}"}
+
+
+def _width(model: Any) -> int:
+    """Of the embeddings."""
+    return model.get_input_embeddings().weight.shape[-1]
 
 
 def _blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
@@ -184,10 +237,15 @@ def _blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     return stem, lists.get(stem, nn.ModuleList())
 
 
-def _is_attention(name: str, module: nn.Module) -> bool:
-    if isinstance(module, nn.ModuleList) or not _ATTENTION.search(name):
-        return False
-    return not re.search(r"norm|dropout|residual|input|gate", name)
+def _attention(block: nn.Module) -> str:
+    """The outermost module of attention, the last one where a list has several; an empty string if it has none."""
+    words = {name: re.sub(r"(\.\d+)+$", "", name).rpartition(".")[2] for name, _ in block.named_modules()}
+    words = {name: word for name, word in words.items() if not isinstance(block.get_submodule(name), nn.ModuleList)}
+    own = [name for name, word in words.items() if _ATTENTION.search(word) and not _NO_ATTENTION.search(word)]
+    depth = min((name.count(".") for name in own), default=0)
+    outermost = [name for name in own if name.count(".") == depth]
+    listed = [name for name in outermost if re.search(r"\.\d+$", name)]
+    return next(iter([*listed[-1:], *outermost]), "")
 
 
 def _linears(block: nn.Module) -> dict[str, tuple[int, int]]:
@@ -202,13 +260,26 @@ def _linears(block: nn.Module) -> dict[str, tuple[int, int]]:
     return found
 
 
-def _last_projection(block: nn.Module, hidden: int | None) -> str:
+def _last_projection(block: nn.Module, hidden: int) -> str:
     """The last projection of a block's MLP that leads back to `hidden`; an empty string if it has none."""
-    linears = {name: shape for name, shape in _linears(block).items() if not _OTHER.search(name)}
+    linears = {name: shape for name, shape in _linears(block).items() if not _OTHER.search(_described(block, name))}
     back = [name for name, (_, width) in linears.items() if width == hidden]
     back = [name for name in back if _MLP.search(name.split(".")[0])] or back
     wide = [name for name in back if linears[name][0] != hidden]
     return next(reversed(wide or back), "")
+
+
+def _last_of_mixer(block: nn.Module, hidden: int) -> str:
+    """The last projection of a block's mixer of tokens that is no attention; an empty string if it has none."""
+    back = [name for name, (_, width) in _linears(block).items() if width == hidden and _MIXER.search(name)]
+    return next((name for name in reversed(back) if not re.search(r"attn|expert|mlp", _described(block, name))), "")
+
+
+def _described(block: nn.Module, name: str) -> str:
+    """The path of a projection; "mixer" is what its class says, where blocks of several kinds call them all so."""
+    kind = type(block.get_submodule(name.rpartition(".")[0])).__name__.lower()
+    said = next((word for word in ("mlp", "attention") if word in kind), "mixer").replace("attention", "attn")
+    return name.replace("mixer", said)
 
 
 def _projections(model: PreTrainedModel, n: int = 6) -> list[str]:
@@ -219,7 +290,7 @@ def _projections(model: PreTrainedModel, n: int = 6) -> list[str]:
 
 
 def _commonest(names: Sequence[str]) -> str:
-    return Counter(names).most_common(1)[0][0] if names else ""
+    return next((name for name, _ in Counter(filter(None, names)).most_common(1)), "")
 
 
 def check_site(model: PreTrainedModel, site: Site, layers: Sequence[int], tokens: Tensor) -> dict[int, Tensor]:

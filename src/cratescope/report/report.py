@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -298,9 +300,11 @@ def _groups(item: Results, config: ReportConfig, decode: Decode) -> Iterator[Gro
 
 def _unscored(item: Results, protocol: str, layer: int) -> str:
     """How many neurons of a layer have no score, and why, such as `2 without a score (2 dead neuron)`."""
-    reasons = item.scores.reasons(protocol, layer)
-    listed = ", ".join(f"{number} {reason}" for reason, number in sorted(reasons.items()))
-    return f"{reasons.total()} without a score" + (f" ({listed})" if listed else "")
+    found: Counter[str] = Counter()
+    for reason, number in sorted(item.scores.reasons(protocol, layer).items()):
+        found[re.split(r"[:(]", reason)[0].strip()] += number  # what follows are a server's words, another every time
+    listed = ", ".join(f"{number} {reason}" for reason, number in found.items())
+    return f"{found.total()} without a score" + (f" ({listed})" if listed else "")
 
 
 def _card(item: Results, config: ReportConfig, record: NeuronRecord, rank: int, decode: Decode) -> Card:

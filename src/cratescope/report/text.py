@@ -38,6 +38,11 @@ def count(value: float | None) -> str:
 # Control characters would break the page or not be seen: show their pictures.
 _VISIBLE: dict[int, int | str] = {code: 0x2400 + code for code in range(32)}
 _VISIBLE |= {0x7F: 0x2421, ord("\n"): "↵", ord("\t"): "⇥", ord("\r"): "␍"}
+# So would those that steer a terminal in one byte, and those that turn the direction of the text around them.
+_VISIBLE |= {
+    code: f"⟨{code:04X}⟩"
+    for code in (*range(0x80, 0xA0), *range(0x200E, 0x2010), *range(0x2028, 0x202F), *range(0x2066, 0x206A))
+}
 
 
 def visible(token: str) -> str:

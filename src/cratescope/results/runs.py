@@ -144,7 +144,7 @@ def _load_run(run: Run, config: ReportConfig) -> Iterator[Results]:
         raise UserError(f"{run.evaluation}: no such file; run `cratescope evaluate {run.root}` first")
     folders = _scored(run, config)
     evaluation = read_json(run.evaluation, EVALUATION, "`cratescope evaluate`") if run.manifest.exists() else UNKNOWN
-    metrics = read_jsonl(run.metrics, METRICS, "`cratescope train`")
+    metrics = _metrics(run, manifest)
     for folder in folders:
         site = folder.parents[1].name
         about, scores = read_about(folder), Scores(read_scores(folder / "scores.jsonl"))
@@ -167,6 +167,27 @@ def _load_run(run: Run, config: ReportConfig) -> Iterator[Results]:
             activity=_read_activity(run.records(site), scores.layers),
             quality=read_quality(quality) if quality.exists() else None,
         )
+
+
+def _metrics(run: Run, manifest: Row) -> list[Row]:
+    """The log of a run's training, up to its last step.
+
+    Raises:
+        UserError: its end is missing; a cut at the end of a line would else pass for a shorter training.
+    """
+    rows = read_jsonl(run.metrics, METRICS, "`cratescope train`")
+    steps, settings = manifest.get("steps", 0), manifest.get("settings", {})
+    last = rows[-1]["step"] if rows else 0
+    if settings.get("steps", steps) == steps:  # a training ends with a validation
+        whole = not steps or (last == steps and "validation_loss" in rows[-1])
+    else:  # a milestone
+        whole = last >= steps - steps % settings.get("log_every", steps)
+    if not whole:
+        raise UserError(
+            f"{run.metrics}: ends at step {last} of {steps}, so its end is lost; copy it again from where it was "
+            "whole, or train the model again in another folder"
+        )
+    return rows
 
 
 def _imported(run: Run) -> Row | None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from cratescope.neurons.llm import NoAnswer
-from cratescope.neurons.llm.reasoning import whole_characters, without_reasoning
+from cratescope.neurons.llm.reasoning import whole_characters, without_controls, without_reasoning
 from cratescope.run import UserError
 
 EMPTY_ANSWER = "empty answer"
@@ -48,7 +48,7 @@ def parsed(text: str) -> Any:
     Raises:
         ValueError, RecursionError: it is something else.
     """
-    text = text.lstrip("\ufeff").strip()
+    text = re.sub(r"\A(?::.*|\s)+", "", text.lstrip("\ufeff")).strip()  # less comments that keep a line open
     if re.match(r"(?:data|event|id|retry)?:", text):
         return _joined(_events(text))
     return json.loads(text)
@@ -119,7 +119,8 @@ _SAYS += ("error_message", "errorMessage", "title", "metadata", "raw", "choices"
 
 def words(text: str) -> str:
     """What a server says, on one line: the messages of an error in any of the usual shapes, or the text itself."""
-    return " ".join(whole_characters(_said(text))[0].split())[:WORDS_SHOWN].strip()
+    said = without_controls(whole_characters(_said(text))[0])
+    return " ".join(said.split())[:WORDS_SHOWN].strip()
 
 
 def _said(text: str) -> str:

@@ -15,11 +15,13 @@ import torch
 from jaxtyping import Float, Int
 from rich.console import Console
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, Cache, DynamicCache
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Cache, DynamicCache
 
 from cratescope.config import LLMConfig
 from cratescope.hardware import pick_device, pick_dtype, rank
-from cratescope.models.folder import longest_context
+from cratescope.lm.head import looks_ahead, plain_pass
+from cratescope.lm.tokenizer import named_tokenizer
+from cratescope.models.folder import longest_context, model_config
 from cratescope.neurons.llm import Choices, Ids, check_slots, encode, heads, spelled
 from cratescope.neurons.llm.prefix import (
     EXACT,
@@ -139,12 +141,15 @@ class LocalLLM:
         device = pick_device(config.llm_device)
         placed = _placed(config, device)
         try:
-            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **options)
+            if not options:
+                model_config(source)
+            tokenizer = named_tokenizer(source, **options)
             options |= {"trust_remote_code": False, "output_loading_info": True}
             loaded: Any = AutoModelForCausalLM.from_pretrained(source, **options, **placed)
         except Exception as error:  # what the library raises on damaged files depends on their bytes
-            fix = "give `offline`, a hub name, a model folder or a .gguf file"
-            raise UserError(f"--llm {config.llm}: cannot load it ({first_line(error)}); {fix}") from error
+            fix = "give `offline`, a hub name, a model folder, a .gguf file, or a server's address with its http://"
+            cause = error.__cause__ if isinstance(error, UserError) and error.__cause__ else error
+            raise UserError(f"--llm {config.llm}: cannot load it ({first_line(cause)}); {fix}") from error
         model, info = loaded
         if info["missing_keys"]:  # the library gives such weights random values
             missing = sorted(info["missing_keys"])[0]
@@ -195,6 +200,8 @@ class LocalLLM:
             UserError: no way does.
         """
         try:
+            if looks_ahead(self.model, trial_tokens(self.model)):
+                raise UserError(f"--llm {self.name}: its logits depend on tokens behind; choose a causal model")
             if adopt(self.model):
                 return "shared"
             own = in_one_pass(self.model)
@@ -207,7 +214,7 @@ class LocalLLM:
             if self._is_plain(own):
                 return self.way
         raise UserError(
-            f"--llm {self.name}: its logits depend on tokens behind, or are not had from a head; choose a causal model"
+            f"--llm {self.name}: its logits are not had from a head, or depend on what else is read; choose another"
         )
 
     @torch.inference_mode()
@@ -227,7 +234,9 @@ class LocalLLM:
         finally:
             self._bos = bos
             self._prefixes.clear()
-        expected = torch.cat([own[:, prefix:begun].flatten(0, 1), own[1, begun:]])
+        # What is read anew has the logits of its own pass, which may depend on how many tokens are read (dots3).
+        first = plain_pass(self.model, tokens[:, :begun]).logits.float() if self.way == "reread" else own
+        expected = torch.cat([first[:, prefix:begun].flatten(0, 1), own[1, begun:]])
         differences = apart(torch.cat([found, last]), expected)
         # In narrow formats rounding may send a token to another expert, which changes all that it says.
         narrow = self.model.dtype.itemsize < torch.float32.itemsize

@@ -191,7 +191,9 @@ def attend(
     prefix = cache.layers[module.layer_idx].prefix
     if prefix.get_seq_length():
         rows = query.unflatten(1, (groups, -1)).transpose(0, 1).reshape(1, groups, -1, size)
-        seen, weight = _attention(rows, prefix.keys, prefix.values, scale)
+        # A CRATE model's values are its keys and not kept again.
+        values = prefix.values if prefix.values.shape[-1] else prefix.keys
+        seen, weight = _attention(rows, prefix.keys, values, scale)
         seen, weight = (x.view(groups, n, -1, t, *x.shape[3:]).transpose(0, 1).flatten(1, 2) for x in (seen, weight))
         out = torch.lerp(out, seen, torch.sigmoid(weight - normaliser)[..., None].to(out.dtype))
     return out.transpose(1, 2).contiguous(), None

@@ -51,6 +51,13 @@ _END = re.compile(
     r"|<end_of_turn>|</s>|<turn\|>|<｜end▁of▁sentence｜>)"
 )
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+# Escape sequences begin with them; the others turn the text around or are not seen at all.
+_CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u200b\u202a-\u202e\u2060\u2066-\u2069\ufeff]+")
+_LABELLED = re.compile(
+    r"\A[\s*_#]*(?:reasoning|thinking|thoughts?|thought process|analysis|rationale)[*_ ]*:.*?"
+    r"^[\s*_#]*(?:final )?(?:answer|explanation|continuation|output)[*_ ]*:[\s*_]*",
+    re.IGNORECASE | re.DOTALL | re.MULTILINE,
+)
 
 
 def without_reasoning(text: str) -> str:
@@ -58,6 +65,7 @@ def without_reasoning(text: str) -> str:
 
     The end may lack its beginning, which some chat templates put into the prompt.
     """
+    text = _LABELLED.sub("", text, 1)
     opened = [found for found in _OPENING.finditer(text) if _is_mark(found, text)]
     begins = bool(opened) and not text[: opened[0].start()].strip()
     closed = list((_ANY_CLOSING if begins else _CLOSING).finditer(text))
@@ -111,3 +119,8 @@ def phrase(text: str, stop: str) -> str:
 def whole_characters(text: str) -> tuple[str, int]:
     """`text` with U+FFFD for every half of a character (a lone surrogate), and how many there were."""
     return _LONE_SURROGATE.subn("\ufffd", text)
+
+
+def without_controls(text: str) -> str:
+    """`text` with a space for characters that steer a terminal or are not seen."""
+    return _CONTROLS.sub(" ", text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import email.utils
+import functools
 import json
 import logging
 import math
@@ -20,9 +21,11 @@ import httpx2
 import numpy as np
 from jaxtyping import Float
 from rich.console import Console
+from transformers import PreTrainedTokenizerFast
 
 from cratescope.config import LLMConfig
 from cratescope.lm.offline import cache
+from cratescope.lm.tokenizer import named_tokenizer, token_strings
 from cratescope.neurons.llm import Choices, Ids, NoAnswer, RefusedError, check_slots, encode, heads, spelled
 from cratescope.neurons.llm.answers import (
     BY_ID,
@@ -47,8 +50,8 @@ FIRST_WAIT, LONGEST_WAIT = 1.0, 300.0
 """Seconds before the second try, doubled for every further one; and at most, whatever the server asks for."""
 TOP = 20
 """Likeliest tokens asked for at a place: as many as vLLM gives unless told otherwise."""
-PASSING = {408, 409, 425, 429, 500, 502, 503, 504, 529}
-"""Statuses after which the same request may succeed."""
+PASSING = {408, 409, 425, 429, 500, 502, 503, 504, *range(520, 525), 527, 529, 530}
+"""Statuses after which the same request may succeed; those from 520 on are of services that stand before a server."""
 REFUSALS = {400, 413, 422, 451}
 """Statuses that refuse this request, while another may be answered."""
 LOGPROBS: tuple[dict[str, Any], ...] = (
@@ -59,6 +62,8 @@ LOGPROBS: tuple[dict[str, Any], ...] = (
 )
 """Ways to ask for the likeliest tokens; the next one for a server that refuses one."""
 CONTINUE = "Continue the user's text. Write only what comes next, without repeating any of it, on one line."
+SPACES = ("\u2581", "\u0120")
+"""What stands for a space in pieces of vocabularies: SentencePiece's and GPT-2's."""
 STDERR = Console(stderr=True)
 
 
@@ -101,18 +106,24 @@ class ServerLLM:
         Raises:
             UserError: no model named, a key in the address, or a tokenizer that cannot be loaded.
         """
-        address = urlsplit(config.llm)
+        try:
+            address = urlsplit(config.llm)
+            named = address.hostname and address.port != 0  # reading the port checks it
+        except ValueError as error:
+            raise UserError(
+                f"--llm {config.llm}: not an address ({error}); write it like http://HOST:PORT/v1"
+            ) from error
+        if not named:
+            raise UserError(f"--llm {config.llm}: names no host and port; write it like http://HOST:PORT/v1")
         if address.username or address.password or address.query:
             raise UserError(f"--llm: a key does not belong in an address; put it into ${config.llm_key_env}")
         if not config.llm_model:
             raise UserError(f"--llm {config.llm}: name one of the server's models with --llm-model")
         tokenizer = None
         if config.llm_tokenizer:
-            from transformers import AutoTokenizer
-
             try:
-                tokenizer = AutoTokenizer.from_pretrained(config.llm_tokenizer, trust_remote_code=False)
-            except (OSError, ValueError, KeyError) as error:
+                tokenizer = named_tokenizer(config.llm_tokenizer)
+            except Exception as error:  # what the library raises on damaged files depends on their bytes
                 raise UserError(
                     f"--llm-tokenizer {config.llm_tokenizer}: cannot load it ({first_line(error)}); "
                     "give the hub name or folder of the served model"
@@ -185,8 +196,19 @@ class ServerLLM:
         total = 0.0
         for step, token in enumerate(ids):
             top = tops[ids[:step]][place]
-            total += top.get(f"token_id:{token}", top.get(self._decode([token]), -math.inf))
+            names = self._names(token)
+            # Where no text begins with a space, the server gives tokens as they are decoded by themselves.
+            spaced = any(text.startswith((" ", *SPACES)) for text in top)
+            known = [top[name] for name in (names if spaced else [*names, self._decode([token])]) if name in top]
+            total += known[0] if known else -math.inf
         return total
+
+    @functools.cache  # noqa: B019 (there is one of these in a process)
+    def _names(self, token: int) -> list[str]:
+        """What servers call a token: its id, its text between others, or its piece of the vocabulary."""
+        tokenizer: Any = self._tokenizer
+        text = token_strings(tokenizer, [token]) if isinstance(tokenizer, PreTrainedTokenizerFast) else []
+        return [f"token_id:{token}", *text, *tokenizer.convert_ids_to_tokens([token])]
 
     def _likeliest(self, asked: Sequence[tuple[list[int], list[int]]]) -> list[list[dict[str, float]]]:
         """The likeliest tokens and their log-probabilities at places of prompts, up to the place behind the end."""
