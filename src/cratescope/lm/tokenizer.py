@@ -10,14 +10,15 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from cratescope.lm.offline import gpt2_files
-from cratescope.run import UserError, check_whole, first_line
+from cratescope.run import UserError, check_whole, first_line, read_json
 
 EOS = "<|endoftext|>"
 """Begins and ends every document; also the padding token."""
@@ -42,7 +43,7 @@ def load_tokenizer(spec: str | Path) -> PreTrainedTokenizerFast:
     if Path(spec).is_dir():
         check_whole(Path(spec), weights=False)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(spec), trust_remote_code=False)
+        tokenizer = _loader(Path(spec)).from_pretrained(str(spec), trust_remote_code=False)
     except Exception as error:  # what the library raises on damaged files depends on their bytes
         reason = first_line(error)
         raise UserError(
@@ -55,6 +56,22 @@ def load_tokenizer(spec: str | Path) -> PreTrainedTokenizerFast:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _loader(folder: Path) -> Any:
+    """The class to load a tokenizer with: for our own models the one that AutoTokenizer chooses, without torch."""
+    kinds = {"config.json": "model_type", "tokenizer_config.json": "tokenizer_class"}
+    found = {key: _said(folder / name, key) for name, key in kinds.items()}
+    if found["model_type"] in (None, "crate", "gpt2") and found["tokenizer_class"] == PreTrainedTokenizerFast.__name__:
+        return PreTrainedTokenizerFast
+    from transformers import AutoTokenizer  # knows every model, and takes seconds to import
+
+    return AutoTokenizer
+
+
+def _said(path: Path, key: str) -> Any:
+    """What a file of JSON says of `key`; None where it says nothing."""
+    return read_json(path).get(key) if path.is_file() else None
 
 
 def vocabulary_size(spec: str) -> int | None:
