@@ -15,7 +15,7 @@ from rich.console import Console
 
 import cratescope as cs
 from cratescope.config import ShowConfig
-from cratescope.neurons.records import read_scores
+from cratescope.neurons.records import Explanation, Judgement, read_scores, write_explanation, write_judgements
 from cratescope.report.card import neuron_card
 from fake_run import Fake, fake_run, fake_tokenizer
 from test_explain import make_run
@@ -85,6 +85,22 @@ def test_a_neuron_knows_what_the_files_say(run: cs.Run) -> None:
     assert neuron.score("no such protocol") is None and dead.score("random-only") is None
     assert dead.text == "" and dead.said["top"].shown == "no explanation: dead neuron"
     assert dead.said["top"].simulation.skipped == "dead neuron"
+
+
+def test_a_neuron_knows_what_was_judged_and_said_from_each_set(run: cs.Run, tmp_path: Path) -> None:
+    copy = cs.Run(shutil.copytree(run.root, tmp_path / "copy"))
+    neuron = copy.neuron(0, 1).id
+    judged = [Judgement(neuron, "detection", "none", "months and dates", (0.9, 0.2), (True, False))]
+    write_judgements(copy.judgements("codes", "offline", "detection", "top"), judged)
+    write_explanation(
+        copy.explanations("codes", "offline", "anthropic"), Explanation(neuron, "the sea", "offline", "words")
+    )
+    found = copy.neuron(0, 1)
+    assert found.said["top"].judgements == {"detection": judged} and found.said["anthropic"].judgements == {}
+    assert found.said["anthropic"].text == "the sea" and found.said["anthropic"].scores.protocols == []
+    assert copy.neuron(0, 2).said.keys() == {"top"}
+    for shown in (str(found), found._repr_html_()):
+        assert "from anthropic" in shown and "from top" in shown
 
 
 def test_a_neuron_shows_itself_in_a_terminal(run: cs.Run) -> None:

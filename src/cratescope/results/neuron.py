@@ -25,7 +25,7 @@ from cratescope.neurons.records import (
     read_scores,
     read_simulation,
 )
-from cratescope.neurons.score import CONTROLS, OWN
+from cratescope.neurons.score import CONTROLS, OWN, SCORERS
 from cratescope.results.scores import Scores
 from cratescope.run import Run, UserError, read_json
 
@@ -147,7 +147,7 @@ def read_neurons(
         scores = Scores(read_scores(path) if path.exists() else ())
     ids = [record.neuron for record in records.values()]
     said: dict[NeuronId, dict[str, Said]] = {neuron: {} for neuron in ids}
-    for name in sorted({*_names(run.explanations(site, explainer, "*")), *scores.sets}):
+    for name in sorted({*_sets(run, site, explainer), *scores.sets}):
         for neuron, one in _said(run, site, explainer, simulator, name, ids, scores).items():
             said[neuron][name] = one
     return [Neuron(run, site, record, explainer, simulator, said[record.neuron]) for record in records.values()]
@@ -160,8 +160,7 @@ def _said(
     explanations = _read(run.explanations(site, explainer, name), ids, _explanation)
     simulations = _read(run.simulations(site, explainer, simulator, name), ids, _simulation)
     judgements = {
-        folder.parent.name: _read(folder, ids, read_judgement)
-        for folder in sorted(run.judgements(site, explainer, "x", name).parents[1].glob(f"*/{name}"))
+        scorer: _read(run.judgements(site, explainer, scorer, name), ids, read_judgement) for scorer in SCORERS
     }
     said = {}
     for neuron in ids:
@@ -173,9 +172,9 @@ def _said(
     return said
 
 
-def _names(folder: Path) -> list[str]:
-    """The explanation sets beside `folder`."""
-    return [path.name for path in folder.parent.glob("*") if path.is_dir()]
+def _sets(run: Run, site: str, explainer: str) -> list[str]:
+    """The explanation sets there are."""
+    return [path.name for path in run.explanations(site, explainer, "*").parent.glob("*") if path.is_dir()]
 
 
 def _read(folder: Path, ids: Sequence[NeuronId], read: Callable[[Path], Item]) -> dict[NeuronId, Item]:
