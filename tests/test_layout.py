@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SOURCE = Path(__file__).parent.parent / "src" / "cratescope"
 # Low to high: a module may import from its own rank and from those before it.
 RANKS = (
@@ -22,6 +24,13 @@ RANKS = (
     ("__main__",),
 )
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}
+
+
+# The public API: a run gives its model and its neurons, a neuron shows itself. Inside functions only.
+UPWARDS = {
+    "run.py": ("lm", "models", "results"),
+    "results/neuron.py": ("report",),
+}
 
 
 def imported(path):
@@ -40,9 +49,15 @@ def test_imports_point_one_way():
         for path in SOURCE.rglob("*.py")
         if (place := path.relative_to(SOURCE).parts[0].removesuffix(".py")) in RANK
         for name in imported(path)
-        if RANK[name] > RANK[place]
+        if RANK[name] > RANK[place] and name not in UPWARDS.get(path.relative_to(SOURCE).as_posix(), ())
     ]
     assert not wrong
+
+
+@pytest.mark.parametrize("module", ["cratescope", "cratescope.run"])
+def test_a_run_imports_what_is_above_it_only_when_asked(module):
+    code = f"import sys, {module}; print([m for m in sys.modules if m.startswith('cratescope.') and m != '{module}'])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
 
 
 def test_every_module_has_a_rank_and_a_docstring():

@@ -20,7 +20,8 @@ from cratescope.arm import Arm
 from cratescope.config import ReportConfig
 from cratescope.neurons.records import Histogram, layer_file, read_records, read_scores, write_scores
 from cratescope.report.figures import inline, styles
-from cratescope.report.report import highlight, report, spread
+from cratescope.report.html import highlight
+from cratescope.report.report import report, spread
 from cratescope.report.text import number, sparkline, visible
 from cratescope.report.verdict import caveats, headline
 from cratescope.results.compare import Comparison, Quantity, comparisons, sides

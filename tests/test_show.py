@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,13 @@ def test_what_is_not_there_is_named(run: Run, changes: dict[str, Any], words: st
 def test_the_command_prints_without_colour_into_a_pipe(run: Run) -> None:
     text = cli.run(["show", str(run.root), "1", "2"])
     assert "layer 1 · neuron 2" in text and "\x1b[" not in text
+
+
+def test_show_loads_no_torch_no_models_and_no_figures(run: Run) -> None:
+    code = f"import sys; from cratescope import cli; cli.run(['show', {str(run.root)!r}, '1', '2']); "
+    code += "print([m for m in ('torch', 'scipy', 'matplotlib', 'transformers.models.auto') if m in sys.modules])"
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert told.stdout.strip() == "[]", told.stderr
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])

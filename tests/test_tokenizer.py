@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AutoTokenizer
 
 from cratescope.lm import offline
 from cratescope.lm.tokenizer import EOS, encode, load_tokenizer, token_strings, train_bpe, vocabulary_size
@@ -50,6 +51,23 @@ def test_a_saved_tokenizer_loads_the_same(tmp_path):
     assert (len(loaded), loaded.eos_token_id, loaded.pad_token_id) == (300, 0, 0)
     assert loaded.encode(TEXT[1]) == BPE.encode(TEXT[1])
     assert loaded.decode(loaded.encode("a , b . n't")) == "a , b . n't"
+
+
+@pytest.mark.parametrize("family", ["crate", "gpt2", None])
+def test_our_own_tokenizers_are_loaded_as_transformers_itself_would(tmp_path: Path, family: str | None) -> None:
+    train_bpe(iter(["a text of some words, and some more words"] * 9), 300).save_pretrained(tmp_path)
+    if family:
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
+    ours, theirs = load_tokenizer(tmp_path), AutoTokenizer.from_pretrained(str(tmp_path))
+    assert type(ours) is type(theirs) and ours.get_vocab() == theirs.get_vocab()
+    assert ours.backend_tokenizer.to_str() == theirs.backend_tokenizer.to_str()
+    assert ours.special_tokens_map == theirs.special_tokens_map
+
+
+def test_a_tokenizer_of_another_model_keeps_its_own_class(tmp_path: Path) -> None:
+    train_bpe(iter(["a text of some words, and some more words"] * 9), 300).save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2"}))
+    assert type(load_tokenizer(tmp_path)) is type(AutoTokenizer.from_pretrained(str(tmp_path)))
 
 
 def test_gpt2_is_built_from_the_packaged_vocabulary_and_merges(tmp_path, monkeypatch):

@@ -20,11 +20,16 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import IO, Any, NoReturn
+from typing import IO, TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+    from cratescope.results.neuron import Neuron
 
 Shape = Any
 """What a JSON value has to look like; see `misfit`."""
@@ -633,6 +638,9 @@ class Run:
 
     root: Path
 
+    def __init__(self, root: Path | str) -> None:
+        object.__setattr__(self, "root", Path(root))
+
     @property
     def name(self) -> str:
         """The folder's name; of a milestone also that of its run, since all runs call theirs alike."""
@@ -737,3 +745,39 @@ class Run:
     def fingerprint(self) -> str:
         """SHA-256 of the model's weights: what every later stage says it was made from."""
         return known_sha256(self.trained_model() / "model.safetensors")
+
+    @functools.cached_property
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        """The model's tokenizer, read once."""
+        from cratescope.lm.tokenizer import load_tokenizer
+
+        return load_tokenizer(self.model)
+
+    def load_model(self) -> PreTrainedModel:
+        """The trained model, on the CPU."""
+        from cratescope.models.convert import load_folder
+
+        return load_folder(self.trained_model())
+
+    def neuron(
+        self, layer: int, index: int, site: str = "auto", explainer: str = "offline", simulator: str = "list-pmi"
+    ) -> Neuron:
+        """Everything known of one neuron; a notebook shows it as a card.
+
+        Raises:
+            UserError: no records, no such site, layer or neuron; or a file is damaged.
+        """
+        return self.neurons(layer, [index], site, explainer, simulator)[0]
+
+    def neurons(
+        self,
+        layer: int,
+        indices: Sequence[int] | None = None,
+        site: str = "auto",
+        explainer: str = "offline",
+        simulator: str = "list-pmi",
+    ) -> list[Neuron]:
+        """Neurons of one layer, in the order of `indices`; all of them unless given. Errors as of `neuron`."""
+        from cratescope.results.neuron import read_neurons
+
+        return read_neurons(self, layer, indices, site, explainer, simulator)

@@ -15,11 +15,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
-from transformers.utils.hub import cached_file
+from transformers import PreTrainedTokenizerFast
 
 from cratescope.lm.offline import gpt2_files
-from cratescope.run import UserError, check_whole, first_line
+from cratescope.run import UserError, check_whole, first_line, read_json
 
 EOS = "<|endoftext|>"
 """Begins and ends every document; also the padding token."""
@@ -44,7 +43,11 @@ def load_tokenizer(spec: str | Path) -> PreTrainedTokenizerFast:
     if Path(spec).is_dir():
         check_whole(Path(spec), weights=False)
     try:
-        tokenizer = named_tokenizer(str(spec))
+        tokenizer: Any = (
+            PreTrainedTokenizerFast.from_pretrained(str(spec), trust_remote_code=False)
+            if _is_plain(Path(spec))
+            else named_tokenizer(str(spec))
+        )
     except Exception as error:  # what the library raises on damaged files depends on their bytes
         reason = first_line(error)
         raise UserError(
@@ -65,6 +68,8 @@ def named_tokenizer(source: str, **options: Any) -> Any:
     The library makes the class's own kind of model out of any tokenizer.json: of a BPE a SentencePiece, which fails, or
     a WordPiece, which gives other tokens. Then tokenizer.json is taken as it is. Raises whatever the library raises.
     """
+    from transformers import AutoTokenizer  # knows every model, and takes seconds to import
+
     plain = functools.partial(PreTrainedTokenizerFast.from_pretrained, source, **options)
     try:
         found = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **options)
@@ -80,6 +85,8 @@ def named_tokenizer(source: str, **options: Any) -> Any:
 
 def _file_of(source: str) -> str | None:
     """Where tokenizer.json is, on this disk or fetched before; None where there is none."""
+    from transformers.utils.hub import cached_file
+
     try:
         return cached_file(source, "tokenizer.json", local_files_only=True)
     except (OSError, ValueError):
@@ -92,6 +99,19 @@ def _same_kind(made: Tokenizer, stated: Tokenizer) -> bool:
     if type(made.model) is not type(stated.model):
         return False
     return unknown[0] in (None, unknown[1]) or unknown[0] in made.get_vocab(with_added_tokens=False)
+
+
+def _is_plain(folder: Path) -> bool:
+    """Whether AutoTokenizer would choose PreTrainedTokenizerFast, as for our own models; found without torch."""
+    kinds = {"config.json": "model_type", "tokenizer_config.json": "tokenizer_class"}
+    found = {key: _said(folder / name, key) for name, key in kinds.items()}
+    ours = found["model_type"] in (None, "crate", "gpt2")
+    return ours and found["tokenizer_class"] == PreTrainedTokenizerFast.__name__
+
+
+def _said(path: Path, key: str) -> Any:
+    """What a file of JSON says of `key`; None where it says nothing."""
+    return read_json(path).get(key) if path.is_file() else None
 
 
 def vocabulary_size(spec: str) -> int | None:

@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
-from scipy.special import ndtr, stdtr, stdtrit
 
 from cratescope.neurons.measures import COVERAGE, RESAMPLES
 
@@ -97,6 +96,8 @@ class Difference(NamedTuple):
 def _tested(difference: float, error: float, freedom: float, deviation: float, paired: bool) -> Difference | None:
     if not error > 0:
         return None
+    from scipy.special import stdtr, stdtrit  # not at the top: a card of one neuron tests nothing
+
     reach = float(stdtrit(freedom, (1 + COVERAGE) / 2)) * error
     p = 2 * float(stdtr(freedom, -abs(difference) / error))
     return Difference(difference, error, p, difference / deviation, difference - reach, difference + reach, paired)
@@ -162,6 +163,8 @@ def _power(effect: float, n: int, paired: bool) -> float:
 
     By quadrature, since scipy's nctdtr and nct.cdf are NaN for many shifts above about 4.
     """
+    from scipy.special import ndtr, stdtrit
+
     freedom = n - 1 if paired else 2 * (n - 1)
     shift = abs(effect) * math.sqrt(n if paired else n / 2)
     critical = float(stdtrit(freedom, (1 + COVERAGE) / 2))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import io
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from rich import box
-from rich.console import Group, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.panel import Panel
 from rich.rule import Rule
 from rich.style import Style
@@ -13,22 +14,11 @@ from rich.table import Table
 from rich.text import Text
 
 from cratescope.config import ShowConfig
-from cratescope.lm.tokenizer import load_tokenizer, token_strings
-from cratescope.neurons.explain import find_site, record_files
-from cratescope.neurons.records import (
-    EXPLANATION,
-    ActivationRecord,
-    NeuronId,
-    NeuronRecord,
-    TokenMean,
-    neuron_file,
-    read_records,
-    read_scores,
-)
-from cratescope.neurons.score import CONTROLS
+from cratescope.lm.tokenizer import token_strings
+from cratescope.neurons.records import ActivationRecord, NeuronRecord, Score, TokenMean
 from cratescope.report.text import number, percent, sparkline, visible
-from cratescope.results.scores import Scores
-from cratescope.run import Run, UserError, read_json
+from cratescope.results.neuron import Neuron, read_neuron
+from cratescope.run import Run
 
 Decode = Callable[[Sequence[int]], list[str]]
 
@@ -37,6 +27,7 @@ TOP, RANDOM, STRATUM = 5, 3, 1
 WIDTH = 32
 """Tokens of a window that are shown, around the one it was chosen for."""
 BINS = 40
+PLAIN_WIDTH = 100
 # From weak to strong; each is readable on its own text colour, whatever the terminal's background.
 WEAK, STRONG = (58, 66, 84), (255, 150, 30)
 
@@ -47,55 +38,54 @@ def neuron_card(config: ShowConfig) -> RenderableType:
     Raises:
         UserError: no records, no such site, layer or neuron.
     """
-    run = Run(config.run)
-    site = find_site(run, config.site)
-    files = record_files(run.records(site))
-    if config.layer not in files:
-        known = ", ".join(map(str, files)) or "none"
-        raise UserError(f"layer {config.layer}: no such layer; {run.records(site)} has layers {known}")
-    record = read_records(files[config.layer], [config.neuron])[config.neuron]
-    tokenizer = load_tokenizer(run.model)
+    where = {"site": config.site, "explainer": config.explainer, "simulator": config.simulator}
+    return card(read_neuron(Run(config.run), config.layer, config.neuron, **where))
+
+
+def card(neuron: Neuron) -> RenderableType:
+    """The card of a neuron, for a rich console."""
+    record, tokenizer = neuron.record, neuron.run.tokenizer
 
     def decode(ids: Sequence[int]) -> list[str]:
         return [visible(token) for token in token_strings(tokenizer, ids)]
 
-    parts: list[RenderableType] = [*_explained(run, site, record, config), _numbers(record)]
+    parts: list[RenderableType] = [*_explained(neuron), _numbers(record)]
     if record.histogram is not None:
         parts.append(_histogram(record))
     if record.top_tokens:
         parts.append(_tokens(record, decode))
     for title, windows in _sections(record):
         parts += [Rule(title, align="left", style="dim"), _windows(windows, record.moments.maximum, decode)]
-    title = f"{run.name} · {site} · layer {config.layer} · neuron {config.neuron}"
+    title = f"{neuron.run.name} · {neuron.site} · layer {neuron.id.layer} · neuron {neuron.id.index}"
     return Panel(Group(*parts), title=Text(title, "bold"), title_align="left", box=box.ROUNDED)
 
 
-def _explained(run: Run, site: str, record: NeuronRecord, config: ShowConfig) -> Iterator[Text]:
+def card_text(neuron: Neuron) -> str:
+    """The card as plain text, `PLAIN_WIDTH` characters wide."""
+    console = Console(file=io.StringIO(), width=PLAIN_WIDTH, color_system=None)
+    with console.capture() as shown:
+        console.print(card(neuron))
+    return shown.get().rstrip("\n")
+
+
+def _explained(neuron: Neuron) -> Iterator[Text]:
     """The explanation of each set, with the scores by each protocol's own measure that were made from it."""
-    folders = run.explanations(site, config.explainer, "*")
-    paths = [neuron_file(folder, record.neuron) for folder in sorted(folders.parent.glob("*"))]
-    found = [(path.parts[-3], read_json(path, EXPLANATION, "`cratescope explain`")) for path in paths if path.exists()]
-    if not found:
-        yield Text(f"not explained by {config.explainer}", "dim italic")
-    path = run.scores(site, config.explainer, config.simulator) / "scores.jsonl"
-    scores = Scores(score for score in (read_scores(path) if path.exists() else ()) if score.neuron == record.neuron)
-    for explained, item in found:
-        text = visible(item["text"]) if item["text"] else f"no explanation: {item['skipped']}"
-        yield Text.assemble((text, "bold"), (f" · from {explained}" if len(found) > 1 else "", "dim"))
-        for name in scores.protocols:
-            if scores.set_of(name) == explained:
-                yield _scored(scores, record.neuron, name)
+    explained = [said for said in neuron.said.values() if said.explanation]
+    if not explained:
+        yield Text(f"not explained by {neuron.explainer}", "dim italic")
+    for said in explained:
+        source = f" · from {said.set}" if len(explained) > 1 else ""
+        yield Text.assemble((visible(said.shown), "bold"), (source, "dim"))
+        for own, nulls in said.scored(neuron.id):
+            yield _scored(own, nulls)
 
 
-def _scored(scores: Scores, neuron: NeuronId, protocol: str) -> Text:
+def _scored(own: Score, nulls: Mapping[str, Score]) -> Text:
     """One protocol's own measure with its interval, and its controls."""
-    own = scores.of(neuron, protocol)
-    assert own is not None
     between = f" [{number(own.low)}, {number(own.high)}]" if own.low is not None else ""
-    nulls = {control: scores.of(neuron, protocol, control) for control in CONTROLS}
-    listed = [f" · {control} {number(null.value)}" for control, null in nulls.items() if null is not None]
+    listed = [f" · {control} {number(null.value)}" for control, null in nulls.items()]
     beside = "".join(listed) + f" ({own.measure} × 100)"
-    return Text.assemble(f"{protocol} ", (number(own.value), "bold"), (between + beside, "dim"))
+    return Text.assemble(f"{own.protocol} ", (number(own.value), "bold"), (between + beside, "dim"))
 
 
 def _numbers(record: NeuronRecord) -> Text:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -11,77 +10,28 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
-from jinja2 import Environment, StrictUndefined, Template, Undefined
-from markupsafe import Markup, escape
+from jinja2 import Template, Undefined
+from markupsafe import Markup
 from transformers import PreTrainedTokenizerFast
 
 from cratescope.config import ReportConfig
 from cratescope.neurons.quality import QUALITIES
-from cratescope.neurons.records import (
-    ActivationRecord,
-    NeuronId,
-    NeuronRecord,
-    Score,
-    Simulation,
-    layer_file,
-    neuron_file,
-    read_records,
-    read_simulation,
-)
-from cratescope.neurons.score import CONTROLS, OWN
+from cratescope.neurons.records import neuron_file
+from cratescope.neurons.score import CONTROLS
 from cratescope.report import text, verdict
 from cratescope.report.figures import arm_places, draw_figures
-from cratescope.report.text import visible
+from cratescope.report.html import Card, Decode, page_card, page_environment
 from cratescope.results import compare, tables
 from cratescope.results.compare import DETECTABLE, UNTRAINED, Comparison, Quantity
 from cratescope.results.estimates import Estimate, finite
+from cratescope.results.neuron import Neuron, read_neurons
 from cratescope.results.runs import Results, Row, load_results, one_per_run, protocols
 from cratescope.results.scores import measures_of
 from cratescope.run import UserError, locked, made_from, read_json, write_json, write_text
 
-Decode = Callable[[Sequence[int]], list[str]]
-
-TOP_EXCERPTS = 3
-RANDOM_EXCERPTS = 1
-SCORED_EXCERPTS = 3  # of the top and of the random ones each
-HISTOGRAM_BINS = 32
 VERSION = 2
 """Of the page: raise it when the same results look different."""
 CSV = ("scores", "neurons", "losses", "activity", "quality", "matched", "sanity")
-
-
-@dataclass(frozen=True)
-class Excerpt:
-    """A window of text as HTML, with a label that says where it is from."""
-
-    label: str
-    title: str
-    text: Markup
-
-
-@dataclass(frozen=True)
-class Said:
-    """What a neuron was said to find by one explanation set, how well that predicts it, and on which text."""
-
-    explained: str
-    text: str
-    scores: list[tuple[Score, dict[str, float | None]]]
-    scored: list[Excerpt]
-    shuffled: str | None
-
-
-@dataclass(frozen=True)
-class Card:
-    """One neuron as the page shows it."""
-
-    neuron: NeuronId
-    rank: int
-    said: list[Said]
-    density: float | None
-    maximum: float | None
-    histogram: str
-    excerpts: list[Excerpt]
 
 
 @dataclass(frozen=True)
@@ -193,9 +143,8 @@ def _write_numbers(
 
 
 def _template() -> Template:
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
-    environment.filters |= {"number": text.number, "count": text.count, "visible": visible, "span": _span}
-    environment.filters |= {"percent": text.percent, "known": _known}
+    environment = page_environment()
+    environment.filters |= {"count": text.count, "span": _span, "known": _known}
     environment.globals |= {
         "headline": verdict.headline,
         "duration": _duration,
@@ -207,7 +156,7 @@ def _template() -> Template:
         "detectable": DETECTABLE,
         "paper_source": tables.paper()["source"],
     }
-    return environment.from_string(Path(__file__).with_name("report.html").read_text(encoding="utf-8"))
+    return environment.get_template("report.html")
 
 
 def _span(value: float | None, error: float | None, digits: int = 1, scale: float = 100) -> Markup:
@@ -291,11 +240,25 @@ def _groups(item: Results, config: ReportConfig, decode: Decode) -> Iterator[Gro
     for layer in sorted(item.scores.rows(protocol)):
         ranking = item.scores.ranking(protocol, layer)
         chosen = spread(ranking, config.cards)
-        path = layer_file(item.run.records(item.site), layer)
-        records = read_records(path, [index for _, index in chosen]) if chosen else {}
-        cards = [_card(item, config, records[index], rank, decode) for rank, index in chosen]
+        neurons = _neurons(item, config, layer, [index for _, index in chosen]) if chosen else []
+        cards = [
+            page_card(neuron, item.scores.sets, decode, rank) for neuron, (rank, _) in zip(neurons, chosen, strict=True)
+        ]
         mean, distinct = item.scores.mean(protocol, layer=layer), item.distinct(item.scores.sets[0], layer)
         yield Group(item, layer, mean, _unscored(item, protocol, layer), len(ranking), distinct, cards)
+
+
+def _neurons(item: Results, config: ReportConfig, layer: int, indices: Sequence[int]) -> list[Neuron]:
+    """Neurons of a layer; each has been simulated from every explanation set that was scored."""
+    where = {"site": item.site, "explainer": config.explainer, "simulator": config.simulator}
+    neurons = read_neurons(item.run, layer, indices, scores=item.scores, **where)
+    for neuron in neurons:
+        for name in item.scores.sets:
+            if name not in neuron.said or neuron.said[name].simulation is None:
+                folder = item.run.simulations(item.site, config.explainer, config.simulator, name)
+                path = neuron_file(folder, neuron.id)
+                raise UserError(f"{path}: no such file; run `cratescope simulate {item.run.root}` first")
+    return neurons
 
 
 def _unscored(item: Results, protocol: str, layer: int) -> str:
@@ -305,95 +268,3 @@ def _unscored(item: Results, protocol: str, layer: int) -> str:
         found[re.split(r"[:(]", reason)[0].strip()] += number  # what follows are a server's words, another every time
     listed = ", ".join(f"{number} {reason}" for reason, number in found.items())
     return f"{found.total()} without a score" + (f" ({listed})" if listed else "")
-
-
-def _card(item: Results, config: ReportConfig, record: NeuronRecord, rank: int, decode: Decode) -> Card:
-    labelled = [(f"top {place}", window) for place, window in enumerate(record.top[:TOP_EXCERPTS], 1)]
-    labelled += [("random", window) for window in record.random[:RANDOM_EXCERPTS]]
-    peak = record.moments.maximum
-    return Card(
-        neuron=record.neuron,
-        rank=rank,
-        said=[_said(item, config, record, explained, decode) for explained in item.scores.sets],
-        density=record.density,
-        maximum=peak,
-        histogram=text.sparkline(record.histogram, peak, HISTOGRAM_BINS) if record.histogram else "",
-        excerpts=[
-            Excerpt(label, _place(window), highlight(decode(window.tokens.tolist()), window.activations, peak))
-            for label, window in labelled
-        ],
-    )
-
-
-def _said(item: Results, config: ReportConfig, record: NeuronRecord, explained: str, decode: Decode) -> Said:
-    """An explanation with the scores that were made from it."""
-    folder = item.run.simulations(item.site, config.explainer, config.simulator, explained)
-    path = neuron_file(folder, record.neuron)
-    if not path.exists():
-        raise UserError(f"{path}: no such file; run `cratescope simulate {item.run.root}` first")
-    simulation = read_simulation(path)
-    if any(len(row) != key[-1] for row, key in zip(simulation.expected.get(OWN, ()), simulation.keys, strict=False)):
-        raise UserError(f"{path}: damaged (more or fewer values than tokens); delete it and run `cratescope simulate`")
-    return Said(
-        explained,
-        item.text(record.neuron, explained) or "",
-        list(_card_scores(item, record.neuron, explained)),
-        list(_scored(record, simulation, decode)),
-        simulation.texts.get("shuffled"),
-    )
-
-
-def _card_scores(item: Results, neuron: NeuronId, explained: str) -> Iterator[tuple[Score, dict[str, float | None]]]:
-    """By each protocol's own measure, with the controls there are."""
-    for name in item.scores.protocols:
-        own = item.scores.of(neuron, name) if item.scores.set_of(name) == explained else None
-        if own is not None:
-            nulls = {control: item.scores.of(neuron, name, control) for control in CONTROLS}
-            yield own, {control: null.value for control, null in nulls.items() if null is not None}
-
-
-def _scored(record: NeuronRecord, simulation: Simulation, decode: Decode) -> Iterator[Excerpt]:
-    """Scoring records with the truth and the simulation, each relative to its own largest value on these records."""
-    windows = {window.key: ("top", window) for window in record.top}
-    windows |= {window.key: ("random", window) for window in record.random}
-    expected = dict(zip(simulation.keys, simulation.expected.get(OWN, ()), strict=False))
-    found = [(*windows[key], expected[key]) for key in expected if key in windows]
-    peak = max((float(window.activations.max()) for _, window, _ in found), default=0.0)
-    height = max((max(row) for *_, row in found), default=0.0)
-    for kind in ("top", "random"):
-        for label, window, row in [entry for entry in found if entry[0] == kind][:SCORED_EXCERPTS]:
-            marked = highlight(decode(window.tokens.tolist()), window.activations, peak, row, height)
-            yield Excerpt(label, _place(window), marked)
-
-
-def _place(window: ActivationRecord) -> str:
-    return f"excerpt {window.excerpt}, token {window.start}; highest activation {window.activations.max():.3g}"
-
-
-def highlight(
-    tokens: Sequence[str],
-    activations: Float[np.ndarray, " w"],
-    peak: float,
-    simulated: Sequence[float] | None = None,
-    height: float = 1.0,
-) -> Markup:
-    """The tokens in order, shaded by activation / peak, and underlined by simulated / height; numbers as tooltips.
-
-    Tokens with nothing to show are <i>, so that a page of silent tokens stays light.
-    """
-    parts = []
-    for place, (token, truth) in enumerate(zip(tokens, activations.tolist(), strict=True)):
-        guess = None if simulated is None else simulated[place]
-        shades = {"a": _shade(truth, peak), "s": _shade(guess, height)}
-        style = ";".join(f"--{name}:{shade}" for name, shade in shades.items() if shade)
-        title = f"{truth:.3g}" if guess is None else f"true {truth:.3g}, simulated {guess:.3g}"
-        shown = escape(visible(token))
-        parts.append(f'<b style="{style}" title="{title}">{shown}</b>' if style else f"<i>{shown}</i>")
-    return Markup("".join(parts))
-
-
-def _shade(value: float | None, full: float) -> str:
-    """value / full as CSS opacity with two digits; empty when it would not be seen."""
-    if value is None or not math.isfinite(value) or full <= 0 or value / full < 0.005:
-        return ""
-    return f"{min(value / full, 1):.2f}".removeprefix("0").removesuffix("0")

@@ -65,6 +65,11 @@ class Scores:
     def of(self, neuron: NeuronId, protocol: str, control: str = OWN, measure: str | None = None) -> Score | None:
         return self.rows(protocol, measure, control).get(neuron.layer, {}).get(neuron.index)
 
+    def every(self, neuron: NeuronId) -> list[Score]:
+        """All rows of one neuron."""
+        found = (rows.get(neuron.layer, {}).get(neuron.index) for rows in self._rows.values())
+        return [row for row in found if row is not None]
+
     def values(
         self, protocol: str, measure: str | None = None, control: str = OWN, over: str | None = None
     ) -> dict[int, dict[int, float]]:

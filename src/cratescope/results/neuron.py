@@ -1,0 +1,196 @@
+"""Everything known of one neuron, put together from the files of every stage: what cards, pages and notebooks show."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from rich.console import RenderableType
+
+from cratescope.neurons.explain import find_site, record_files
+from cratescope.neurons.records import (
+    EXPLANATION,
+    NEURON,
+    Explanation,
+    Judgement,
+    NeuronId,
+    NeuronRecord,
+    Score,
+    Simulation,
+    neuron_file,
+    read_judgement,
+    read_records,
+    read_scores,
+    read_simulation,
+)
+from cratescope.neurons.score import CONTROLS, OWN, SCORERS
+from cratescope.results.scores import Scores
+from cratescope.run import Run, UserError, read_json
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True, eq=False)
+class Said:
+    """What a neuron was said to find by one explanation set, and how well that predicts it.
+
+    simulation: None before `simulate`. judgements: by scorer, one per control.
+    scores: this neuron's rows of this set only.
+    """
+
+    set: str
+    explanation: Explanation | None
+    simulation: Simulation | None
+    judgements: dict[str, list[Judgement]]
+    scores: Scores
+
+    @property
+    def text(self) -> str:
+        """The explanation; empty where there is none."""
+        return self.explanation.text if self.explanation else ""
+
+    @property
+    def shown(self) -> str:
+        """The explanation, or why there is none."""
+        return self.text or f"no explanation: {self.explanation.skipped if self.explanation else 'not asked for'}"
+
+    def scored(self, neuron: NeuronId) -> Iterator[tuple[Score, dict[str, Score]]]:
+        """By each protocol's own measure: the score, and those of the controls there are."""
+        for protocol in self.scores.protocols:
+            own = self.scores.of(neuron, protocol)
+            if own is not None:
+                rows = {control: self.scores.of(neuron, protocol, control) for control in CONTROLS}
+                yield own, {control: row for control, row in rows.items() if row is not None}
+
+
+@dataclass(frozen=True, eq=False)
+class Neuron:
+    """Everything known of one neuron at one site of one run.
+
+    site: the name of its folder of records. said: by explanation set, in the order of the sets' names.
+    explainer, simulator: whose explanations and simulations these are.
+    """
+
+    run: Run
+    site: str
+    record: NeuronRecord
+    explainer: str
+    simulator: str
+    said: dict[str, Said]
+
+    @property
+    def id(self) -> NeuronId:
+        return self.record.neuron
+
+    @property
+    def text(self) -> str:
+        """The first explanation there is; empty when there is none."""
+        return next((said.text for said in self.said.values() if said.text), "")
+
+    def score(self, protocol: str, control: str = OWN, measure: str | None = None) -> float | None:
+        """A score (plain, not x100) by the protocol's own measure or another; None where there is none."""
+        for said in self.said.values():
+            if row := said.scores.of(self.id, protocol, control, measure):
+                return row.value
+        return None
+
+    def __repr__(self) -> str:
+        return f"<Neuron {self.id.index} of layer {self.id.layer}, {self.site} of {self.run.name}>"
+
+    def __rich__(self) -> RenderableType:
+        from cratescope.report.card import card
+
+        return card(self)
+
+    def __str__(self) -> str:
+        from cratescope.report.card import card_text
+
+        return card_text(self)
+
+    def _repr_html_(self) -> str:
+        from cratescope.report.html import card_html
+
+        return card_html(self)
+
+
+def read_neuron(run: Run, layer: int, index: int, **options: Any) -> Neuron:
+    """One neuron; options as of `read_neurons`."""
+    return read_neurons(run, layer, [index], **options)[0]
+
+
+def read_neurons(
+    run: Run,
+    layer: int,
+    indices: Sequence[int] | None = None,
+    site: str = "auto",
+    explainer: str = "offline",
+    simulator: str = "list-pmi",
+    scores: Scores | None = None,
+) -> list[Neuron]:
+    """Neurons of one layer, in the order of `indices`; all of them unless given.
+
+    scores: those of this site, explainer and simulator where they have been read already.
+
+    Raises:
+        UserError: no records, no such site, layer or neuron; or a file is damaged.
+    """
+    site = find_site(run, site)
+    files = record_files(run.records(site))
+    if layer not in files:
+        known = ", ".join(map(str, files)) or "none"
+        raise UserError(f"layer {layer}: no such layer; {run.records(site)} has layers {known}")
+    records = read_records(files[layer], indices)
+    if scores is None:
+        path = run.scores(site, explainer, simulator) / "scores.jsonl"
+        scores = Scores(read_scores(path) if path.exists() else ())
+    ids = [record.neuron for record in records.values()]
+    said: dict[NeuronId, dict[str, Said]] = {neuron: {} for neuron in ids}
+    for name in sorted({*_sets(run, site, explainer), *scores.sets}):
+        for neuron, one in _said(run, site, explainer, simulator, name, ids, scores).items():
+            said[neuron][name] = one
+    return [Neuron(run, site, record, explainer, simulator, said[record.neuron]) for record in records.values()]
+
+
+def _said(
+    run: Run, site: str, explainer: str, simulator: str, name: str, ids: Sequence[NeuronId], scores: Scores
+) -> dict[NeuronId, Said]:
+    """What the explanation set `name` says of each neuron; those it says nothing of are left out."""
+    explanations = _read(run.explanations(site, explainer, name), ids, _explanation)
+    simulations = _read(run.simulations(site, explainer, simulator, name), ids, _simulation)
+    judgements = {
+        scorer: _read(run.judgements(site, explainer, scorer, name), ids, read_judgement) for scorer in SCORERS
+    }
+    said = {}
+    for neuron in ids:
+        rows = [row for row in scores.every(neuron) if row.set == name]
+        judged = {scorer: items[neuron] for scorer, items in judgements.items() if neuron in items}
+        one = Said(name, explanations.get(neuron), simulations.get(neuron), judged, Scores(rows))
+        if one.explanation or one.simulation or judged or rows:
+            said[neuron] = one
+    return said
+
+
+def _sets(run: Run, site: str, explainer: str) -> list[str]:
+    """The explanation sets there are."""
+    return [path.name for path in run.explanations(site, explainer, "*").parent.glob("*") if path.is_dir()]
+
+
+def _read(folder: Path, ids: Sequence[NeuronId], read: Callable[[Path], Item]) -> dict[NeuronId, Item]:
+    """What a stage's folder holds of these neurons."""
+    files = ((neuron, neuron_file(folder, neuron)) for neuron in ids)
+    return {neuron: read(path) for neuron, path in files if path.exists()}
+
+
+def _explanation(path: Path) -> Explanation:
+    row = read_json(path, EXPLANATION, "`cratescope explain`")
+    neuron = NeuronId(*(row["neuron"][name] for name in NEURON))
+    return Explanation(neuron, row["text"], row["explainer"], row["prompt"], row["skipped"])
+
+
+def _simulation(path: Path) -> Simulation:
+    simulation = read_simulation(path)
+    if any(len(row) != key[-1] for row, key in zip(simulation.expected.get(OWN, ()), simulation.keys, strict=False)):
+        raise UserError(f"{path}: damaged (more or fewer values than tokens); delete it and run `cratescope simulate`")
+    return simulation
