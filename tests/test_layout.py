@@ -11,12 +11,13 @@ from pathlib import Path
 SOURCE = Path(__file__).parent.parent / "src" / "cratescope"
 # Low to high: a module may import from its own rank and from those before it.
 RANKS = (
-    ("run", "config", "hardware", "arm", "parts"),
+    ("run", "options", "config", "hardware", "arm", "parts"),
     ("models",),
     ("lm",),
     ("neurons",),
     ("results",),
     ("report",),
+    ("stages",),
     ("study",),
     ("cli",),
     ("__main__",),

@@ -13,9 +13,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import processes
 from cratescope.config import ReportConfig, StudyConfig, TrainConfig
 from cratescope.lm.data import TokenData
+from cratescope.options import from_table
 from cratescope.results.compare import Quantity
 from cratescope.run import UserError
-from cratescope.study import check, parse_options, read_plan, study
+from cratescope.study import check, read_plan, study
 
 PLAN = """
 title = "A small study"
@@ -123,16 +124,16 @@ def test_a_study_killed_again_and_again_ends_with_the_same_files(whole, plan, tm
     assert [name for name in wanted if wanted[name] != found[name]] == []
 
 
-def test_options_are_parsed_as_on_the_command_line(tmp_path):
-    config = parse_options(
+def test_options_of_a_table_become_settings_by_their_types(tmp_path):
+    config = from_table(
         TrainConfig, {"out": tmp_path, "data": "d", "adam_betas": [0.8, 0.9], "crate": {"ista_steps": 3}}, "here:"
     )
     assert config.out == tmp_path and config.data == Path("d")
     assert config.adam_betas == (0.8, 0.9) and config.crate == {"ista_steps": "3"}
     with pytest.raises(UserError, match="here: has no option 'stepz'"):
-        parse_options(TrainConfig, {"stepz": 1}, "here:")
+        from_table(TrainConfig, {"stepz": 1}, "here:")
     with pytest.raises(UserError, match="here: steps = 'many' is not a value it takes"):
-        parse_options(TrainConfig, {"out": "x", "data": "d", "steps": "many"}, "here:")
+        from_table(TrainConfig, {"out": "x", "data": "d", "steps": "many"}, "here:")
 
 
 def test_a_mistake_in_the_last_section_is_found_before_any_work(plan, tmp_path):
@@ -229,7 +230,7 @@ def test_a_model_name_that_is_no_folder_of_its_own_is_refused(tmp_path, name, me
         ("train", "crate = {ista_steps = nan}", "--crate ista_steps = 'nan' is not a int"),
         ("train", "crate = {ista_expansion = 1000000}", "ista_expansion = 1000000"),
         ("train", "llm = 'x'", "has no option 'llm'"),
-        ("evaluate", "on = ['heldout', '-x']", r"on = \['heldout', '-x'\]"),
+        ("evaluate", "on = ['heldout', '-x']", "--on -x: no such file"),
         ("collect", "dump = 'yes'", "dump = 'yes'"),
         ("explain", "llm = ''", "--llm: is empty"),
         ("explain", "llm_batch = 'many'\nllm = 'x'", "llm_batch = 'many'"),
@@ -271,7 +272,7 @@ def test_every_study_of_the_repository_is_valid(path):
     plan = read_plan(path)
     check(plan, path)
     assert {model["preset"] for model in plan["model"]} >= {"crate-2l", "gpt2-2l"}
-    assert Quantity.parse(plan["report"].get("primary", ReportConfig.primary)).protocol in plan["score"]["protocols"]
+    assert Quantity.parse(plan["report"].get("primary", ReportConfig.primary)).protocol in plan["neurons"]["protocols"]
 
 
 def test_the_papers_study_has_two_seeds_and_an_untrained_copy_of_each():
