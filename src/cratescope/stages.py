@@ -28,9 +28,7 @@ STAGES: dict[str, Stage] = {
     "evaluate": Stage(settings.EvaluateConfig, "lm.evaluate:evaluate", "Measure loss and bits per byte on any text."),
     "collect": Stage(settings.CollectConfig, "neurons.collect:collect", "Read text and write what every neuron does."),
     "explain": Stage(settings.ExplainConfig, "neurons.explain:explain", "Ask an LLM for one phrase per neuron."),
-    "simulate": Stage(
-        settings.SimulateConfig, "neurons.simulate:simulate", "Predict activations from the explanations."
-    ),
+    "simulate": Stage(settings.SimulateConfig, "neurons.simulate:simulate", "Predict activations from explanations."),
     "judge": Stage(settings.JudgeConfig, "neurons.judge:judge", "Ask an LLM about whole windows instead."),
     "score": Stage(settings.ScoreConfig, "neurons.score:score", "Compare predicted and true activations."),
     "show": Stage(settings.ShowConfig, "report.card:neuron_card", "Print all that is known of one neuron."),
@@ -38,9 +36,9 @@ STAGES: dict[str, Stage] = {
     "study": Stage(settings.StudyConfig, "study:study", "Do all of this for the models of one TOML file."),
     "export": Stage(settings.ExportConfig, "neurons.exchange:export", "Write records in another tool's format."),
     "import": Stage(
-        settings.ImportConfig, "neurons.exchange:import_records", "Read another tool's records into a run."
+        settings.ImportConfig, "neurons.exchange:import_records", "Read records of another tool into a run."
     ),
     "convert": Stage(
-        settings.ConvertConfig, "models.convert:convert", "Turn the authors' .pt checkpoint into a folder, or back."
+        settings.ConvertConfig, "models.convert:convert", "Turn the authors' checkpoint into ours, or back."
     ),
 }

@@ -159,9 +159,10 @@ def check(table: Settings, path: Path) -> Plan:
     shared = from_table(settings.NeuronsConfig, table.get(SHARED, {}), where)
     _look_up(shared, where)
     plan = _plan(table, path, shared)
-    for section, given in GIVEN.items():
+    # Sections that say themselves what the others then take come first, to be the ones that are blamed.
+    for section in sorted(GIVEN, key=lambda name: plan.sections[name].keys().isdisjoint(LOOPS.values())):
         for own in _variants(plan, section):
-            _look_up(plan.options(section, own, **dict.fromkeys(given, "x")), f"{path}: [{section}]")
+            _look_up(plan.options(section, own, **dict.fromkeys(GIVEN[section], "x")), f"{path}: [{section}]")
     for section, options in plan.sections.items():
         for several, single in LOOPS.items():
             if single in options and _listed(options[single]) != getattr(plan, several):
