@@ -29,9 +29,9 @@ import pyarrow.parquet as pq
 import torch
 import zstandard
 
-from cratescope import cli
 from cratescope.config import LLMConfig
 from cratescope.neurons.llm import server as client
+from cratescope.stages import STAGES as SUBCOMMANDS
 
 Chance = random.Random
 Json = Any
@@ -680,7 +680,7 @@ ENDLESS = {"steps", "workers", "batch_tokens", "keep", "ray", "milestones", "war
 def options() -> Iterator[Input]:
     """Every option of every command with values that are wrong, odd, or not of its type."""
     stages = {line.split()[0]: stage for stage, (line, _) in reversed(STAGES.items())}
-    for name, (_, kind) in cli.COMMANDS.items():
+    for name, (kind, _, _) in SUBCOMMANDS.items():
         base = STAGES[stages[name]][0].split()
         positionals = [n for n in range(1, len(base)) if all(not word.startswith("--") for word in base[1 : n + 1])]
         llm = fields(LLMConfig) if hasattr(kind, "llm") or any(f.name == "llm" for f in fields(kind)) else ()

@@ -14,6 +14,8 @@ import pytest
 from cratescope import cli
 from cratescope import config as settings
 from cratescope.lm.data import TokenData
+from cratescope.options import parse
+from cratescope.stages import STAGES
 
 
 def fails(capsys, *arguments):
@@ -29,11 +31,11 @@ def fails(capsys, *arguments):
 
 def test_the_overview_names_every_subcommand(capsys):
     shown = cli.run(["--help"])
-    assert all(f"\n  {name} " in shown for name in cli.COMMANDS) and cli.run([]) == shown
+    assert all(f"\n  {name} " in shown for name in STAGES) and cli.run([]) == shown
 
 
 def test_every_subcommand_has_a_help_with_all_of_its_options(capsys):
-    for name, (_, kind) in cli.COMMANDS.items():
+    for name, (kind, _, _) in STAGES.items():
         with pytest.raises(SystemExit) as stop:
             cli.run([name, "--help"])
         assert stop.value.code == 0
@@ -45,10 +47,10 @@ def test_every_subcommand_has_a_help_with_all_of_its_options(capsys):
 
 
 def test_a_budget_sets_defaults_that_options_override():
-    config = settings.parse(settings.TrainConfig, ["run", "--data", "d", "--budget", "minutes", "--steps", "7"])
+    config = parse(settings.TrainConfig, ["run", "--data", "d", "--budget", "minutes", "--steps", "7"])
     assert (config.steps, config.context, config.learning_rate) == (7, 256, 2e-3)
-    assert settings.parse(settings.TrainConfig, ["run", "--data", "d", "--budget=minutes", "--steps", "7"]) == config
-    paper = settings.parse(settings.TrainConfig, ["run", "--data", "d"])
+    assert parse(settings.TrainConfig, ["run", "--data", "d", "--budget=minutes", "--steps", "7"]) == config
+    paper = parse(settings.TrainConfig, ["run", "--data", "d"])
     assert (paper.steps, paper.batch_tokens, paper.learning_rate) == (600_000, 491_520, 6e-4)
 
 

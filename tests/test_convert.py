@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
+from cratescope.config import ConvertConfig
 from cratescope.models.convert import _names, _transposed, convert, from_reference, load_checkpoint, to_reference
 from cratescope.neurons.sites import Intervention, intervene, read_site, site_named
 from cratescope.run import UserError
@@ -81,8 +82,8 @@ def test_converting_there_and_back_is_bit_exact(name, compiled, tmp_path):
     plain = {key.removeprefix("_orig_mod."): tensor for key, tensor in original["model"].items()}
     original["model"] = {("_orig_mod." if compiled else "") + key: tensor for key, tensor in plain.items()}
     torch.save(original, tmp_path / "in.pt")
-    convert(tmp_path / "in.pt", tmp_path / "folder")
-    convert(tmp_path / "folder", tmp_path / "out.pt")
+    convert(ConvertConfig(tmp_path / "in.pt", tmp_path / "folder"))
+    convert(ConvertConfig(tmp_path / "folder", tmp_path / "out.pt"))
     again = load_checkpoint(tmp_path / "out.pt")
     assert again["model"].keys() == original["model"].keys()
     assert all(torch.equal(again["model"][key], original["model"][key]) for key in original["model"])
@@ -119,7 +120,7 @@ def test_a_pickle_with_code_in_it_is_refused_and_does_not_run(tmp_path):
 
     torch.save({"model": {}, "model_args": Bomb()}, tmp_path / "bomb.pt")
     with pytest.raises(UserError, match="could run code"):
-        convert(tmp_path / "bomb.pt", tmp_path / "out")
+        convert(ConvertConfig(tmp_path / "bomb.pt", tmp_path / "out"))
     assert not (tmp_path / "ran").exists()
 
 
@@ -141,7 +142,7 @@ def test_a_truncated_checkpoint_is_refused(tmp_path):
     whole = (FIXTURES / "reference-crate-2l.pt").read_bytes()
     (tmp_path / "cut.pt").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UserError, match="not a readable"):
-        convert(tmp_path / "cut.pt", tmp_path / "out")
+        convert(ConvertConfig(tmp_path / "cut.pt", tmp_path / "out"))
 
 
 def test_a_model_the_reference_code_cannot_express_is_refused():
@@ -155,7 +156,7 @@ def test_a_model_the_reference_code_cannot_express_is_refused():
 def test_nothing_that_exists_is_overwritten(tmp_path):
     (tmp_path / "letters.txt").write_text("keep me")
     with pytest.raises(UserError, match="exists already"):
-        convert(FIXTURES / "reference-crate-2l.pt", tmp_path)
+        convert(ConvertConfig(FIXTURES / "reference-crate-2l.pt", tmp_path))
     assert (tmp_path / "letters.txt").read_text() == "keep me"
 
 
@@ -178,7 +179,7 @@ def test_an_untied_head_is_refused():
 def test_a_file_that_is_no_checkpoint_is_refused(tmp_path, content):
     (tmp_path / "x.pt").write_bytes(content)
     with pytest.raises(UserError, match="not a readable"):
-        convert(tmp_path / "x.pt", tmp_path / "out")
+        convert(ConvertConfig(tmp_path / "x.pt", tmp_path / "out"))
 
 
 def with_weight(value):
@@ -237,7 +238,7 @@ def test_odd_contents_of_a_checkpoint_are_one_line_and_nothing_is_written(kind, 
         change(checkpoint)
         torch.save(checkpoint, source)
         with pytest.raises(UserError) as refused:
-            convert(source, tmp_path / "out")
+            convert(ConvertConfig(source, tmp_path / "out"))
         assert str(refused.value).startswith(f"{source}: ") and "\n" not in str(refused.value)
         assert [path.name for path in tmp_path.iterdir()] == ["odd.pt"]
 
@@ -247,4 +248,4 @@ def test_what_stands_where_the_folder_should_go_is_left_alone(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     for out in (tmp_path / "link", Path("/dev/null")):
         with pytest.raises(UserError, match="exists already"):
-            convert(source, out)
+            convert(ConvertConfig(source, out))

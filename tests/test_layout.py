@@ -13,12 +13,13 @@ import pytest
 SOURCE = Path(__file__).parent.parent / "src" / "cratescope"
 # Low to high: a module may import from its own rank and from those before it.
 RANKS = (
-    ("run", "config", "hardware", "arm", "parts"),
+    ("run", "options", "config", "hardware", "arm", "parts"),
     ("models",),
     ("lm",),
     ("neurons",),
     ("results",),
     ("report",),
+    ("stages",),
     ("study",),
     ("cli",),
     ("__main__",),

@@ -11,16 +11,18 @@ import pytest
 
 from cratescope import cli
 from cratescope import config as settings
-from cratescope.config import CollectConfig, EvaluateConfig, TrainConfig, ranges
+from cratescope.config import CollectConfig, EvaluateConfig, TrainConfig
 from cratescope.hardware import processes, rank, worker_of
 from cratescope.lm.evaluate import evaluate
 from cratescope.lm.train import train
 from cratescope.models.presets import preset_config
 from cratescope.neurons.collect import collect
+from cratescope.options import parse, ranges
 from cratescope.results.compare import Quantity
 from cratescope.run import UserError
+from cratescope.stages import STAGES
 
-KINDS = (*(kind for _, kind in cli.COMMANDS.values()), settings.LLMConfig)
+KINDS = (*(stage.config for stage in STAGES.values()), settings.NeuronsConfig, settings.LLMConfig)
 OPTIONS = [(kind, name) for kind in KINDS for name in ranges(kind)]
 
 
@@ -67,7 +69,7 @@ def test_a_number_out_of_range_is_refused_by_its_option(kind, name):
 @pytest.mark.parametrize("kind", KINDS[:-1])
 def test_the_help_of_an_option_says_its_range(kind, capsys):
     with pytest.raises(SystemExit):
-        settings.parse(kind, ["--help"])
+        parse(kind, ["--help"])
     shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
     wanted = [span("").partition(";")[0] for name, span in ranges(kind).items() if name not in ("layer", "neuron")]
     assert [span for span in wanted if span not in shown] == []
@@ -173,8 +175,8 @@ def test_an_llm_that_cannot_be_loaded_leaves_no_folder(tmp_path, monkeypatch):
 def test_an_empty_value_is_refused_and_never_the_folder_one_is_in(option):
     for words_ in ([option, ""], [f"{option}="]):
         with pytest.raises(UserError, match=f"{option}: is empty"):
-            settings.parse(TrainConfig, ["run", "--data", "d", *words_])
-    settings.parse(settings.ExplainConfig, ["run", "--llm-model", "", "--llm-tokenizer="])
+            parse(TrainConfig, ["run", "--data", "d", *words_])
+    parse(settings.ExplainConfig, ["run", "--llm-model", "", "--llm-tokenizer="])
 
 
 def test_text_that_no_file_can_hold_is_refused():
@@ -186,7 +188,7 @@ def test_text_that_no_file_can_hold_is_refused():
 
 
 def test_the_last_budget_counts():
-    config = settings.parse(TrainConfig, ["run", "--data", "d", "--budget", "hour", "--budget=minutes"])
+    config = parse(TrainConfig, ["run", "--data", "d", "--budget", "hour", "--budget=minutes"])
     assert (config.budget, config.steps) == ("minutes", settings.BUDGETS["minutes"]["steps"])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 from pathlib import Path
@@ -11,11 +12,13 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import processes
-from cratescope.config import ReportConfig, StudyConfig, TrainConfig
+from cratescope.config import ExplainConfig, LLMConfig, ReportConfig, StudyConfig, TrainConfig
 from cratescope.lm.data import TokenData
+from cratescope.neurons.llm.scripted import ScriptedLLM
+from cratescope.options import from_table
 from cratescope.results.compare import Quantity
 from cratescope.run import UserError
-from cratescope.study import check, parse_options, read_plan, study
+from cratescope.study import check, read_plan, study
 
 PLAN = """
 title = "A small study"
@@ -123,16 +126,148 @@ def test_a_study_killed_again_and_again_ends_with_the_same_files(whole, plan, tm
     assert [name for name in wanted if wanted[name] != found[name]] == []
 
 
-def test_options_are_parsed_as_on_the_command_line(tmp_path):
-    config = parse_options(
+MILESTONES = """
+[prepare]
+source = "{text}"
+tokenizer = "bpe:320"
+validation = 0.2
+heldout = 0.3
+[train]
+preset = "crate-1l"
+context = 32
+batch_tokens = 128
+micro_batch = 2
+steps = 6
+warmup_steps = 2
+validate_every = 2
+validation_crops = 4
+log_every = 1
+save_every = 2
+milestones = [0.34, 0.67]
+[[model]]
+name = "crate"
+[evaluate]
+crops = 8
+[collect]
+excerpts = 12
+window = 8
+top = 6
+random = 6
+[neurons]
+sites = ["auto", "residual"]
+protocols = "uniform"
+neurons = 2
+simulators = ["list-pmi", "all-at-once"]
+judges = ["detection", "intruder"]
+llm = "scripted"
+[report]
+cards = 1
+"""
+
+
+def test_milestones_sites_simulators_and_judges_of_a_study_are_all_reported(text_folder, tmp_path, monkeypatch):
+    llm = ScriptedLLM(lambda prompt: f" words like {len(prompt)}", lambda prompt, token: float(len(prompt + token) % 7))
+    for stage in ("explain", "simulate", "judge"):
+        monkeypatch.setattr(f"cratescope.neurons.{stage}.open_llm", lambda config: llm)
+    (tmp_path / "plan.toml").write_text(MILESTONES.format(text=text_folder))
+    page = study(StudyConfig(tmp_path / "plan.toml", tmp_path / "out"))
+    assert page == tmp_path / "out" / "report" / "report.html"
+    for name in ("report", "report-all-at-once"):
+        rows = list(csv.DictReader((tmp_path / "out" / name / "scores.csv").read_text().splitlines()))
+        assert {(row["model"], int(row["tokens_trained"])) for row in rows} == {
+            (f"{run} · {site}", steps * 128)
+            for run, steps in (("crate", 6), ("crate-step-000002", 2), ("crate-step-000004", 4))
+            for site in ("codes", "residual")
+        }
+        assert {row["protocol"] for row in rows} == {"uniform", "detection", "intruder"}
+        assert {row["simulator"] for row in rows} == {"all-at-once" if "-" in name else "list-pmi"}
+    asked = len(llm.asked)
+    assert study(StudyConfig(tmp_path / "plan.toml", tmp_path / "out")) == page
+    assert len(llm.asked) == asked
+
+
+def test_a_model_that_is_called_like_a_milestone_is_refused(tmp_path):
+    path = tmp_path / "plan.toml"
+    path.write_text(MILESTONES + '[[model]]\nname = "untrained"\nsteps = 0\n')
+    runs = [run.name for _, runs in check(read_plan(path), path).training(tmp_path) for run in runs]
+    assert runs == ["crate", "crate-step-000002", "crate-step-000004", "untrained"]
+    path.write_text(MILESTONES + '[[model]]\nname = "crate-step-000004"\n')
+    with pytest.raises(UserError, match="name = 'crate-step-000004' is the name of a milestone too"):
+        study(StudyConfig(tmp_path / "plan.toml", tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        (
+            "[neurons]\nneurons = 3\n[explain]\nneurons = 4",
+            r"\[explain\] neurons = 4 contradicts \[neurons\] neurons = 3",
+        ),
+        ("[neurons]\nllm = 'a'\n[judge]\nllm = 'b'", r"\[judge\] llm = 'b' contradicts \[neurons\] llm = 'a'"),
+        ("[neurons]\nsites = ['auto', 'residual']\n[collect]\nsite = 'mlp'", r"\[collect\] site = 'mlp' contradicts"),
+        ("[simulate]\nsimulator = 'all-at-once'\n[score]\nsimulator = 'list-pmi'", r"\[score\] simulator = 'list-pmi'"),
+        (
+            "[neurons]\njudges = ['fuzzing']\n[judge]\nscorer = ['detection', 'fuzzing']",
+            r"\[judge\] scorer = \['detect",
+        ),
+        ("[neurons]\nexplainer = 'a'", r"\[neurons\] has no option 'explainer'"),
+        ("[neurons]\nsites = []", r"\[neurons\] --sites: name at least one"),
+        ("[neurons]\nsimulators = ['list']", r"\[neurons\] simulators = \['list'\] is not a value"),
+        ("[neurons]\nneurons = 0", r"\[neurons\] --neurons 0: has to be 1 or more"),
+        ("[neurons]\nprotocols = ['nosuch']", r"\[neurons\] --protocols nosuch"),
+        ("[neurons]\nsites = ['cods']", r"\[\[model\]\] a: no site 'cods' for a crate model"),
+        ("[collect]\nlayers = [7]", r"\[\[model\]\] a: layer 7 is out of range"),
+        ("[score]\nsimulator = 'list'", r"\[score\] simulator = 'list' is not a value"),
+    ],
+)
+def test_what_sections_share_is_given_once_and_known(tmp_path, sections, message):
+    path = tmp_path / "plan.toml"
+    path.write_text(f'[prepare]\nsource = "x"\n{sections}\n[[model]]\nname = "a"\n')
+    with pytest.raises(UserError, match=message):
+        check(read_plan(path), path)
+
+
+def test_what_sections_share_reaches_every_stage_that_has_it(tmp_path):
+    path = tmp_path / "plan.toml"
+    path.write_text(
+        '[prepare]\nsource = "x"\n[neurons]\nneurons = 3\nprotocols = ["uniform"]\nllm = "a"\nllm_batch = 2\n'
+        '[simulate]\nsimulator = "all-at-once"\n[judge]\nneurons = 3\n[[model]]\nname = "a"\n'
+    )
+    plan = check(read_plan(path), path)
+    assert (plan.sites, plan.simulators, plan.judges) == (("auto",), ("all-at-once",), ("detection",))
+    for section in ("explain", "simulate", "judge"):
+        found = plan.options(section, run="r")
+        assert (found.neurons, found.protocols, found.llm.llm, found.llm.llm_batch) == (3, ("uniform",), "a", 2)
+    assert plan.options("score", run="r").protocols == ("uniform",)
+
+
+def test_options_of_a_table_become_settings_by_their_types(tmp_path):
+    config = from_table(
         TrainConfig, {"out": tmp_path, "data": "d", "adam_betas": [0.8, 0.9], "crate": {"ista_steps": 3}}, "here:"
     )
     assert config.out == tmp_path and config.data == Path("d")
     assert config.adam_betas == (0.8, 0.9) and config.crate == {"ista_steps": "3"}
     with pytest.raises(UserError, match="here: has no option 'stepz'"):
-        parse_options(TrainConfig, {"stepz": 1}, "here:")
+        from_table(TrainConfig, {"stepz": 1}, "here:")
+    budget = from_table(TrainConfig, {"out": "x", "data": "d", "budget": "minutes", "clip": 2, "steps": 7}, "here:")
+    assert (budget.context, budget.steps, budget.clip) == (256, 7, 2.0) and isinstance(budget.clip, float)
+    explain = from_table(ExplainConfig, {"run": "r", "llm": "x", "llm_batch": 3, "layers": [1, 2]}, "here:")
+    assert explain == ExplainConfig(Path("r"), layers=(1, 2), llm=LLMConfig(llm="x", llm_batch=3))
+    with pytest.raises(UserError, match="here: data is missing"):
+        from_table(TrainConfig, {"out": "x"}, "here:")
+    for name, value in (
+        ("steps", 1.0),
+        ("steps", "3"),
+        ("data", ""),
+        ("preset", 3),
+        ("budget", ["hour"]),
+        ("keep", {}),
+    ):
+        with pytest.raises(UserError, match=f"here: {name} = .* is not a value it takes"):
+            from_table(TrainConfig, {"out": "x", "data": "d", name: value}, "here:")
     with pytest.raises(UserError, match="here: steps = 'many' is not a value it takes"):
-        parse_options(TrainConfig, {"out": "x", "data": "d", "steps": "many"}, "here:")
+        from_table(TrainConfig, {"out": "x", "data": "d", "steps": "many"}, "here:")
 
 
 def test_a_mistake_in_the_last_section_is_found_before_any_work(plan, tmp_path):
@@ -229,7 +364,7 @@ def test_a_model_name_that_is_no_folder_of_its_own_is_refused(tmp_path, name, me
         ("train", "crate = {ista_steps = nan}", "--crate ista_steps = 'nan' is not a int"),
         ("train", "crate = {ista_expansion = 1000000}", "ista_expansion = 1000000"),
         ("train", "llm = 'x'", "has no option 'llm'"),
-        ("evaluate", "on = ['heldout', '-x']", r"on = \['heldout', '-x'\]"),
+        ("evaluate", "on = ['heldout', '-x']", "--on -x: no such file"),
         ("collect", "dump = 'yes'", "dump = 'yes'"),
         ("evaluate", "on = ['nosuch']", "--on nosuch: no such file"),
         ("collect", "model = 'x'", "model is given by the study itself"),
@@ -274,7 +409,7 @@ def test_every_study_of_the_repository_is_valid(path):
     plan = read_plan(path)
     check(plan, path)
     assert {model["preset"] for model in plan["model"]} >= {"crate-2l", "gpt2-2l"}
-    assert Quantity.parse(plan["report"].get("primary", ReportConfig.primary)).protocol in plan["score"]["protocols"]
+    assert Quantity.parse(plan["report"].get("primary", ReportConfig.primary)).protocol in plan["neurons"]["protocols"]
 
 
 def test_the_papers_study_has_two_seeds_and_an_untrained_copy_of_each():

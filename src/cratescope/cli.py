@@ -1,4 +1,4 @@
-"""The command line: one short function a subcommand. Heavy imports stay inside, so that --help is instant."""
+"""The command line: what a stage prints, and how it ends. Heavy imports stay inside, so that --help is instant."""
 
 from __future__ import annotations
 
@@ -9,35 +9,24 @@ import select
 import signal
 import sys
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import IO, Any, NoReturn
 
-from cratescope import config as settings
 from cratescope.hardware import keep_freed_memory, processes, rank
+from cratescope.options import parse
 from cratescope.run import DISK_FULL, Stopped, UserError, unusable
+from cratescope.stages import STAGES
 
 
-def prepare(config: settings.PrepareConfig) -> str:
-    from rich.console import Console
-
-    from cratescope.lm.data import prepare
-
-    data = prepare(config, Console(stderr=True))
+def _prepared(_config: Any, data: Any) -> str:
     return "\n".join(
         f"{name}: {split['documents']:,} documents, {split['tokens']:,} tokens"
         for name, split in data.manifest["splits"].items()
     )
 
 
-def train(config: settings.TrainConfig) -> str:
-    from cratescope.lm.train import train
-
-    return str(train(config).model)
-
-
-def evaluate(config: settings.EvaluateConfig) -> str:
-    from cratescope.lm.evaluate import evaluate
-
-    result = evaluate(config)
+def _evaluated(config: Any, result: dict[str, Any]) -> str:
     lines = [_loss("validation", result)]
     lines += [_loss(name, result["sets"][name]) for name in dict.fromkeys(config.on) if name != "validation"]
     for name in config.task_names():
@@ -56,37 +45,11 @@ def _loss(name: str, row: dict[str, Any]) -> str:
     return line
 
 
-def collect(config: settings.CollectConfig) -> str:
-    from cratescope.neurons.collect import collect
-
-    return str(collect(config))
-
-
-def explain(config: settings.ExplainConfig) -> str:
-    from cratescope.neurons.explain import explain
-
-    return "\n".join(map(str, explain(config)))
-
-
-def simulate(config: settings.SimulateConfig) -> str:
-    from cratescope.neurons.simulate import simulate
-
-    return "\n".join(map(str, simulate(config)))
-
-
-def judge(config: settings.JudgeConfig) -> str:
-    from cratescope.neurons.judge import judge
-
-    return "\n".join(map(str, judge(config)))
-
-
-def score(config: settings.ScoreConfig) -> str:
+def _scored(_config: Any, folder: Path) -> str:
     from cratescope.neurons.records import read_scores
-    from cratescope.neurons.score import score
     from cratescope.results.scores import Scores
     from cratescope.run import read_json
 
-    folder = score(config)
     scores = Scores(read_scores(folder / "scores.jsonl"))
     lines = [_score_line(scores, name) for name in scores.protocols]
     verdicts = read_json(folder / "scores.json")["sanity"]
@@ -106,45 +69,13 @@ def _score_line(scores: Any, protocol: str) -> str:
     return line + (f"; gain over {', '.join(listed)}" if listed else "")
 
 
-def report(config: settings.ReportConfig) -> str:
-    from cratescope.report.report import report
-
-    return str(report(config))
-
-
-def export(config: settings.ExportConfig) -> str:
-    from cratescope.neurons.exchange import export
-
-    return str(export(config))
-
-
-def import_(config: settings.ImportConfig) -> str:
-    from cratescope.neurons.exchange import import_records
-
-    return str(import_records(config))
-
-
-def show(config: settings.ShowConfig) -> str:
+def _shown(_config: Any, card: Any) -> str:
     from rich.console import Console
-
-    from cratescope.report.card import neuron_card
 
     console = Console()
     with console.capture() as shown:
-        console.print(neuron_card(config))
+        console.print(card)
     return shown.get().rstrip("\n")
-
-
-def convert(config: settings.ConvertConfig) -> str:
-    from cratescope.models.convert import convert
-
-    return str(convert(config.source, config.out))
-
-
-def study(config: settings.StudyConfig) -> str:
-    from cratescope.study import study
-
-    return str(study(config))
 
 
 def _plus_minus(*numbers: float | None) -> str:
@@ -155,27 +86,27 @@ def _percent(value: float | None, error: float | None) -> str:
     return " +- ".join("-" if number is None else f"{100 * number:.1f}" for number in (value, error))
 
 
-COMMANDS: dict[str, tuple[Callable[[Any], str], type]] = {
-    "prepare": (prepare, settings.PrepareConfig),
-    "train": (train, settings.TrainConfig),
-    "evaluate": (evaluate, settings.EvaluateConfig),
-    "collect": (collect, settings.CollectConfig),
-    "explain": (explain, settings.ExplainConfig),
-    "simulate": (simulate, settings.SimulateConfig),
-    "judge": (judge, settings.JudgeConfig),
-    "score": (score, settings.ScoreConfig),
-    "show": (show, settings.ShowConfig),
-    "report": (report, settings.ReportConfig),
-    "study": (study, settings.StudyConfig),
-    "export": (export, settings.ExportConfig),
-    "import": (import_, settings.ImportConfig),
-    "convert": (convert, settings.ConvertConfig),
+SAID: dict[str, Callable[[Any, Any], str]] = {
+    "prepare": _prepared,
+    "train": lambda _config, run: str(run.model),
+    "evaluate": _evaluated,
+    "score": _scored,
+    "show": _shown,
 }
+"""What is printed of the settings and the result of a stage; of all others the result, a path or several."""
+
+
+def _do(name: str, config: Any) -> str:
+    """Run a stage and return what it says."""
+    result = STAGES[name].load()(config)
+    if name in SAID:
+        return SAID[name](config, result)
+    return "\n".join(map(str, result)) if isinstance(result, list) else str(result)
 
 
 def overview() -> str:
     """What `cratescope --help` says."""
-    lines = [f"  {name:10} {(kind.__doc__ or '').splitlines()[0]}" for name, (_, kind) in COMMANDS.items()]
+    lines = [f"  {name:10} {stage.line}" for name, stage in STAGES.items()]
     return "\n".join(
         [
             "usage: cratescope COMMAND [OPTIONS]",
@@ -199,18 +130,18 @@ def run(arguments: list[str]) -> str:
     name, rest = (arguments or ["--help"])[0], arguments[1:]
     if name in ("--help", "-h"):
         return overview()
-    if name not in COMMANDS:
-        raise UserError(f"no command {name!r}; there are {', '.join(COMMANDS)}")
-    command, kind = COMMANDS[name]
+    if name not in STAGES:
+        raise UserError(f"no command {name!r}; there are {', '.join(STAGES)}")
+    kind = STAGES[name].config
     if processes() > 1 and name != "train" and not hasattr(kind, "worker"):
         raise UserError(f"{name} runs in one process; start it without torchrun or accelerate")
-    config: Any = settings.parse(kind, rest, prog=f"cratescope {name}")
+    config: Any = parse(kind, rest, prog=f"cratescope {name}")
     _set_up_process()
     if getattr(config, "ray", 0):
         from cratescope.neurons.spread import spread
 
-        return spread(command, config)
-    return command(config)
+        return spread(partial(_do, name), config)
+    return _do(name, config)
 
 
 def _set_up_process() -> None:

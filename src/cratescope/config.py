@@ -5,108 +5,31 @@ Defaults are the paper's wherever the paper gives one (paper sections are named 
 
 from __future__ import annotations
 
-import functools
-import re
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_type_hints
+from typing import Annotated, Any, Literal
 
 import tyro
 
-from cratescope.hardware import rank, worker_of
+from cratescope.options import LARGEST_BATCH, LARGEST_SEED, Checked, within
 from cratescope.run import UserError
 
-Config = TypeVar("Config")
 PositionalPath = Annotated[Path, tyro.conf.Positional]
 PositionalPaths = Annotated[tuple[Path, ...], tyro.conf.Positional]
 Simulator = Literal["list-pmi", "list-in-context", "all-at-once"]
 Prompts = Literal["own", "openai"]
+Scorer = Literal["detection", "fuzzing", "intruder"]
 DEFAULT_PROTOCOLS = ("top-and-random", "random-only")
-
-
-LARGEST = 2**31 - 1
-LARGEST_SEED = 2**32 - 1
-"""What NumPy, PyTorch and transformers all take."""
-LARGEST_BATCH = 65_536
-
-
-@dataclass(frozen=True)
-class Range:
-    """Numbers from `low` to `high` without nan and inf; `above` and `below` leave out the ends."""
-
-    low: float
-    high: float
-    above: bool
-    below: bool
-
-    def refusal(self, number: float) -> str | None:
-        """What a number that is not among them has to be."""
-        if not (number > self.low if self.above else number >= self.low):  # also when it is nan
-            return f"more than {self.low}" if self.above else f"{self.low} or more"
-        if not (number < self.high if self.below else number <= self.high):
-            return f"less than {self.high}" if self.below else f"{self.high} or less"
-        return None
-
-    def __call__(self, default: str) -> str:
-        """What --help says behind an option."""
-        low = f"more than {self.low}" if self.above else f"{self.low} or more"
-        high = f", {'less than ' if self.below else 'up to '}{self.high}" if self.high != LARGEST else ""
-        return f"({low}{high}; default: {default})"
-
-
-def within(low: float, high: float = LARGEST, *, above: bool = False, below: bool = False) -> Any:
-    """The range of an option of numbers, to stand in its annotation; of a tuple that of each number in it."""
-    return tyro.conf.arg(help_behavior_hint=Range(low, high, above, below))
-
-
-@functools.cache
-def ranges(kind: type) -> dict[str, Range]:
-    """Range of every option of numbers of a class of settings."""
-    hints = get_type_hints(kind, include_extras=True).items()
-    found = {name: [getattr(part, "help_behavior_hint", None) for part in get_args(hint)[1:]] for name, hint in hints}
-    return {name: part for name, parts in found.items() for part in parts if isinstance(part, Range)}
-
-
-class _Checked:
-    """Refuses what is out of its option's range, and text that no file can hold, when settings are made."""
-
-    def __post_init__(self) -> None:
-        kind: Any = type(self)
-        for option in fields(kind):
-            value = getattr(self, option.name)
-            for one in value if isinstance(value, tuple) else (value,):
-                reason = _refusal(one, option.default, ranges(kind).get(option.name))
-                if reason:
-                    raise UserError(f"{self._flag(option.name)} {one!s:.60}: {reason}")
-            if value == () and option.default not in ((), MISSING):
-                raise UserError(f"{self._flag(option.name)}: name at least one")
-        worker_of(getattr(self, "worker", "auto"))
-        rank(local=True)  # what a launcher of processes says is checked here too
-        gpus = getattr(self, "ray_gpus", 0)
-        if gpus > 1 and gpus % 1:
-            raise UserError(f"--ray-gpus {gpus}: Ray shares out parts of one GPU, or whole ones; give a whole number")
-
-    @classmethod
-    def _flag(cls, name: str) -> str:
-        """What the option is called on the command line."""
-        positional = tyro.conf.Positional in get_args(get_type_hints(cls, include_extras=True)[name])
-        return name if positional else f"--{name.replace('_', '-')}"
-
-
-def _refusal(value: Any, default: Any, span: Range | None) -> str | None:
-    """Why an option cannot have this value, if so."""
-    if span and isinstance(value, int | float):
-        reason = span.refusal(value)
-        return reason and f"has to be {reason}"
-    if isinstance(value, str) and not value and default != "":
-        return "is empty; give a value or leave it out"
-    if isinstance(value, str | Path) and re.search("[\0\ud800-\udfff]", str(value)):
-        return "is not UTF-8 text without NUL; give another name"
-    return None
+WORKER = "i/n: do every n-th batch or part from the i-th on, i from 0; auto reads torchrun's RANK and WORLD_SIZE."
+RAY = "Do it in this many Ray tasks, on a cluster or here (pip install 'cratescope[ray]'); each is one worker."
+# Options of every stage whose work is shared out. A base class would put them first in --help.
+Worker = Annotated[str, tyro.conf.arg(help=WORKER)]
+RayTasks = Annotated[int, within(0, 10_000, help=RAY)]
+RayGPUs = Annotated[float, within(0, 1000, help="GPUs of a Ray task; 0.5 lets two share one.")]
 
 
 @dataclass(frozen=True)
-class PrepareConfig(_Checked):
+class PrepareConfig(Checked):
     """Turn text into tokenised shards with a manifest, split by document into train, validation and heldout."""
 
     source: Annotated[str, tyro.conf.Positional]
@@ -133,9 +56,39 @@ class PrepareConfig(_Checked):
             raise UserError("--validation and --heldout together leave nothing to train on; make them smaller")
 
 
+# What a smaller budget changes: fewer tokens a step, and the higher learning rate that small models then take.
+BUDGETS: dict[str, dict[str, Any]] = {
+    "paper": {},
+    "hour": {
+        "steps": 1500,
+        "batch_tokens": 16_384,
+        "micro_batch": 16,
+        "context": 256,
+        "learning_rate": 2e-3,
+        "min_learning_rate": 2e-4,
+        "warmup_steps": 100,
+        "validate_every": 100,
+        "save_every": 100,
+    },
+    "minutes": {
+        "steps": 500,
+        "batch_tokens": 4096,
+        "micro_batch": 16,
+        "context": 256,
+        "learning_rate": 2e-3,
+        "min_learning_rate": 2e-4,
+        "warmup_steps": 50,
+        "validate_every": 100,
+        "save_every": 100,
+    },
+}
+
+
 @dataclass(frozen=True)
-class TrainConfig(_Checked):
+class TrainConfig(Checked):
     """Train one language model with the paper's recipe (section 3) and write it as a Hugging Face checkpoint."""
+
+    budgets = BUDGETS
 
     out: Annotated[Path, tyro.conf.Positional]
     """Run directory to write; the same command resumes from the last whole checkpoint."""
@@ -207,36 +160,8 @@ class TrainConfig(_Checked):
                 raise UserError(f"{value}: is no multiple of --log-every {self.log_every}; change one of them")
 
 
-# What a smaller budget changes: fewer tokens a step, and the higher learning rate that small models then take.
-BUDGETS: dict[str, dict[str, Any]] = {
-    "paper": {},
-    "hour": {
-        "steps": 1500,
-        "batch_tokens": 16_384,
-        "micro_batch": 16,
-        "context": 256,
-        "learning_rate": 2e-3,
-        "min_learning_rate": 2e-4,
-        "warmup_steps": 100,
-        "validate_every": 100,
-        "save_every": 100,
-    },
-    "minutes": {
-        "steps": 500,
-        "batch_tokens": 4096,
-        "micro_batch": 16,
-        "context": 256,
-        "learning_rate": 2e-3,
-        "min_learning_rate": 2e-4,
-        "warmup_steps": 50,
-        "validate_every": 100,
-        "save_every": 100,
-    },
-}
-
-
 @dataclass(frozen=True)
-class EvaluateConfig(_Checked):
+class EvaluateConfig(Checked):
     """Loss, perplexity and bits per byte with standard errors on any text, lm-eval tasks, and next-token examples."""
 
     run: PositionalPath
@@ -267,7 +192,7 @@ class EvaluateConfig(_Checked):
 
 
 @dataclass(frozen=True)
-class CollectConfig(_Checked):
+class CollectConfig(Checked):
     """Read held-out text once and write, for every neuron, windows, moments, histogram and token means."""
 
     run: PositionalPath
@@ -303,12 +228,9 @@ class CollectConfig(_Checked):
     """Excerpts in one forward pass."""
     part: Annotated[int, within(1)] = 512
     """Excerpts in one part; a kill loses at most one part of work."""
-    worker: str = "auto"
-    """i/n: do every n-th part from the i-th on, i from 0; auto reads torchrun's RANK and WORLD_SIZE."""
-    ray: Annotated[int, within(0, 10_000)] = 0
-    """Do it in this many Ray tasks, on a cluster or here (pip install 'cratescope[ray]'); each is one worker."""
-    ray_gpus: Annotated[float, within(0, 1000)] = 0
-    """GPUs of a Ray task; 0.5 lets two share one."""
+    worker: Worker = "auto"
+    ray: RayTasks = 0
+    ray_gpus: RayGPUs = 0
     seed: Annotated[int, within(0, LARGEST_SEED)] = 0
     """Draws the random positions."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -318,7 +240,7 @@ class CollectConfig(_Checked):
 
 
 @dataclass(frozen=True)
-class LLMConfig(_Checked):
+class LLMConfig(Checked):
     """The language model that explains or simulates."""
 
     llm: str = "offline"
@@ -363,7 +285,7 @@ class LLMConfig(_Checked):
 
 
 @dataclass(frozen=True)
-class ExplainConfig(_Checked):
+class ExplainConfig(Checked):
     """Ask an LLM for one phrase a neuron, from its highest-activating records."""
 
     run: PositionalPath
@@ -380,17 +302,14 @@ class ExplainConfig(_Checked):
     """Protocols to explain for (docs/evaluation.md); those that explain from the same windows share explanations."""
     prompts: Prompts = "own"
     """`own`, or `openai`: the exact ones, from an installed automated-interpretability."""
-    worker: str = "auto"
-    """i/n: do every n-th batch from the i-th on, i from 0; auto reads torchrun's RANK and WORLD_SIZE."""
-    ray: Annotated[int, within(0, 10_000)] = 0
-    """Do it in this many Ray tasks, on a cluster or here (pip install 'cratescope[ray]'); each is one worker."""
-    ray_gpus: Annotated[float, within(0, 1000)] = 0
-    """GPUs of a Ray task; 0.5 lets two share one."""
+    worker: Worker = "auto"
+    ray: RayTasks = 0
+    ray_gpus: RayGPUs = 0
     llm: Annotated[LLMConfig, tyro.conf.arg(name="")] = field(default_factory=LLMConfig)
 
 
 @dataclass(frozen=True)
-class SimulateConfig(_Checked):
+class SimulateConfig(Checked):
     """Predict activations from every explanation, and from the controls that a score is compared with."""
 
     run: PositionalPath
@@ -410,12 +329,9 @@ class SimulateConfig(_Checked):
     """Wording of all-at-once: `own`, or `openai` from an installed automated-interpretability."""
     reference_quirks: bool = False
     """all-at-once: read values as the reference code does (docs/evaluation.md)."""
-    worker: str = "auto"
-    """i/n: do every n-th batch from the i-th on, i from 0; auto reads torchrun's RANK and WORLD_SIZE."""
-    ray: Annotated[int, within(0, 10_000)] = 0
-    """Do it in this many Ray tasks, on a cluster or here (pip install 'cratescope[ray]'); each is one worker."""
-    ray_gpus: Annotated[float, within(0, 1000)] = 0
-    """GPUs of a Ray task; 0.5 lets two share one."""
+    worker: Worker = "auto"
+    ray: RayTasks = 0
+    ray_gpus: RayGPUs = 0
     llm: Annotated[LLMConfig, tyro.conf.arg(name="")] = field(default_factory=LLMConfig)
 
     def __post_init__(self) -> None:
@@ -438,7 +354,7 @@ class SimulateConfig(_Checked):
 
 
 @dataclass(frozen=True)
-class JudgeConfig(_Checked):
+class JudgeConfig(Checked):
     """Ask an LLM about whole windows instead of simulating: detection, fuzzing or intruder detection."""
 
     run: PositionalPath
@@ -447,23 +363,20 @@ class JudgeConfig(_Checked):
     """Site of the records, as given to `collect`."""
     explainer: str = "offline"
     """Whose explanations: the --llm given to `explain`."""
-    scorer: Literal["detection", "fuzzing", "intruder"] = "detection"
+    scorer: Scorer = "detection"
     """Does the window hold it; are the marked tokens it; which of five windows is foreign."""
     neurons: Annotated[int | None, within(1)] = None
     """Only this many of the explained neurons a layer; all by default."""
     protocols: tuple[str, ...] = DEFAULT_PROTOCOLS
     """Protocols whose explanations are judged; those that explain from the same windows are one."""
-    worker: str = "auto"
-    """i/n: do every n-th batch from the i-th on, i from 0; auto reads torchrun's RANK and WORLD_SIZE."""
-    ray: Annotated[int, within(0, 10_000)] = 0
-    """Do it in this many Ray tasks, on a cluster or here (pip install 'cratescope[ray]'); each is one worker."""
-    ray_gpus: Annotated[float, within(0, 1000)] = 0
-    """GPUs of a Ray task; 0.5 lets two share one."""
+    worker: Worker = "auto"
+    ray: RayTasks = 0
+    ray_gpus: RayGPUs = 0
     llm: Annotated[LLMConfig, tyro.conf.arg(name="")] = field(default_factory=LLMConfig)
 
 
 @dataclass(frozen=True)
-class ScoreConfig(_Checked):
+class ScoreConfig(Checked):
     """Compare simulated with true activations, beside every control, and say which measures may be trusted."""
 
     run: PositionalPath
@@ -479,7 +392,7 @@ class ScoreConfig(_Checked):
 
 
 @dataclass(frozen=True)
-class ExportConfig(_Checked):
+class ExportConfig(Checked):
     """Write neuron records in another tool's format: OpenAI's NeuronRecord JSON, or delphi's cache of activations."""
 
     run: PositionalPath
@@ -497,7 +410,7 @@ class ExportConfig(_Checked):
 
 
 @dataclass(frozen=True)
-class ImportConfig(_Checked):
+class ImportConfig(Checked):
     """Read OpenAI NeuronRecord JSON made elsewhere into a run directory, to explain, simulate and score it here."""
 
     source: PositionalPath
@@ -507,7 +420,7 @@ class ImportConfig(_Checked):
 
 
 @dataclass(frozen=True)
-class ShowConfig(_Checked):
+class ShowConfig(Checked):
     """Print a card of one neuron: explanation, scores, moments, histogram, tokens and windows shaded by activation."""
 
     run: PositionalPath
@@ -525,7 +438,7 @@ class ShowConfig(_Checked):
 
 
 @dataclass(frozen=True)
-class ReportConfig(_Checked):
+class ReportConfig(Checked):
     """Write one self-contained HTML report of some runs, its numbers as CSV and JSON, its figures as SVG and PNG."""
 
     runs: PositionalPaths
@@ -549,7 +462,7 @@ class ReportConfig(_Checked):
 
 
 @dataclass(frozen=True)
-class ConvertConfig(_Checked):
+class ConvertConfig(Checked):
     """Turn the authors' nanoGPT-style checkpoint (.pt) into a Hugging Face folder, or such a folder back into a .pt."""
 
     source: PositionalPath
@@ -559,38 +472,29 @@ class ConvertConfig(_Checked):
 
 
 @dataclass(frozen=True)
-class StudyConfig(_Checked):
+class NeuronsConfig(Checked):
+    """What the stages of a study that are about neurons share, its section [neurons]."""
+
+    sites: tuple[str, ...] = ("auto",)
+    """Sites to look at, each as in `collect --site`."""
+    protocols: tuple[str, ...] = DEFAULT_PROTOCOLS
+    """Protocols to explain for, simulate, judge and score."""
+    neurons: Annotated[int | None, within(1)] = None
+    """How many neurons a layer, drawn at random by the seed; all by default."""
+    neuron_seed: Annotated[int, within(0, LARGEST_SEED)] = 0
+    """Draws the neurons."""
+    simulators: tuple[Simulator, ...] = ("list-pmi",)
+    """Simulators, each with scores and a report of its own."""
+    judges: tuple[Scorer, ...] = ()
+    """Scorers of `judge`; none by default, unless there is a section [judge]."""
+    llm: Annotated[LLMConfig, tyro.conf.arg(name="")] = field(default_factory=LLMConfig)
+
+
+@dataclass(frozen=True)
+class StudyConfig(Checked):
     """Prepare, train, collect, explain, simulate, score and report a matrix of models described in one TOML file."""
 
     config: PositionalPath
     """TOML file; `studies/demo.toml` shows every section."""
     out: Path
     """Folder to write; finished work is skipped, so the same command resumes."""
-
-
-MAY_BE_EMPTY = ("--llm-model", "--llm-tokenizer")
-"""An empty path would be the folder that one is in, and nearly always is a variable that was not set."""
-
-
-def _refuse_empty(arguments: list[str]) -> None:
-    for before, argument in zip(["", *arguments], arguments, strict=False):
-        name = before if before.startswith("--") else "an argument"
-        if re.fullmatch("--[a-z_-]+=", argument):
-            name, argument = argument[:-1], ""
-        if not argument and name not in MAY_BE_EMPTY:
-            raise UserError(f"{name}: is empty; give a value or leave it out")
-
-
-def parse(kind: type[Config], arguments: list[str], prog: str | None = None) -> Config:
-    """Settings of `kind` from command-line arguments; `--budget` of training chooses the defaults of the others.
-
-    Ends the process as a command line does: exit code 0 after --help, 2 for what cannot be parsed.
-    """
-    default: Any = tyro.MISSING_NONPROP
-    _refuse_empty(arguments)
-    words = [word for argument in arguments for word in argument.split("=", 1 if argument[:9] == "--budget=" else 0)]
-    if kind is TrainConfig and "--budget" in words[:-1]:
-        budget = words[len(words) - words[::-1].index("--budget")]
-        if budget in BUDGETS:
-            default = TrainConfig(tyro.MISSING, tyro.MISSING, budget, **BUDGETS[budget])  # type: ignore[arg-type]
-    return tyro.cli(kind, prog=prog, args=arguments, default=default)

@@ -1,166 +1,255 @@
 """A study: every stage for a matrix of models, described in one TOML file, and one report at the end.
 
 A section of the file holds options of the subcommand of its name, so what a subcommand's --help says is true here
-too. Stages skip what is already there: running a study again finishes what is missing.
+too; [neurons] gives what several of them share. Stages skip what is already there: running a study again finishes what
+is missing.
 """
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import functools
-import io
-import re
+import itertools
 import tomllib
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any
 
 from rich.console import Console
 
 from cratescope import config as settings
-from cratescope.run import UserError, decode_text, first_line
+from cratescope.options import from_table, option_types
+from cratescope.run import Run, UserError, decode_text, first_line
+from cratescope.stages import STAGES
 
 Settings = dict[str, Any]
 
-SECTIONS: dict[str, tuple[type, tuple[str, ...]]] = {
-    "prepare": (settings.PrepareConfig, ("out",)),
-    "train": (settings.TrainConfig, ("out", "data")),
-    "evaluate": (settings.EvaluateConfig, ("run",)),
-    "collect": (settings.CollectConfig, ("run", "model")),
-    "explain": (settings.ExplainConfig, ("run",)),
-    "simulate": (settings.SimulateConfig, ("run", "explainer")),
-    "judge": (settings.JudgeConfig, ("run", "explainer")),
-    "score": (settings.ScoreConfig, ("run", "explainer")),
-    "report": (settings.ReportConfig, ("runs", "out", "title", "explainer")),
+GIVEN = {
+    "prepare": ("out",),
+    "train": ("out", "data"),
+    "evaluate": ("run",),
+    "collect": ("run", "model"),
+    "explain": ("run",),
+    "simulate": ("run", "explainer"),
+    "judge": ("run", "explainer"),
+    "score": ("run", "explainer"),
+    "report": ("runs", "out", "title", "explainer"),
 }
-"""Section -> its settings, and the options that the study itself gives. [judge] is done only if it is there."""
+"""Section -> the options that the study itself gives. Without judges [judge] is left out."""
+SHARED = "neurons"
+"""The section of what several sections share: an option of it is one of every stage that has it."""
+LOOPS = {"sites": "site", "simulators": "simulator", "judges": "scorer"}
+"""Options of [neurons] that name several, and what each of them is in the sections that have it."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A study file, checked: sections hold what [neurons] shares with them.
+
+    models: the options of training that are a model's own, by name. sites, simulators, judges: as they were given.
+    """
+
+    path: Path
+    title: str
+    sections: dict[str, Settings]
+    models: dict[str, Settings]
+    sites: tuple[str, ...]
+    simulators: tuple[str, ...]
+    judges: tuple[Any, ...]
+
+    def options(self, section: str, own: Settings | None = None, **given: Any) -> Any:
+        """The settings of a section: what the study gives, over a model's `own`, over the file's, over the defaults."""
+        from_file = self.sections.get(section, {}) | (own or {})
+        for name in sorted(from_file.keys() & set(GIVEN[section])):
+            raise UserError(f"{self.path}: [{section}] {name} is given by the study itself; leave it out")
+        return from_table(STAGES[section].config, from_file | given, f"{self.path}: [{section}]")
+
+    def do(self, section: str, own: Settings | None = None, **given: Any) -> Any:
+        """Run the stage of a section."""
+        return STAGES[section].load()(self.options(section, own, **given))
+
+    def training(self, out: Path) -> Iterator[tuple[settings.TrainConfig, list[Run]]]:
+        """How each model is trained, and its runs: what it is at the end, and its milestones."""
+        from cratescope.lm.trainer import milestone_steps
+
+        for name, own in self.models.items():
+            config = self.options("train", own, out=out / "runs" / name, data=out / "data")
+            run = Run(config.out)
+            yield config, [run, *(run.milestone(step) for step in sorted(milestone_steps(config)))]
 
 
 def study(config: settings.StudyConfig) -> Path:
-    """Run what is not done yet of every stage and return the path of the report.
+    """Run what is not done yet of every stage and return the path of the report, the first simulator's if of several.
+
+    Every stage is done for the model at the end of training and for each of its milestones.
 
     Raises:
         UserError: the file is not TOML, or names an unknown section, option or value.
     """
-    plan = read_plan(config.config)
+    plan = check(read_plan(config.config), config.config)
+    training = list(plan.training(config.out))
+    _check_names(plan, [run.name for _, runs in training for run in runs])
     say = functools.partial(Console(stderr=True).print, markup=False)
-    options, models, judging = check(plan, config.config)
-
-    from cratescope.lm.data import prepare
-    from cratescope.lm.evaluate import evaluate
-    from cratescope.lm.train import train
-    from cratescope.neurons.collect import collect
-
-    data = config.out / "data"
-    say(f"prepare {data}")
-    prepare(options("prepare", out=data), Console(stderr=True))
-    runs = [config.out / "runs" / name for name in models]
-    for run, own in zip(runs, models.values(), strict=True):
-        say(f"train, evaluate, collect {run}")
-        train(options("train", own, out=run, data=data))
-        result = evaluate(options("evaluate", run=run))
-        margin = result["unigram_entropy"] - result["loss"]
-        error = "-" if result["standard_error"] is None else f"{result['standard_error']:.3f}"
-        say(
-            f"  {result['split']} loss {result['loss']:.3f} +- {error} nats a token, "
-            f"{margin:.3f} below the unigram entropy of {result['unigram_entropy']:.3f}"
-        )
-        collect(options("collect", run=run))
-    explainer = _score_neurons(options, runs, judging, say)
-
-    from cratescope.report.report import report
-
+    say(f"prepare {config.out / 'data'}")
+    plan.do("prepare", out=config.out / "data")
+    sites: dict[Path, list[str]] = {}
+    for how, runs in training:
+        say(f"train {how.out}")
+        STAGES["train"].load()(how)
+        for run in runs:
+            if run != runs[0] and not run.manifest.exists():  # added to the file when training was past it
+                say(f"  {run.name} was not kept and is left out")
+                continue
+            say(f"evaluate, collect {run.root}")
+            say(_loss(plan.do("evaluate", run=run.root)))
+            collected = [plan.do("collect", run=run.root, site=site) for site in plan.sites]
+            sites[run.root] = list(dict.fromkeys(folder.name for folder in collected))
+    explainer = plan.options("explain", run=config.out).llm.llm_name
+    for root, of_run in sites.items():
+        for site in of_run:
+            _score_neurons(plan, {"run": root, "site": site}, explainer, say)
     say("report")
-    given = {"runs": tuple(runs), "out": config.out / "report", "title": plan["title"], "explainer": explainer}
-    return report(options("report", **given))
+    pages = [_report(plan, config.out, tuple(sites), explainer, simulator) for simulator in plan.simulators]
+    return pages[0]
 
 
-def check(plan: dict[str, Any], path: Path) -> tuple[Callable[..., Any], dict[str, Settings], list[Settings]]:
-    """The options of every section, every model and every scorer of a plan that was read from `path`.
+def _score_neurons(plan: Plan, place: Settings, explainer: str, say: Callable[[str], None]) -> None:
+    """Explain, judge, simulate and score the neurons of one site of a run."""
+    say(f"explain, {'judge, ' if plan.judges else ''}simulate, score {place['run']} {place['site']}")
+    plan.do("explain", **place)
+    for scorer in plan.judges:
+        plan.do("judge", **place, explainer=explainer, scorer=scorer)
+    for simulator in plan.simulators:
+        plan.do("simulate", **place, explainer=explainer, simulator=simulator)
+        plan.do("score", **place, explainer=explainer, simulator=simulator)
+
+
+def _report(plan: Plan, out: Path, runs: tuple[Path, ...], explainer: str, simulator: str) -> Path:
+    folder = out / ("report" if simulator == plan.simulators[0] else f"report-{simulator}")
+    return plan.do("report", runs=runs, out=folder, title=plan.title, explainer=explainer, simulator=simulator)
+
+
+def _loss(result: Settings) -> str:
+    margin = result["unigram_entropy"] - result["loss"]
+    error = "-" if result["standard_error"] is None else f"{result['standard_error']:.3f}"
+    return (
+        f"  {result['split']} loss {result['loss']:.3f} +- {error} nats a token, "
+        f"{margin:.3f} below the unigram entropy of {result['unigram_entropy']:.3f}"
+    )
+
+
+def _check_names(plan: Plan, names: list[str]) -> None:
+    """Raises UserError for a model that is called like a milestone of another: a report could not tell them apart."""
+    for name in plan.models:
+        if names.count(name) > 1:
+            raise UserError(f"{plan.path}: [[model]] name = {name!r} is the name of a milestone too; give another one")
+
+
+def check(table: Settings, path: Path) -> Plan:
+    """The plan of a study file that was read from `path`.
 
     Every section is parsed once, and what its names mean is looked up, so that a mistake in the last one is found
     before hours of work on the first.
 
     Raises:
-        UserError: an unknown option or a wrong value.
+        UserError: an unknown option, a wrong value, or options of two sections that contradict each other.
     """
-    options = functools.partial(_options, path, plan)
-    models = {model["name"]: {key: value for key, value in model.items() if key != "name"} for model in plan["model"]}
-    judging = _judging(plan)
-    several = {"train": list(models.values()), "judge": judging}
-    for section, (_, given) in SECTIONS.items():
-        for own in several.get(section, [{}]):
-            names = dict.fromkeys(given, "x") | ({"title": plan["title"]} if section == "report" else {})
-            parsed = options(section, own, **names)
-            try:
-                _look_up(parsed)
-            except UserError as error:
-                raise UserError(f"{path}: [{section}] {error}") from error
-    _same_simulator(plan, path)
-    return options, models, judging
+    where = f"{path}: [{SHARED}]"
+    shared = from_table(settings.NeuronsConfig, table.get(SHARED, {}), where)
+    _look_up(shared, where)
+    plan = _plan(table, path, shared)
+    # Sections that say themselves what the others then take come first, to be the ones that are blamed.
+    for section in sorted(GIVEN, key=lambda name: plan.sections[name].keys().isdisjoint(LOOPS.values())):
+        for own in _variants(plan, section):
+            _look_up(plan.options(section, own, **dict.fromkeys(GIVEN[section], "x")), f"{path}: [{section}]")
+    for section, options in plan.sections.items():
+        for several, single in LOOPS.items():
+            if single in options and _listed(options[single]) != getattr(plan, several):
+                raise UserError(
+                    f"{path}: [{section}] {single} = {options[single]!r:.60} contradicts what another section says of "
+                    f"{several}: {', '.join(map(str, getattr(plan, several)))}; give them once, in [{SHARED}]"
+                )
+    _look_up_sites(plan)
+    return plan
 
 
-def _same_simulator(plan: dict[str, Any], path: Path) -> None:
-    """Raises UserError where [score] or [report] would look for simulations that [simulate] does not make."""
-    named = {
-        section: plan.get(section, {}).get("simulator", settings.SimulateConfig.simulator)
-        for section in ("simulate", "score", "report")
-    }
-    for section, name in named.items():
-        if name != named["simulate"]:
-            made = named["simulate"]
-            raise UserError(
-                f"{path}: [{section}] simulator = {name!r}, and [simulate] has {made!r}; write the same there"
-            )
+def _plan(table: Settings, path: Path, neurons: settings.NeuronsConfig) -> Plan:
+    """What a study file says, with what [neurons] shares put into the sections that have it."""
+    shared = table.get(SHARED, {})
+    sections = {name: dict(table.get(name, {})) for name in GIVEN}
+    for section, options in sections.items():
+        for name in shared.keys() & option_types(STAGES[section].config).keys():
+            if options.setdefault(name, shared[name]) != shared[name]:
+                raise UserError(
+                    f"{path}: [{section}] {name} = {options[name]!r:.60} contradicts [{SHARED}] {name} = "
+                    f"{shared[name]!r:.60}; give it in one of them"
+                )
+    loops: dict[str, tuple[Any, ...]] = {several: getattr(neurons, several) for several in LOOPS}
+    if "judge" in table:
+        loops["judges"] = (settings.JudgeConfig.scorer,)
+    for several, single in LOOPS.items():
+        if several in shared:
+            loops[several] = getattr(neurons, several)
+        elif given := [options[single] for options in sections.values() if single in options]:
+            loops[several] = _listed(given[0])
+    models = {model["name"]: {key: value for key, value in model.items() if key != "name"} for model in table["model"]}
+    return Plan(path, table["title"], sections, models, **loops)
 
 
-def _look_up(parsed: Any) -> None:
-    """Raises UserError for a preset, a set of text, a protocol or a measure that there is not."""
+def _listed(value: Any) -> tuple[Any, ...]:
+    """Several values, or one; an empty list stays one value, which is then refused by name."""
+    return tuple(value) if isinstance(value, list) and value else (value,)
+
+
+def _variants(plan: Plan, section: str) -> list[Settings]:
+    """What a study changes of a section from one run of its stage to another."""
+    if section == "train":
+        return list(plan.models.values())
+    known, options = option_types(STAGES[section].config), plan.sections[section]
+    loops = {single: several for several, single in LOOPS.items() if single in known}
+    values = (_listed(options[one]) if one in options else getattr(plan, several) for one, several in loops.items())
+    return [dict(zip(loops, chosen, strict=True)) for chosen in itertools.product(*values)]
+
+
+def _look_up(parsed: Any, where: str) -> None:
+    """Raises UserError for a preset, a text, a protocol or a measure that there is not."""
+    from cratescope.lm.evaluate import SPLITS
     from cratescope.lm.texts import find_set
     from cratescope.models.presets import preset_config
     from cratescope.neurons.protocols import protocols_named
     from cratescope.results.compare import Quantity
 
-    if isinstance(parsed, settings.TrainConfig):
-        preset_config(parsed.preset, context=parsed.context, crate=parsed.crate)
-    if isinstance(parsed, settings.EvaluateConfig):
-        for name in {*parsed.on} - {"validation", "heldout"}:
-            find_set(name)
-    if isinstance(parsed, settings.ReportConfig):
-        Quantity.parse(parsed.primary)
-    if hasattr(parsed, "protocols"):
-        protocols_named(parsed.protocols)
+    try:
+        if isinstance(parsed, settings.TrainConfig):
+            preset_config(parsed.preset, context=parsed.context, crate=parsed.crate)
+        if isinstance(parsed, settings.EvaluateConfig):
+            for name in set(parsed.on) - set(SPLITS):
+                find_set(name)
+        if isinstance(parsed, settings.ReportConfig):
+            Quantity.parse(parsed.primary)
+        if hasattr(parsed, "protocols"):
+            protocols_named(parsed.protocols)
+    except UserError as error:
+        raise UserError(f"{where} {error}") from error
 
 
-def _judging(plan: dict[str, Any]) -> list[Settings]:
-    """One set of options a scorer: `scorer` of [judge] may be a list. Empty without that section."""
-    if "judge" not in plan:
-        return []
-    scorers = plan["judge"].get("scorer", settings.JudgeConfig.scorer)
-    # An empty list stays the value of one scorer, which is then refused by name.
-    return [{"scorer": scorer} for scorer in (scorers if isinstance(scorers, list) and scorers else [scorers])]
+def _look_up_sites(plan: Plan) -> None:
+    """Raises UserError for a site or a layer that one of the models does not have."""
+    from cratescope.models.folder import skeleton
+    from cratescope.models.presets import preset_config
+    from cratescope.neurons.sites import site_named
 
-
-def _score_neurons(
-    options: Callable[..., Any], runs: list[Path], judging: Sequence[Settings], say: Callable[[str], None]
-) -> str:
-    """Explain, simulate, judge and score every run, and return the name of the explainer."""
-    from cratescope.neurons.explain import explain
-    from cratescope.neurons.judge import judge
-    from cratescope.neurons.score import score
-    from cratescope.neurons.simulate import simulate
-
-    explainer = options("explain", run="x").llm.llm_name
-    for run in runs:
-        say(f"explain, simulate, {'judge, ' if judging else ''}score {run}")
-        explain(options("explain", run=run))
-        simulate(options("simulate", run=run, explainer=explainer))
-        for scorer in judging:
-            judge(options("judge", scorer, run=run, explainer=explainer))
-        score(options("score", run=run, explainer=explainer))
-    return explainer
+    layers = plan.options("collect", run="x", site="auto").layers
+    for name, own in plan.models.items():
+        config = plan.options("train", own, out="x", data="x")
+        blank = skeleton(preset_config(config.preset, context=config.context, crate=config.crate))
+        try:
+            for site in (site_named(one, blank) for one in plan.sites):
+                for layer in layers or site.layers(blank) or [0]:
+                    site.module(blank, layer)
+        except UserError as error:
+            raise UserError(f"{plan.path}: [[model]] {name}: {error}") from error
 
 
 def read_plan(path: Path) -> dict[str, Any]:
@@ -174,10 +263,11 @@ def read_plan(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not valid TOML ({first_line(error)})") from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    unknown = plan.keys() - SECTIONS.keys() - {"title", "model"}
+    sections = (*GIVEN, SHARED)
+    unknown = plan.keys() - {*sections, "title", "model"}
     if unknown:
-        raise UserError(f"{path}: no section [{sorted(unknown)[0]}]; there are {', '.join(SECTIONS)} and [[model]]")
-    for name in SECTIONS.keys() & plan.keys():
+        raise UserError(f"{path}: no section [{sorted(unknown)[0]}]; there are {', '.join(sections)} and [[model]]")
+    for name in plan.keys() & {*sections}:
         if not isinstance(plan[name], dict):
             raise UserError(f"{path}: {name} is a section; write [{name}] and its options below it")
     models = plan.get("model", [])
@@ -214,78 +304,3 @@ def _unfit(name: Any) -> str | None:
     if name.startswith(".") or name != name.strip() or name.endswith("."):
         return "begins or ends with a dot or a space"
     return None
-
-
-def _options(path: Path, plan: dict[str, Any], section: str, own: dict[str, Any] | None = None, **given: Any) -> Any:
-    """The settings of a section: what the study gives, over the file's (`own`: one model's), over the defaults."""
-    kind, reserved = SECTIONS[section]
-    from_file = plan.get(section, {}) | (own or {})
-    taken = sorted(from_file.keys() & set(reserved))
-    if taken:
-        raise UserError(f"{path}: [{section}] {taken[0]} is given by the study itself; leave it out")
-    return parse_options(kind, from_file | given, f"{path}: [{section}]")
-
-
-def parse_options(kind: type[settings.Config], options: dict[str, Any], where: str) -> settings.Config:
-    """Settings of `kind` from named options, parsed by the same code as the command line.
-
-    Raises:
-        UserError: an unknown option or a value of the wrong type; `where` begins the message.
-    """
-    hints = get_type_hints(kind) | (get_type_hints(settings.LLMConfig) if "llm" in get_type_hints(kind) else {})
-    arguments: list[str] = []
-    positional: list[str] = []
-    for name, value in options.items():
-        if name not in hints:
-            raise UserError(f"{where} has no option {name!r:.60}; see `cratescope <section> --help`")
-        if not _of_type(value, hints[name]):
-            raise UserError(f"{where} {name} = {value!r:.60} is not a value it takes")
-        values = [str(v) for v in value] if isinstance(value, list | tuple) else [str(value)]
-        if isinstance(value, dict):
-            values = [str(part) for pair in value.items() for part in pair]
-        if name in ("source", "run", "runs") or (name == "out" and kind is settings.TrainConfig):
-            positional += values
-        elif isinstance(value, bool):
-            arguments.append(f"--{'' if value else 'no-'}{name.replace('_', '-')}")
-        elif len(values) == 1:
-            arguments.append(f"--{name.replace('_', '-')}={values[0]}")  # the value may begin with a hyphen
-        else:
-            arguments += [f"--{name.replace('_', '-')}", *values]
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-            return settings.parse(kind, [*positional, *arguments])
-    except SystemExit as error:
-        raise UserError(f"{where} {_refused(options, kind, said.getvalue())}") from error
-    except UserError as error:
-        raise UserError(f"{where} {error}") from error
-
-
-def _of_type(value: Any, hint: Any) -> bool:
-    """Whether TOML's value is of the option's type, as far as the command line, where all is text, cannot tell."""
-    kinds = {get_origin(part) or part for part in (hint, *get_args(hint))}
-    if isinstance(value, dict):
-        return dict in kinds and all(isinstance(one, str | int | float) for one in value.values())
-    if isinstance(value, list | tuple):
-        wanted = next((get_args(part) for part in (hint, *get_args(hint)) if get_origin(part) is tuple), None)
-        fits = wanted is not None and (... in wanted or len(value) == len(wanted))
-        return fits and all(_of_type(one, str) for one in value)
-    if isinstance(value, bool) or bool in kinds:
-        return isinstance(value, bool) and bool in kinds
-    return isinstance(value, str | float | Path) or isinstance(value, int) and abs(value) < 2**63  # as TOML has it
-
-
-def _refused(options: Settings, kind: type, said: str) -> str:
-    """Which option the command line has refused, from what it said."""
-    missing = [
-        field.name
-        for field in dataclasses.fields(kind)
-        if field.name not in options and field.default is field.default_factory is dataclasses.MISSING
-    ]
-    if missing:
-        return f"{missing[0]} is missing"
-    found = (name.replace("-", "_") for name in re.findall(r"--([a-z-]+)", said))
-    # Else it is a value that begins with a hyphen, in a list.
-    others = (name for name, value in options.items() if isinstance(value, list) and any(str(v) in said for v in value))
-    named = next((name for name in (*found, *others) if name in options), "an option")
-    return f"{named} = {options.get(named)!r:.60} is not a value it takes"

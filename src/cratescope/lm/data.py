@@ -232,7 +232,7 @@ def prepare(config: PrepareConfig, console: Console | None = None) -> TokenData:
     Raises:
         UserError: a setting, the source or the tokenizer is unusable, the folder holds other data, a split is empty.
     """
-    console = console or Console(stderr=True, quiet=True)
+    console = console or Console(stderr=True)
     report = partial(console.print, markup=False, highlight=False, soft_wrap=True)
     _check(config)
     identity, sources, left_out = open_sources(config.source, report)

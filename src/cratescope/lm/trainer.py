@@ -193,5 +193,6 @@ class WatchedTrainer(Trainer):
 
 
 def milestone_steps(config: TrainConfig) -> set[int]:
-    """The steps after which the model is kept; the last is the run itself."""
-    return {max(1, round(fraction * config.steps)) for fraction in config.milestones} - {config.steps}
+    """The steps after which the model is kept; the last is the run itself, and no steps have none before it."""
+    steps = {max(1, round(fraction * config.steps)) for fraction in config.milestones}
+    return {step for step in steps if step < config.steps}

@@ -14,6 +14,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedModel
 
+from cratescope.config import ConvertConfig
 from cratescope.models import CrateConfig
 from cratescope.models.folder import model_config
 from cratescope.run import UserError, atomic_folder, atomic_path, check_whole, first_line, last_line, mark_whole
@@ -36,12 +37,13 @@ CAUSAL_MASK = re.compile(r"\.attn\.(masked_)?bias$")
 """A buffer of older research code, not a weight."""
 
 
-def convert(source: Path, out: Path) -> Path:
-    """`source` is a .pt checkpoint (then `out` is a folder to write) or a folder (then `out` is a .pt file).
+def convert(config: ConvertConfig) -> Path:
+    """Write a .pt checkpoint as a folder, or a folder as a .pt checkpoint, and return what was written.
 
     Raises:
         UserError: missing file, a pickle with code in it, missing, extra or misshapen tensors.
     """
+    source, out = config.source, config.out
     if not source.exists():
         raise UserError(f"{source}: no such file or folder")
     if os.path.lexists(out) and (not out.is_dir() or any(out.iterdir())):

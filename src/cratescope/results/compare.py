@@ -174,8 +174,8 @@ def comparisons(results: Sequence[Results], primary: Quantity, chosen: Sequence[
         if item.site == item.arm.site:
             groups.setdefault((item.matter, item.arm.tokens_trained), {}).setdefault(item.arm.name, []).append(item)
     shared = [(key, {name: arms[name] for name in pair}) for key, arms in groups.items() if arms.keys() >= set(pair)]
-    # Untrained controls last.
-    shared.sort(key=lambda group: (group[0][1] == 0, group[0][0], group[0][1] or 0))
+    # The end of training before its milestones, untrained controls last.
+    shared.sort(key=lambda group: (group[0][1] == 0, group[0][0], -(group[0][1] or 0)))
     quantities = _quantities(results, primary)
     return [
         [found for quantity in quantities if (found := _compare(arms, quantity, primary, results)) is not None]
