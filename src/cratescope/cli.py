@@ -78,13 +78,13 @@ def judge(config: settings.JudgeConfig) -> str:
 
 
 def score(config: settings.ScoreConfig) -> str:
-    from cratescope.neurons.records import read_scores
+    from cratescope.neurons.kept import read_scores
     from cratescope.neurons.score import score
     from cratescope.results.scores import Scores
     from cratescope.run import read_json
 
     folder = score(config)
-    scores = Scores(read_scores(folder / "scores.jsonl"))
+    scores = Scores(read_scores(folder))
     lines = [_score_line(scores, name) for name in scores.protocols]
     verdicts = read_json(folder / "scores.json")["sanity"]
     for passes in (True, False):

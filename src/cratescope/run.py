@@ -646,19 +646,19 @@ class Run:
         return self.root / "records" / slug(site)
 
     def explanations(self, site: str, explainer: str, explained: str) -> Path:
-        """Folder with one JSON file a neuron, `{layer}/{index}.json`; `explained` names the windows shown."""
+        """Folder with one Parquet file per layer; `explained` names the windows shown."""
         return self.root / "explanations" / slug(site) / slug(explainer) / explained
 
     def simulations(self, site: str, explainer: str, simulator: str, explained: str) -> Path:
-        """Folder with one JSON file a neuron, `{layer}/{index}.json`."""
+        """Folder with one Parquet file per layer."""
         return self.root / "simulations" / slug(site) / slug(explainer) / slug(simulator) / explained
 
     def judgements(self, site: str, explainer: str, scorer: str, explained: str) -> Path:
-        """Folder with one JSON file a neuron, `{layer}/{index}.json`."""
+        """Folder with one Parquet file per layer."""
         return self.root / "judgements" / slug(site) / slug(explainer) / slug(scorer) / explained
 
     def scores(self, site: str, explainer: str, simulator: str) -> Path:
-        """Folder with scores.jsonl (one line a neuron, protocol, control and measure) and summary.json."""
+        """Folder with one Parquet file per layer (a row per neuron, protocol, control and measure) and scores.json."""
         return self.root / "scores" / slug(site) / slug(explainer) / slug(simulator)
 
     def quality(self, site: str) -> Path:

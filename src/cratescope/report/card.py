@@ -15,20 +15,19 @@ from rich.text import Text
 from cratescope.config import ShowConfig
 from cratescope.lm.tokenizer import load_tokenizer, token_strings
 from cratescope.neurons.explain import find_site, record_files
+from cratescope.neurons.kept import explanations
+from cratescope.neurons.kept import scores as scores_in
 from cratescope.neurons.records import (
-    EXPLANATION,
     ActivationRecord,
     NeuronId,
     NeuronRecord,
     TokenMean,
-    neuron_file,
     read_records,
-    read_scores,
 )
 from cratescope.neurons.score import CONTROLS
 from cratescope.report.text import number, percent, sparkline, visible
 from cratescope.results.scores import Scores
-from cratescope.run import Run, UserError, read_json
+from cratescope.run import Run, UserError
 
 Decode = Callable[[Sequence[int]], list[str]]
 
@@ -72,15 +71,17 @@ def neuron_card(config: ShowConfig) -> RenderableType:
 
 def _explained(run: Run, site: str, record: NeuronRecord, config: ShowConfig) -> Iterator[Text]:
     """The explanation of each set, with the scores by each protocol's own measure that were made from it."""
-    folders = run.explanations(site, config.explainer, "*")
-    paths = [neuron_file(folder, record.neuron) for folder in sorted(folders.parent.glob("*"))]
-    found = [(path.parts[-3], read_json(path, EXPLANATION, "`cratescope explain`")) for path in paths if path.exists()]
-    if not found:
+    layer, index = record.neuron.layer, record.neuron.index
+    folders = sorted(run.explanations(site, config.explainer, "x").parent.glob("[!.]*"))
+    found = {folder.name: explanations(folder).read(layer, [index]).get(index) for folder in folders}
+    if not any(found.values()):
         yield Text(f"not explained by {config.explainer}", "dim italic")
-    path = run.scores(site, config.explainer, config.simulator) / "scores.jsonl"
-    scores = Scores(score for score in (read_scores(path) if path.exists() else ()) if score.neuron == record.neuron)
-    for explained, item in found:
-        text = visible(item["text"]) if item["text"] else f"no explanation: {item['skipped']}"
+    scored = scores_in(run.scores(site, config.explainer, config.simulator)).read(layer, [index])
+    scores = Scores(scored.get(index, ()))
+    for explained, item in found.items():
+        if item is None:
+            continue
+        text = visible(item.text) if item.text else f"no explanation: {item.skipped}"
         yield Text.assemble((text, "bold"), (f" · from {explained}" if len(found) > 1 else "", "dim"))
         for name in scores.protocols:
             if scores.set_of(name) == explained:

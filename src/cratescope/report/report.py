@@ -15,6 +15,7 @@ from markupsafe import Markup, escape
 from transformers import PreTrainedTokenizerFast
 
 from cratescope.config import ReportConfig
+from cratescope.neurons.kept import simulations
 from cratescope.neurons.quality import QUALITIES
 from cratescope.neurons.records import (
     ActivationRecord,
@@ -23,9 +24,7 @@ from cratescope.neurons.records import (
     Score,
     Simulation,
     layer_file,
-    neuron_file,
     read_records,
-    read_simulation,
 )
 from cratescope.neurons.score import CONTROLS, OWN
 from cratescope.report import text, verdict
@@ -116,7 +115,8 @@ def report(config: ReportConfig, tokenizer: PreTrainedTokenizerFast | None = Non
 
 def _made_from(config: ReportConfig) -> dict[str, str]:
     """Every number and text that the report shows, and the settings."""
-    inputs = ["run.json", "evaluation.json", "metrics.jsonl", "scores/*/*.json", "scores/*/*/*/scores.json*"]
+    inputs = ["run.json", "evaluation.json", "metrics.jsonl", "scores/*/*.json", "scores/*/*/*/*.json"]
+    inputs.append("scores/*/*/*/layer-*.parquet")
     inputs.append("simulations/*/*/*/*/manifest.json")
     files = [path for run in config.runs for pattern in inputs for path in sorted(run.glob(pattern))]
     settings = {name: value for name, value in vars(config).items() if name != "out"}
@@ -324,12 +324,10 @@ def _card(item: Results, config: ReportConfig, record: NeuronRecord, rank: int, 
 def _said(item: Results, config: ReportConfig, record: NeuronRecord, explained: str, decode: Decode) -> Said:
     """An explanation with the scores that were made from it."""
     folder = item.run.simulations(item.site, config.explainer, config.simulator, explained)
-    path = neuron_file(folder, record.neuron)
-    if not path.exists():
-        raise UserError(f"{path}: no such file; run `cratescope simulate {item.run.root}` first")
-    simulation = read_simulation(path)
-    if any(len(row) != key[-1] for row, key in zip(simulation.expected.get(OWN, ()), simulation.keys, strict=False)):
-        raise UserError(f"{path}: damaged (more or fewer values than tokens); delete it and run `cratescope simulate`")
+    neuron = record.neuron
+    simulation = simulations(folder).read(neuron.layer, [neuron.index]).get(neuron.index)
+    if simulation is None:
+        raise UserError(f"{folder}: has no neuron {neuron.index}; run `cratescope simulate {item.run.root}` first")
     return Said(
         explained,
         item.text(record.neuron, explained) or "",
