@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from cratescope.run import UserError, atomic_path, first_line, locked, stamp
+from cratescope.run import UserError, atomic_path, first_line, locked, remove_leftovers, stamp
 
 Row = dict[str, Any]
 
@@ -122,7 +122,8 @@ class Tables:
     def files(self, layer: int) -> list[Path]:
         """The table of a layer, and the parts that are not folded yet."""
         parts = sorted(parts_folder(self.folder, layer).glob("[!.]*.parquet"))
-        return [path for path in [layer_file(self.folder, layer), *parts] if path.exists()]
+        table = layer_file(self.folder, layer)  # looked for last: a part that is not listed may be folded by now
+        return [table, *parts] if table.exists() else parts
 
     def read(self, layer: int, columns: Sequence[str] | None = None, indices: Sequence[int] | None = None) -> pa.Table:
         """The rows of a layer, folded or not, sorted; only some columns, or the rows of some neurons.
@@ -131,7 +132,7 @@ class Tables:
             UserError: a file is damaged, or made by another version.
         """
         wanted = self.schema.names if columns is None else list(dict.fromkeys([*columns, "index", *self.order]))
-        tables = [self._file(path, wanted, indices) for path in self.files(layer)]
+        tables = self._read_files(layer, wanted, indices)
         if not tables:
             return pa.schema([self.schema.field(name) for name in wanted]).empty_table()
         table = tables[0]
@@ -139,6 +140,16 @@ class Tables:
             again = pc.is_in(table.column("index"), value_set=part.column("index").combine_chunks())
             table = pa.concat_tables([table.filter(pc.invert(again)), part])
         return table if len(tables) == 1 else table.sort_by([(name, "ascending") for name in self.order])
+
+    def _read_files(self, layer: int, columns: Sequence[str], indices: Sequence[int] | None) -> list[pa.Table]:
+        while True:
+            files = self.files(layer)
+            try:
+                return [self._file(path, columns, indices) for path in files]
+            except FileNotFoundError:
+                if self.files(layer) == files:
+                    raise
+                # Another worker has folded the part meanwhile.
 
     def _file(self, path: Path, columns: Sequence[str], indices: Sequence[int] | None) -> pa.Table:
         chosen = None if indices is None else pc.field("index").isin(list(indices))
@@ -150,6 +161,8 @@ class Tables:
             if not sealed:
                 raise ValueError("its checksum is gone")
             return pq.read_table(path, columns=[*columns], filters=chosen)
+        except FileNotFoundError:
+            raise
         except (OSError, ValueError, pa.ArrowException) as error:
             raise UserError(f"{path}: damaged ({first_line(error)}); {fix}") from error
 
@@ -175,7 +188,8 @@ class Tables:
     def write_part(self, layer: int, rows: Sequence[Row]) -> None:
         path = parts_folder(self.folder, layer) / f"{time.time_ns():020d}-{uuid.uuid4().hex[:8]}.parquet"
         table = pa.Table.from_pylist(list(rows), self.schema)
-        self.write(path, table.sort_by([(name, "ascending") for name in self.order]))
+        with locked(self.folder, "fold", wait=True):  # who folds removes the folder of the parts
+            self.write(path, table.sort_by([(name, "ascending") for name in self.order]))
 
     def fold(self, layer: int) -> None:
         """Add the parts to the table; several workers may do so, one after the other."""
@@ -187,7 +201,8 @@ class Tables:
                 self.write(layer_file(self.folder, layer), self.read(layer))
             for path in parts:
                 path.unlink()
-            with contextlib.suppress(OSError):  # another worker is writing its next part
+            remove_leftovers(parts_folder(self.folder, layer))
+            with contextlib.suppress(OSError):  # there are other layers' parts
                 parts_folder(self.folder, layer).rmdir()
                 (self.folder / ".parts").rmdir()
 

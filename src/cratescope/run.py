@@ -181,11 +181,11 @@ def temporary_beside(path: Path) -> Path:
 
     It says whose it is, so that what a killed process left is told from what a living one writes.
     """
-    _remove_leftovers(path.parent)
+    remove_leftovers(path.parent)
     return path.with_name(f".{path.name[:40]}.{_here()}.{os.getpid()}-{next(_numbers)}.tmp")
 
 
-def _remove_leftovers(folder: Path) -> None:
+def remove_leftovers(folder: Path) -> None:
     """Remove temporaries of dead processes, the first time that this process writes into the folder."""
     if (os.getpid(), folder) in _swept:
         return
@@ -561,7 +561,7 @@ def claim(folder: Path, identity: dict[str, Any]) -> None:
     if not path.exists():
         with atomic_path(path, first=True) as temporary:
             temporary.write_text(_as_json({"identity": identity, "versions": versions()}), encoding="utf-8")
-    _remove_leftovers(folder)
+    remove_leftovers(folder)
     found = read_json(path)
     found = found.get("identity") if isinstance(found, dict) else None
     if not isinstance(found, dict):

@@ -40,6 +40,7 @@ NO_WINDOWS = "no windows to score"
 ONE_ANSWER = "windows of one kind only"
 VERSION = 1
 """Of how scores are computed: raise it when the same simulations score otherwise."""
+AGAIN = "delete the file and run `cratescope simulate` again"
 BAR: Any = {"console": STDERR, "transient": True}
 SANITY_NEURONS = 64
 """At most so many neurons a layer in the sanity tests of the measures."""
@@ -91,6 +92,7 @@ def score(config: ScoreConfig) -> Path:
     kept, sample = scores(folder), []
     layers = sorted({layer for one in sets for layer in one.simulations.layers})
     with locked(folder, "score", wait=True):  # all tables are of one process
+        _remove_stale(kept, layers)
         for layer in layers:
             path = layer_file(run.records(site), layer)
             indices = _indices(sets, layer)
@@ -112,6 +114,13 @@ def score(config: ScoreConfig) -> Path:
     return folder
 
 
+def _remove_stale(kept: Kept[list[Score]], layers: Sequence[int]) -> None:
+    """Make the folder unfinished until all its tables are new, and free of layers that are no longer simulated."""
+    (kept.folder / "scores.json").unlink(missing_ok=True)
+    for layer in {*kept.layers} - {*layers}:
+        layer_file(kept.folder, layer).unlink(missing_ok=True)
+
+
 def _indices(sets: Sequence[ScoredSet], layer: int) -> list[int]:
     """Neurons of a layer that were simulated from any explanation set."""
     return sorted({index for one in sets for index in one.simulations.done(layer)})
@@ -120,7 +129,10 @@ def _indices(sets: Sequence[ScoredSet], layer: int) -> list[int]:
 def _finished(folder: Path, inputs: dict[str, str]) -> bool:
     """Whether scores were made from `inputs` and nothing has damaged them."""
     try:
-        return read_about(folder)["made_from"] == inputs
+        about = read_about(folder)
+        for layer in about["layers"]:
+            scores(folder).done(layer)
+        return about["made_from"] == inputs
     except UserError:
         return False
 
@@ -178,7 +190,7 @@ def _set_scores(
                 for score in score_neuron(records[index], simulation, protocol):
                     yield index, score
         except ValueError as error:
-            raise UserError(f"{where} {error}; delete the file and run `cratescope simulate` again") from error
+            raise UserError(f"{where} {error}") from error
     for scorer, judged_by in one.judged.items():
         for index, items in judged_by.read(layer, chunk).items():
             where = f"{layer_file(judged_by.folder, layer)}: neuron {index}"
@@ -232,16 +244,19 @@ def _simulated(
         return None
     rows = simulation.expected[control]
     if len(rows) != len(simulation.keys):
-        raise ValueError(f"control {control} has {len(rows)} windows where {len(simulation.keys)} are named")
+        raise ValueError(f"control {control} has {len(rows)} windows where {len(simulation.keys)} are named; {AGAIN}")
     by_key = dict(zip(simulation.keys, rows, strict=True))
     missing = [key for key in keys if key not in by_key]
     if missing:
-        raise ValueError(f"has no window (excerpt, start, width) {missing[0]} of protocol {protocol.name}")
+        raise ValueError(
+            f"has no window (excerpt, start, width) {missing[0]} of protocol {protocol.name}; "
+            "run `cratescope simulate` with the same --protocols first"
+        )
     if any(len(by_key[key]) != key[2] for key in keys):
-        raise ValueError(f"control {control} has a window with more or fewer values than tokens")
+        raise ValueError(f"control {control} has a window with more or fewer values than tokens; {AGAIN}")
     values = np.array([value for key in keys for value in by_key[key]], dtype=np.float64)
     if not np.isfinite(values).all():
-        raise ValueError(f"control {control} has a value that is not a finite number")
+        raise ValueError(f"control {control} has a value that is not a finite number; {AGAIN}")
     return values
 
 

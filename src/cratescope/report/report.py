@@ -327,7 +327,8 @@ def _said(item: Results, config: ReportConfig, record: NeuronRecord, explained: 
     neuron = record.neuron
     simulation = simulations(folder).read(neuron.layer, [neuron.index]).get(neuron.index)
     if simulation is None:
-        raise UserError(f"{folder}: has no neuron {neuron.index}; run `cratescope simulate {item.run.root}` first")
+        path = layer_file(folder, neuron.layer)
+        raise UserError(f"{path}: has no neuron {neuron.index}; run `cratescope simulate {item.run.root}` first")
     return Said(
         explained,
         item.text(record.neuron, explained) or "",
