@@ -222,7 +222,7 @@ def test_auto_takes_the_only_site_and_lists_several(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="found: codes, mlp"):
         find_site(run, "auto")
     assert find_site(run, "mlp") == "mlp"
-    about = {"parameters": 1, "n_layer": 1, "context": 8, "data": {"path": "d", "manifest_sha256": "0"}}
+    about = {"parameters": 1, "steps": 1, "n_layer": 1, "context": 8, "data": {"path": "d", "manifest_sha256": "0"}}
     write_json(run.manifest, about | {"arm": Arm.trained("gpt2-2l", 0, 0, {}).row()})
     assert find_site(run, "auto") == "mlp", "the arm's own"
     with pytest.raises(UserError, match="found: none"):

@@ -108,8 +108,9 @@ def test_a_neuron_that_is_written_again_replaces_all_its_rows(tables: Tables) ->
         assert [row["text"] for row in tables.read(0, indices=[1]).to_pylist()] == ["second"]
         assert tables.read(0).num_rows == 5
         tables.fold(0)
+    tables.write_part(0, rows_of(5))
     tables.replace(0, rows_of(6))
-    assert tables.done(0) == {6}
+    assert tables.done(0) == {6} and files_in(tables.folder) == ["layer-00.parquet"]
 
 
 def test_rows_are_written_in_parts_and_folded_also_after_an_error(

@@ -27,6 +27,7 @@ from cratescope.neurons.score import (
     CONSTANT_SIMULATION,
     CONSTANT_TRUTH,
     ONE_ANSWER,
+    read_about,
     score,
     score_judgement,
     score_neuron,
@@ -34,7 +35,7 @@ from cratescope.neurons.score import (
 from cratescope.neurons.simulate import simulate
 from cratescope.results.scores import Scores
 from cratescope.run import Run, UserError, claim, read_json
-from kept_files import change, drop
+from kept_files import change, drop, flip
 from test_explain import DEAD_INDEX, N_NEURONS, files, first_word, make_run, settings_for
 from test_simulate import config_for, knowing
 
@@ -246,6 +247,42 @@ def test_scores_are_made_again_only_when_something_they_come_from_has_changed(ru
     score(config(run))
     assert read_json(about)["made_from"] != first["made_from"] and about.stat().st_mtime_ns > made
     assert scored(run, protocols=("random-only",)).protocols == ["random-only"]
+
+
+def test_scoring_that_was_killed_is_not_taken_for_finished(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = score(config(run))
+    whole = files(folder)
+    simulated = simulations(run.simulations("codes", "scripted", "list-pmi", "top"))
+    change(simulated, 0, 0, skipped="another")
+
+    def dies(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("cratescope.neurons.score.on_records", dies)
+        score(config(run))
+    with pytest.raises(UserError, match=r"scores\.json: no such file"):
+        read_about(folder)
+    change(simulated, 0, 0, skipped=None)
+    assert files(score(config(run))) == whole
+
+
+def test_damaged_or_missing_scores_are_made_again(run: Run) -> None:
+    folder = score(config(run))
+    whole = files(folder)
+    flip(layer_file(folder, 1), 999)
+    assert files(score(config(run))) == whole
+    layer_file(folder, 0).unlink()
+    assert files(score(config(run))) == whole
+
+
+def test_scores_of_a_layer_that_is_no_longer_simulated_go(run: Run) -> None:
+    folder = score(config(run))
+    simulated = run.simulations("codes", "scripted", "list-pmi", "top")
+    layer_file(simulated, 1).unlink()
+    (simulated / "plan.json").unlink()
+    assert Scores(read_scores(score(config(run)))).layers == [0]
+    assert not layer_file(folder, 1).exists()
 
 
 def test_scores_know_the_explanations_they_were_made_from(tmp_path: Path) -> None:

@@ -183,7 +183,9 @@ class Tables:
         while chunk := list(itertools.islice(rows, ROWS)):
             tables.append(pa.Table.from_pylist(chunk, self.schema))
         table = pa.concat_tables(tables).sort_by([(name, "ascending") for name in self.order])
-        self.write(layer_file(self.folder, layer), table)
+        with locked(self.folder, "fold", wait=True):
+            self.write(layer_file(self.folder, layer), table)
+            remove_parts(self.folder, [layer])
 
     def write_part(self, layer: int, rows: Sequence[Row]) -> None:
         path = parts_folder(self.folder, layer) / f"{time.time_ns():020d}-{uuid.uuid4().hex[:8]}.parquet"

@@ -155,9 +155,9 @@ def read_about(folder: Path) -> dict[str, Any]:
 
 def _made_from(run: Run, site: str, config: ScoreConfig, sets: Sequence[ScoredSet]) -> dict[str, str]:
     """Every file that decides a score; records and weights by what their manifests say."""
-    every: list[Kept[Any]] = [
-        kept for one in sets for kept in (one.explanations, one.simulations, *one.judged.values())
-    ]
+    every: list[Kept[Any]] = []
+    for one in sets:
+        every += [one.explanations, one.simulations, *one.judged.values()]
     files = [kept.folder / "manifest.json" for kept in every]
     files += [path for kept in every for layer in kept.layers for path in kept.tables.files(layer)]
     known = records_identity(run, site)
