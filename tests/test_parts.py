@@ -19,9 +19,10 @@ from hypothesis import strategies as st
 
 from cratescope import parts
 from cratescope.neurons import kept
-from cratescope.neurons.records import Explanation, NeuronId
+from cratescope.neurons.records import Judgement, NeuronId
 from cratescope.parts import CHECKED, Tables, layer_file, parts_folder
 from cratescope.run import UserError
+from fake_run import Fake, fake_run
 from kept_files import flip
 
 SCHEMA = pa.schema(
@@ -220,10 +221,23 @@ def test_killed_workers_lose_no_part_and_the_next_ends_with_the_same_bytes(whole
 
 
 def test_pandas_reads_every_table_in_one_line(tmp_path: Path) -> None:
-    kept.explanations(tmp_path).write(
-        [Explanation(NeuronId("m", "codes", 0, index), f"text {index}", "llm", "p") for index in (3, 1)]
-    )
-    table = pd.read_parquet(tmp_path / "layer-00.parquet")
-    assert table["index"].tolist() == [1, 3] and table["text"].tolist() == ["text 1", "text 3"]
-    assert pd.read_parquet(tmp_path)["index"].tolist() == [1, 3], "a whole folder as well"
-    assert pd.read_parquet(written(tmp_path / "other", [[*range(12)]]))["values"][2].tolist() == [1 / 7]
+    """As docs/evaluation.md says, file by file and all layers at once."""
+    run = fake_run(tmp_path / "run", Fake(neurons=6))
+    judgements = run.judgements("codes", "offline", "detection", "top")
+    neuron = NeuronId("run", "codes", 0, 3)
+    kept.judgements(judgements).write([[Judgement(neuron, "detection", "none", "a", (0.5,), (True,))]])
+    explanations = run.explanations("codes", "offline", "top")
+    folders = {
+        explanations: "text",
+        run.simulations("codes", "offline", "list-pmi", "top"): "simulated",
+        judgements: "probabilities",
+        run.scores("codes", "offline", "list-pmi"): "value",
+    }
+    for folder, column in folders.items():
+        table = pd.read_parquet(folder / "layer-00.parquet")
+        assert table.columns[:4].tolist() == ["model", "site", "layer", "index"] and column in table
+        assert table["index"].is_monotonic_increasing
+        every = pd.concat(map(pd.read_parquet, sorted(folder.glob("layer-*.parquet"))))
+        assert {*every["layer"]} == ({0} if folder == judgements else {0, 1})
+    said = pd.read_parquet(explanations / "layer-00.parquet").set_index("index")
+    assert said["text"][1] == "months and dates" and said["skipped"][5] == "dead neuron"
