@@ -268,7 +268,8 @@ def verdict(found: dict[str, str], said: str, good: dict[str, str], may_differ: 
 
 
 def filled(line: str) -> list[str]:
-    neuron = next(Path("run/explanations").rglob("[0-9]*.json"), Path("0")).stem
+    table = next(Path("run/explanations").rglob("layer-00.parquet"), None)
+    neuron = pq.read_table(table, columns=["index"]).column("index")[0].as_py() if table else 0
     port = SAID.start() if "{port}" in line else 0
     return shlex.split(line.format(neuron=neuron, port=port))
 

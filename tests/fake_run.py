@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from cratescope.arm import Arm
+from cratescope.neurons import kept
 from cratescope.neurons.protocols import PROTOCOLS as EVERY_PROTOCOL
 from cratescope.neurons.protocols import scoring_windows
 from cratescope.neurons.quality import write_quality
@@ -23,19 +24,15 @@ from cratescope.neurons.records import (
     Moments,
     NeuronId,
     NeuronRecord,
-    Score,
     Simulation,
     Stratum,
     TokenMean,
     layer_file,
-    write_explanation,
     write_records,
-    write_scores,
-    write_simulation,
 )
 from cratescope.neurons.sanity import on_records
 from cratescope.neurons.score import score_neuron
-from cratescope.run import Run, claim, read_json, sha256, write_json, write_text
+from cratescope.run import Run, claim, write_json, write_text
 
 PROTOCOLS = {name: EVERY_PROTOCOL[name] for name in ("top-and-random", "random-only")}
 TOPICS = {
@@ -88,29 +85,19 @@ def fake_run(root: Path, fake: Fake | None = None) -> Run:
     random = np.random.default_rng([fake.seed, len(fake.family)])
     _write_model(run, fake, random)
     claim(run.records(fake.site), {"imported": "made up"})
-    scores: list[Score] = []
     every: list[NeuronRecord] = []
     for layer in range(fake.layers):
         records = [_record(NeuronId(run.name, fake.site, layer, index), fake, random) for index in range(fake.neurons)]
         write_records(layer_file(run.records(fake.site), layer), records)
         every += records
-        for record in records:
-            scores += _explain_and_score(run, fake, record, random)
+        _explain_and_score(run, fake, layer, records, random)
     folder = run.scores(fake.site, "offline", "list-pmi")
-    write_scores(folder / "scores.jsonl", scores)
     made_with = {"top": {"site": fake.site, "llm": "offline", "records": {"excerpts": 20}}}
-    about = {"explainer": "offline", "simulator": "list-pmi", "site": fake.site, "made_with": made_with}
+    about = {"explainer": "offline", "simulator": "list-pmi", "site": fake.site, "layers": [*range(fake.layers)]}
     sanity = [verdict.row() for verdict in on_records(PROTOCOLS.values(), every)]
-    write_json(folder / "scores.json", about | {"sanity": sanity, "made_from": {}})
-    seal_scores(folder)
+    write_json(folder / "scores.json", about | {"sanity": sanity, "made_with": made_with, "made_from": {}})
     write_quality(run, fake.site, range(fake.layers))
     return run
-
-
-def seal_scores(folder: Path, **changes: Any) -> None:
-    """Make a folder's scores.json say that it belongs to the scores beside it."""
-    sealed = {"scores_sha256": sha256(folder / "scores.jsonl")}
-    write_json(folder / "scores.json", read_json(folder / "scores.json") | changes | sealed)
 
 
 def _write_model(run: Run, fake: Fake, random: np.random.Generator) -> None:
@@ -189,16 +176,26 @@ def _record(neuron: NeuronId, fake: Fake, random: np.random.Generator) -> Neuron
     )
 
 
-def _explain_and_score(run: Run, fake: Fake, record: NeuronRecord, random: np.random.Generator) -> list[Score]:
+def _explain_and_score(
+    run: Run, fake: Fake, layer: int, records: Sequence[NeuronRecord], random: np.random.Generator
+) -> None:
+    made = [_explained(fake, record, random) for record in records]
+    kept.explanations(run.explanations(fake.site, "offline", "top")).write([said for said, _ in made])
+    simulations = [simulation for _, simulation in made]
+    kept.simulations(run.simulations(fake.site, "offline", "list-pmi", "top")).write(simulations)
+    scores = [
+        [score for protocol in PROTOCOLS.values() for score in score_neuron(record, simulation, protocol)]
+        for record, simulation in zip(records, simulations, strict=True)
+    ]
+    kept.scores(run.scores(fake.site, "offline", "list-pmi")).replace(layer, scores)
+
+
+def _explained(fake: Fake, record: NeuronRecord, random: np.random.Generator) -> tuple[Explanation, Simulation]:
     neuron = record.neuron
     if record.dead:
         silent = Explanation(neuron, "", "offline", "words", skipped="dead neuron")
-        write_explanation(run.explanations(fake.site, "offline", "top"), silent)
-        nothing = Simulation(neuron, "list-pmi", {}, (), {}, skipped="dead neuron")
-        write_simulation(run.simulations(fake.site, "offline", "list-pmi", "top"), nothing)
-        return [score for protocol in PROTOCOLS.values() for score in score_neuron(record, nothing, protocol)]
+        return silent, Simulation(neuron, "list-pmi", {}, (), {}, skipped="dead neuron")
     text = fake.explanation or list(TOPICS)[neuron.index % len(TOPICS)]
-    write_explanation(run.explanations(fake.site, "offline", "top"), Explanation(neuron, text, "offline", "words"))
     windows = scoring_windows(PROTOCOLS.values(), record)
     quality = fake.quality * random.random() * (neuron.index not in fake.flat)
     share = {"none": quality, "shuffled": 0.05, "empty": 0.05, "unigram": 0.4}
@@ -209,8 +206,7 @@ def _explain_and_score(run: Run, fake: Fake, record: NeuronRecord, random: np.ra
     keys = tuple(item.key for item in windows)
     texts = {"none": text, "shuffled": "words about the law", "empty": "some tokens of a text", "unigram": "the of"}
     simulation = Simulation(neuron, "list-pmi", texts, keys, expected)
-    write_simulation(run.simulations(fake.site, "offline", "list-pmi", "top"), simulation)
-    return [score for protocol in PROTOCOLS.values() for score in score_neuron(record, simulation, protocol)]
+    return Explanation(neuron, text, "offline", "words"), simulation
 
 
 def _guess(truth: np.ndarray, quality: float, random: np.random.Generator) -> list[float]:

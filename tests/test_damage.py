@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 
 import numpy as np
@@ -18,20 +17,12 @@ from cratescope.lm.tokenizer import load_tokenizer
 from cratescope.neurons.collect import collect
 from cratescope.neurons.explain import draw_neurons
 from cratescope.neurons.llm.local import LocalLLM
-from cratescope.neurons.records import SCHEMA, layer_file, read_judgement, read_records
+from cratescope.neurons.records import SCHEMA, layer_file, read_records
 from cratescope.report.report import report
 from cratescope.results.runs import load_results
 from cratescope.run import Run, UserError, misfit, read_json, write_json
 from fake_run import Fake, fake_run, fake_tokenizer
-
-
-def flip(path, bit):
-    """Turn one bit of a file over, without a trace in its size or its time of writing."""
-    stat = path.stat()
-    data = bytearray(path.read_bytes())
-    data[bit // 8] ^= 1 << bit % 8
-    path.write_bytes(data)
-    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+from kept_files import flip
 
 
 def refused(action):
@@ -176,57 +167,48 @@ JSON_DAMAGE += [b"[" * 90_000, b"9" * 5000]
 def test_a_damaged_file_of_results_is_named(run):
     config = ReportConfig((run.root,), run.root / "report")
     scores = run.scores("codes", "offline", "list-pmi")
-    explanation = next(run.explanations("codes", "offline", "top").glob("1/*.json"))
-    files = [run.manifest, run.evaluation, scores / "scores.json", run.quality("codes"), explanation]
+    files = [run.manifest, run.evaluation, scores / "scores.json", run.quality("codes")]
     for path in files:
         whole = path.read_bytes()
         retyped = [b'{"neuron": 1}', json.dumps({name: "x" for name in json.loads(whole)}).encode()]
         value = json.loads(whole)
-        gone = next(name for name in ("text", "loss", "data", "made_with", "neurons") if name in value)
+        gone = next(name for name in ("loss", "data", "made_with", "neurons") if name in value)
         less = json.dumps({name: item for name, item in value.items() if name != gone}).encode()
         for data in (*JSON_DAMAGE, *retyped, less):
             path.write_bytes(data)
             said = refused(lambda: load_results(config)) or ""
             assert said.startswith(str(path)) and ("again" in said or "cratescope" in said), (path, data[:30], said)
         path.write_bytes(whole)
-    for path in (run.metrics, scores / "scores.jsonl"):
-        whole = path.read_bytes()
-        first = whole.splitlines(keepends=True)[0]
-        begun = (b"[]\n", b"{}\n", b"null\n", first[:20] + b"\n")
-        for data in (b"\0" * 64, b"\xff\xfe\0\1", *(line + whole for line in begun)):
-            path.write_bytes(data)
-            assert str(path) in (refused(lambda: load_results(config)) or ""), (path, data[:30])
-        path.write_bytes(whole)
-    simulation = run.simulations("codes", "offline", "list-pmi", "top") / "0" / "1.json"
-    whole = json.loads(simulation.read_text())
-    for changed in ({"keys": 1}, {"expected": {"none": [["1"]]}}, {"expected": []}, {"neuron": {"layer": "0"}}):
-        write_json(simulation, whole | changed)
-        said = refused(lambda: report(config, fake_tokenizer())) or ""
-        assert said.startswith(str(simulation)) and "cratescope simulate" in said, changed
-    write_json(simulation, whole)
+    whole = run.metrics.read_bytes()
+    first = whole.splitlines(keepends=True)[0]
+    begun = (b"[]\n", b"{}\n", b"null\n", first[:20] + b"\n")
+    for data in (b"\0" * 64, b"\xff\xfe\0\1", *(line + whole for line in begun)):
+        run.metrics.write_bytes(data)
+        assert str(run.metrics) in (refused(lambda: load_results(config)) or ""), data[:30]
+    run.metrics.write_bytes(whole)
     load_results(config)
 
 
-def test_scores_cut_at_the_end_of_a_line_are_not_taken_for_all_of_them(run, tmp_path):
-    from cratescope.neurons.score import read_about
-
-    folder = tmp_path / "scores"
-    shutil.copytree(run.scores("codes", "offline", "list-pmi"), folder)
-    read_about(folder)
-    lines = (folder / "scores.jsonl").read_text().splitlines(keepends=True)
-    (folder / "scores.jsonl").write_text("".join(lines[:-1]))
-    with pytest.raises(UserError, match=r"scores\.jsonl: damaged"):
-        read_about(folder)
-
-
-def test_damaged_judgements_are_named(tmp_path):
-    good = {"neuron": {"model": "a", "site": "b", "layer": 0, "index": 1}, "scorer": "fuzzing", "control": "none"}
-    good |= {"text": "", "probabilities": [0.5], "labels": [True], "skipped": None}
-    for changed in ({"labels": [1]}, {"probabilities": ["1"]}, {"neuron": [0, 1]}, {"skipped": 3}):
-        write_json(tmp_path / "1.json", [good | changed])
-        assert "1.json: damaged" in (refused(lambda: read_judgement(tmp_path / "1.json")) or ""), changed
-    write_json(tmp_path / "1.json", [good])
-    assert read_judgement(tmp_path / "1.json")[0].labels == (True,)
+def test_a_damaged_table_of_results_is_named(run):
+    config = ReportConfig((run.root,), run.root / "report")
+    tables = {
+        "score": run.scores("codes", "offline", "list-pmi"),
+        "explain": run.explanations("codes", "offline", "top"),
+        "simulate": run.simulations("codes", "offline", "list-pmi", "top"),
+    }
+    for stage, folder in tables.items():
+        path = layer_file(folder, 1)
+        whole = path.read_bytes()
+        for data in (*JSON_DAMAGE, whole[: len(whole) // 2], whole[:-1], whole[4:], whole + b"\n"):
+            path.write_bytes(data)
+            said = refused(lambda: report(config, fake_tokenizer())) or ""
+            assert said.startswith(f"{path}: damaged") and f"`cratescope {stage}` again" in said, (
+                path,
+                data[:30],
+                said,
+            )
+        path.write_bytes(whole)
+    load_results(config)
 
 
 MARKS = [b"[]", b"{}", b"\xff", b"\0" * 9, b'{"model.safetensors": 3}', b'{"": "0"}', b'{"a\\u0000": "0"}']

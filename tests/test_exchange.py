@@ -22,6 +22,7 @@ from cratescope.lm.tokenizer import EOS, load_tokenizer, token_strings
 from cratescope.neurons.collect import collect
 from cratescope.neurons.exchange import IMPORTED, _tokenizer, export, import_records
 from cratescope.neurons.explain import explain
+from cratescope.neurons.kept import read_scores
 from cratescope.neurons.llm.scripted import ScriptedLLM
 from cratescope.neurons.records import (
     ActivationRecord,
@@ -30,7 +31,6 @@ from cratescope.neurons.records import (
     NeuronRecord,
     Stratum,
     layer_file,
-    read_explanations,
     read_records,
     write_records,
 )
@@ -38,6 +38,7 @@ from cratescope.neurons.score import score
 from cratescope.neurons.simulate import simulate
 from cratescope.run import Run, UserError, read_json
 from fake_run import fake_tokenizer
+from kept_files import read_explanations
 from test_explain import N_NEURONS, first_word, make_run, settings_for
 from test_simulate import config_for, knowing
 
@@ -119,11 +120,10 @@ def test_imported_records_are_explained_simulated_and_scored_like_their_original
         site = "codes" if one is run else IMPORTED
         found = read_explanations(one.explanations(site, "scripted", "top"))
         score(ScoreConfig(one.root, explainer="scripted"))
-        lines = (one.scores(site, "scripted", "list-pmi") / "scores.jsonl").read_text().splitlines()
-        rows = [json.loads(line) for line in lines]
+        rows = read_scores(one.scores(site, "scripted", "list-pmi"))
         results[site] = (
             {neuron.index: item.text for neuron, item in found.items() if neuron.layer == 1},
-            {(r["index"], r["protocol"]): r["value"] for r in rows if r["layer"] == 1 and r["control"] == "none"},
+            {(r.neuron.index, r.protocol): r.value for r in rows if r.neuron.layer == 1 and r.control == "none"},
         )
     original, imported = results["codes"], results[IMPORTED]
     assert imported[0].keys() == set(range(N_NEURONS)) - {5}

@@ -11,9 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cratescope.arm import Arm
 from cratescope.config import ExplainConfig, LLMConfig
 from cratescope.lm.tokenizer import train_bpe
 from cratescope.neurons.explain import DEAD, EMPTY_ANSWER, UNDECODABLE, explain, find_site, neuron_order
+from cratescope.neurons.kept import explanations
 from cratescope.neurons.llm.scripted import ScriptedLLM
 from cratescope.neurons.records import (
     ActivationRecord,
@@ -21,11 +23,11 @@ from cratescope.neurons.records import (
     NeuronId,
     NeuronRecord,
     layer_file,
-    read_explanations,
     read_records,
     write_records,
 )
-from cratescope.run import Run, UserError, claim, write_json
+from cratescope.run import Run, UserError, claim, read_json, write_json
+from kept_files import drop, read_explanations
 
 WORDS = (" dog", " cat", " bread", " cheese", " river", " boat", " judge", " court", " red", " blue", " and", " the")
 N_NEURONS = 8
@@ -120,20 +122,19 @@ def test_an_interrupted_run_ends_with_the_same_files(tmp_path: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         explain(settings_for(cut), ScriptedLLM(dies))
-    folder = cut.explanations("codes", "scripted", "top")
-    assert files(folder) != expected
-    some = next(folder.glob("0/*.json"), None)
-    if some:
-        some.unlink()
+    kept = explanations(cut.explanations("codes", "scripted", "top"))
+    assert files(kept.folder) != expected
+    if some := kept.done(0):
+        drop(kept, 0, [min(some)])
     assert files(*explain(settings_for(cut), ScriptedLLM(first_word))) == expected
 
 
-def test_a_batch_with_a_missing_file_is_asked_again_as_a_whole(tmp_path: Path) -> None:
+def test_a_batch_with_a_missing_neuron_is_asked_again_as_a_whole(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", layers=(0,))
     whole = ScriptedLLM(first_word)
     (folder,) = explain(settings_for(run), whole)
     order = neuron_order(0, 0, N_NEURONS).tolist()
-    (folder / "0" / f"{order[1]}.json").unlink()
+    drop(explanations(folder), 0, [order[1]])
     again = ScriptedLLM(first_word)
     explain(settings_for(run), again)
     live = [index for index in order[:3] if index != DEAD_INDEX]
@@ -150,10 +151,15 @@ def test_finished_explanations_are_not_asked_for_again(tmp_path: Path) -> None:
 
 def test_growing_the_sample_keeps_what_was_explained(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", layers=(0,))
-    small = files(*explain(settings_for(run, neurons=3), ScriptedLLM(first_word)))
-    large = files(*explain(settings_for(run, neurons=6), ScriptedLLM(first_word)))
+    small = read_explanations(*explain(settings_for(run, neurons=3), ScriptedLLM(first_word)))
+    again = ScriptedLLM(first_word)
+    large = read_explanations(*explain(settings_for(run, neurons=6), again))
     assert len(large) == len(small) + 3
     assert small.items() <= large.items()
+    once = make_run(tmp_path / "once" / "run", layers=(0,))
+    assert files(*explain(settings_for(once, neurons=6), ScriptedLLM(first_word))) == files(
+        run.explanations("codes", "scripted", "top")
+    )
 
 
 @settings(deadline=None, max_examples=20)
@@ -173,6 +179,18 @@ def test_explanations_of_another_model_are_refused(tmp_path: Path) -> None:
     (run.model / "model.safetensors").write_bytes(b"other weights")
     with pytest.raises(UserError, match="model_sha256"):
         explain(settings_for(run), ScriptedLLM(first_word))
+
+
+def test_a_folder_of_a_file_per_neuron_is_refused_by_name(tmp_path: Path) -> None:
+    """As before there were tables: its manifest names no format."""
+    run = make_run(tmp_path / "run", layers=(0,))
+    (folder,) = explain(settings_for(run, neurons=2), ScriptedLLM(first_word))
+    manifest = read_json(folder / "manifest.json")
+    assert manifest["identity"].pop("format") == 2
+    write_json(folder / "manifest.json", manifest)
+    with pytest.raises(UserError, match="manifest.json|format") as caught:
+        explain(settings_for(run), ScriptedLLM(first_word))
+    assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_another_draw_is_not_mixed_in(tmp_path: Path) -> None:
@@ -200,9 +218,13 @@ def test_auto_takes_the_only_site_and_lists_several(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     assert find_site(run, "auto") == find_site(run, "codes") == "codes"
     (run.root / "records" / "mlp").mkdir()
+    run.manifest.unlink()
     with pytest.raises(UserError, match="found: codes, mlp"):
         find_site(run, "auto")
     assert find_site(run, "mlp") == "mlp"
+    about = {"parameters": 1, "steps": 1, "n_layer": 1, "context": 8, "data": {"path": "d", "manifest_sha256": "0"}}
+    write_json(run.manifest, about | {"arm": Arm.trained("gpt2-2l", 0, 0, {}).row()})
+    assert find_site(run, "auto") == "mlp", "the arm's own"
     with pytest.raises(UserError, match="found: none"):
         find_site(Run(tmp_path / "nothing"), "auto")
 

@@ -12,17 +12,18 @@ import pytest
 from cratescope.config import JudgeConfig, LLMConfig
 from cratescope.neurons.explain import DEAD, EMPTY_ANSWER, explain
 from cratescope.neurons.judge import TOO_FEW_ACTIVE, TOO_FEW_SILENT, judge
+from cratescope.neurons.kept import judgements
 from cratescope.neurons.llm.scripted import ScriptedLLM
 from cratescope.neurons.protocols import PROTOCOLS
 from cratescope.neurons.records import (
     INTRUDER_GROUP,
     NeuronRecord,
     layer_file,
-    read_judgements,
     read_records,
     write_records,
 )
 from cratescope.run import Run, UserError
+from kept_files import drop, read_judgements
 from test_explain import DEAD_INDEX, N_NEURONS, WORDS, files, first_word, make_run, settings_for
 
 SCORERS = ("detection", "fuzzing", "intruder")
@@ -128,8 +129,8 @@ def test_no_window_explained_from_is_judged(run: Run) -> None:
 def test_an_interrupted_run_ends_with_the_same_files(run: Run) -> None:
     (folder,) = judge(config_for(run), knowing())
     expected = files(folder)
-    for path in list(folder.glob("*/*.json"))[::2]:
-        path.unlink()
+    drop(judgements(folder), 0, range(0, N_NEURONS, 2))
+    assert files(folder) != expected
     llm = knowing()
     judge(config_for(run), llm)
     assert files(folder) == expected
@@ -152,7 +153,7 @@ def test_neurons_that_cannot_be_judged_say_why(tmp_path: Path) -> None:
     records[0] = silenced(records[1], 1)
     records[0] = dataclasses.replace(records[0], neuron=records[0].neuron.__class__("run", "codes", 0, 0), random=())
     write_records(path, records)
-    (folder / "0" / "0.json").unlink()
+    drop(judgements(folder), 0, [0])
     judge(config_for(run), knowing())
     assert {item.skipped for item in read_judgements(folder) if item.neuron.index == 0} == {TOO_FEW_SILENT}
 

@@ -7,10 +7,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from cratescope.neurons import kept
 from cratescope.neurons.records import (
     ActivationRecord,
     Explanation,
     Histogram,
+    Judgement,
     Moments,
     NeuronId,
     NeuronRecord,
@@ -18,14 +20,8 @@ from cratescope.neurons.records import (
     Simulation,
     Stratum,
     TokenMean,
-    read_explanations,
     read_records,
-    read_scores,
-    read_simulations,
-    write_explanation,
     write_records,
-    write_scores,
-    write_simulation,
 )
 from cratescope.run import UserError
 
@@ -100,18 +96,37 @@ def test_a_damaged_records_file_is_named(tmp_path):
         read_records(path)
 
 
-def test_explanations_simulations_and_scores_come_back_by_neuron(tmp_path):
+def test_explanations_simulations_judgements_and_scores_come_back_by_neuron(tmp_path):
     ids = [NeuronId("m", "codes", layer, index) for layer, index in ((1, 4), (0, 10), (0, 2))]
     texts, expected = {"none": "a", "empty": "b"}, {"none": ((0.5, 1.0),), "empty": ((0.0, 0.0),)}
-    for one in ids:
-        write_explanation(tmp_path / "e", Explanation(one, f"text {one.index}", "llm", "p"))
-        write_simulation(tmp_path / "s", Simulation(one, "sim", texts, ((0, 3, 2),), expected))
-    assert list(read_explanations(tmp_path / "e")) == sorted(ids)
-    assert read_simulations(tmp_path / "s")[ids[0]].expected == expected
-    scores = [Score(one, "random-only", "none", "pearson", None if one.index == 2 else 0.5, 8) for one in ids]
-    write_scores(tmp_path / "scores.jsonl", scores)
-    assert read_scores(tmp_path / "scores.jsonl") == sorted(scores, key=lambda score: score.neuron)
-    assert "NaN" not in (tmp_path / "scores.jsonl").read_text()
+    made = {
+        kept.explanations: [Explanation(one, f"text\n {one.index} é\0", "llm", "p", "why" * one.layer) for one in ids],
+        kept.simulations: [
+            Simulation(ids[0], "sim", texts, ((0, 3, 2),), expected),
+            Simulation(ids[1], "sim", texts, ((0, 3, 2),), {"none": ((0.1, -3e-300),)}, "a slot without a value"),
+            Simulation(ids[2], "sim", {}, (), {}, "dead neuron"),
+        ],
+        kept.judgements: [
+            [Judgement(one, "fuzzing", control, "a", (0.25, 1.0), (True, False)) for control in ("none", "shuffled")]
+            for one in ids[:2]
+        ]
+        + [[Judgement(ids[2], "fuzzing", "none", "", (), (), "dead neuron")]],
+        kept.scores: [
+            [
+                Score(one, "random-only", "top", "none", name, None if one.index == 2 else 0.1, 8, low, None, "x")
+                for name, low in (("pearson", None), ("spearman", 0.5))
+            ]
+            for one in ids
+        ],
+    }
+    for open_kept, items in made.items():
+        opened = open_kept(tmp_path / open_kept.__name__)
+        opened.write(items)
+        assert dict(opened.all()) == dict(zip(ids, items, strict=True))
+        assert [neuron for neuron, _ in opened.all()] == sorted(ids)
+        assert opened.read(0, [10, 7]) == {10: items[1]} and opened.done(0) == {2, 10} and opened.layers == [0, 1]
+    every = kept.read_scores(tmp_path / "scores")
+    assert every == [score for items in sorted(made[kept.scores], key=lambda items: items[0].neuron) for score in items]
 
 
 def test_windows_overlap_only_when_they_share_a_token():

@@ -18,7 +18,9 @@ from hypothesis import strategies as st
 
 from cratescope.arm import Arm
 from cratescope.config import ReportConfig
-from cratescope.neurons.records import Histogram, layer_file, read_records, read_scores, write_scores
+from cratescope.neurons import kept
+from cratescope.neurons.kept import read_scores
+from cratescope.neurons.records import Histogram, layer_file, read_records
 from cratescope.report.figures import inline, styles
 from cratescope.report.html import highlight
 from cratescope.report.report import report, spread
@@ -38,7 +40,8 @@ from cratescope.results.tables import (
     write_csv,
 )
 from cratescope.run import Run, UserError, read_json, write_json
-from fake_run import Fake, fake_run, fake_tokenizer, seal_scores
+from fake_run import Fake, fake_run, fake_tokenizer
+from kept_files import change
 
 PRIMARY = Quantity("random-only", "pearson", "shuffled")
 NASTY = "<script>alert('x')</script> \"a\" & $b_c$"
@@ -93,7 +96,7 @@ def edit(path: Path, **changes: Any) -> None:
 
 
 def scores_of(run: Path, site: str = "codes") -> Scores:
-    return Scores(read_scores(Run(run).scores(site, "offline", "list-pmi") / "scores.jsonl"))
+    return Scores(read_scores(Run(run).scores(site, "offline", "list-pmi")))
 
 
 def edit_arm(run: Path, **changes: Any) -> None:
@@ -105,7 +108,7 @@ def test_the_score_table_follows_from_the_rows_of_score(runs: tuple[Path, Path],
     rows = {tuple(row[name] for name in names): row for row in rows_of(written / "scores.csv")}
     assert len(rows) == 2 * 2 * 2 * 3
     for path, site in zip(runs, ("codes", "mlp"), strict=True):
-        lines = read_scores(Run(path).scores(site, "offline", "list-pmi") / "scores.jsonl")
+        lines = read_scores(Run(path).scores(site, "offline", "list-pmi"))
         for (model, protocol, measure, layer), row in rows.items():
             if model != path.name or layer == "mean":
                 continue
@@ -139,7 +142,7 @@ def test_the_score_table_follows_from_the_rows_of_score(runs: tuple[Path, Path],
 def test_the_neuron_table_has_every_neuron_with_its_scores(runs: tuple[Path, Path], written: Path) -> None:
     rows = {(row["model"], int(row["layer"]), int(row["index"])): row for row in rows_of(written / "neurons.csv")}
     assert len(rows) == 2 * 2 * 6
-    for score in read_scores(Run(runs[0]).scores("codes", "offline", "list-pmi") / "scores.jsonl"):
+    for score in read_scores(Run(runs[0]).scores("codes", "offline", "list-pmi")):
         if score.measure == "pearson":
             cell = rows["crate", score.neuron.layer, score.neuron.index]
             name = f"{score.protocol}_{'score' if score.control == 'none' else score.control}"
@@ -226,9 +229,9 @@ def test_the_same_inputs_give_the_same_bytes(runs: tuple[Path, Path], written: P
 def test_a_missing_number_is_a_dash_with_its_count_and_never_nan(tmp_path: Path) -> None:
     """A layer without any score, as an untrained or collapsed model may have, still makes a whole report."""
     run = fake_run(tmp_path / "silent", Fake(layers=1, size="1l", neurons=5, dead=(2, 3, 4), flat=()))
-    path = run.scores("codes", "offline", "list-pmi") / "scores.jsonl"
-    path.write_text(re.sub(r'"value": [^,]*', '"value": null', path.read_text()))
-    seal_scores(path.parent)
+    scores = kept.scores(run.scores("codes", "offline", "list-pmi"))
+    silent = [[dataclasses.replace(item, value=None) for item in items] for items in scores.read(0).values()]
+    scores.replace(0, silent)
     text = run.evaluation.read_text()
     run.evaluation.write_text(text.replace('"bits_per_byte": 1.72', '"bits_per_byte": NaN'))
     page = report(ReportConfig(runs=(run.root,), out=tmp_path / "out"), tokenizer=fake_tokenizer()).read_text()
@@ -245,9 +248,9 @@ def test_a_missing_number_is_a_dash_with_its_count_and_never_nan(tmp_path: Path)
         ("run.json", "cratescope train"),
         ("evaluation.json", "cratescope evaluate"),
         ("scores/codes/offline/list-pmi/scores.json", "cratescope score"),
-        ("scores/codes/offline/list-pmi/scores.jsonl", "cratescope score"),
+        ("scores/codes/offline/list-pmi/layer-01.parquet", "cratescope score"),
         ("records/codes/layer-01.parquet", "cratescope collect"),
-        ("simulations/codes/offline/list-pmi/top/0/0.json", "cratescope simulate"),
+        ("simulations/codes/offline/list-pmi/top/layer-00.parquet", "cratescope simulate"),
     ],
 )
 def test_a_missing_piece_names_the_file_and_the_command(
@@ -442,17 +445,21 @@ def test_two_explanation_sets_are_shown_each_with_its_own_scores(runs: tuple[Pat
     """A protocol that explains from other windows gets other texts, and its scores are of these."""
     run = Run(copy_of(runs[0], tmp_path))
     for stage in (run.explanations("codes", "offline", "top"), run.simulations("codes", "offline", "list-pmi", "top")):
-        other = Path(shutil.copytree(stage, stage.with_name("openai")))
-        for path in other.rglob("*.json"):
-            path.write_text(path.read_text().replace("words about the law", "rain in spring"))
+        shutil.copytree(stage, stage.with_name("openai"))
+    for layer in range(2):
+        said = kept.explanations(run.explanations("codes", "offline", "openai"))
+        change(said, layer, 0, text="rain in spring")
     folder = run.scores("codes", "offline", "list-pmi")
-    scores = read_scores(folder / "scores.jsonl")
-    moved = [
-        dataclasses.replace(item, protocol="openai", set="openai") for item in scores if item.protocol == "random-only"
-    ]
-    write_scores(folder / "scores.jsonl", [*scores, *moved])
-    about = read_json(folder / "scores.json")
-    seal_scores(folder, made_with=about["made_with"] | {"openai": about["made_with"]["top"] | {"llm": "other"}})
+    scores = kept.scores(folder)
+    for layer in range(2):
+        items = scores.read(layer).values()
+        moved = [
+            [dataclasses.replace(one, protocol="openai", set="openai") for one in item if one.protocol == "random-only"]
+            for item in items
+        ]
+        scores.replace(layer, [*items, *moved])
+    made_with = read_json(folder / "scores.json")["made_with"]
+    edit(folder / "scores.json", made_with=made_with | {"openai": made_with["top"] | {"llm": "other"}})
     results = load_results(ReportConfig(runs=(run.root,), out=tmp_path))
     rows = {(row["layer"], row["index"], row["explanation_set"]): row for row in neuron_rows(results)}
     top, other = rows[0, 0, "top"], rows[0, 0, "openai"]
@@ -600,11 +607,11 @@ def test_imported_records_have_a_report_alone_and_beside_others(runs: tuple[Path
     report(settings_for((*runs, run), tmp_path / "three"), tokenizer=fake_tokenizer())
 
 
-@pytest.mark.parametrize("kept", [0, 1, 50, 109])
-def test_a_log_that_has_lost_its_end_is_no_shorter_training(tmp_path: Path, kept: int) -> None:
+@pytest.mark.parametrize("left", [0, 1, 50, 109])
+def test_a_log_that_has_lost_its_end_is_no_shorter_training(tmp_path: Path, left: int) -> None:
     run = fake_run(tmp_path / "run", Fake())
     lines = run.metrics.read_text().splitlines(keepends=True)
-    run.metrics.write_text("".join(lines[:kept]))
+    run.metrics.write_text("".join(lines[:left]))
     with pytest.raises(UserError, match=r"metrics.jsonl: ends at step \d+ of 100, so its end is lost; copy it again"):
         load_results(settings_for((run.root,), tmp_path / "report"))
 
@@ -619,13 +626,14 @@ def test_a_model_trained_for_no_step_has_no_log(tmp_path: Path) -> None:
 
 def test_reasons_that_differ_in_a_servers_words_are_counted_together(tmp_path: Path) -> None:
     run = fake_run(tmp_path / "run", Fake(layers=1, size="1l"))
-    folder = run.scores("codes", "offline", "list-pmi")
-    reasons = iter(["refused by the server: a", "refused by the server: b", "refusal (no)"] * 99)
-    changed = [
-        dataclasses.replace(item, value=None, reason=next(reasons)) if item.control == "none" else item
-        for item in sorted(read_scores(folder / "scores.jsonl"), key=lambda item: (item.protocol, item.measure))
-    ]
-    write_scores(folder / "scores.jsonl", changed)
-    seal_scores(folder)
+    scores = kept.scores(run.scores("codes", "offline", "list-pmi"))
+    reasons = ["refused by the server: a", "refused by the server: b", "refusal (no)"] * 2
+    scores.replace(
+        0,
+        [
+            [dataclasses.replace(one, value=None, reason=reason) for one in items]
+            for items, reason in zip(scores.read(0).values(), reasons, strict=True)
+        ],
+    )
     page = report(settings_for((run.root,), tmp_path / "out"), tokenizer=fake_tokenizer()).read_text()
-    assert re.search(r"6 without a score \(2 refusal, 4 refused by the server\)", page)
+    assert "6 without a score (2 refusal, 4 refused by the server)" in page

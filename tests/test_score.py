@@ -12,6 +12,7 @@ import pytest
 
 from cratescope.config import ScoreConfig
 from cratescope.neurons.explain import DEAD, EMPTY_ANSWER, explain
+from cratescope.neurons.kept import explanations, judgements, read_scores, simulations
 from cratescope.neurons.llm.scripted import ScriptedLLM
 from cratescope.neurons.protocols import PROTOCOLS, Protocol, scoring_windows
 from cratescope.neurons.records import (
@@ -20,22 +21,21 @@ from cratescope.neurons.records import (
     Score,
     Simulation,
     layer_file,
-    neuron_file,
     read_records,
-    read_scores,
-    write_judgements,
 )
 from cratescope.neurons.score import (
     CONSTANT_SIMULATION,
     CONSTANT_TRUTH,
     ONE_ANSWER,
+    read_about,
     score,
     score_judgement,
     score_neuron,
 )
 from cratescope.neurons.simulate import simulate
 from cratescope.results.scores import Scores
-from cratescope.run import Run, UserError, claim, read_json, write_json
+from cratescope.run import Run, UserError, claim, read_json
+from kept_files import change, drop, flip
 from test_explain import DEAD_INDEX, N_NEURONS, files, first_word, make_run, settings_for
 from test_simulate import config_for, knowing
 
@@ -166,7 +166,7 @@ def test_rows_that_do_not_fit_the_windows_are_never_scored(
 def gains(run: Run, protocol: str, layer: int, control: str) -> float:
     """Score minus the control's, averaged over the neurons of a layer that have both."""
     values: dict[int, dict[str, float]] = {}
-    for item in read_scores(run.scores("codes", "scripted", "list-pmi") / "scores.jsonl"):
+    for item in read_scores(run.scores("codes", "scripted", "list-pmi")):
         if (item.protocol, item.neuron.layer, item.measure) == (protocol, layer, "pearson") and item.value is not None:
             values.setdefault(item.neuron.index, {})[item.control] = item.value
     both = [row["none"] - row[control] for row in values.values() if {"none", control} <= row.keys()]
@@ -174,7 +174,7 @@ def gains(run: Run, protocol: str, layer: int, control: str) -> float:
 
 
 def scored(run: Run, **changes: Any) -> Scores:
-    return Scores(read_scores(score(config(run, **changes)) / "scores.jsonl"))
+    return Scores(read_scores(score(config(run, **changes))))
 
 
 def test_a_whole_run_with_a_knowing_model_scores_one(run: Run) -> None:
@@ -206,7 +206,7 @@ def test_a_whole_run_with_a_knowing_model_scores_one(run: Run) -> None:
 
 def test_every_neuron_has_a_line_for_each_protocol_measure_and_control(run: Run) -> None:
     score(config(run))
-    found = read_scores(run.scores("codes", "scripted", "list-pmi") / "scores.jsonl")
+    found = read_scores(run.scores("codes", "scripted", "list-pmi"))
     own = [item for item in found if item.control == "none"]
     assert len(own) == 2 * N_NEURONS * sum(len(protocol.measures) for protocol in DEFAULT)
     assert len({(item.neuron, item.protocol, item.control, item.measure) for item in found}) == len(found)
@@ -242,11 +242,47 @@ def test_scores_are_made_again_only_when_something_they_come_from_has_changed(ru
     first, made = read_json(about), about.stat().st_mtime_ns
     score(config(run))
     assert about.stat().st_mtime_ns == made
-    path = next(run.simulations("codes", "scripted", "list-pmi", "top").glob("0/*.json"))
-    path.write_text(path.read_text() + "\n")
+    kept = simulations(run.simulations("codes", "scripted", "list-pmi", "top"))
+    change(kept, 0, 0, skipped="another")
     score(config(run))
     assert read_json(about)["made_from"] != first["made_from"] and about.stat().st_mtime_ns > made
     assert scored(run, protocols=("random-only",)).protocols == ["random-only"]
+
+
+def test_scoring_that_was_killed_is_not_taken_for_finished(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = score(config(run))
+    whole = files(folder)
+    simulated = simulations(run.simulations("codes", "scripted", "list-pmi", "top"))
+    change(simulated, 0, 0, skipped="another")
+
+    def dies(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("cratescope.neurons.score.on_records", dies)
+        score(config(run))
+    with pytest.raises(UserError, match=r"scores\.json: no such file"):
+        read_about(folder)
+    change(simulated, 0, 0, skipped=None)
+    assert files(score(config(run))) == whole
+
+
+def test_damaged_or_missing_scores_are_made_again(run: Run) -> None:
+    folder = score(config(run))
+    whole = files(folder)
+    flip(layer_file(folder, 1), 999)
+    assert files(score(config(run))) == whole
+    layer_file(folder, 0).unlink()
+    assert files(score(config(run))) == whole
+
+
+def test_scores_of_a_layer_that_is_no_longer_simulated_go(run: Run) -> None:
+    folder = score(config(run))
+    simulated = run.simulations("codes", "scripted", "list-pmi", "top")
+    layer_file(simulated, 1).unlink()
+    (simulated / "plan.json").unlink()
+    assert Scores(read_scores(score(config(run)))).layers == [0]
+    assert not layer_file(folder, 1).exists()
 
 
 def test_scores_know_the_explanations_they_were_made_from(tmp_path: Path) -> None:
@@ -286,18 +322,17 @@ def test_explanations_of_another_model_are_refused(run: Run) -> None:
 
 
 def test_simulations_of_replaced_explanations_are_refused(run: Run) -> None:
-    path = run.explanations("codes", "scripted", "top") / "0" / f"{DEAD_INDEX + 1}.json"
-    path.write_text(path.read_text().replace("the word", "no word"))
+    change(explanations(run.explanations("codes", "scripted", "top")), 0, DEAD_INDEX + 1, text="no word")
     with pytest.raises(UserError, match="simulates another explanation"):
         score(config(run))
 
 
 def test_a_damaged_simulation_is_named_with_the_way_out(run: Run) -> None:
-    path = run.simulations("codes", "scripted", "list-pmi", "top") / "0" / "1.json"
-    found = read_json(path)
-    found["expected"]["none"][0] = found["expected"]["none"][0][1:]
-    write_json(path, found)
-    with pytest.raises(UserError, match=r"0/1\.json: .* run `cratescope simulate` again"):
+    kept = simulations(run.simulations("codes", "scripted", "list-pmi", "top"))
+    expected = dict(kept.read(0)[1].expected)
+    expected["none"] = (expected["none"][0][1:], *expected["none"][1:])
+    change(kept, 0, 1, expected=expected)
+    with pytest.raises(UserError, match=r"layer-00\.parquet: neuron 1 .* run `cratescope simulate` again"):
         score(config(run))
 
 
@@ -306,7 +341,7 @@ def test_a_killed_simulation_is_told_apart_from_a_small_one(tmp_path: Path) -> N
     explain(settings_for(run), ScriptedLLM(first_word))
     (folder,) = simulate(config_for(run, neurons=3), knowing())
     assert scored(run).counts("random-only", 0)["n_neurons"] == 3
-    next(folder.glob("1/*.json")).unlink()
+    drop(simulations(folder), 1, [min(simulations(folder).done(1))])
     with pytest.raises(UserError, match="2 of 3 neurons of layer 1 are simulated"):
         score(config(run))
 
@@ -347,13 +382,13 @@ def test_judgements_are_scored_with_the_simulations(run: Run) -> None:
     )
     for layer in (0, 1):
         record = read_records(layer_file(run.records("codes"), layer))[1]
-        write_judgements(folder, [judgement(record), judgement(record, control="shuffled", text="other words")])
+        judgements(folder).write([[judgement(record), judgement(record, control="shuffled", text="other words")]])
     scores = scored(run)
     assert scores.measures("detection") == ["accuracy", "auroc"] and scores.mean("detection", layer=0).mean == 0.5
     assert scores.mean("detection", over="shuffled").mean == 0.0
     assert scores.mean("detection", "auroc").mean == 0.75
-    write_judgements(folder, [judgement(record, text="no such words")])
-    with pytest.raises(UserError, match=f"{neuron_file(folder, record.neuron).name}.*judges another explanation"):
+    judgements(folder).write([[judgement(record, text="no such words")]])
+    with pytest.raises(UserError, match=r"layer-01\.parquet: neuron 1 judges another explanation"):
         score(config(run))
 
 

@@ -26,6 +26,7 @@ from cratescope.config import ExplainConfig, JudgeConfig, LLMConfig, ScoreConfig
 from cratescope.lm.tokenizer import train_bpe
 from cratescope.neurons.explain import explain
 from cratescope.neurons.judge import judge
+from cratescope.neurons.kept import explanations, read_scores
 from cratescope.neurons.llm import LanguageModel, NoAnswer, RefusedError, llm_identity, open_llm, server
 from cratescope.neurons.llm.answers import EMPTY_ANSWER, REFUSED
 from cratescope.neurons.llm.cache import AnswerCache
@@ -33,15 +34,13 @@ from cratescope.neurons.llm.local import LocalLLM
 from cratescope.neurons.llm.scripted import ScriptedLLM
 from cratescope.neurons.records import (
     layer_file,
-    read_explanations,
-    read_judgements,
     read_records,
-    read_simulations,
     write_records,
 )
 from cratescope.neurons.score import score
 from cratescope.neurons.simulate import simulate
 from cratescope.run import Run, UserError
+from kept_files import drop, read_explanations, read_judgements, read_simulations
 from test_explain import DEAD_INDEX, N_NEURONS, first_word, make_run, settings_for
 from test_judge import silenced
 
@@ -703,7 +702,7 @@ def test_one_refused_prompt_is_a_named_skip_and_the_others_are_done(start: Start
     asked = len(running.asked)
     explain(explaining(run, running, llm_batch=batch))
     assert len(running.asked) == asked
-    (folder / "0" / "1.json").unlink()
+    drop(explanations(folder), 0, [1])
     explain(explaining(run, running, llm_batch=batch))
     assert len(read_explanations(folder)) == N_NEURONS
 
@@ -802,7 +801,7 @@ def test_a_window_that_is_refused_skips_its_neuron_only(
         assert [item.texts["none"] for item in refused if "none" not in item.expected] == [texts[0]]
         assert [item.texts["none"] for item in found if "none" in item.expected] == texts[1:]
         scores = score(ScoreConfig(explained.root, explainer="scripted", simulator="all-at-once", **PROTOCOL))
-        assert any(REFUSED in reason for reason in scores["protocols"]["top-and-random"]["layers"][0]["none_reasons"])
+        assert any(REFUSED in str(item.reason) for item in read_scores(scores) if item.control == "none")
     never = start(lambda _: (500, b"", {}))
     assert done_with(never) == found
     assert never.asked == []

@@ -15,7 +15,8 @@ from rich.console import Console
 
 from cratescope import cli
 from cratescope.config import ShowConfig
-from cratescope.neurons.records import layer_file, read_records, read_scores
+from cratescope.neurons.kept import read_scores
+from cratescope.neurons.records import layer_file, read_records
 from cratescope.report.card import neuron_card, shade
 from cratescope.report.text import visible
 from cratescope.run import Run, UserError
@@ -41,7 +42,7 @@ def shown(run: Run, layer: int = 0, neuron: int = 1, width: int = 100, colour: b
 def test_the_card_says_what_the_files_say(run: Run) -> None:
     text = shown(run).replace("\u00a0", " ")
     record = read_records(layer_file(run.records("codes"), 0), [1])[1]
-    scores = read_scores(run.scores("codes", "offline", "list-pmi") / "scores.jsonl")
+    scores = read_scores(run.scores("codes", "offline", "list-pmi"))
     [own] = [
         score.value
         for score in scores

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from cratescope.config import LLMConfig, SimulateConfig
 from cratescope.neurons import prompts
 from cratescope.neurons.explain import DEAD, EMPTY_ANSWER, UNDECODABLE, explain
+from cratescope.neurons.kept import simulations
 from cratescope.neurons.llm.scripted import ScriptedLLM
 from cratescope.neurons.protocols import PROTOCOLS, scoring_windows
 from cratescope.neurons.records import (
@@ -20,9 +21,7 @@ from cratescope.neurons.records import (
     Explanation,
     NeuronId,
     layer_file,
-    read_explanations,
     read_records,
-    read_simulations,
     write_records,
 )
 from cratescope.neurons.simulate import (
@@ -38,6 +37,7 @@ from cratescope.neurons.simulate import (
     unigram_text,
 )
 from cratescope.run import Run, UserError, read_json
+from kept_files import drop, read_explanations, read_simulations
 from test_explain import DEAD_INDEX, N_NEURONS, WORDS, files, first_word, make_run, settings_for
 
 DEFAULT = (PROTOCOLS["top-and-random"], PROTOCOLS["random-only"])
@@ -191,6 +191,15 @@ def test_the_control_is_another_neurons_text_and_never_its_own(texts: list[str])
         assert (null in others) if text and others else null == ""
 
 
+@settings(deadline=None, max_examples=200)
+@given(texts)
+def test_the_control_is_the_nearest_different_text_before_it_going_round(texts: list[str]) -> None:
+    for place, null in enumerate(null_texts(explanations(texts))):
+        before = [texts[(place - step) % len(texts)] for step in range(1, len(texts))]
+        different = [text for text in before if text and text != texts[place]]
+        assert null == (different[0] if texts[place] and different else "")
+
+
 def test_the_control_is_a_derangement_when_all_texts_differ() -> None:
     texts = [str(number) for number in range(9)]
     nulls = null_texts(explanations(texts))
@@ -200,9 +209,9 @@ def test_the_control_is_a_derangement_when_all_texts_differ() -> None:
 
 def test_the_control_does_not_depend_on_what_is_already_simulated(run: Run) -> None:
     expected = files(*simulate(config_for(run), knowing()))
-    folder = run.simulations("codes", "scripted", "list-pmi", "top")
-    for path in list(folder.glob("*/*.json"))[::2]:
-        path.unlink()
+    kept = simulations(run.simulations("codes", "scripted", "list-pmi", "top"))
+    for layer in (0, 1):
+        drop(kept, layer, range(0, N_NEURONS, 2))
     assert files(*simulate(config_for(run), knowing())) == expected
 
 
@@ -232,6 +241,7 @@ def test_simulating_a_growing_sample_ends_like_simulating_it_at_once(tmp_path: P
     found = read_simulations(*simulate(config_for(grown), knowing()))
     expected = read_simulations(*simulate(config_for(once), knowing()))
     assert {key: item.texts for key, item in found.items()} == {key: item.texts for key, item in expected.items()}
+    assert len(found) == 2 * 6
 
 
 def test_fewer_neurons_are_the_first_drawn_and_keep_their_controls(run: Run) -> None:

@@ -7,6 +7,7 @@ import json
 import re
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -77,7 +78,7 @@ def plan(text_folder, data_folder, tmp_path_factory):
 
 def results(folder):
     """Every file that a rerun must reproduce: all but run times and the order of what was written when."""
-    kept = ("*.parquet", "metrics.jsonl", "model/model.safetensors", "scores.jsonl", "explanations/*/*/*/*/*.json")
+    kept = ("*.parquet", "metrics.jsonl", "model/model.safetensors", "scores.json")
     found = {
         str(path.relative_to(folder)): path.read_bytes() for kind in kept for path in (folder / "runs").rglob(kind)
     }
@@ -98,7 +99,8 @@ def test_a_study_ends_in_a_report_of_every_model(whole):
     page = (whole / "report" / "report.html").read_text()
     assert "A small study" in page and "crate" in page and "gpt2" in page
     for name, site in (("crate", "codes"), ("gpt2", "mlp")):
-        assert len(list((whole / "runs" / name / "explanations" / site).rglob("0/*.json"))) == 12
+        (table,) = (whole / "runs" / name / "explanations" / site).rglob("layer-00.parquet")
+        assert len(pd.read_parquet(table)) == 12
 
 
 def test_a_second_study_does_nothing_again(whole, plan):
@@ -109,8 +111,8 @@ def test_a_second_study_does_nothing_again(whole, plan):
 
 KILLS = (
     "runs/gpt2/checkpoints/checkpoint-8/model.safetensors",
-    "runs/crate/explanations/*/*/*/0/*.json",
-    "runs/gpt2/simulations/*/*/*/*/0/*.json",
+    "runs/crate/explanations/*/*/*/layer-00.parquet",
+    "runs/gpt2/simulations/*/*/*/*/plan.json",
 )
 
 

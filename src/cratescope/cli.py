@@ -46,11 +46,11 @@ def _loss(name: str, row: dict[str, Any]) -> str:
 
 
 def _scored(_config: Any, folder: Path) -> str:
-    from cratescope.neurons.records import read_scores
+    from cratescope.neurons.kept import read_scores
     from cratescope.results.scores import Scores
     from cratescope.run import read_json
 
-    scores = Scores(read_scores(folder / "scores.jsonl"))
+    scores = Scores(read_scores(folder))
     lines = [_score_line(scores, name) for name in scores.protocols]
     verdicts = read_json(folder / "scores.json")["sanity"]
     for passes in (True, False):

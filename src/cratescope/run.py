@@ -210,11 +210,11 @@ def temporary_beside(path: Path) -> Path:
 
     It says whose it is, so that what a killed process left is told from what a living one writes.
     """
-    _remove_leftovers(path.parent)
+    remove_leftovers(path.parent)
     return path.with_name(f".{path.name[:40]}.{_here()}.{os.getpid()}-{next(_numbers)}.tmp")
 
 
-def _remove_leftovers(folder: Path) -> None:
+def remove_leftovers(folder: Path) -> None:
     """Remove temporaries of dead processes, the first time that this process writes into the folder."""
     if (os.getpid(), folder) in _swept:
         return
@@ -591,7 +591,7 @@ def claim(folder: Path, identity: dict[str, Any]) -> None:
     if not path.exists():
         with atomic_path(path, first=True) as temporary:
             temporary.write_text(_as_json({"identity": identity, "versions": versions()}), encoding="utf-8")
-    _remove_leftovers(folder)
+    remove_leftovers(folder)
     found = read_json(path)
     found = found.get("identity") if isinstance(found, dict) else None
     if not isinstance(found, dict):
@@ -679,19 +679,19 @@ class Run:
         return self.root / "records" / slug(site)
 
     def explanations(self, site: str, explainer: str, explained: str) -> Path:
-        """Folder with one JSON file a neuron, `{layer}/{index}.json`; `explained` names the windows shown."""
+        """Folder with one Parquet file per layer; `explained` names the windows shown."""
         return self.root / "explanations" / slug(site) / slug(explainer) / explained
 
     def simulations(self, site: str, explainer: str, simulator: str, explained: str) -> Path:
-        """Folder with one JSON file a neuron, `{layer}/{index}.json`."""
+        """Folder with one Parquet file per layer."""
         return self.root / "simulations" / slug(site) / slug(explainer) / slug(simulator) / explained
 
     def judgements(self, site: str, explainer: str, scorer: str, explained: str) -> Path:
-        """Folder with one JSON file a neuron, `{layer}/{index}.json`."""
+        """Folder with one Parquet file per layer."""
         return self.root / "judgements" / slug(site) / slug(explainer) / slug(scorer) / explained
 
     def scores(self, site: str, explainer: str, simulator: str) -> Path:
-        """Folder with scores.jsonl (one line a neuron, protocol, control and measure) and summary.json."""
+        """Folder with one Parquet file per layer (a row per neuron, protocol, control and measure) and scores.json."""
         return self.root / "scores" / slug(site) / slug(explainer) / slug(simulator)
 
     def quality(self, site: str) -> Path:

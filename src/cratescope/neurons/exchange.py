@@ -36,7 +36,6 @@ from cratescope.neurons.records import (
     NeuronRecord,
     Stratum,
     layer_file,
-    neuron_file,
     read_columns,
     read_records,
     write_records,
@@ -98,7 +97,7 @@ def _export_openai(out: Path, files: Mapping[int, Path], vocabulary: Sequence[st
     for layer, path in files.items():
         records = read_records(path).values()
         for record in track(records, f"export layer {layer}", console=STDERR, transient=True):
-            target = neuron_file(out, record.neuron)
+            target = out / str(layer) / f"{record.neuron.index}.json"
             if not target.exists():
                 write_text(target, json.dumps(_openai_json(record, vocabulary), ensure_ascii=False, allow_nan=False))
 

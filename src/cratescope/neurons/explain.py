@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Container, Iterable, Sequence
+import itertools
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -18,6 +19,7 @@ from cratescope.arm import Arm
 from cratescope.config import ExplainConfig
 from cratescope.hardware import share
 from cratescope.lm.tokenizer import load_tokenizer, token_strings, vocabulary_strings
+from cratescope.neurons.kept import Kept, explanations
 from cratescope.neurons.llm import LanguageModel, NoAnswer, RefusedError, llm_identity, open_llm
 from cratescope.neurons.llm.answers import EMPTY_ANSWER, ONLY_REASONING
 from cratescope.neurons.llm.reasoning import without_reasoning
@@ -29,12 +31,14 @@ from cratescope.neurons.records import (
     NeuronRecord,
     layer_file,
     read_columns,
-    read_explanations,
     read_records,
-    write_explanation,
 )
 from cratescope.run import IDENTITY, Run, UserError, claim, read_json
 
+FORMAT = 2
+"""Of the files that explain, simulate, judge and score write: 1 was a JSON file per neuron."""
+AT_ONCE = 512
+"""Records held in memory at once."""
 MAX_TOKENS = 60
 """Longest answer (paper section 4)."""
 ENOUGH = 16
@@ -47,10 +51,10 @@ Result = TypeVar("Result")
 
 
 def explain(config: ExplainConfig, llm: LanguageModel | None = None) -> list[Path]:
-    """Write one explanation file for every sampled neuron and return the folder of each explanation set.
+    """Write an explanation of every sampled neuron and return the folder of each explanation set.
 
-    A dead neuron, or one whose answer is empty or refused, gets a file with no text and the reason in `skipped`, so
-    that the sample stays what was drawn. Finished files are kept.
+    A dead neuron, or one whose answer is empty or refused, gets a row with no text and the reason in `skipped`, so
+    that the sample stays what was drawn. Finished rows are kept.
 
     Raises:
         UserError: no such site, layer, protocol or number of neurons; a folder holds explanations of something else; or
@@ -66,31 +70,37 @@ def explain(config: ExplainConfig, llm: LanguageModel | None = None) -> list[Pat
     tokenizer = load_tokenizer(run.model)
     folders = []
     for explained, protocols in protocols_named(config.protocols).items():
-        folder = run.explanations(site, config.llm.llm_name, explained)
+        kept = explanations(run.explanations(site, config.llm.llm_name, explained))
         identity = made_with | {"explained": explained}
-        if (folder / "manifest.json").exists():
-            claim(folder, identity)
-        waiting = Waiting(functools.partial(_write, folder, identity), ENOUGH)
-        folders.append(folder)
-        for layer, indices in samples.items():
-            indices = share(indices, config.worker, config.llm.llm_batch)
-            done = {index for index in indices if (folder / str(layer) / f"{index}.json").exists()}
-            if len(done) < len(indices):
-                llm = llm or open_llm(config.llm)
-                records = read_records(layer_file(run.records(site), layer), indices)
-                asking = Asking(llm, tokenizer, wording, protocols[0], config.llm.llm_name, max_tokens)
-                _explain_layer([records[index] for index in indices], done, waiting, asking, config.llm.llm_batch)
-        waiting.end(functools.partial(_has_text, folder))
+        if (kept.folder / "manifest.json").exists():
+            claim(kept.folder, identity)
+        folders.append(kept.folder)
+        with kept.writing() as keep:
+            waiting = Waiting(functools.partial(claim_and_keep, kept.folder, identity, keep), ENOUGH)
+            for layer, indices in samples.items():
+                indices = share(indices, config.worker, config.llm.llm_batch)
+                done = kept.done(layer) & {*indices}
+                if len(done) < len(indices):
+                    llm = llm or open_llm(config.llm)
+                    asking = Asking(llm, tokenizer, wording, protocols[0], config.llm.llm_name, max_tokens)
+                    path = layer_file(run.records(site), layer)
+                    _explain_layer(path, layer, indices, done, waiting, asking, config.llm.llm_batch)
+            waiting.end(functools.partial(_has_text, kept))
     return folders
 
 
-def _write(folder: Path, identity: dict[str, Any], explanation: Explanation) -> None:
-    claim(folder, identity)  # not before: after a stop with advice another --llm-max-tokens has to be free to start
-    write_explanation(folder, explanation)
+def claim_and_keep(folder: Path, identity: dict[str, Any], keep: Callable[[Result], None], item: Result) -> None:
+    """Keep a result in a folder that is claimed with the first one.
+
+    Not before: a model or server that gives no answer leaves no folder, and after a stop with advice another
+    --llm-max-tokens is free to start.
+    """
+    claim(folder, identity)
+    keep(item)
 
 
-def _has_text(folder: Path) -> bool:
-    return any(item.text for item in read_explanations(folder).values())
+def _has_text(kept: Kept[Explanation]) -> bool:
+    return any(item.text for _, item in kept.all())
 
 
 class Waiting(Generic[Result]):
@@ -156,7 +166,7 @@ def records_identity(run: Run, site: str) -> dict[str, Any]:
     manifest = run.records(site) / "manifest.json"
     collected = read_json(manifest, IDENTITY, "`cratescope collect`")["identity"] if manifest.exists() else {}
     weights = {} if "imported" in collected else {"model_sha256": run.fingerprint()}
-    return weights | {"site": site, "records": collected}
+    return weights | {"format": FORMAT, "site": site, "records": collected}
 
 
 def check_identity(folder: Path, wanted: dict[str, Any]) -> dict[str, Any]:
@@ -214,22 +224,39 @@ def _samples(config: ExplainConfig, folder: Path) -> dict[int, list[int]]:
 
 
 def _explain_layer(
-    records: Sequence[NeuronRecord], done: Container[int], waiting: Waiting[Explanation], asking: Asking, batch: int
+    path: Path,
+    layer: int,
+    indices: Sequence[int],
+    done: Container[int],
+    waiting: Waiting[Explanation],
+    asking: Asking,
+    batch: int,
 ) -> None:
     """Explain one layer's sample in batches that depend on the sample alone.
 
     Rounding differs with what else is in a batch and may turn a close choice of the model, so a batch with a missing
-    file is asked again as a whole: an interrupted run ends with the same bytes as one that was not.
+    neuron is asked again as a whole: an interrupted run ends with the same bytes as one that was not.
     """
-    chunks = [records[start : start + batch] for start in range(0, len(records), batch)]
-    for chunk in track(chunks, f"explain layer {records[0].neuron.layer}", console=STDERR, transient=True):
-        if all(record.neuron.index in done for record in chunk):
-            continue
-        found = asking.asked(chunk)
+    chunks = [indices[start : start + batch] for start in range(0, len(indices), batch)]
+    pending = [chunk for chunk in chunks if any(index not in done for index in chunk)]
+    work = with_records(path, pending, AT_ONCE // batch + 1)
+    for chunk, records in track(work, f"explain layer {layer}", len(pending), console=STDERR, transient=True):
+        found = asking.asked([records[index] for index in chunk])
         waiting.answered |= any(explanation.text for explanation, _ in found)
         for explanation, problem in found:
             if explanation.neuron.index not in done:
                 waiting.add(explanation, problem)
+
+
+def with_records(
+    path: Path, chunks: Iterable[Sequence[int]], together: int
+) -> Iterator[tuple[Sequence[int], dict[int, NeuronRecord]]]:
+    """Chunks of neuron indices with their records, which are read for `together` chunks at once."""
+    waiting = iter(chunks)
+    while group := list(itertools.islice(waiting, together)):
+        records = read_records(path, sorted({index for chunk in group for index in chunk}))
+        for chunk in group:
+            yield chunk, records
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -20,7 +19,19 @@ from rich.progress import track
 from cratescope.config import JudgeConfig
 from cratescope.lm.tokenizer import load_tokenizer, vocabulary_strings
 from cratescope.neurons import prompts
-from cratescope.neurons.explain import DEAD, STDERR, UNDECODABLE, Waiting, find_site, records_identity, undecodable
+from cratescope.neurons.explain import (
+    AT_ONCE,
+    DEAD,
+    STDERR,
+    UNDECODABLE,
+    Waiting,
+    claim_and_keep,
+    find_site,
+    records_identity,
+    undecodable,
+    with_records,
+)
+from cratescope.neurons.kept import Kept, judgements
 from cratescope.neurons.llm import LanguageModel, RefusedError, llm_identity, open_llm
 from cratescope.neurons.protocols import Protocol, protocols_named
 from cratescope.neurons.records import (
@@ -31,11 +42,6 @@ from cratescope.neurons.records import (
     NeuronId,
     NeuronRecord,
     layer_file,
-    neuron_file,
-    read_judgement,
-    read_judgements,
-    read_records,
-    write_judgements,
 )
 from cratescope.neurons.simulate import ENOUGH, explained_layers, own_share
 from cratescope.run import Run, claim
@@ -54,9 +60,9 @@ DECIMALS = 4
 
 
 def judge(config: JudgeConfig, llm: LanguageModel | None = None) -> list[Path]:
-    """Write one file of judgements for every explained neuron and return the folder of each explanation set.
+    """Write judgements of every explained neuron and return the folder of each explanation set.
 
-    Finished files are kept; one is made again when its texts are no longer the planned ones.
+    What is finished is kept; a neuron is judged again when its texts are no longer the planned ones.
 
     Raises:
         UserError: no such site, protocol or explanations; or a folder holds judgements of something else.
@@ -78,35 +84,34 @@ def _judge_set(
         claim(folder, known)
     tokenizer = load_tokenizer(run.model)
     vocabulary = vocabulary_strings(tokenizer)
-    waiting = Waiting(functools.partial(_write, folder, known), ENOUGH)
-    for layer, explanations in layers.items():
-        pairs = own_share(config, explanations)
-        pending = [(own, null) for own, null in pairs if not _done(folder, config.scorer, own, null)]
-        if not pending:
-            continue
-        llm = llm or open_llm(config.llm)
-        asking = Judge(llm, vocabulary, protocol, config.scorer, config.llm.llm_batch)
-        records = read_records(layer_file(run.records(site), layer), [own.neuron.index for own, _ in pending])
-        label = f"{config.scorer} {run.name} layer {layer}"
-        for own, null in track(pending, escape(label), console=STDERR, transient=True):
-            refused = None
-            try:
-                found = asking.judgements(records[own.neuron.index], own, null)
-                waiting.answered |= any(item.probabilities for item in found)
-            except RefusedError as error:
-                found, refused = _unjudged(own, null, config.scorer, error.answers[0].reason), error
-            waiting.add(found, refused)
-    waiting.end(functools.partial(_any_judged, folder))
+    kept = judgements(folder)
+    with kept.writing() as keep:
+        waiting = Waiting(functools.partial(claim_and_keep, folder, known, keep), ENOUGH)
+        for layer, explanations in layers.items():
+            pairs, found = own_share(config, explanations), _told(kept, layer)
+            pending = [(own, null) for own, null in pairs if not _done(found, config.scorer, own, null)]
+            if not pending:
+                continue
+            llm = llm or open_llm(config.llm)
+            asking = Judge(llm, vocabulary, protocol, config.scorer, config.llm.llm_batch)
+            by_index = {own.neuron.index: (own, null) for own, null in pending}
+            work = with_records(layer_file(run.records(site), layer), ([index] for index in by_index), AT_ONCE)
+            label = escape(f"{config.scorer} {run.name} layer {layer}")
+            for (index,), records in track(work, label, len(pending), console=STDERR, transient=True):
+                judged, refused = asking.asked(records[index], *by_index[index])
+                waiting.answered |= any(item.probabilities for item in judged)
+                waiting.add(judged, refused)
+        waiting.end(functools.partial(_any_judged, kept))
     return folder
 
 
-def _write(folder: Path, identity: dict[str, Any], judgements: Sequence[Judgement]) -> None:
-    claim(folder, identity)  # not before: a model or server that gives no answer leaves no folder
-    write_judgements(folder, judgements)
+def _told(kept: Kept[list[Judgement]], layer: int) -> dict[int, dict[str, str]]:
+    """The texts that were judged, by neuron and control."""
+    return {index: {item.control: item.text for item in items} for index, items in kept.read(layer).items()}
 
 
-def _any_judged(folder: Path) -> bool:
-    return any(item.probabilities for item in read_judgements(folder))
+def _any_judged(kept: Kept[list[Judgement]]) -> bool:
+    return any(item.probabilities for _, items in kept.all() for item in items)
 
 
 def _texts(scorer: str, explanation: Explanation, null_text: str) -> dict[str, str]:
@@ -121,12 +126,8 @@ def _unjudged(explanation: Explanation, null_text: str, scorer: str, reason: str
     return [Judgement(explanation.neuron, scorer, name, text, (), (), reason) for name, text in texts.items()]
 
 
-def _done(folder: Path, scorer: str, explanation: Explanation, null_text: str) -> bool:
-    path = neuron_file(folder, explanation.neuron)
-    if not path.exists():
-        return False
-    found = {item.control: item.text for item in read_judgement(path)}
-    return found == (_texts(scorer, explanation, null_text) or {"none": ""})
+def _done(found: dict[int, dict[str, str]], scorer: str, explanation: Explanation, null_text: str) -> bool:
+    return found.get(explanation.neuron.index) == (_texts(scorer, explanation, null_text) or {"none": ""})
 
 
 @dataclass(frozen=True)
@@ -147,6 +148,15 @@ class Judge:
         self._llm, self._vocabulary, self._protocol = llm, vocabulary, protocol
         self._scorer, self._batch = scorer, batch
         self._prefix = llm.encode(prompts.judge_prefix(scorer))
+
+    def asked(
+        self, record: NeuronRecord, explanation: Explanation, null_text: str
+    ) -> tuple[list[Judgement], RefusedError | None]:
+        """Judgements of a neuron, or why there are none where a server refused the prompts."""
+        try:
+            return self.judgements(record, explanation, null_text), None
+        except RefusedError as error:
+            return _unjudged(explanation, null_text, self._scorer, error.answers[0].reason), error
 
     def judgements(self, record: NeuronRecord, explanation: Explanation, null_text: str) -> list[Judgement]:
         """One a control; a neuron that cannot be judged has one without answers, and the reason.

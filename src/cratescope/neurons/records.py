@@ -1,4 +1,4 @@
-"""The core types (neuron, record, explanation, simulation, judgement, score) and their files.
+"""The core types (neuron, record, explanation, simulation, judgement, score), and the files of records.
 
 A *record* is a window of tokens of one excerpt with one neuron's activations on it. Rows are keyed by NeuronId,
 never by their place in a list. Imports nothing else of neurons.
@@ -7,29 +7,19 @@ never by their place in a list. Imports nothing else of neurons.
 from __future__ import annotations
 
 import dataclasses
-import functools
-import hashlib
-import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from cratescope.run import (
-    Shape,
-    UserError,
-    atomic_path,
-    first_line,
-    read_json,
-    read_jsonl,
-    stamp,
-    write_json,
-    write_text,
-)
+from cratescope.parts import CHECKED, is_sealed, seal
+from cratescope.parts import layer_file as layer_file
+from cratescope.run import UserError, atomic_path, first_line
 
 
 @dataclass(frozen=True, order=True)
@@ -275,17 +265,10 @@ SCHEMA = pa.schema(
         ("top_tokens", pa.list_(_TOKEN)),
         ("bottom_tokens", pa.list_(_TOKEN)),
     ],
-    metadata={"checksum": "sha256"},
+    metadata=CHECKED,
 )
-_SEAL = b"sha256: "
-"""Before the footer of a file of records, where readers of Parquet do not look, and then the hash of all the rest."""
 _NEURONS_A_READ = 64
 """Neurons in one row group, the least that is read from disk at once."""
-
-
-def layer_file(folder: Path, layer: int) -> Path:
-    """Where a layer's records lie inside `Run.records(site)`."""
-    return folder / f"layer-{layer:02d}.parquet"
 
 
 def list_column(counts: np.ndarray, values: pa.Array) -> pa.ListArray:
@@ -324,49 +307,7 @@ def write_table(path: Path, columns: dict[str, Any]) -> None:
             row_group_size=_NEURONS_A_READ,
             write_page_checksum=True,  # for other tools; it leaves headers and the footer out
         )
-        _seal(temporary)
-
-
-def _seal(path: Path) -> None:
-    with open(path, "r+b") as file:
-        digest = hashlib.file_digest(file, "sha256").digest()
-        start = _footer(file)
-        file.seek(start)
-        footer = file.read()
-        file.seek(start)
-        file.write(_SEAL + digest + footer)
-
-
-def _footer(file: IO[bytes]) -> int:
-    """Where the footer of a Parquet file begins: its length stands before the last four bytes."""
-    size = file.seek(0, 2)
-    file.seek(max(size - 8, 0))
-    return max(size - 8 - int.from_bytes(file.read(4), "little"), 0)
-
-
-@functools.lru_cache(1024)
-def _is_sealed(path: Path, _stamp: tuple[int, ...]) -> bool:
-    """Whether the file has a checksum; files of before have none. Worked out once, as long as nobody touches it.
-
-    Raises:
-        UserError: the file is damaged.
-    """
-    with open(path, "rb") as file:
-        start = _footer(file)
-        end = max(start - len(_SEAL) - 32, 0)
-        file.seek(end)
-        if file.read(len(_SEAL)) != _SEAL:
-            return False
-        expected = file.read(32)
-        file.seek(0)
-        digest = hashlib.sha256()
-        for first in range(0, end, 1 << 20):
-            digest.update(file.read(min(1 << 20, end - first)))
-        file.seek(start)
-        digest.update(file.read())
-    if digest.digest() != expected:
-        raise UserError(f"{path}: damaged (its checksum differs); delete it and run `cratescope collect`")
-    return True
+        seal(temporary)
 
 
 def write_records(path: Path, records: Sequence[NeuronRecord]) -> None:
@@ -429,27 +370,29 @@ def read_records(path: Path, indices: Sequence[int] | None = None, strata: bool 
     Raises:
         UserError: the file is missing or damaged, or an index is not in it.
     """
-    table = read_columns(path, [name for name in SCHEMA.names if strata or name not in STRATIFICATIONS])
-    known = table.column("index").to_pylist()
+    names = [name for name in SCHEMA.names if strata or name not in STRATIFICATIONS]
+    table = read_columns(path, names, indices)
     if indices is not None:
-        rows = {index: row for row, index in enumerate(known)}
-        for index in indices:
-            if index not in rows:
-                raise UserError(f"{path}: no neuron {index}; this layer has neurons 0 to {max(known)}")
+        rows = {index: row for row, index in enumerate(table.column("index").to_pylist())}
+        missing = [index for index in indices if index not in rows]
+        if missing:
+            last = max(read_columns(path, ["index"]).column("index").to_pylist())
+            raise UserError(f"{path}: no neuron {missing[0]}; this layer has neurons 0 to {last}")
         table = table.take(pa.array([rows[index] for index in indices], pa.int64()))
     return {record.neuron.index: record for batch in table.to_batches(64) for record in _records(batch)}
 
 
-def read_columns(path: Path, columns: Sequence[str]) -> pa.Table:
-    """Some columns of one layer's records, a row a neuron.
+def read_columns(path: Path, columns: Sequence[str], indices: Sequence[int] | None = None) -> pa.Table:
+    """Some columns of one layer's records, a row per neuron; only of some neurons when `indices` are given.
 
     Raises:
         UserError: the file is missing, damaged or of another version.
     """
     if not path.exists():
         raise UserError(f"{path}: no such file; run `cratescope collect` first, or check the layer")
+    chosen = None if indices is None else pc.field("index").isin(list(indices))
     try:
-        sealed = _is_sealed(path, stamp(path))
+        sealed = is_sealed(path)
         schema = pq.read_schema(path)
         if (schema.metadata or {}).get(b"checksum") and not sealed:
             raise pa.ArrowInvalid("its checksum is gone")
@@ -457,8 +400,8 @@ def read_columns(path: Path, columns: Sequence[str]) -> pa.Table:
             name in schema.names and schema.field(name).type == SCHEMA.field(name).type for name in SCHEMA.names
         ):
             raise UserError(f"{path}: made by an older version; delete {path.parent} and run `cratescope collect`")
-        return pq.read_table(path, columns=[*columns], page_checksum_verification=True)
-    except (OSError, pa.ArrowException) as error:
+        return pq.read_table(path, columns=[*columns], filters=chosen, page_checksum_verification=True)
+    except (OSError, ValueError, pa.ArrowException) as error:
         said = first_line(error)
         raise UserError(f"{path}: damaged Parquet file ({said}); delete it and run `cratescope collect`") from error
 
@@ -513,102 +456,3 @@ def _read_histograms(column: pa.ListArray) -> list[Histogram | None]:
     array = column.flatten()
     parts = [_cut(column, array.field(name).to_numpy()) for name in ("low", "high", "count")]
     return [Histogram(*part) if len(part[0]) else None for part in zip(*parts, strict=True)]
-
-
-NEURON: Shape = {"model": str, "site": str, "layer": int, "index": int}
-_NAMED: Shape = {"neuron": NEURON, "skipped": (str, None)}
-EXPLANATION: Shape = _NAMED | {"text": str, "explainer": str, "prompt": str}
-SIMULATION: Shape = _NAMED | {"simulator": str, "texts": {str: str}, "keys": [[int]], "expected": {str: [[float]]}}
-JUDGEMENT: Shape = _NAMED | {"scorer": str, "control": str, "text": str, "probabilities": [float], "labels": [bool]}
-SCORE: Shape = NEURON | {"protocol": str, "set": str, "control": str, "measure": str, "value": (float, None), "n": int}
-SCORE |= {"low": (float, None), "high": (float, None), "reason": (str, None)}
-
-
-def neuron_file(folder: Path, neuron: NeuronId) -> Path:
-    """Where a neuron's explanation or simulation lies inside its stage's folder."""
-    return folder / str(neuron.layer) / f"{neuron.index}.json"
-
-
-def write_explanation(folder: Path, explanation: Explanation) -> None:
-    write_json(neuron_file(folder, explanation.neuron), dataclasses.asdict(explanation))
-
-
-def read_explanations(folder: Path) -> dict[NeuronId, Explanation]:
-    """Every explanation of a folder, by neuron, in layer and index order."""
-    return {item.neuron: item for item in (_from_json(Explanation, path) for path in _neuron_files(folder))}
-
-
-def write_simulation(folder: Path, simulation: Simulation) -> None:
-    # Many numbers: asdict would copy them one by one, and indented JSON is not written by the C encoder.
-    row = vars(simulation) | {"neuron": vars(simulation.neuron)}
-    write_text(neuron_file(folder, simulation.neuron), json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def read_simulation(path: Path) -> Simulation:
-    """One neuron's file of a simulations folder."""
-    return _from_json(Simulation, path)
-
-
-def read_simulations(folder: Path) -> dict[NeuronId, Simulation]:
-    """Every simulation of a folder, by neuron, in layer and index order."""
-    return {item.neuron: item for item in (_from_json(Simulation, path) for path in _neuron_files(folder))}
-
-
-def write_judgements(folder: Path, judgements: Sequence[Judgement]) -> None:
-    """Write all judgements of one neuron by one scorer, one a control."""
-    write_json(neuron_file(folder, judgements[0].neuron), [dataclasses.asdict(item) for item in judgements])
-
-
-def read_judgement(path: Path) -> list[Judgement]:
-    """One neuron's file of a judgements folder."""
-    return [_from_row(Judgement, row) for row in read_json(path, [JUDGEMENT], "`cratescope judge`")]
-
-
-def read_judgements(folder: Path) -> list[Judgement]:
-    """Every judgement of a folder, in layer and index order."""
-    return [item for path in _neuron_files(folder) for item in read_judgement(path)]
-
-
-def write_scores(path: Path, scores: Iterable[Score]) -> None:
-    """One JSON line a score, sorted by neuron, protocol, control and measure."""
-    ordered = sorted(scores, key=lambda score: (score.neuron, score.protocol, score.control, score.measure))
-    with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
-        for score in ordered:
-            row = dataclasses.asdict(score)
-            file.write(json.dumps(row.pop("neuron") | row, allow_nan=False) + "\n")
-
-
-def read_scores(path: Path) -> list[Score]:
-    """Read what `write_scores` wrote."""
-    if not path.exists():
-        raise UserError(f"{path}: no such file; run `cratescope score` first")
-    names = [field.name for field in dataclasses.fields(NeuronId)]
-    rows = read_jsonl(path, SCORE, "`cratescope score`", whole=True)
-    fields = [name for name in SCORE if name not in names]
-    return [Score(NeuronId(*(row[name] for name in names)), **{name: row[name] for name in fields}) for row in rows]
-
-
-def _neuron_files(folder: Path) -> list[Path]:
-    found = [path for path in folder.glob("*/*.json") if path.parent.name.isdecimal() and path.stem.isdecimal()]
-    return sorted(found, key=lambda path: (int(path.parent.name), int(path.stem)))
-
-
-def _from_json(kind: type, path: Path) -> Any:
-    shape, maker = {Explanation: (EXPLANATION, "explain"), Simulation: (SIMULATION, "simulate")}[kind]
-    return _from_row(kind, read_json(path, shape, f"`cratescope {maker}`"))
-
-
-def _from_row(kind: type, row: dict[str, Any]) -> Any:
-    row = {field.name: row[field.name] for field in dataclasses.fields(kind)}
-    row["neuron"] = NeuronId(*(row["neuron"][name] for name in NEURON))
-    if "expected" in row:
-        row["expected"] = {name: _tuples(rows) for name, rows in row["expected"].items()}
-        row["keys"] = _tuples(row["keys"])
-    for name in ("probabilities", "labels"):
-        if name in row:
-            row[name] = tuple(row[name])
-    return kind(**row)
-
-
-def _tuples(rows: Iterable[Iterable[Any]]) -> tuple[tuple[Any, ...], ...]:
-    return tuple(tuple(row) for row in rows)

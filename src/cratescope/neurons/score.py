@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.progress import track
 
 from cratescope.config import ScoreConfig
-from cratescope.neurons.explain import check_identity, find_site, records_identity
+from cratescope.neurons.explain import AT_ONCE, STDERR, check_identity, find_site, records_identity
+from cratescope.neurons.kept import Kept, explanations, judgements, scores, simulations
 from cratescope.neurons.measures import bootstrap, is_constant, judged, measure
 from cratescope.neurons.protocols import Protocol, protocols_named
 from cratescope.neurons.quality import write_quality
@@ -18,20 +20,14 @@ from cratescope.neurons.records import (
     INTRUDER_GROUP,
     Explanation,
     Judgement,
-    NeuronId,
     NeuronRecord,
     Score,
     Simulation,
     layer_file,
-    neuron_file,
-    read_explanations,
-    read_judgements,
     read_records,
-    read_simulations,
-    write_scores,
 )
 from cratescope.neurons.sanity import on_records
-from cratescope.run import Run, Shape, UserError, locked, made_from, read_json, sha256, write_json
+from cratescope.run import Run, Shape, UserError, locked, made_from, read_json, write_json
 
 OWN = "none"
 """The control that is none: a neuron's own explanation."""
@@ -44,6 +40,8 @@ NO_WINDOWS = "no windows to score"
 ONE_ANSWER = "windows of one kind only"
 VERSION = 1
 """Of how scores are computed: raise it when the same simulations score otherwise."""
+AGAIN = "delete the file and run `cratescope simulate` again"
+BAR: Any = {"console": STDERR, "transient": True}
 SANITY_NEURONS = 64
 """At most so many neurons a layer in the sanity tests of the measures."""
 
@@ -52,30 +50,32 @@ ABOUT: Shape = {
     "explainer": str,
     "simulator": str,
     "site": str,
+    "layers": [int],
     "sanity": [{"sample": str, "measure": str, "n_neurons": int, "missing": float, "extra": float, "passes": bool}],
     "made_with": {str: {}},
     "made_from": {str: str},
-    "scores_sha256": str,
 }
 """scores.json: what the rows beside it were made with and from, and which measures pass the sanity tests."""
 
 
 @dataclass(frozen=True)
-class Simulated:
-    """Explanations of one set and what was simulated from them."""
+class ScoredSet:
+    """An explanation set, what was simulated and judged from it, and how; judged: by scorer, where there is any."""
 
-    explanations: dict[NeuronId, Explanation]
-    simulations: dict[NeuronId, Simulation]
-    folder: Path
+    name: str
+    explanations: Kept[Explanation]
+    simulations: Kept[Simulation]
+    judged: dict[str, Kept[list[Judgement]]]
+    protocols: Sequence[Protocol]
     made_with: dict[str, Any]
 
 
 def score(config: ScoreConfig) -> Path:
-    """Write scores.jsonl, scores.json and the activation quality; return the folder. Scores are plain, not x100.
+    """Write a table of scores per layer, scores.json and the activation quality; return the folder.
 
-    scores.json says what the scores were made with and from, and which measures pass the sanity tests; means are
-    taken by `cratescope.results`. Judgements by detection, fuzzing and intruder detection are scored too where there
-    are any. Scores of the same files and settings are kept.
+    Scores are plain, not x100. scores.json says what they were made with and from, and which measures pass the sanity
+    tests; means are taken by `cratescope.results`. Judgements by detection, fuzzing and intruder detection are scored
+    too where there are any. Scores of the same tables and settings are kept.
 
     Raises:
         UserError: an unknown protocol; simulations that are missing, unfinished, of another model or explanation, or
@@ -85,90 +85,131 @@ def score(config: ScoreConfig) -> Path:
     run = Run(config.run)
     site = find_site(run, config.site)
     folder = run.scores(site, config.explainer, config.simulator)
-    inputs = _made_from(run, site, config, chosen)
+    sets = [_read(run, site, config, name, protocols) for name, protocols in chosen.items()]
+    inputs = _made_from(run, site, config, sets)
     if run.quality(site).exists() and _finished(folder, inputs):
         return folder
-    sets = {name: _read(run, site, config, name) for name in chosen}
-    scores: list[Score] = []
-    sample: list[NeuronRecord] = []
-    layers = sorted({neuron.layer for one in sets.values() for neuron in one.simulations})
-    for layer in layers:
-        wanted = sorted({n.index for one in sets.values() for n in one.simulations if n.layer == layer})
-        records = read_records(layer_file(run.records(site), layer), wanted)
-        for name, protocols in chosen.items():
-            scores += _layer_scores(sets[name], protocols, records)
-        sample += [*records.values()][:SANITY_NEURONS]
-    for name, one in sets.items():
-        scores += _judgement_scores(run, site, config, name, one, len(sets) > 1)
-    verdicts = on_records([protocol for group in chosen.values() for protocol in group], sample)
-    write_quality(run, site, layers)
-    with locked(folder, "score", wait=True):  # both files are of one process
-        write_scores(folder / "scores.jsonl", scores)
-        write_json(
-            folder / "scores.json",
-            {
-                "explainer": config.explainer,
-                "simulator": config.simulator,
-                "site": site,
-                "sanity": [verdict.row() for verdict in verdicts],
-                "made_with": {name: one.made_with for name, one in sets.items()},
-                "made_from": inputs,
-                "scores_sha256": sha256(folder / "scores.jsonl"),
-            },
-        )
+    kept, sample = scores(folder), []
+    layers = sorted({layer for one in sets for layer in one.simulations.layers})
+    with locked(folder, "score", wait=True):  # all tables are of one process
+        _remove_stale(kept, layers)
+        for layer in layers:
+            path = layer_file(run.records(site), layer)
+            indices = _indices(sets, layer)
+            work = track(_layer_scores(path, layer, sets), f"score layer {layer}", len(indices), **BAR)
+            kept.replace(layer, work)
+            sample += [*read_records(path, indices[:SANITY_NEURONS]).values()]
+        verdicts = on_records([protocol for one in sets for protocol in one.protocols], sample)
+        write_quality(run, site, layers)
+        about = {
+            "explainer": config.explainer,
+            "simulator": config.simulator,
+            "site": site,
+            "layers": layers,
+            "sanity": [verdict.row() for verdict in verdicts],
+            "made_with": {one.name: one.made_with for one in sets},
+            "made_from": inputs,
+        }
+        write_json(folder / "scores.json", about)
     return folder
+
+
+def _remove_stale(kept: Kept[list[Score]], layers: Sequence[int]) -> None:
+    """Make the folder unfinished until all its tables are new, and free of layers that are no longer simulated."""
+    (kept.folder / "scores.json").unlink(missing_ok=True)
+    for layer in {*kept.layers} - {*layers}:
+        layer_file(kept.folder, layer).unlink(missing_ok=True)
+
+
+def _indices(sets: Sequence[ScoredSet], layer: int) -> list[int]:
+    """Neurons of a layer that were simulated from any explanation set."""
+    return sorted({index for one in sets for index in one.simulations.done(layer)})
 
 
 def _finished(folder: Path, inputs: dict[str, str]) -> bool:
     """Whether scores were made from `inputs` and nothing has damaged them."""
     try:
-        return read_about(folder)["made_from"] == inputs
+        about = read_about(folder)
+        for layer in about["layers"]:
+            scores(folder).done(layer)
+        return about["made_from"] == inputs
     except UserError:
         return False
 
 
 def read_about(folder: Path) -> dict[str, Any]:
-    """A scores.json whose scores.jsonl, beside it, is as it was written.
+    """The scores.json of a folder whose tables are all there.
 
     Raises:
-        UserError: one of the files is missing or damaged, or of an older version.
+        UserError: a file is missing or damaged, or of an older version.
     """
-    path, scores = folder / "scores.json", folder / "scores.jsonl"
+    path = folder / "scores.json"
     if not path.exists() and (folder / "summary.json").exists():
         raise UserError(f"{folder}: scored by an older version of cratescope; run `cratescope score` again")
     about = read_json(path, ABOUT, "`cratescope score`")
-    if not scores.exists():
-        raise UserError(f"{scores}: no such file; run `cratescope score` first")
-    if about["scores_sha256"] != sha256(scores):
-        raise UserError(f"{scores}: damaged (its SHA-256 is not the one in {path.name}); run `cratescope score` again")
+    for table in (layer_file(folder, layer) for layer in about["layers"]):
+        if not table.exists():
+            raise UserError(f"{table}: no such file; delete {path} and run `cratescope score` again")
     return about
 
 
-def _made_from(run: Run, site: str, config: ScoreConfig, explained: Iterable[str]) -> dict[str, str]:
+def _made_from(run: Run, site: str, config: ScoreConfig, sets: Sequence[ScoredSet]) -> dict[str, str]:
     """Every file that decides a score; records and weights by what their manifests say."""
-    folders = []
-    for name in explained:
-        folders.append(run.explanations(site, config.explainer, name))
-        folders.append(run.simulations(site, config.explainer, config.simulator, name))
-        folders += [run.judgements(site, config.explainer, scorer, name) for scorer in SCORERS]
-    files = [path for folder in folders for path in sorted(folder.rglob("*.json"))]
+    every: list[Kept[Any]] = []
+    for one in sets:
+        every += [one.explanations, one.simulations, *one.judged.values()]
+    files = [kept.folder / "manifest.json" for kept in every]
+    files += [path for kept in every for layer in kept.layers for path in kept.tables.files(layer)]
     known = records_identity(run, site)
     return made_from(files, run.root, version=VERSION, site=site, protocols=config.protocols, records=known)
 
 
-def _layer_scores(
-    simulated: Simulated, protocols: Sequence[Protocol], records: Mapping[int, NeuronRecord]
-) -> Iterator[Score]:
-    """Of the neurons of one layer, whose `records` these are."""
-    layer = next(iter(records.values())).neuron.layer
-    for neuron, simulation in simulated.simulations.items():
-        if neuron.layer == layer:
-            try:
-                for protocol in protocols:
-                    yield from score_neuron(records[neuron.index], simulation, protocol)
-            except ValueError as error:
-                path = neuron_file(simulated.folder, neuron)
-                raise UserError(f"{path}: {error}; run `cratescope simulate` again") from error
+def _layer_scores(path: Path, layer: int, sets: Sequence[ScoredSet]) -> Iterator[list[Score]]:
+    """The scores of each neuron of a layer, whose records are at `path`."""
+    indices = _indices(sets, layer)
+    for start in range(0, len(indices), AT_ONCE):
+        chunk = indices[start : start + AT_ONCE]
+        records = read_records(path, chunk)
+        found: dict[int, list[Score]] = {index: [] for index in chunk}
+        for one in sets:
+            for index, score in _set_scores(one, layer, chunk, records, len(sets) > 1):
+                found[index].append(score)
+        yield from found.values()
+
+
+def _set_scores(
+    one: ScoredSet, layer: int, chunk: Sequence[int], records: Mapping[int, NeuronRecord], several: bool
+) -> Iterator[tuple[int, Score]]:
+    """Scores of some neurons from one explanation set; `several` sets: the name of a scorer says which."""
+    explained, simulated = one.explanations.read(layer, chunk), one.simulations.read(layer, chunk)
+    for index, simulation in simulated.items():
+        where = f"{layer_file(one.simulations.folder, layer)}: neuron {index}"
+        _check_text(where, explained.get(index), simulation)
+        try:
+            for protocol in one.protocols:
+                for score in score_neuron(records[index], simulation, protocol):
+                    yield index, score
+        except ValueError as error:
+            raise UserError(f"{where} {error}") from error
+    for scorer, judged_by in one.judged.items():
+        for index, items in judged_by.read(layer, chunk).items():
+            where = f"{layer_file(judged_by.folder, layer)}: neuron {index}"
+            for item in items:
+                _check_judged(where, explained.get(index), item)
+                for score in score_judgement(item, f"{scorer}-{one.name}" if several else scorer, one.name):
+                    yield index, score
+
+
+def _check_text(where: str, explanation: Explanation | None, simulation: Simulation) -> None:
+    text = simulation.texts.get(OWN, "")
+    unexplained = simulation.skipped is not None and not text
+    if explanation is None or (explanation.text != text and not unexplained):
+        raise UserError(f"{where} simulates another explanation than the one on file; run `cratescope simulate` again")
+
+
+def _check_judged(where: str, explanation: Explanation | None, item: Judgement) -> None:
+    if item.control == OWN and item.text and (explanation is None or explanation.text != item.text):
+        raise UserError(f"{where} judges another explanation than the one on file; run `cratescope judge` again")
 
 
 def score_neuron(record: NeuronRecord, simulation: Simulation, protocol: Protocol) -> list[Score]:
@@ -203,16 +244,19 @@ def _simulated(
         return None
     rows = simulation.expected[control]
     if len(rows) != len(simulation.keys):
-        raise ValueError(f"control {control} has {len(rows)} windows where {len(simulation.keys)} are named")
+        raise ValueError(f"control {control} has {len(rows)} windows where {len(simulation.keys)} are named; {AGAIN}")
     by_key = dict(zip(simulation.keys, rows, strict=True))
     missing = [key for key in keys if key not in by_key]
     if missing:
-        raise ValueError(f"has no window (excerpt, start, width) {missing[0]} of protocol {protocol.name}")
+        raise ValueError(
+            f"has no window (excerpt, start, width) {missing[0]} of protocol {protocol.name}; "
+            "run `cratescope simulate` with the same --protocols first"
+        )
     if any(len(by_key[key]) != key[2] for key in keys):
-        raise ValueError(f"control {control} has a window with more or fewer values than tokens")
+        raise ValueError(f"control {control} has a window with more or fewer values than tokens; {AGAIN}")
     values = np.array([value for key in keys for value in by_key[key]], dtype=np.float64)
     if not np.isfinite(values).all():
-        raise ValueError(f"control {control} has a value that is not a finite number")
+        raise ValueError(f"control {control} has a value that is not a finite number; {AGAIN}")
     return values
 
 
@@ -222,25 +266,6 @@ def _why(truth: np.ndarray, simulated: np.ndarray | None) -> str:
     if is_constant(truth):
         return CONSTANT_TRUTH
     return CONSTANT_SIMULATION if simulated is None or is_constant(simulated) else NO_ACTIVE_TOKEN
-
-
-def _judgement_scores(
-    run: Run, site: str, config: ScoreConfig, explained: str, simulated: Simulated, several: bool
-) -> Iterator[Score]:
-    """Of every scorer that has judged explanations of this set; `several` sets: its name says which."""
-    for scorer in SCORERS:
-        folder = run.judgements(site, config.explainer, scorer, explained)
-        judgements = read_judgements(folder)
-        if judgements:
-            check_identity(folder, records_identity(run, site))
-        for item in judgements:
-            own = simulated.explanations.get(item.neuron)
-            if item.control == OWN and item.text and (own is None or own.text != item.text):
-                path = neuron_file(folder, item.neuron)
-                raise UserError(
-                    f"{path}: judges another explanation than the one on file; run `cratescope judge` again"
-                )
-            yield from score_judgement(item, f"{scorer}-{explained}" if several else scorer, explained)
 
 
 def score_judgement(item: Judgement, protocol: str, explained: str) -> list[Score]:
@@ -266,41 +291,33 @@ def _unjudged(item: Judgement, value: float | None) -> str | None:
     return None if value is not None else item.skipped or ONE_ANSWER
 
 
-def _read(run: Run, site: str, config: ScoreConfig, explained: str) -> Simulated:
-    """The simulations, the explanations they were made from, checked to belong to this model's records, and how."""
-    folder = run.simulations(site, config.explainer, config.simulator, explained)
-    simulations = read_simulations(folder)
-    if not simulations:
+def _read(run: Run, site: str, config: ScoreConfig, name: str, protocols: Sequence[Protocol]) -> ScoredSet:
+    """An explanation set and all that was made from it, checked to belong to this model's records."""
+    told = explanations(run.explanations(site, config.explainer, name))
+    made = simulations(run.simulations(site, config.explainer, config.simulator, name))
+    if not made.layers:
         raise UserError(
-            f"{folder}: no simulations; run `cratescope simulate` with the same --protocols first, or name another "
-            "--explainer or --simulator"
+            f"{made.folder}: no simulations; run `cratescope simulate` with the same --protocols first, or name "
+            "another --explainer or --simulator"
         )
-    made_with = check_identity(folder, records_identity(run, site))
-    _check_finished(folder, simulations)
-    of_set = run.explanations(site, config.explainer, explained)
-    explanations = read_explanations(of_set)
-    check_identity(of_set, records_identity(run, site))
-    for neuron, simulation in simulations.items():
-        explanation = explanations.get(neuron)
-        text = simulation.texts.get(OWN, "")
-        unexplained = simulation.skipped is not None and not text
-        if explanation is None or (explanation.text != text and not unexplained):
-            path = neuron_file(folder, neuron)
-            raise UserError(
-                f"{path}: simulates another explanation than the one on file; run `cratescope simulate` again"
-            )
-    used = {neuron: explanations[neuron] for neuron in simulations}
-    return Simulated(used, simulations, folder, made_with)
+    made_with = check_identity(made.folder, records_identity(run, site))
+    _check_finished(made)
+    check_identity(told.folder, records_identity(run, site))
+    judged_by = {scorer: judgements(run.judgements(site, config.explainer, scorer, name)) for scorer in SCORERS}
+    judged_by = {scorer: kept for scorer, kept in judged_by.items() if kept.layers}
+    for kept in judged_by.values():
+        check_identity(kept.folder, records_identity(run, site))
+    return ScoredSet(name, told, made, judged_by, protocols, made_with)
 
 
-def _check_finished(folder: Path, simulations: Mapping[NeuronId, Simulation]) -> None:
-    """Were all neurons simulated that were meant to be?"""
-    path = folder / "plan.json"
+def _check_finished(made: Kept[Simulation]) -> None:
+    """Refuse simulations that are not of all neurons that were meant to be simulated."""
+    path = made.folder / "plan.json"
     planned = read_json(path, {str: int}, "`cratescope simulate`") if path.exists() else {}
     for layer, wanted in planned.items():
-        found = sum(str(neuron.layer) == layer for neuron in simulations)
+        found = len(made.done(int(layer)))
         if found < wanted:
             raise UserError(
-                f"{folder}: {found} of {wanted} neurons of layer {layer} are simulated; run the same "
+                f"{made.folder}: {found} of {wanted} neurons of layer {layer} are simulated; run the same "
                 "`cratescope simulate` again to finish"
             )

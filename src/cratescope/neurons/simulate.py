@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from cratescope.hardware import share
 from cratescope.lm.tokenizer import load_tokenizer, vocabulary_strings
 from cratescope.neurons import prompts
 from cratescope.neurons.explain import (
+    AT_ONCE,
     STDERR,
     UNDECODABLE,
     Waiting,
@@ -27,6 +29,8 @@ from cratescope.neurons.explain import (
     records_identity,
     undecodable,
 )
+from cratescope.neurons.kept import Kept, simulations
+from cratescope.neurons.kept import explanations as explanations_of
 from cratescope.neurons.llm import LanguageModel, RefusedError, llm_identity, open_llm
 from cratescope.neurons.llm.answers import REFUSED
 from cratescope.neurons.protocols import PROTOCOLS, Protocol, protocols_named, scoring_windows
@@ -37,12 +41,7 @@ from cratescope.neurons.records import (
     NeuronRecord,
     Simulation,
     layer_file,
-    neuron_file,
-    read_explanations,
     read_records,
-    read_simulation,
-    read_simulations,
-    write_simulation,
 )
 from cratescope.run import Run, UserError, claim, locked, read_json, write_json
 
@@ -246,10 +245,10 @@ Simulator = ListPMI | ListInContext | AllAtOnce
 
 
 def simulate(config: SimulateConfig, llm: LanguageModel | None = None) -> list[Path]:
-    """Write one simulation file for every explained neuron and return the folder of each explanation set.
+    """Write simulations of every explained neuron and return the folder of each explanation set.
 
-    A neuron without an explanation gets a file with the controls that need none. Finished files are kept; a file is
-    made again when its texts are no longer the planned ones (more neurons were explained, so the shuffled control's
+    A neuron without an explanation has the controls that need none. What is finished is kept; a neuron is simulated
+    again when its texts are no longer the planned ones (more neurons were explained, so the shuffled control's
     partner may be another), or when a protocol asks for windows it does not have.
 
     Raises:
@@ -278,32 +277,54 @@ def _simulate_set(
         begin()
     tokenizer = load_tokenizer(run.model)
     vocabulary = vocabulary_strings(tokenizer)
+    kept = simulations(folder)
     simulator: Simulator | None = None
+    with kept.writing() as keep:
 
-    def write(simulation: Simulation) -> None:
-        begin()  # not before: a model or server that gives no answer leaves no folder
-        write_simulation(folder, simulation)
+        def begin_and_keep(simulation: Simulation) -> None:
+            begin()  # not before: a model or server that gives no answer leaves no folder
+            keep(simulation)
 
-    waiting = Waiting(write, ENOUGH)
-    for layer, explanations in layers.items():
-        pairs = own_share(config, explanations)
-        records = read_records(layer_file(run.records(site), layer), [item.neuron.index for item, _ in pairs])
-        tasks = [Task.of(own, null, records[own.neuron.index], protocols, vocabulary) for own, null in pairs]
-        pending = [task for task in tasks if not task.done(folder)]
-        if not pending:
-            continue
-        simulator = simulator or make_simulator(config, llm or open_llm(config.llm), vocabulary)
-        simulator.plan([prompts.EMPTY_EXPLANATION, *(item.text for item in explanations if item.text)])
-        for task in track(pending, escape(f"simulate {run.name} layer {layer}"), console=STDERR, transient=True):
-            simulated, refused = task.simulate(simulator, config.simulator, folder)
-            waiting.answered |= not refused and bool(task.texts.keys() - {"unigram"})
-            waiting.add(simulated, refused)
-    waiting.end(functools.partial(_any_simulated, folder))
+        waiting = Waiting(begin_and_keep, ENOUGH)
+        for layer, explanations in layers.items():
+            pairs = own_share(config, explanations)
+            pending = _tasks(layer_file(run.records(site), layer), pairs, protocols, vocabulary, kept, layer)
+            if (first := next(pending, None)) is None:
+                continue
+            simulator = simulator or make_simulator(config, llm or open_llm(config.llm), vocabulary)
+            simulator.plan([prompts.EMPTY_EXPLANATION, *(item.text for item in explanations if item.text)])
+            work = itertools.chain([first], pending)
+            label = escape(f"simulate {run.name} layer {layer}")
+            for task in track(work, label, len(pairs), console=STDERR, transient=True):
+                simulated, refused = task.simulate(simulator, config.simulator)
+                waiting.answered |= not refused and bool(task.texts.keys() - {"unigram"})
+                waiting.add(simulated, refused)
+        waiting.end(functools.partial(_any_simulated, kept))
     return folder
 
 
-def _any_simulated(folder: Path) -> bool:
-    return any(item.expected.keys() - {"unigram"} for item in read_simulations(folder).values())
+def _tasks(
+    path: Path,
+    pairs: Sequence[tuple[Explanation, str]],
+    protocols: Sequence[Protocol],
+    vocabulary: Sequence[str],
+    kept: Kept[Simulation],
+    layer: int,
+) -> Iterator[Task]:
+    """What is left to do of a worker's share of a layer, whose records are at `path`."""
+    for start in range(0, len(pairs), AT_ONCE):
+        chunk = pairs[start : start + AT_ONCE]
+        indices = [own.neuron.index for own, _ in chunk]
+        records, found = read_records(path, indices), kept.read(layer, indices)
+        for own, null in chunk:
+            index = own.neuron.index
+            task = Task.of(own, null, records[index], protocols, vocabulary, found.get(index))
+            if not task.done:
+                yield task
+
+
+def _any_simulated(kept: Kept[Simulation]) -> bool:
+    return any(item.expected.keys() - {"unigram"} for _, item in kept.all())
 
 
 def _begin(folder: Path, identity: dict[str, Any], neurons: dict[int, int]) -> None:
@@ -352,7 +373,7 @@ def explained_layers(
     if config.neurons is not None and config.neurons < 1:
         raise UserError(f"--neurons {config.neurons}: give a number of 1 or more")
     folder = run.explanations(site, config.explainer, explained)
-    found = read_explanations(folder)
+    found = dict(explanations_of(folder).all())
     if not found:
         raise UserError(
             f"{folder}: no explanations; run `cratescope explain` with the same --protocols first, or name another "
@@ -383,19 +404,17 @@ def null_texts(explanations: Sequence[Explanation]) -> list[str]:
     The order is the random one in which neurons were drawn, so this is a seeded pairing that needs no draw of its own.
     Empty for a neuron without an explanation, and where the whole layer has one text only.
     """
-    return [next(_others(explanations, place), "") if item.text else "" for place, item in enumerate(explanations)]
-
-
-def _others(explanations: Sequence[Explanation], place: int) -> Iterator[str]:
-    for step in range(1, len(explanations)):
-        text = explanations[place - step].text
-        if text and text != explanations[place].text:
-            yield text
+    found, last, other = [], "", ""
+    for item in (*explanations, *explanations):
+        found.append("" if not item.text else last if last != item.text else other)
+        if item.text and item.text != last:
+            last, other = item.text, last
+    return found[len(explanations) :]
 
 
 @dataclass(frozen=True)
 class Task:
-    """What one neuron's file has to hold: `texts` by control, each simulated on `windows`.
+    """What is to be kept of one neuron: `texts` by control, each simulated on `windows`. found: what is kept so far.
 
     possible: windows that other protocols of the same explanation set would score on; what is there of them is kept.
     means: mean activation of each token in the windows explained from, the unigram control.
@@ -407,6 +426,7 @@ class Task:
     possible: tuple[ActivationRecord, ...]
     means: dict[int, float]
     skipped: str | None
+    found: Simulation | None = None
 
     @classmethod
     def of(
@@ -416,6 +436,7 @@ class Task:
         record: NeuronRecord,
         protocols: Sequence[Protocol],
         vocabulary: Sequence[str],
+        found: Simulation | None = None,
     ) -> Task:
         shown = protocols[0].explain_records(record)
         windows = tuple(scoring_windows(protocols, record))
@@ -423,17 +444,18 @@ class Task:
         if undecodable((*shown, *windows), len(vocabulary)):
             skipped = UNDECODABLE
         if record.dead or skipped == UNDECODABLE:
-            return cls(explanation.neuron, {}, (), (), {}, skipped)
+            return cls(explanation.neuron, {}, (), (), {}, skipped, found)
         every = [item for item in PROTOCOLS.values() if item.explained == protocols[0].explained]
         means = token_means(shown)
         texts = {"unigram": unigram_text(means, vocabulary)} if means else {}
         if explanation.text:
             own = {"none": explanation.text, "shuffled": null_text, "empty": prompts.EMPTY_EXPLANATION}
             texts |= {control: text for control, text in own.items() if text}
-        return cls(explanation.neuron, texts, windows, tuple(scoring_windows(every, record)), means, skipped)
+        return cls(explanation.neuron, texts, windows, tuple(scoring_windows(every, record)), means, skipped, found)
 
-    def done(self, folder: Path) -> bool:
-        found = self._found(folder)
+    @property
+    def done(self) -> bool:
+        found = self.found
         keys = {window.key for window in self.windows}
         return (
             found is not None
@@ -442,13 +464,12 @@ class Task:
             and keys <= {*found.keys}
         )
 
-    def simulate(self, simulator: Simulator, name: str, folder: Path) -> tuple[Simulation, RefusedError | None]:
-        """Also on the windows that a file already there has of other protocols, so that none of them loses its own.
+    def simulate(self, simulator: Simulator, name: str) -> tuple[Simulation, RefusedError | None]:
+        """Also on the windows that are kept of other protocols, so that none of them loses its own.
 
         A control whose prompts a server refuses is missing; the refusal is returned when all of them are.
         """
-        there = self._found(folder)
-        keys = {window.key for window in self.windows} | {*(there.keys if there else ())}
+        keys = {window.key for window in self.windows} | {*(self.found.keys if self.found else ())}
         windows = [window for window in self.possible if window.key in keys]
 
         expected, skipped, refused, answered = {}, self.skipped, None, False
@@ -469,10 +490,6 @@ class Task:
 
     def _unigram(self, windows: Sequence[ActivationRecord]) -> list[Float[np.ndarray, " w"]]:
         return [np.array([self.means.get(token, 0.0) for token in window.tokens.tolist()]) for window in windows]
-
-    def _found(self, folder: Path) -> Simulation | None:
-        path = neuron_file(folder, self.neuron)
-        return read_simulation(path) if path.exists() else None
 
 
 def token_means(windows: Sequence[ActivationRecord]) -> dict[int, float]:

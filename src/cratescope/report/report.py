@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from cratescope.config import ReportConfig
 from cratescope.neurons.quality import QUALITIES
-from cratescope.neurons.records import neuron_file
+from cratescope.neurons.records import layer_file
 from cratescope.neurons.score import CONTROLS
 from cratescope.report import text, verdict
 from cratescope.report.figures import arm_places, draw_figures
@@ -68,7 +68,8 @@ def report(config: ReportConfig, tokenizer: PreTrainedTokenizerFast | None = Non
 
 def _made_from(config: ReportConfig) -> dict[str, str]:
     """Every number and text that the report shows, and the settings."""
-    inputs = ["run.json", "evaluation.json", "metrics.jsonl", "scores/*/*.json", "scores/*/*/*/scores.json*"]
+    inputs = ["run.json", "evaluation.json", "metrics.jsonl", "scores/*/*.json", "scores/*/*/*/*.json"]
+    inputs.append("scores/*/*/*/layer-*.parquet")
     inputs.append("simulations/*/*/*/*/manifest.json")
     files = [path for run in config.runs for pattern in inputs for path in sorted(run.glob(pattern))]
     settings = {name: value for name, value in vars(config).items() if name != "out"}
@@ -256,8 +257,10 @@ def _neurons(item: Results, config: ReportConfig, layer: int, indices: Sequence[
         for name in item.scores.sets:
             if name not in neuron.said or neuron.said[name].simulation is None:
                 folder = item.run.simulations(item.site, config.explainer, config.simulator, name)
-                path = neuron_file(folder, neuron.id)
-                raise UserError(f"{path}: no such file; run `cratescope simulate {item.run.root}` first")
+                path = layer_file(folder, layer)
+                raise UserError(
+                    f"{path}: has no neuron {neuron.id.index}; run `cratescope simulate {item.run.root}` first"
+                )
     return neurons
 
 

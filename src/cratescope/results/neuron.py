@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -10,24 +10,21 @@ from typing import Any, TypeVar
 from rich.console import RenderableType
 
 from cratescope.neurons.explain import find_site, record_files
+from cratescope.neurons.kept import Kept, explanations, judgements, simulations
+from cratescope.neurons.kept import scores as scores_in
 from cratescope.neurons.records import (
-    EXPLANATION,
-    NEURON,
     Explanation,
     Judgement,
     NeuronId,
     NeuronRecord,
     Score,
     Simulation,
-    neuron_file,
-    read_judgement,
+    layer_file,
     read_records,
-    read_scores,
-    read_simulation,
 )
 from cratescope.neurons.score import CONTROLS, OWN, SCORERS
 from cratescope.results.scores import Scores
-from cratescope.run import Run, UserError, read_json
+from cratescope.run import Run, UserError
 
 Item = TypeVar("Item")
 
@@ -143,8 +140,8 @@ def read_neurons(
         raise UserError(f"layer {layer}: no such layer; {run.records(site)} has layers {known}")
     records = read_records(files[layer], indices)
     if scores is None:
-        path = run.scores(site, explainer, simulator) / "scores.jsonl"
-        scores = Scores(read_scores(path) if path.exists() else ())
+        found = scores_in(run.scores(site, explainer, simulator)).read(layer, indices)
+        scores = Scores(row for rows in found.values() for row in rows)
     ids = [record.neuron for record in records.values()]
     said: dict[NeuronId, dict[str, Said]] = {neuron: {} for neuron in ids}
     for name in sorted({*_sets(run, site, explainer), *scores.sets}):
@@ -157,16 +154,14 @@ def _said(
     run: Run, site: str, explainer: str, simulator: str, name: str, ids: Sequence[NeuronId], scores: Scores
 ) -> dict[NeuronId, Said]:
     """What the explanation set `name` says of each neuron; those it says nothing of are left out."""
-    explanations = _read(run.explanations(site, explainer, name), ids, _explanation)
-    simulations = _read(run.simulations(site, explainer, simulator, name), ids, _simulation)
-    judgements = {
-        scorer: _read(run.judgements(site, explainer, scorer, name), ids, read_judgement) for scorer in SCORERS
-    }
+    told = _read(explanations(run.explanations(site, explainer, name)), ids)
+    simulated = _simulations(run.simulations(site, explainer, simulator, name), ids)
+    judged_by = {scorer: _read(judgements(run.judgements(site, explainer, scorer, name)), ids) for scorer in SCORERS}
     said = {}
     for neuron in ids:
         rows = [row for row in scores.every(neuron) if row.set == name]
-        judged = {scorer: items[neuron] for scorer, items in judgements.items() if neuron in items}
-        one = Said(name, explanations.get(neuron), simulations.get(neuron), judged, Scores(rows))
+        judged = {scorer: items[neuron] for scorer, items in judged_by.items() if neuron in items}
+        one = Said(name, told.get(neuron), simulated.get(neuron), judged, Scores(rows))
         if one.explanation or one.simulation or judged or rows:
             said[neuron] = one
     return said
@@ -177,20 +172,19 @@ def _sets(run: Run, site: str, explainer: str) -> list[str]:
     return [path.name for path in run.explanations(site, explainer, "*").parent.glob("*") if path.is_dir()]
 
 
-def _read(folder: Path, ids: Sequence[NeuronId], read: Callable[[Path], Item]) -> dict[NeuronId, Item]:
-    """What a stage's folder holds of these neurons."""
-    files = ((neuron, neuron_file(folder, neuron)) for neuron in ids)
-    return {neuron: read(path) for neuron, path in files if path.exists()}
+def _read(kept: Kept[Item], ids: Sequence[NeuronId]) -> dict[NeuronId, Item]:
+    """What a stage keeps of these neurons of one layer."""
+    found = kept.read(ids[0].layer, [neuron.index for neuron in ids]) if ids else {}
+    return {neuron: found[neuron.index] for neuron in ids if neuron.index in found}
 
 
-def _explanation(path: Path) -> Explanation:
-    row = read_json(path, EXPLANATION, "`cratescope explain`")
-    neuron = NeuronId(*(row["neuron"][name] for name in NEURON))
-    return Explanation(neuron, row["text"], row["explainer"], row["prompt"], row["skipped"])
-
-
-def _simulation(path: Path) -> Simulation:
-    simulation = read_simulation(path)
-    if any(len(row) != key[-1] for row, key in zip(simulation.expected.get(OWN, ()), simulation.keys, strict=False)):
-        raise UserError(f"{path}: damaged (more or fewer values than tokens); delete it and run `cratescope simulate`")
-    return simulation
+def _simulations(folder: Path, ids: Sequence[NeuronId]) -> dict[NeuronId, Simulation]:
+    found = _read(simulations(folder), ids)
+    for neuron, one in found.items():
+        if any(len(row) != key[-1] for row, key in zip(one.expected.get(OWN, ()), one.keys, strict=False)):
+            path = layer_file(folder, neuron.layer)
+            raise UserError(
+                f"{path}: neuron {neuron.index} has more or fewer values than tokens; delete the file and run "
+                "`cratescope simulate` again"
+            )
+    return found

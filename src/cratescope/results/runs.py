@@ -10,15 +10,9 @@ from typing import Any
 
 from cratescope.arm import Arm
 from cratescope.config import ReportConfig
+from cratescope.neurons.kept import explanations, read_scores
 from cratescope.neurons.quality import read_quality
-from cratescope.neurons.records import (
-    Explanation,
-    NeuronId,
-    layer_file,
-    read_columns,
-    read_explanations,
-    read_scores,
-)
+from cratescope.neurons.records import Explanation, NeuronId, layer_file, read_columns
 from cratescope.neurons.score import read_about
 from cratescope.results.scores import Scores
 from cratescope.run import IDENTITY, METRICS, Run, Shape, UserError, read_json, read_jsonl, slug
@@ -147,7 +141,7 @@ def _load_run(run: Run, config: ReportConfig) -> Iterator[Results]:
     metrics = _metrics(run, manifest)
     for folder in folders:
         site = folder.parents[1].name
-        about, scores = read_about(folder), Scores(read_scores(folder / "scores.jsonl"))
+        about, scores = read_about(folder), Scores(read_scores(folder))
         if not scores.protocols or about["made_with"].keys() != set(scores.sets):
             raise UserError(f"{folder}: its scores.json is not of its scores; run `cratescope score` again")
         quality = run.quality(site)
@@ -162,7 +156,7 @@ def _load_run(run: Run, config: ReportConfig) -> Iterator[Results]:
             about=about,
             scores=scores,
             explanations={
-                name: read_explanations(run.explanations(site, config.explainer, name)) for name in scores.sets
+                name: dict(explanations(run.explanations(site, config.explainer, name)).all()) for name in scores.sets
             },
             activity=_read_activity(run.records(site), scores.layers),
             quality=read_quality(quality) if quality.exists() else None,
