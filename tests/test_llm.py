@@ -369,7 +369,7 @@ def test_a_model_that_looks_ahead_is_refused_when_it_is_opened(
     tiny_of(BertConfig(vocab_size=len(tokenizer), **shape)).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(
-        UserError, match="--llm .*: its logits depend on tokens behind.*choose a causal model"
+        UserError, match="--llm .*: its logits depend on later tokens.*choose a causal model"
     ) as refusal:
         open_llm(LLMConfig(llm=str(tmp_path), llm_device="cpu", llm_dtype="float32"))
     assert "\n" not in str(refusal.value)

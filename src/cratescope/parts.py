@@ -1,6 +1,6 @@
 """Parts of a stage's work, and the one table per layer that they are folded into.
 
-A stage works through a layer in parts. Each part is a whole file, `.parts/layer-00/<name>.parquet`, written atomically,
+A stage works through a layer in parts. Each part is a file, `.parts/layer-00/<name>.parquet`, written atomically,
 so a kill loses at most the part under way. Folding adds the parts to `layer-00.parquet`, which is all that later stages
 and users read: `pd.read_parquet(folder / "layer-00.parquet")`. The table is sorted, so that its bytes are the same
 however the work was split, interrupted or shared between workers.
@@ -26,13 +26,13 @@ from cratescope.run import UserError, atomic_path, locked
 Row = dict[str, Any]
 
 SECONDS, ROWS = 30, 4096
-"""A part is written when so much time has passed since the last, or so many rows have come together."""
+"""A part is written after this many seconds, or once this many rows have accumulated."""
 ROW_GROUP = 1024
-"""Rows read from disk at once, at the least."""
+"""Smallest number of rows read from disk at once."""
 
 
 def layer_file(folder: Path, layer: int) -> Path:
-    """Where a layer's table lies in a stage's folder."""
+    """Path of a layer's table in a stage's folder."""
     return folder / f"layer-{layer:02d}.parquet"
 
 
@@ -43,7 +43,7 @@ def layers_of(folder: Path) -> list[int]:
 
 
 def parts_folder(folder: Path, layer: int) -> Path:
-    """Where the parts of a layer lie until they are folded."""
+    """Folder of a layer's parts until they are folded."""
     return folder / ".parts" / f"layer-{layer:02d}"
 
 
@@ -113,7 +113,7 @@ class Tables:
         return self.read(layer, units=units).to_pylist()
 
     def done(self, layer: int) -> set[int]:
-        """Units that are written."""
+        """Units that have been written."""
         return set(self.read(layer, columns=[self.key]).column(self.key).to_pylist())
 
     def write(self, layer: int, rows: Sequence[Row]) -> None:
@@ -123,7 +123,7 @@ class Tables:
             write_table(path, pa.Table.from_pylist(list(rows), self.schema))
 
     def fold(self, layer: int) -> None:
-        """Add the parts to the table; several workers may do so, one after the other."""
+        """Add the parts to the table; several workers may do so, one after another."""
         if not parts_folder(self.folder, layer).exists():
             return
         with locked(self.folder, "fold", wait=True):
@@ -138,7 +138,7 @@ class Tables:
 
     @contextlib.contextmanager
     def writing(self, layer: int) -> Iterator[Writer]:
-        """Yield what collects rows into parts; at the end, also after an error, they are written and folded."""
+        """Yield a writer that collects rows into parts; on exit, even after an error, they are written and folded."""
         self.fold(layer)
         writer = Writer(self, layer)
         try:
@@ -149,7 +149,7 @@ class Tables:
 
 
 class Writer:
-    """Collects rows and writes a part from time to time."""
+    """Buffer of rows that writes a part from time to time."""
 
     def __init__(self, tables: Tables, layer: int) -> None:
         self._tables, self._layer = tables, layer
@@ -157,7 +157,7 @@ class Writer:
         self._last = time.monotonic()
 
     def add(self, rows: Iterable[Row]) -> None:
-        """All rows of some units; they are never split between parts."""
+        """Add all rows of some units, which are never split between parts."""
         self._rows.extend(rows)
         if len(self._rows) >= ROWS or time.monotonic() - self._last > SECONDS:
             self.flush()

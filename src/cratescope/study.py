@@ -35,11 +35,11 @@ SECTIONS: dict[str, tuple[type, tuple[str, ...]]] = {
     "score": (settings.ScoreConfig, ("run", "explainer")),
     "report": (settings.ReportConfig, ("runs", "out", "title", "explainer")),
 }
-"""Section -> its settings, and the options that the study itself gives. [judge] is done only if it is there."""
+"""Section -> its settings, and the options that the study itself sets. [judge] runs only if it is present."""
 
 
 def study(config: settings.StudyConfig) -> Path:
-    """Run what is not done yet of every stage and return the path of the report.
+    """Run every stage, skipping finished work, and return the path of the report.
 
     Raises:
         UserError: the file is not TOML, or names an unknown section, option or value.
@@ -64,7 +64,7 @@ def study(config: settings.StudyConfig) -> Path:
         margin = result["unigram_entropy"] - result["loss"]
         error = "-" if result["standard_error"] is None else f"{result['standard_error']:.3f}"
         say(
-            f"  {result['split']} loss {result['loss']:.3f} +- {error} nats a token, "
+            f"  {result['split']} loss {result['loss']:.3f} +- {error} nats per token, "
             f"{margin:.3f} below the unigram entropy of {result['unigram_entropy']:.3f}"
         )
         collect(options("collect", run=run))
@@ -78,9 +78,9 @@ def study(config: settings.StudyConfig) -> Path:
 
 
 def check(plan: dict[str, Any], path: Path) -> tuple[Callable[..., Any], dict[str, Settings], list[Settings]]:
-    """The options of every section, every model and every scorer of a plan that was read from `path`.
+    """Check the options of every section, model and scorer of a plan that was read from `path`, and return them.
 
-    Every section is parsed once, and what its names mean is looked up, so that a mistake in the last one is found
+    Every section is parsed and its names are looked up at once, so that a mistake in the last one is found
     before hours of work on the first.
 
     Raises:
@@ -102,7 +102,7 @@ def check(plan: dict[str, Any], path: Path) -> tuple[Callable[..., Any], dict[st
 
 
 def _look_up(parsed: Any) -> None:
-    """Raises UserError for a preset, a protocol or a measure that there is not."""
+    """Raise UserError for an unknown preset, protocol or measure."""
     from cratescope.models.presets import preset_config
     from cratescope.neurons.protocols import protocols_named
     from cratescope.results.compare import Quantity
@@ -116,7 +116,7 @@ def _look_up(parsed: Any) -> None:
 
 
 def _judging(plan: dict[str, Any]) -> list[Settings]:
-    """One set of options a scorer: `scorer` of [judge] may be a list. Empty without that section."""
+    """One set of options per scorer, since `scorer` in [judge] may be a list. Empty without that section."""
     if "judge" not in plan:
         return []
     scorers = plan["judge"].get("scorer", settings.JudgeConfig.scorer)
@@ -181,11 +181,11 @@ def read_plan(path: Path) -> dict[str, Any]:
 
 
 LONGEST_NAME = 160
-"""Bytes of a model's name; a file system takes 255."""
+"""Most bytes in a model's name; file systems allow 255."""
 
 
 def _unfit(name: Any) -> str | None:
-    """Why a model's folder cannot have this name, if so."""
+    """Say why a model's folder cannot have this name; None when it can."""
     if not isinstance(name, str) or not name:
         return "is no name"
     if len(name.encode()) > LONGEST_NAME:
@@ -198,7 +198,7 @@ def _unfit(name: Any) -> str | None:
 
 
 def _options(path: Path, plan: dict[str, Any], section: str, own: dict[str, Any] | None = None, **given: Any) -> Any:
-    """The settings of a section: what the study gives, over the file's (`own`: one model's), over the defaults."""
+    """Settings of a section: the study's values over the file's (`own`: those of one model) over the defaults."""
     kind, reserved = SECTIONS[section]
     from_file = plan.get(section, {}) | (own or {})
     taken = sorted(from_file.keys() & set(reserved))
@@ -208,7 +208,7 @@ def _options(path: Path, plan: dict[str, Any], section: str, own: dict[str, Any]
 
 
 def parse_options(kind: type[settings.Config], options: dict[str, Any], where: str) -> settings.Config:
-    """Settings of `kind` from named options, parsed by the same code as the command line.
+    """Parse named options into settings of `kind`, with the same code as the command line.
 
     Raises:
         UserError: an unknown option or a value of the wrong type; `where` begins the message.
@@ -243,7 +243,7 @@ def parse_options(kind: type[settings.Config], options: dict[str, Any], where: s
 
 
 def _of_type(value: Any, hint: Any) -> bool:
-    """Whether TOML's value is of the option's type, as far as the command line, where all is text, cannot tell."""
+    """Whether a TOML value has the option's type, as far as the command line, where everything is text, cannot tell."""
     kinds = {get_origin(part) or part for part in (hint, *get_args(hint))}
     if isinstance(value, dict):
         return dict in kinds and all(isinstance(one, str | int | float) for one in value.values())
@@ -257,7 +257,7 @@ def _of_type(value: Any, hint: Any) -> bool:
 
 
 def _refused(options: Settings, kind: type, said: str) -> str:
-    """Which option the command line has refused, from what it said."""
+    """Find out from the command line's message which option it refused."""
     missing = [
         field.name
         for field in dataclasses.fields(kind)

@@ -1,4 +1,4 @@
-"""Make a run directory of a model that was trained elsewhere, so that every stage after training works on it."""
+"""Turn a model trained elsewhere into a run directory, so that every stage after training works on it."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from cratescope.run import Run, UserError, atomic_folder, first_line, mark_whole
 
 
 def is_adopted(run: Run, source: str) -> bool:
-    """Whether `run` is that of the model `source` already.
+    """Whether `run` already holds the model `source`.
 
     Raises:
-        UserError: it is that of another model.
+        UserError: it holds another model.
     """
     if not run.manifest.exists():
         return False
@@ -32,7 +32,7 @@ def is_adopted(run: Run, source: str) -> bool:
 def adopt(run: Run, source: str, data: TokenData, opened: Callable[[Path], PreTrainedModel]) -> PreTrainedModel:
     """Copy the causal LM `source` (a folder or a hub name) and its tokenizer into `run`.
 
-    Returns what `opened` gives, which opens the copy and checks it; nothing stays where it refuses.
+    `opened` opens and checks the copy, and its result is returned; if it refuses, nothing is left behind.
 
     Raises:
         UserError: no such model, text of another tokenizer, a tokenizer with more ids than the model, or a model that
@@ -60,7 +60,7 @@ def adopt(run: Run, source: str, data: TokenData, opened: Callable[[Path], PreTr
             mark_whole(folder)
     except UserError:
         with contextlib.suppress(OSError):
-            run.root.rmdir()  # if it was made for this
+            run.root.rmdir()  # if it was created for this
         raise
     manifest = {
         "name": run.name,
@@ -78,7 +78,7 @@ def adopt(run: Run, source: str, data: TokenData, opened: Callable[[Path], PreTr
 
 
 def _load(source: str) -> Any:
-    """The model as its checkpoint is; every weight must be in it."""
+    """Load the model as it is in the checkpoint, which must contain every weight."""
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source, dtype="auto", trust_remote_code=False, output_loading_info=True
@@ -103,7 +103,7 @@ def _load(source: str) -> Any:
 
 @torch.no_grad()
 def refuse_unless_causal(model: Any, source: str) -> None:
-    """A trial: no output before the last token may depend on it.
+    """Check by trial that no output before the last token depends on it.
 
     Raises:
         UserError: one does, as in BERT and other encoders.

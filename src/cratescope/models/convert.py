@@ -38,7 +38,7 @@ def convert(source: Path, out: Path) -> Path:
     """`source` is a .pt checkpoint (then `out` is a folder to write) or a folder (then `out` is a .pt file).
 
     Raises:
-        UserError: missing file, a pickle with code in it, missing, extra or misshapen tensors.
+        UserError: a missing file, a pickle with code in it, or missing, extra or misshapen tensors.
     """
     if not source.exists():
         raise UserError(f"{source}: no such file or folder")
@@ -60,7 +60,7 @@ def convert(source: Path, out: Path) -> Path:
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a .pt file with weights_only, so that no code in it runs."""
+    """Read a .pt file with weights_only, so that none of its code runs."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -70,7 +70,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             f"{path}: refused, because it holds Python objects other than tensors and plain values, which could run "
             "code when loaded; ask its author for a checkpoint with weights only"
         ) from error
-    except Exception as error:  # what torch raises on a file that is none of its own depends on the file's bytes
+    except Exception as error:  # on a foreign file, what torch raises depends on the file's bytes
         raise UserError(f"{path}: not a readable PyTorch checkpoint ({first_line(error)})") from error
     if not isinstance(checkpoint, dict) or not {"model", "model_args"} <= checkpoint.keys():
         raise UserError(f"{path}: not a nanoGPT-style checkpoint, which has the entries 'model' and 'model_args'")
@@ -88,12 +88,12 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def _not_a_weight(value: Any) -> str | None:
-    """What keeps a value of a state dict from being a weight."""
+    """Say why a value of a state dict is not a weight."""
     if not isinstance(value, Tensor):
         return f"is a {type(value).__name__}"
     if value.layout is not torch.strided or value.is_quantized or value.is_nested or value.device.type != "cpu":
         return "is sparse, quantised or without values"
-    if not (value.dtype.is_floating_point or value.dtype is torch.bool):  # a mask of older research code is bool
+    if not (value.dtype.is_floating_point or value.dtype is torch.bool):  # a mask in older research code is bool
         return f"is of {value.dtype}"
     if value.numel() * value.element_size() > value.untyped_storage().nbytes():
         return f"claims the shape {tuple(value.shape)}, but the file holds fewer numbers"
@@ -125,10 +125,10 @@ def load_folder(folder: Path, dtype: str = "auto") -> PreTrainedModel:
 
 
 def from_reference(checkpoint: dict[str, Any], name: Path | str) -> PreTrainedModel:
-    """Our model with the weights of an already loaded reference checkpoint; `name` is for error messages.
+    """Build our model from the weights of a loaded reference checkpoint; `name` is for error messages.
 
     A checkpoint without biases (`bias=False`) gets zero biases where transformers' GPT-2 has them, which changes no
-    output. What is needed to write the same checkpoint again is kept in the config as `reference`.
+    output. The config keeps under `reference` what is needed to write the same checkpoint again.
     """
     compiled = any(key.startswith(COMPILED) for key in checkpoint["model"])
     theirs = {key.removeprefix(COMPILED): tensor for key, tensor in checkpoint["model"].items()}
@@ -163,7 +163,7 @@ def from_reference(checkpoint: dict[str, Any], name: Path | str) -> PreTrainedMo
 
 
 def _check_claims(config: CrateConfig | GPT2Config, theirs: dict[str, Tensor], name: Path | str) -> None:
-    """Compare model_args with the tensors, before memory is taken for what may be a wrong number."""
+    """Compare model_args with the tensors before allocating memory for a number that may be wrong."""
     layers = {int(found[1]) for key in theirs if (found := re.match(r"transformer\.h\.(\d{1,6})\.", key))}
     if config.n_layer != max(layers, default=-1) + 1:
         raise UserError(f"{name}: model_args say n_layer = {config.n_layer}, the tensors {max(layers, default=-1) + 1}")
@@ -181,7 +181,7 @@ def to_reference(model: PreTrainedModel) -> dict[str, Any]:
     """The nanoGPT-style checkpoint of one of our models, without optimiser state.
 
     Raises:
-        UserError: the model differs from what the reference code can express.
+        UserError: the reference code cannot express this model.
     """
     config = model.config
     if not isinstance(config, CrateConfig | GPT2Config):

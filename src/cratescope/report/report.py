@@ -1,4 +1,4 @@
-"""One self-contained HTML page about some runs, with its numbers as CSV and JSON and its figures beside it."""
+"""One self-contained HTML page about some runs, with its numbers as CSV and JSON and its figures next to it."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ CSV = ("scores", "neurons", "losses", "activity", "quality", "matched", "sanity"
 
 @dataclass(frozen=True)
 class Excerpt:
-    """A window of text as HTML, with a label that says where it is from."""
+    """A window of text as HTML, with a label that names its origin."""
 
     label: str
     title: str
@@ -60,7 +60,7 @@ class Excerpt:
 
 @dataclass(frozen=True)
 class Said:
-    """What a neuron was said to find by one explanation set, how well that predicts it, and on which text."""
+    """One explanation set's phrase for a neuron, how well it predicts the neuron, and on which text."""
 
     explained: str
     text: str
@@ -84,7 +84,7 @@ class Card:
 
 @dataclass(frozen=True)
 class Group:
-    """The cards of one layer of one model, and what was left out of the ranking."""
+    """The cards of one layer of one model, and the neurons left out of the ranking."""
 
     results: Results
     layer: int
@@ -115,7 +115,7 @@ def report(config: ReportConfig, tokenizer: PreTrainedTokenizerFast | None = Non
 
 
 def _made_from(config: ReportConfig) -> dict[str, str]:
-    """Every number and text that the report shows, and the settings."""
+    """Identity of the report: every number and text that it shows, and the settings."""
     inputs = ["run.json", "evaluation.json", "metrics.jsonl", "scores/*/*.json", "scores/*/*/*/scores.json*"]
     inputs.append("simulations/*/*/*/*/manifest.json")
     files = [path for run in config.runs for pattern in inputs for path in sorted(run.glob(pattern))]
@@ -124,7 +124,7 @@ def _made_from(config: ReportConfig) -> dict[str, str]:
 
 
 def _page(config: ReportConfig, tokenizer: PreTrainedTokenizerFast | None) -> str:
-    """The HTML; the numbers and figures are written on the way."""
+    """Render the HTML; numbers and figures are written along the way."""
     primary = Quantity.parse(config.primary)
     results = load_results(config)
     pair = compare.sides(results, config.compare)
@@ -162,7 +162,7 @@ def _titles(results: Sequence[Results], pair: tuple[str, str] | None) -> list[st
 
 
 def _own(row: Row) -> bool:
-    """Whether the row's measure is its protocol's own."""
+    """Whether the row's measure is the one its protocol names first."""
     return row["measure"] == measures_of(row["protocol"])[0]
 
 
@@ -209,7 +209,7 @@ def _template() -> Template:
 
 
 def _span(value: float | None, error: float | None, digits: int = 1, scale: float = 100) -> Markup:
-    """`value ± error`, or one dash when there is no value."""
+    """Format `value ± error`, or a dash when there is no value."""
     if finite(value) is None:
         return Markup("–")
     shown, spread = text.number(value, digits, scale), text.number(error, digits, scale)
@@ -217,7 +217,7 @@ def _span(value: float | None, error: float | None, digits: int = 1, scale: floa
 
 
 def _known(value: Any, shown: Callable[[Any], str] = str) -> str:
-    """`value` as `shown` has it, or a dash where there is none, as of an adopted model's training."""
+    """Format `value` with `shown`, or a dash if it is unknown, as with an adopted model's training."""
     return "–" if value is None or isinstance(value, Undefined) else shown(value)
 
 
@@ -242,7 +242,7 @@ def _score_tables(results: Sequence[Results], rows: Sequence[Row]) -> dict[str, 
 
 
 def _sanity_table(rows: Sequence[Row]) -> list[Row]:
-    """One row a protocol and measure: the least fraction of any run's neurons whose score fell, in each test."""
+    """One row per protocol and measure: for each test, the smallest fraction over runs of neurons whose score fell."""
     found: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         found.setdefault((row["sample"], row["measure"]), []).append(row)
@@ -297,7 +297,7 @@ def _groups(item: Results, config: ReportConfig, decode: Decode) -> Iterator[Gro
 
 
 def _unscored(item: Results, protocol: str, layer: int) -> str:
-    """How many neurons of a layer have no score, and why, such as `2 without a score (2 dead neuron)`."""
+    """Count the neurons of a layer without a score, by reason, such as `2 without a score (2 dead neuron)`."""
     reasons = item.scores.reasons(protocol, layer)
     listed = ", ".join(f"{number} {reason}" for reason, number in sorted(reasons.items()))
     return f"{reasons.total()} without a score" + (f" ({listed})" if listed else "")
@@ -349,7 +349,7 @@ def _card_scores(item: Results, neuron: NeuronId, explained: str) -> Iterator[tu
 
 
 def _scored(record: NeuronRecord, simulation: Simulation, decode: Decode) -> Iterator[Excerpt]:
-    """Scoring records with the truth and the simulation, each relative to its own largest value on these records."""
+    """Scored windows with truth and simulation, each relative to its own largest value on these windows."""
     windows = {window.key: ("top", window) for window in record.top}
     windows |= {window.key: ("random", window) for window in record.random}
     expected = dict(zip(simulation.keys, simulation.expected.get(OWN, ()), strict=False))
@@ -373,7 +373,7 @@ def highlight(
     simulated: Sequence[float] | None = None,
     height: float = 1.0,
 ) -> Markup:
-    """The tokens in order, shaded by activation / peak, and underlined by simulated / height; numbers as tooltips.
+    """Render tokens shaded by activation / peak and underlined by simulated / height, with numbers as tooltips.
 
     Tokens with nothing to show are <i>, so that a page of silent tokens stays light.
     """
@@ -389,7 +389,7 @@ def highlight(
 
 
 def _shade(value: float | None, full: float) -> str:
-    """value / full as CSS opacity with two digits; empty when it would not be seen."""
+    """value / full as CSS opacity with two digits; empty when it would be invisible."""
     if value is None or not math.isfinite(value) or full <= 0 or value / full < 0.005:
         return ""
     return f"{min(value / full, 1):.2f}".removeprefix("0").removesuffix("0")
