@@ -115,7 +115,7 @@ UNUSABLE = {
     errno.EINVAL: "the disk does not take this name or file; name a path on another one",
     errno.EOPNOTSUPP: "the disk cannot do this; name a path on another one",
     errno.ENODEV: "is a device without a driver; name another path",
-    errno.ENXIO: "is a device or pipe that nothing is behind; name another path",
+    errno.ENXIO: "is a device or pipe with nothing connected to it; name another path",
     errno.ENOTEMPTY: "another process writes there; run the same command again when it has ended",
     errno.EXDEV: "lies on two disks at once; name another path",
 }

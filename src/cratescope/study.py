@@ -187,7 +187,7 @@ LONGEST_NAME = 160
 def _unfit(name: Any) -> str | None:
     """Say why a model's folder cannot have this name; None when it can."""
     if not isinstance(name, str) or not name:
-        return "is no name"
+        return "is not a name"
     if len(name.encode()) > LONGEST_NAME:
         return f"is longer than {LONGEST_NAME} bytes"
     if "/" in name or "\\" in name or any(unicodedata.category(sign) in ("Cc", "Cf", "Zl", "Zp") for sign in name):

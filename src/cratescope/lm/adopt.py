@@ -114,6 +114,6 @@ def refuse_unless_causal(model: Any, source: str) -> None:
     first, second = (model(each, use_cache=False).logits[:, :-1].float().nan_to_num() for each in (tokens, other))
     if not torch.allclose(first, second, rtol=1e-3, atol=1e-3 * float(first.std())):
         raise UserError(
-            f"model {source}: its tokens see later ones, so it is no causal language model; "
+            f"model {source}: its tokens see later ones, so it is not a causal language model; "
             "give another (an encoder trained as a decoder has is_decoder = true in its config.json)"
         )

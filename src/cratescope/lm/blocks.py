@@ -29,7 +29,7 @@ BATCH = 256
 REMEMBERED = 20_000_000
 """Documents whose hashes are kept to find duplicates; about 100 bytes of memory each."""
 REMEMBERED_CHARACTERS = 4_000_000
-"""Words an `Encoder` remembers before it starts anew; about 100 MB of memory."""
+"""Characters of text pieces that an `Encoder` caches before it starts over; about 100 MB of memory."""
 
 # GPT-2's pattern for text whose characters are all printable ASCII or ASCII spaces. It has no lookbehind, and no token
 # runs on from a letter, digit or sign to a space, so text can be cut there. A piece with another character (whose class

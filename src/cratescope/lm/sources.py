@@ -229,7 +229,7 @@ def _has_nuls(text: str) -> bool:
 
 def _not_utf8(where: str) -> UserError:
     return UserError(
-        f"{where}: full of NULs, so it is no UTF-8 text (UTF-16 without a byte-order mark?); "
+        f"{where}: full of NULs, so it is not UTF-8 text (UTF-16 without a byte-order mark?); "
         "convert it first, e.g. with iconv -f UTF-16LE -t UTF-8"
     )
 

@@ -61,7 +61,7 @@ def vocabulary_size(spec: str) -> int | None:
     """N of the tokenizer spec `bpe:N`; None for any other spec.
 
     Raises:
-        UserError: N is no number, leaves no room for the 256 bytes and the end-of-text token, or is too large.
+        UserError: N is not a number, leaves no room for the 256 bytes and the end-of-text token, or is too large.
     """
     if not spec.startswith("bpe:"):
         return None

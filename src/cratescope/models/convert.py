@@ -225,7 +225,7 @@ def _config(arguments: dict[str, Any], theirs: dict[str, Tensor], name: Path | s
     for field, value in shape.items():
         if not _is_count(value, 1):
             raise UserError(
-                f"{name}: model_args do not fit together ({field} = {value!r:.50} is no number of 1 or more)"
+                f"{name}: model_args do not fit together ({field} = {value!r:.50} is not a number of 1 or more)"
             )
     if any(key.endswith("ista.weight") for key in theirs):
         try:

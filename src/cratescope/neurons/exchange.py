@@ -140,7 +140,7 @@ def import_records(config: ImportConfig) -> Path:
     has no UTF-8 get U+FFFD in its place; they are counted in the folder's manifest, with a warning.
 
     Raises:
-        UserError: no such files, a file that is no NeuronRecord (names the file and the field), or `config.out` is
+        UserError: no such files, a file that is not a NeuronRecord (names the file and the field), or `config.out` is
             the run of a model or holds other records.
     """
     run, paths = Run(config.out), _record_paths(config.source)
@@ -185,7 +185,7 @@ def _record_paths(folder: Path) -> list[Path]:
         if max(int(path.parent.name), int(path.stem)) > LARGEST_INDEX:
             raise UserError(f"{path}: layer and neuron have to be below {LARGEST_INDEX + 1:,}; rename it")
         if not path.is_file():
-            raise UserError(f"{path}: is no file; move it elsewhere")
+            raise UserError(f"{path}: is not a file; move it elsewhere")
     return sorted(paths, key=lambda path: (int(path.parent.name), int(path.stem)))
 
 

@@ -1,8 +1,8 @@
 """Where neurons live: a module of any Hugging Face causal LM whose activations hooks read or edit.
 
-A site is a module path with {layer} in it, such as `transformer.h.{layer}.mlp.act`; what the module gives is (b, t, h)
-and its last axis are the neurons. Modules that see batch and tokens as one axis, (b t, h), are read alike. With
-`:input` behind the path it is what the module is given.
+A site is a module path with {layer} in it, such as `transformer.h.{layer}.mlp.act`; the module's output is (b, t, h)
+and its last axis holds the neurons. Modules with batch and tokens in one axis, (b t, h), are read too. With
+`:input` appended to the path, the module's input is read instead.
 """
 
 from __future__ import annotations

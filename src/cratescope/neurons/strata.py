@@ -93,7 +93,7 @@ class Ladder:
     """Cells of places: `edges` between them, rising; each cell keeps `keep` windows of `window` tokens.
 
     bars: what a priority has to lie below to be looked at; only drawn tokens are candidates below the tail.
-    n_below: edges below that where the tail begins; the cells behind that one have every token as a candidate.
+    n_below: edges below that where the tail begins; the cells above that one have every token as a candidate.
     """
 
     edges: Int64[Tensor, "h e"]

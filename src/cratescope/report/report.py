@@ -260,7 +260,7 @@ def _sanity_table(rows: Sequence[Row]) -> list[Row]:
 
 
 def _prompts(results: Sequence[Results]) -> dict[str, list[tuple[Results, dict[str, Any]]]]:
-    """Next-token examples by prompt: one entry a run."""
+    """Next-token examples by prompt: one entry per run."""
     found: dict[str, list[tuple[Results, dict[str, Any]]]] = {}
     for item in one_per_run(results):
         for example in item.evaluation.get("examples", ()):

@@ -322,5 +322,5 @@ def _by_name(tokens: Any) -> dict[str, float]:
 
 def _logprob(value: Any) -> float:
     if not (isinstance(value, (int, float)) and value <= 1e-3):
-        raise ValueError(f"{value} is no log-probability")
+        raise ValueError(f"{value} is not a log-probability")
     return float(value)

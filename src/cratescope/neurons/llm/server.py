@@ -1,4 +1,4 @@
-"""A language model behind an OpenAI-compatible server: vLLM, llama.cpp, `transformers serve`, or a hosted one."""
+"""A language model on an OpenAI-compatible server: vLLM, llama.cpp, `transformers serve`, or a hosted one."""
 
 from __future__ import annotations
 
@@ -189,7 +189,7 @@ class ServerLLM:
         return total
 
     def _likeliest(self, asked: Sequence[tuple[list[int], list[int]]]) -> list[list[dict[str, float]]]:
-        """The likeliest tokens and their log-probabilities at places of prompts, up to the place behind the end."""
+        """The likeliest tokens and their log-probabilities at places of prompts, up to the place after the end."""
         bodies, reads = [], []
         for ids, places in asked:
             prompt = self._prompt(ids)
