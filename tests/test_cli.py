@@ -139,7 +139,7 @@ def test_an_interrupt_says_how_to_go_on(capsys, monkeypatch):
     with pytest.raises(SystemExit) as stop:
         cli.run_and_exit([])
     assert stop.value.code == 130
-    assert "the same command goes on" in capsys.readouterr().err
+    assert "the same command resumes" in capsys.readouterr().err
 
 
 def test_the_module_runs_as_a_program():

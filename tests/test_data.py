@@ -617,7 +617,7 @@ def test_a_stream_that_breaks_off_ends_in_one_line_and_can_be_continued(hub, tmp
     broken = tmp_path / "hub" / "2.json"
     text = broken.read_text()
     broken.write_text(text[: len(text) // 2] + "\n[[")
-    with pytest.raises(UserError, match="owner/json:small: reading stopped .*; the same command goes on") as error:
+    with pytest.raises(UserError, match="owner/json:small: reading stopped .*; the same command resumes") as error:
         prepare(config("owner/json:small", tmp_path / "data"))
     assert "\n" not in str(error.value)
     broken.write_text(text)

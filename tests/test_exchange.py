@@ -238,7 +238,7 @@ def test_what_is_no_json_or_not_named_as_a_neuron_is_refused(tmp_path: Path) -> 
         import_records(ImportConfig(path.parents[1], tmp_path / "run"))
     path.unlink()
     (path.parent / "7.json").mkdir()
-    with pytest.raises(UserError, match="7.json: is no file"):
+    with pytest.raises(UserError, match="7.json: is not a file"):
         import_records(ImportConfig(path.parents[1], tmp_path / "run"))
     (path.parent / "7.json").rmdir()
     path.touch()

@@ -328,7 +328,7 @@ def test_a_wrong_study_file_is_refused(tmp_path, text, message):
         ("a\nb", "invisible"),
         ("a\0b", "invisible"),
         ("a\u202eb", "invisible"),
-        ("", "is no name"),
+        ("", "is not a name"),
         (".", "a dot"),
         ("..", "a dot"),
         (".hidden", "a dot"),
@@ -336,8 +336,8 @@ def test_a_wrong_study_file_is_refused(tmp_path, text, message):
         ("x" * 161, "longer"),
         ("é" * 81, "longer"),
         ("CRATE", "another one too"),
-        (3, "is no name"),
-        (["a"], "is no name"),
+        (3, "is not a name"),
+        (["a"], "is not a name"),
     ],
 )
 def test_a_model_name_that_is_no_folder_of_its_own_is_refused(tmp_path, name, message):

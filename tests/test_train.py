@@ -95,9 +95,9 @@ def test_zero_steps_write_the_untrained_control(data_folder, tmp_path):
     [
         (
             {"batch_tokens": 100},
-            "batch_tokens = 100 is no multiple of micro_batch x context x processes = 2 x 32 x 1 = 64",
+            "batch_tokens = 100 is not a multiple of micro_batch x context x processes = 2 x 32 x 1 = 64",
         ),
-        ({"save_every": 3, "log_every": 2}, "--save-every 3: is no multiple of --log-every 2"),
+        ({"save_every": 3, "log_every": 2}, "--save-every 3: is not a multiple of --log-every 2"),
         ({"context": 100_000, "batch_tokens": 200_000}, "fewer than one crop of 100000"),
         ({"preset": "crate-9l"}, "no preset 'crate-9l'"),
         ({"keep": 1}, "--keep 1: has to be 2 or more"),

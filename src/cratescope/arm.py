@@ -1,4 +1,4 @@
-"""Arms: what kind of model a run holds, as its run.json says. Results, comparisons and colours go by arms."""
+"""Arms: the kind of model in a run, as its run.json says. Results, comparisons and colours are grouped by arm."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Arm:
 
     @classmethod
     def adopted(cls, source: str, family: str, layers: int | None, parameters: int, site: str) -> Arm:
-        """The arm of a model trained elsewhere: each is an arm of its own, and nothing is known of its training."""
+        """The arm of a model trained elsewhere: each is an arm of its own, and nothing is known about its training."""
         millions = parameters / 1e6
         large = f"{millions / 1000:.3g}B" if millions >= 1000 else f"{millions:.3g}M"
         size = f"{layers}L-{large}" if layers else large
@@ -67,7 +67,7 @@ class Arm:
 
     @classmethod
     def of(cls, manifest: Mapping[str, Any]) -> Arm:
-        """The arm that a run.json names, also one of a version that wrote its parts only."""
+        """The arm that a run.json names; also reads older files, which hold only the parts it is made of."""
         if "arm" in manifest:
             return cls(**manifest["arm"])
         if "adopted" in manifest:

@@ -36,8 +36,8 @@ def _evaluated(config: Any, result: dict[str, Any]) -> str:
 
 
 def _loss(name: str, row: dict[str, Any]) -> str:
-    line = f"{name} loss {_plus_minus(row['loss'], row['standard_error'])} nats a token, "
-    line += f"{row['bits_per_byte']:.3f} bits a byte"
+    line = f"{name} loss {_plus_minus(row['loss'], row['standard_error'])} nats per token, "
+    line += f"{row['bits_per_byte']:.3f} bits per byte"
     if "unigram_entropy" in row:
         line += f"; unigram entropy {row['unigram_entropy']:.4f}"
     if word := row.get("last_word"):
@@ -61,7 +61,7 @@ def _scored(_config: Any, folder: Path) -> str:
 
 
 def _score_line(scores: Any, protocol: str) -> str:
-    """A protocol's own measure x100, and its gain over every control."""
+    """Format a protocol's own measure x100 and its gain over every control."""
     mean, measure = scores.mean(protocol), scores.measures(protocol)[0]
     gains = {control: scores.mean(protocol, over=control) for control in scores.controls(protocol)}
     listed = [f"{control} {_percent(gain.mean, gain.standard_error)}" for control, gain in gains.items()]
@@ -115,14 +115,14 @@ def overview() -> str:
             "",
             *lines,
             "",
-            "`cratescope COMMAND --help` explains the options of a command. Every command skips what is done, so the",
-            "same command again goes on after an interruption.",
+            "`cratescope COMMAND --help` explains the options of a command. Every command skips finished work, so",
+            "after an interruption the same command resumes.",
         ]
     )
 
 
 def run(arguments: list[str]) -> str:
-    """Parse the command line, run the subcommand and return what it says.
+    """Parse the command line, run the subcommand and return its output.
 
     Raises:
         UserError: no such subcommand, or whatever the subcommand refuses.
@@ -145,10 +145,10 @@ def run(arguments: list[str]) -> str:
 
 
 def _set_up_process() -> None:
-    """What a program may decide for its whole process and a library may not."""
+    """Change process-wide settings, which a program may do and a library may not."""
     from transformers.utils import logging
 
-    # The library's own progress bars, for files that take no time, would break ours.
+    # The library's progress bars, for files that load instantly, would break ours.
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     keep_freed_memory()
@@ -160,7 +160,7 @@ def main() -> None:
 
 
 def run_and_exit(arguments: list[str]) -> None:
-    """Results go to stdout. Bad input is one line on stderr and exit code 2; so is a path the system refuses."""
+    """Print results to stdout. Bad input, or a path the system refuses, gives one line on stderr and exit code 2."""
     _print_any_text()
     try:
         _run_and_exit(arguments)
@@ -193,24 +193,24 @@ def _run_and_exit(arguments: list[str]) -> None:
     except Stopped as stop:
         _fail(str(stop), code=stop.code)
     except KeyboardInterrupt:
-        _fail("interrupted; the same command goes on where it stopped", code=130)
+        _fail("interrupted; the same command resumes where it stopped", code=130)
     except Exception as error:
         if isinstance(error, OSError) and (refused := unusable(error)):
             _fail(refused)
         if not _disk_full(error):
             raise
         where = f" while writing {error.filename}" if isinstance(error, OSError) and error.filename else ""
-        _fail(f"disk full{where}; finished files are whole, so free some space and run the same command again")
+        _fail(f"disk full{where}; finished files are complete, so free some space and rerun the same command")
 
 
 def _print_any_text() -> None:
-    """Print a question mark for what the terminal's encoding does not have; left alone where that is settled."""
+    """Print a question mark for characters the terminal's encoding lacks, unless its error handler is already set."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
             stream.reconfigure(errors="replace")
 
 
-# Libraries that write in native code tell of a full disk in words only.
+# Libraries that write in native code report a full disk only in words.
 FULL = ("No space left on device", "os error 28", "PytorchStreamWriter failed", "unexpected pos")
 
 

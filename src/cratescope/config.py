@@ -1,4 +1,4 @@
-"""The settings of every command, as frozen dataclasses. The string under a field is its --help.
+"""The settings of every command, as frozen dataclasses. The string below a field is its --help text.
 
 Defaults are the paper's wherever the paper gives one (paper sections are named in the strings).
 """
@@ -36,19 +36,19 @@ class PrepareConfig(Checked):
     """`offline` (packaged corpus), a file or folder (.txt .md .jsonl .parquet .gz .zst), or a hub data set that is
     streamed, such as monology/pile-uncopyrighted (the paper's)."""
     out: Path
-    """Folder to write; the same command goes on where a killed one was, also in the midst of a stream."""
+    """Folder to write; the same command resumes after a kill, even in the middle of a stream."""
     tokenizer: str = "gpt2"
     """`gpt2` (packaged GPT-2 BPE), `bpe:N` (N entries, trained on the text), or a tokenizer folder or hub name."""
     max_megabytes: Annotated[float | None, within(0, above=True)] = None
-    """Take only about this many megabytes of text, spread evenly over the parts of the source."""
+    """Use only about this many megabytes of text, spread evenly over the parts of the source."""
     validation: Annotated[float, within(0, 1, above=True, below=True)] = 0.01
     """Fraction of the documents in the validation split (loss curves)."""
     heldout: Annotated[float, within(0, 1, above=True, below=True)] = 0.05
     """Fraction of the documents in the heldout split (neuron records are collected here)."""
     shard_tokens: Annotated[int, within(1, 10**15)] = 268_435_456
-    """Tokens in one shard file; each is an open file while training."""
+    """Tokens per shard file; each shard is one open file while training."""
     seed: Annotated[int, within(0, LARGEST_SEED)] = 0
-    """Decides which document is in which split."""
+    """Decides which split each document belongs to."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -91,21 +91,21 @@ class TrainConfig(Checked):
     budgets = BUDGETS
 
     out: Annotated[Path, tyro.conf.Positional]
-    """Run directory to write; the same command resumes from the last whole checkpoint."""
+    """Run directory to write; the same command resumes from the last complete checkpoint."""
     data: Path
     """Folder made by `cratescope prepare`."""
     budget: Literal["paper", "hour", "minutes"] = "paper"
     """Sets the defaults of the options below: the paper's recipe, or about 25 or 2 million tokens for a CPU."""
     preset: str = "crate-2l"
-    """crate-1l, -2l, -3l, -s, -b, or gpt2- likewise; the vocabulary is the data's."""
+    """crate-1l, -2l, -3l, -s, -b, or the same with gpt2-; the vocabulary size comes from the data."""
     steps: Annotated[int, within(0)] = 600_000
-    """Optimiser steps in all. 0 writes the untrained model (a control)."""
+    """Total optimiser steps. 0 writes the untrained model (a control)."""
     batch_tokens: Annotated[int, within(1)] = 491_520
-    """Tokens an optimiser step, over all devices (paper: 12 x 1024 x 40)."""
+    """Tokens per optimiser step, over all devices (paper: 12 x 1024 x 40)."""
     micro_batch: Annotated[int, within(1, LARGEST_BATCH)] = 12
-    """Crops in one forward pass on one device; the rest of batch_tokens is gradient accumulation."""
+    """Crops per forward pass on one device; gradient accumulation makes up the rest of batch_tokens."""
     context: Annotated[int, within(2)] = 1024
-    """Tokens in a crop, and the model's longest context."""
+    """Tokens per crop, which is also the model's longest context."""
     learning_rate: Annotated[float, within(0, above=True)] = 6e-4
     """Peak learning rate, reached after the warm-up."""
     min_learning_rate: Annotated[float, within(0)] = 6e-5
@@ -113,39 +113,39 @@ class TrainConfig(Checked):
     warmup_steps: Annotated[int, within(0)] = 2000
     """Linear warm-up steps."""
     weight_decay: Annotated[float, within(0)] = 0.1
-    """On tensors with two or more dimensions only."""
+    """Applied only to tensors with two or more dimensions."""
     adam_betas: Annotated[tuple[float, float], within(0, 1, below=True)] = (0.9, 0.95)
     """AdamW momentum and second-moment decay."""
     clip: Annotated[float, within(0)] = 1.0
     """Largest gradient norm (0: gradients are not clipped)."""
     validate_every: Annotated[int, within(0)] = 1000
-    """Steps between two validations (0: only at the end)."""
+    """Steps between validations (0: only at the end)."""
     validation_crops: Annotated[int, within(1)] = 64
-    """Crops of the validation split read each time, evenly spaced."""
+    """Crops of the validation split read each time, evenly spaced over it."""
     log_every: Annotated[int, within(1)] = 10
-    """Steps between two lines of metrics.jsonl."""
+    """Steps between lines of metrics.jsonl."""
     save_every: Annotated[int, within(1)] = 1000
-    """Steps between two checkpoints."""
+    """Steps between checkpoints."""
     keep: Annotated[int, within(2)] = 2
-    """Last checkpoints kept; with two, one is left when the newest is damaged."""
+    """Number of latest checkpoints to keep; with two, one is left if the newest is damaged."""
     milestones: Annotated[tuple[float, ...], within(0, 1, above=True)] = ()
     """Fractions of the steps, such as 0.1 0.5, at which the model is kept as a run of its own in RUN/milestones."""
     sampling: Literal["random", "packed"] = "random"
-    """Crops that start anywhere (paper), or that share no token until every one was read."""
+    """Crops that start anywhere (paper), or that share no token until all tokens have been read."""
     workers: Annotated[int, within(0, 256)] = 0
-    """Processes that read crops ahead of each training process (0: it reads them itself)."""
+    """Processes that prefetch crops for each training process (0: it reads its own)."""
     fsdp: bool = False
-    """Shard weights and optimizer over the processes (FSDP) instead of copying them to each (DDP)."""
+    """Shard weights and optimiser over the processes (FSDP) instead of copying them to each (DDP)."""
     report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
-    """Also send the log to these; each needs its own package. metrics.jsonl is always written."""
+    """Also log to these services; each needs its own package. metrics.jsonl is always written."""
     crate: dict[str, str] = field(default_factory=dict)
     """Overrides of CRATE config fields, such as `--crate ista_steps 3 ista_lambda 0.2`."""
     seed: Annotated[int, within(0, LARGEST_SEED)] = 0
-    """Seeds the weights and the crops."""
+    """Seed of the initial weights and of the crops."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """bfloat16 is autocast with float32 weights; auto takes it where the hardware has it."""
+    """bfloat16 means autocast with float32 weights; auto uses it where the hardware supports it."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -157,7 +157,7 @@ class TrainConfig(Checked):
         for name in ("save_every", "validate_every"):
             if getattr(self, name) % self.log_every:
                 value = f"--{name.replace('_', '-')} {getattr(self, name)}"
-                raise UserError(f"{value}: is no multiple of --log-every {self.log_every}; change one of them")
+                raise UserError(f"{value}: is not a multiple of --log-every {self.log_every}; change one of them")
 
 
 @dataclass(frozen=True)
@@ -169,25 +169,25 @@ class EvaluateConfig(Checked):
     data: Path | None = None
     """Folder made by `cratescope prepare`; the run's own by default."""
     on: tuple[str, ...] = ()
-    """What to read besides the validation split: heldout, a text file or folder (.txt .md .jsonl .parquet .gz .zst),
-    a hub set by name (pile, openwebtext, lambada, wikitext, ptb), or a local copy of one (lambada=FILE)."""
+    """Text to evaluate on besides the validation split: heldout, a text file or folder (.txt .md .jsonl .parquet .gz
+    .zst), a hub data set by name (pile, openwebtext, lambada, wikitext, ptb), or a local copy of one (lambada=FILE)."""
     crops: Annotated[int, within(1)] = 256
-    """Crops of --context tokens read of a split, evenly spaced over it."""
+    """Crops of --context tokens read from a split, evenly spaced over it."""
     context: Annotated[int | None, within(2)] = None
-    """Tokens read at once: by default the model's longest context, at most 4096; a model that states none needs it."""
+    """Tokens per crop: by default the model's longest context, at most 4096; required if the model states none."""
     max_documents: Annotated[int, within(1)] = 6000
-    """Documents read of a file or hub set, from its start (all of LAMBADA are 5,153)."""
+    """Documents read from the start of a file or hub set (LAMBADA has 5,153)."""
     tasks: tuple[str, ...] = ()
     """lm-eval tasks, such as lambada_openai,wikitext (pip install 'cratescope[eval]')."""
     task_folder: Path | None = None
-    """Folder with YAML files of lm-eval tasks of your own, to be named in --tasks."""
+    """Folder with YAML files of your own lm-eval tasks, for use in --tasks."""
     batch_size: Annotated[int, within(1, LARGEST_BATCH)] = 8
-    """Crops in one forward pass, or as many tokens of other text."""
+    """Crops per forward pass; other text is batched to the same number of tokens."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to run the model."""
 
     def task_names(self) -> list[str]:
-        """The tasks one by one, separated by spaces or commas."""
+        """List the tasks, which may be separated by spaces or commas."""
         return [name for part in self.tasks for name in part.split(",") if name]
 
 
@@ -198,45 +198,45 @@ class CollectConfig(Checked):
     run: PositionalPath
     """Run directory with a trained model."""
     model: str | None = None
-    """A causal language model trained elsewhere, folder or hub name: it is copied into the run directory first."""
+    """A causal language model trained elsewhere (folder or hub name); it is copied into the run directory first."""
     data: Path | None = None
     """Folder made by `cratescope prepare`; the run's own by default."""
     site: str = "auto"
     """`auto` (CRATE: codes, others: mlp), codes, first_codes, mlp, attention, residual, or a module path with {layer}
-    such as `transformer.h.{layer}.mlp.act`, `:input` behind it for what the module is given."""
+    such as `transformer.h.{layer}.mlp.act`; append `:input` to read the module's input instead of its output."""
     layers: Annotated[tuple[int, ...] | None, within(0)] = None
-    """Layers to read; all by default. The pass stops behind the last of them."""
+    """Layers to read; all by default. The forward pass stops after the last of them."""
     excerpts: Annotated[int, within(1)] = 8000
-    """Excerpts read, evenly spaced over the heldout split (paper: 8000)."""
+    """Number of excerpts, evenly spaced over the heldout split (paper: 8000)."""
     context: Annotated[int | None, within(1)] = None
-    """Tokens in an excerpt (paper: 1024); the model's longest context by default. A model that states none needs it."""
+    """Tokens per excerpt (paper: 1024); the model's longest context by default, required if the model states none."""
     top: Annotated[int, within(1, 100_000)] = 50
-    """Windows of the highest activations kept."""
+    """Windows kept around the highest activations."""
     per_excerpt: Annotated[int, within(1)] = 1
-    """At most this many of them from one excerpt."""
+    """Largest number of top windows from any one excerpt."""
     random: Annotated[int, within(0, 100_000)] = 50
-    """Windows of uniformly drawn positions kept."""
+    """Windows kept around uniformly drawn positions."""
     window: Annotated[int, within(1)] = 64
-    """Tokens in a window: this many halves before the chosen token and the rest from it on (paper: -32..+31)."""
+    """Tokens per window, half of them before the peak (paper: -32..+31)."""
     strata: bool = True
-    """Count every activation in a histogram and keep random windows by quantile, by rank and by level."""
+    """Count every activation in a histogram, and keep random windows by quantile, by rank and by level."""
     tokens: Annotated[int, within(1)] = 8192
-    """Token ids whose mean activation is kept: the most frequent ones of the text."""
+    """Number of token ids, the most frequent in the text, whose mean activation is kept."""
     dump: bool = False
     """Also write every non-zero activation with its position."""
     batch_size: Annotated[int, within(1, LARGEST_BATCH)] = 16
-    """Excerpts in one forward pass."""
+    """Excerpts per forward pass."""
     part: Annotated[int, within(1)] = 512
     """Excerpts in one part; a kill loses at most one part of work."""
     worker: Worker = "auto"
     ray: RayTasks = 0
     ray_gpus: RayGPUs = 0
     seed: Annotated[int, within(0, LARGEST_SEED)] = 0
-    """Draws the random positions."""
+    """Seed of the random positions."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to run the model."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Number format to run the model in; auto is that of its checkpoint. float32 where float16 overflows."""
+    """Number format to run the model in; auto keeps that of its checkpoint. Use float32 if float16 overflows."""
 
 
 @dataclass(frozen=True)
@@ -249,29 +249,29 @@ class LLMConfig(Checked):
     llm_device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to run it."""
     llm_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """auto takes bfloat16 where the hardware has it."""
+    """auto uses bfloat16 where the hardware supports it."""
     llm_quantize: Literal["none", "4bit"] = "none"
-    """4bit loads the weights in 4 bits (CUDA, pip install bitsandbytes)."""
+    """4bit quantises the weights to 4 bits (needs CUDA and pip install bitsandbytes)."""
     llm_device_map: Literal["one", "auto"] = "one"
     """auto spreads the layers over all GPUs."""
     llm_batch: Annotated[int, within(1, LARGEST_BATCH)] = 16
-    """Prompts in one forward pass."""
+    """Prompts per forward pass."""
     llm_max_tokens: Annotated[int | None, within(1)] = None
-    """Longest explanation (paper: 60, the default); a model that reasons before it answers wants 2000 or more."""
+    """Longest answer in tokens (paper: 60, the default); a model that reasons first needs 2000 or more."""
     llm_model: str = ""
-    """Server: which of its models; also the explainer's name in files."""
+    """Server: which of its models to use; also the explainer's name in files."""
     llm_tokenizer: str = ""
-    """Server: hub name or folder of the model's tokenizer; simulating needs it."""
+    """Server: hub name or folder of the model's tokenizer; required to simulate."""
     llm_chat: bool = False
-    """Server: ask through /chat/completions (explanations only)."""
+    """Server: use /chat/completions (explanations only)."""
     llm_concurrency: Annotated[int, within(1, 4096)] = 8
-    """Server: requests under way at once."""
+    """Server: number of concurrent requests."""
     llm_per_minute: Annotated[int | None, within(1)] = None
-    """Server: at most this many requests a minute."""
+    """Server: largest number of requests per minute."""
     llm_timeout: Annotated[int, within(1, 86_400)] = 120
-    """Server: seconds to wait for an answer; then the request is repeated."""
+    """Server: seconds to wait for an answer before the request is retried."""
     llm_key_env: str = "OPENAI_API_KEY"
-    """Server: environment variable with the key."""
+    """Server: environment variable that holds the API key."""
 
     @property
     def served(self) -> bool:
@@ -280,7 +280,7 @@ class LLMConfig(Checked):
 
     @property
     def llm_name(self) -> str:
-        """What files call it: a server's address may be another tomorrow."""
+        """Name used in files; a server's address can change."""
         return self.llm_model if self.served else self.llm
 
 
@@ -295,9 +295,9 @@ class ExplainConfig(Checked):
     layers: Annotated[tuple[int, ...] | None, within(0)] = None
     """Layers to explain; all by default."""
     neurons: Annotated[int | None, within(1)] = None
-    """How many neurons a layer, drawn at random by the seed; all by default."""
+    """Neurons per layer, drawn at random with --neuron-seed; all by default."""
     neuron_seed: Annotated[int, within(0, LARGEST_SEED)] = 0
-    """Draws the neurons; growing --neurons keeps those already done."""
+    """Seed of the draw of neurons; a larger --neurons keeps those already done."""
     protocols: tuple[str, ...] = DEFAULT_PROTOCOLS
     """Protocols to explain for (docs/evaluation.md); those that explain from the same windows share explanations."""
     prompts: Prompts = "own"
@@ -317,16 +317,16 @@ class SimulateConfig(Checked):
     site: str = "auto"
     """Site of the records, as given to `collect`."""
     explainer: str = "offline"
-    """Whose explanations: the --llm given to `explain`."""
+    """Explainer whose explanations to use: the --llm given to `explain`."""
     simulator: Simulator = "list-pmi"
-    """`list-pmi` (one forward an explanation, context-free), `list-in-context` (one forward a window), or
-    `all-at-once` (OpenAI's protocol, digits)."""
+    """`list-pmi` (one forward pass per explanation, ignores context), `list-in-context` (one per window), or
+    `all-at-once` (OpenAI's protocol: values 0 to 10)."""
     neurons: Annotated[int | None, within(1)] = None
-    """Only this many of the explained neurons a layer; all by default."""
+    """Use only this many of the explained neurons per layer; all by default."""
     protocols: tuple[str, ...] = DEFAULT_PROTOCOLS
-    """Protocols whose windows are simulated."""
+    """Protocols whose windows to simulate."""
     prompts: Prompts = "own"
-    """Wording of all-at-once: `own`, or `openai` from an installed automated-interpretability."""
+    """Wording of all-at-once: `own`, or `openai` for OpenAI's, from an installed automated-interpretability."""
     reference_quirks: bool = False
     """all-at-once: read values as the reference code does (docs/evaluation.md)."""
     worker: Worker = "auto"
@@ -366,7 +366,7 @@ class JudgeConfig(Checked):
     scorer: Scorer = "detection"
     """Does the window hold it; are the marked tokens it; which of five windows is foreign."""
     neurons: Annotated[int | None, within(1)] = None
-    """Only this many of the explained neurons a layer; all by default."""
+    """Use only this many of the explained neurons per layer; all by default."""
     protocols: tuple[str, ...] = DEFAULT_PROTOCOLS
     """Protocols whose explanations are judged; those that explain from the same windows are one."""
     worker: Worker = "auto"
@@ -384,11 +384,11 @@ class ScoreConfig(Checked):
     site: str = "auto"
     """Site of the records, as given to `collect`."""
     explainer: str = "offline"
-    """Whose explanations: the --llm given to `explain`."""
+    """Explainer whose explanations to use: the --llm given to `explain`."""
     simulator: Simulator = "list-pmi"
-    """Whose simulations: as given to `simulate`."""
+    """Simulator whose simulations to use, as given to `simulate`."""
     protocols: tuple[str, ...] = DEFAULT_PROTOCOLS
-    """Which protocols to score; judgements (detection, fuzzing, intruder) are scored where there are any."""
+    """Protocols to score; judgements (detection, fuzzing, intruder) are scored too where they exist."""
 
 
 @dataclass(frozen=True)
@@ -400,13 +400,13 @@ class ExportConfig(Checked):
     out: Path
     """Folder to write."""
     format: Literal["openai", "delphi"] = "openai"
-    """`openai`: one {layer}/{neuron}.json a neuron; `delphi`: all non-zero activations (needs `collect --dump`)."""
+    """`openai`: one {layer}/{neuron}.json per neuron; `delphi`: all non-zero activations (needs `collect --dump`)."""
     site: str = "auto"
     """Site of the records, as given to `collect`."""
     layers: Annotated[tuple[int, ...] | None, within(0)] = None
     """Layers to write; all by default."""
     data: Path | None = None
-    """delphi: the folder of tokens given to `collect`; the run's own by default."""
+    """delphi: the data folder given to `collect`; the run's own by default."""
 
 
 @dataclass(frozen=True)
@@ -414,9 +414,9 @@ class ImportConfig(Checked):
     """Read OpenAI NeuronRecord JSON made elsewhere into a run directory, to explain, simulate and score it here."""
 
     source: PositionalPath
-    """Folder with one {layer}/{neuron}.json a neuron."""
+    """Folder with one {layer}/{neuron}.json per neuron."""
     out: Path
-    """Run directory to write; it has records and a tokenizer, and no model."""
+    """Run directory to write; it will hold records and a tokenizer, but no model."""
 
 
 @dataclass(frozen=True)
@@ -426,15 +426,15 @@ class ShowConfig(Checked):
     run: PositionalPath
     """Run directory with neuron records."""
     layer: Annotated[int, tyro.conf.Positional, within(0)]
-    """Its layer, from 0."""
+    """The neuron's layer, counted from 0."""
     neuron: Annotated[int, tyro.conf.Positional, within(0)]
-    """Its index in the layer, from 0."""
+    """Its index in the layer, counted from 0."""
     site: str = "auto"
     """Site of the records, as given to `collect`."""
     explainer: str = "offline"
-    """Whose explanation: the --llm given to `explain`."""
+    """Explainer whose explanation to show: the --llm given to `explain`."""
     simulator: Simulator = "list-pmi"
-    """Whose simulations the scores are of."""
+    """Simulator whose scores to show."""
 
 
 @dataclass(frozen=True)
@@ -446,19 +446,19 @@ class ReportConfig(Checked):
     out: Path
     """Folder to write."""
     explainer: str = "offline"
-    """Whose explanations."""
+    """Explainer whose explanations to report."""
     simulator: Simulator = "list-pmi"
-    """Whose simulations."""
+    """Simulator whose simulations to report."""
     primary: str = "uniform/pearson/shuffled"
-    """The measure that decides, named before the runs: protocol/measure, and /control for the gain over a control
-    (shuffled, empty, unigram, untrained); docs/evaluation.md says why this one. All others are secondary."""
+    """The measure that decides, to be named before the runs: protocol/measure, with /control for the gain over a
+    control (shuffled, empty, unigram, untrained). docs/evaluation.md explains the default. Others are secondary."""
     compare: tuple[str, ...] = ()
-    """Two arms to compare, such as `crate gpt2`: by default these two where there are runs of both, else the first two
-    arms of the runs."""
+    """Two arms to compare, such as `crate gpt2`: these two by default if there are runs of both, else the first two
+    arms among the runs."""
     title: str = "cratescope report"
-    """Title of the page."""
+    """Page title."""
     cards: Annotated[int, within(0, 10_000)] = 8
-    """Neuron cards a layer, spread evenly over the ranking by score."""
+    """Neuron cards per layer, spread evenly over the ranking by score."""
 
 
 @dataclass(frozen=True)

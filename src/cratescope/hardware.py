@@ -1,4 +1,4 @@
-"""Which device, number format and processes compute, and how fast the hardware is at its best."""
+"""Choice of device, number format and processes, and the peak speed of the hardware."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 def keep_freed_memory() -> None:
     """Have glibc keep the memory of freed tensors instead of handing it back to the kernel; elsewhere do nothing.
 
-    On a CPU every operation on a large tensor otherwise pays for page faults anew. Measured on a 2-layer CRATE in
-    float32 on two cores (4096 tokens a step): 8.0 thousand tokens a second without, 13.0 thousand with it.
+    On a CPU every operation on a large tensor otherwise pays for page faults again. Measured on a 2-layer CRATE in
+    float32 on two cores (4096 tokens per step): 8.0 thousand tokens per second without, 13.0 thousand with it.
     """
     mmap_max, trim_threshold, top_pad = -4, -1, -2  # glibc's malloc.h
     try:
@@ -63,21 +63,21 @@ def keep_freed_memory() -> None:
 
 
 def processes() -> int:
-    """How many processes train one model together, as torchrun and accelerate say in the environment.
+    """Number of processes that train one model together, as torchrun and accelerate set it in the environment.
 
     Raises:
-        UserError: what the environment says is no such number; also by `rank`.
+        UserError: the environment variable is not such a number; `rank` raises the same.
     """
     return _from_environment("WORLD_SIZE", 1)
 
 
 def rank(local: bool = False) -> int:
-    """This process's number among them, or among those of its machine; number 0 writes files and speaks."""
+    """This process's number among all of them, or among those of its machine; number 0 writes files and prints."""
     return _from_environment("LOCAL_RANK" if local else "RANK", 0)
 
 
 def _from_environment(name: str, least: int) -> int:
-    """A number that a launcher of processes leaves in the environment; `least` where there is none."""
+    """A number that a process launcher sets in the environment; `least` if unset."""
     text = os.environ.get(name, "").strip()
     if text and not (re.fullmatch(r"[0-9]{1,9}", text) and int(text) >= least):
         raise UserError(f"environment variable {name} = {text!r:.60}: has to be a number of {least} or more; unset it")
@@ -85,7 +85,7 @@ def _from_environment(name: str, least: int) -> int:
 
 
 def worker_of(text: str) -> tuple[int, int]:
-    """(number, how many) from i/n; `auto` reads the environment that torchrun makes.
+    """Split i/n into (i, n); `auto` reads torchrun's environment variables.
 
     Raises:
         UserError: it is neither.
@@ -99,20 +99,20 @@ def worker_of(text: str) -> tuple[int, int]:
 
 
 def share(items: Sequence[T], worker: str, batch: int) -> list[T]:
-    """What worker i/n does of `items`: of batches of `batch`, every n-th from the i-th on.
+    """Select the share of worker i/n: every n-th batch of `batch` items, starting with the i-th.
 
-    A batch is computed together, and rounding depends on what is in it, so batches are the same for any n.
+    Rounding depends on what is computed together, so the batches are the same for any n.
     """
     number, total = worker_of(worker)
     return [item for place, item in enumerate(items) if place // batch % total == number]
 
 
 def gemm_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """The fastest matrix product of this process, in FLOP/s: the best of a third of a second on large squares."""
+    """Peak speed of matrix products in FLOP/s: the best of a third of a second of large square products."""
     import torch
 
     n = 8192 if device.type == "cuda" else 1024
-    own = torch.Generator(device).manual_seed(0)  # the caller's random state is left as it was
+    own = torch.Generator(device).manual_seed(0)  # leaves the caller's random state untouched
     left, right = (torch.randn(n, n, device=device, generator=own).to(dtype) for _ in range(2))
     out = torch.empty_like(left)
     seconds: list[float] = []

@@ -39,12 +39,12 @@ _SEAL = b"sha256: "
 
 
 def layer_file(folder: Path, layer: int) -> Path:
-    """Where a layer's table lies in a stage's folder."""
+    """Path of a layer's table in a stage's folder."""
     return folder / f"layer-{layer:02d}.parquet"
 
 
 def parts_folder(folder: Path, layer: int) -> Path:
-    """Where the parts of a layer lie until they are folded."""
+    """Folder of a layer's parts until they are folded."""
     return folder / ".parts" / f"layer-{layer:02d}"
 
 
@@ -194,7 +194,7 @@ class Tables:
             self.write(path, table.sort_by([(name, "ascending") for name in self.order]))
 
     def fold(self, layer: int) -> None:
-        """Add the parts to the table; several workers may do so, one after the other."""
+        """Add the parts to the table; several workers may do so, one after another."""
         if not parts_folder(self.folder, layer).exists():
             return
         with locked(self.folder, "fold", wait=True):
@@ -223,7 +223,7 @@ class Tables:
 
 
 class Writer:
-    """Collects rows and writes a part from time to time."""
+    """Buffer of rows that writes a part from time to time."""
 
     def __init__(self, tables: Tables) -> None:
         self._tables = tables

@@ -1,7 +1,7 @@
 """The run directory: paths, atomic writes, and the identity of what a folder was made from.
 
-A stage never edits a finished file. It writes to a temporary name beside the target and renames it, so a file
-either does not exist or is whole; skipping what exists is therefore resume.
+A stage never edits a finished file. It writes to a temporary name next to the target and renames it, so a file
+either does not exist or is complete, and resuming is simply skipping what exists.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Shape = Any
 SURROGATES = re.compile("[\ud800-\udfff]")
 """Halves of surrogate pairs, which no UTF-8 has: JSON can hold them, and what cannot be decoded is read as such."""
 _MARKS = (
-    (codecs.BOM_UTF32_LE, "utf-32"),  # before UTF-16, whose mark it begins with
+    (codecs.BOM_UTF32_LE, "utf-32"),  # before UTF-16, because it begins with UTF-16's mark
     (codecs.BOM_UTF32_BE, "utf-32"),
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
@@ -47,11 +47,11 @@ codecs.register_error("lone-surrogate", lambda error: ("\udcff", error.end))  # 
 
 
 class UserError(Exception):
-    """Something the user can mend. The message is one line: what is wrong, where, and the fix (exit code 2)."""
+    """A problem that the user can fix. The message is one line: what is wrong, where, and the fix (exit code 2)."""
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal asked for the end and what was done is saved; the exit code is 128 and the signal's number."""
+    """A signal ended the run after saving its work; the exit code is 128 plus the signal's number."""
 
     def __init__(self, message: str, signal: int) -> None:
         super().__init__(message)
@@ -75,7 +75,7 @@ def first_line(error: BaseException) -> str:
 
 
 def last_line(error: BaseException) -> str:
-    """The same for errors whose last line is the cause."""
+    """The last line instead, for errors that end with their cause."""
     return next(reversed(str(error).strip().splitlines()), type(error).__name__).strip()
 
 
@@ -104,7 +104,7 @@ def parse_json(text: str | bytes, where: str, fix: str) -> Any:
         return json.loads(text)
     except RecursionError as error:
         raise UserError(f"{where}: not valid JSON (nested too deeply); {fix}") from error
-    except ValueError as error:  # also of what is no JSONDecodeError: numbers of thousands of digits
+    except ValueError as error:  # not only JSONDecodeError: numbers of thousands of digits raise ValueError too
         reason = first_line(error)
         if isinstance(error, json.JSONDecodeError):
             line = f"line {error.lineno}, " if error.lineno > 1 else ""
@@ -131,7 +131,7 @@ UNUSABLE = {
     errno.EINVAL: "the disk does not take this name or file; name a path on another one",
     errno.EOPNOTSUPP: "the disk cannot do this; name a path on another one",
     errno.ENODEV: "is a device without a driver; name another path",
-    errno.ENXIO: "is a device or pipe that nothing is behind; name another path",
+    errno.ENXIO: "is a device or pipe with nothing connected to it; name another path",
     errno.ENOTEMPTY: "another process writes there; run the same command again when it has ended",
     errno.EXDEV: "lies on two disks at once; name another path",
 }
@@ -139,7 +139,7 @@ UNUSABLE = {
 
 
 def unusable(error: OSError) -> str | None:
-    """One line on a path that the system refuses; None for an error that is no path's fault."""
+    """Describe in one line a path that the system refuses; None for errors with other causes."""
     if error.errno not in UNUSABLE or error.filename is None:
         return None
     if isinstance(error.filename, int):
@@ -179,12 +179,12 @@ def _folder_there(folder: Path) -> Iterator[None]:
 
 
 def _refused(error: OSError | ValueError, path: Path) -> Exception:
-    """What to raise where `path` cannot be written; a full disk stays what it is."""
+    """The error to raise when `path` cannot be written; a full disk keeps its own error."""
     if isinstance(error, ValueError):
         return UserError(f"{str(path)!r}: not a path ({error}); give another one")
     if error.errno in DISK_FULL:
         return error
-    # In a file system that the kernel makes up, such as /proc, a new name is "no such file".
+    # In a virtual file system such as /proc, creating a file gives "no such file".
     why = UNUSABLE.get(error.errno or 0, f"nothing can be written there ({error.strerror}); name another path")
     return UserError(f"{_shown(path)}: {why}")
 
@@ -197,7 +197,7 @@ _swept: set[tuple[int, Path]] = set()
 
 @functools.cache
 def _here() -> str:
-    """What the number of a process belongs to: this machine, and on it this container."""
+    """The scope in which process numbers are unique: this machine and, on it, this container."""
     try:
         space = os.readlink("/proc/self/ns/pid")
     except OSError:
@@ -208,7 +208,7 @@ def _here() -> str:
 def temporary_beside(path: Path) -> Path:
     """A name for a temporary file or folder in the (existing) folder of `path`; leftovers there are removed.
 
-    It says whose it is, so that what a killed process left is told from what a living one writes.
+    The name identifies the writing process, so leftovers of killed processes can be told from live files.
     """
     remove_leftovers(path.parent)
     return path.with_name(f".{path.name[:40]}.{_here()}.{os.getpid()}-{next(_numbers)}.tmp")
@@ -230,11 +230,11 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def _is_left(path: Path, here: str, process: int) -> bool:
-    """Whether nobody writes the temporary any more; of another machine's only its age is known."""
+    """Whether no process writes the temporary any more; for other machines only its age can tell."""
     if here != _here():
         return time.time() - path.stat().st_mtime > _WEEK
     if process == os.getpid():
-        return True  # an earlier process had our number: we have not written here yet
+        return True  # an earlier process had our number; this one has not written here yet
     try:
         os.kill(process, 0)
     except ProcessLookupError:
@@ -248,7 +248,7 @@ def _is_left(path: Path, here: str, process: int) -> bool:
 def atomic_path(path: Path, first: bool = False) -> Iterator[Path]:
     """Yield a temporary path beside `path`; rename it to `path` when the block ends without an error.
 
-    first: a file that another process has put there meanwhile stays.
+    first: keep a file that another process has put there in the meantime.
     """
     with _folder_there(path.parent):
         temporary = temporary_beside(path)
@@ -293,7 +293,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
 
 
 def _put(new: Path, folder: Path) -> None:
-    """Rename `new` to `folder`, in place of an older one; of several processes that do so at once the last wins."""
+    """Rename `new` to `folder`, replacing an older one; if several processes do so at once, the last one wins."""
     for attempt in range(10):
         old = temporary_beside(folder)
         try:
@@ -317,13 +317,13 @@ _NO_LOCKS = frozenset(
 
 @contextlib.contextmanager
 def locked(folder: Path, stage: str, wait: bool = False) -> Iterator[None]:
-    """Let one process at a time run `stage` on `folder`; what it does inside may lock the same again.
+    """Let one process at a time run `stage` on `folder`; the same process may lock it again inside.
 
-    The kernel ends the lock with its process, also when that is killed. A disk that knows no locks, or cannot be
+    The kernel releases the lock when its process ends, even if killed. A disk that has no locks, or cannot be
     written to at all, is not locked.
 
     Raises:
-        UserError: another process is there, unless `wait`; says which.
+        UserError: another process holds the lock, unless `wait`; says which.
     """
     path = Path(os.path.realpath(folder)) / f".{stage}.lock"
     if path in _held:
@@ -342,7 +342,7 @@ def locked(folder: Path, stage: str, wait: bool = False) -> Iterator[None]:
 
 
 def _lock(folder: Path, path: Path, wait: bool) -> IO[str] | None:
-    """The locked file, which says who holds it; None where there can be no lock."""
+    """The locked file, which names its holder; None where locking is impossible."""
     while True:
         make_folder(folder)  # its holder may have just removed that too
         try:
@@ -352,7 +352,7 @@ def _lock(folder: Path, path: Path, wait: bool) -> IO[str] | None:
                 raise
             return None
         try:
-            # Not flock: a forked worker would inherit it, and keep it after the death of its parent.
+            # Not flock: a forked worker would inherit the lock and keep it after its parent dies.
             fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError as error:
             file.seek(0)
@@ -369,7 +369,7 @@ def _lock(folder: Path, path: Path, wait: bool) -> IO[str] | None:
             file.write(f"{_this_process()}\n")
             file.flush()
             return file
-        file.close()  # its holder has just removed it
+        file.close()  # the previous holder has just removed it
 
 
 def _this_process() -> str:
@@ -418,7 +418,7 @@ def _no_number(name: str) -> NoReturn:
 
 
 def misfit(value: Any, shape: Shape, name: str = "it") -> str | None:
-    """What a JSON value has of another shape than wanted; None when it fits.
+    """Describe how a JSON value differs from the wanted shape; None when it fits.
 
     A shape is a type, a tuple of types (None is one), `[shape]` for a list, `{str: shape}` for any names, or
     `{name: shape}` for an object with these names at least; a name with a `?` may be missing. float takes an int.
@@ -438,7 +438,7 @@ def misfit(value: Any, shape: Shape, name: str = "it") -> str | None:
     if isinstance(shape, list):
         if not isinstance(value, list):
             return f"{name} is not a list"
-        if isinstance(shape[0], type | tuple):  # many numbers: one look at all of them
+        if isinstance(shape[0], type | tuple):  # many numbers: check them all at once
             odd = {*map(type, value)} - _json_types(shape[0])
             return f"{name} holds a {next(iter(odd)).__name__}" if odd else None
         return next(filter(None, (misfit(item, shape[0], f"an entry of {name}") for item in value)), None)
@@ -490,7 +490,7 @@ def sha256(path: Path) -> str:
 
 
 def stamp(path: Path) -> tuple[int, int, int, int]:
-    """What stays as long as nobody touches a file; the time of change cannot be set back, unlike that of writing."""
+    """Values that stay the same until a file is touched; the change time cannot be set back, unlike the write time."""
     stat = path.stat()
     return stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
@@ -501,7 +501,7 @@ def _sha256_of(path: Path, _stamp: tuple[int, int, int, int]) -> str:
 
 
 def known_sha256(path: Path) -> str:
-    """As `sha256`, which is not worked out again in this process as long as nobody touches the file."""
+    """`sha256`, remembered within this process until the file is touched."""
     return _sha256_of(path, stamp(path))
 
 
@@ -510,7 +510,7 @@ WHOLE = "whole.json"
 
 
 def mark_whole(folder: Path) -> None:
-    """Say that every file of the folder is on disk, and what is in it."""
+    """Record that every file of the folder is on disk, with their hashes."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != WHOLE)
     for path in files:
         with open(path, "rb") as file:
@@ -519,7 +519,7 @@ def mark_whole(folder: Path) -> None:
 
 
 def check_whole(folder: Path, weights: bool = True) -> None:
-    """Compare the files of a folder with what was written; one that was not marked is taken as it is.
+    """Compare the files of a folder with what was written; an unmarked folder is accepted as it is.
 
     weights: look at *.safetensors too, which are large.
 
@@ -543,7 +543,7 @@ def check_whole(folder: Path, weights: bool = True) -> None:
 
 
 def made_from(files: Iterable[Path], root: Path, **settings: Any) -> dict[str, str]:
-    """Settings, and one SHA-256 of names (below `root`, where they are) and contents of files: has anything changed?"""
+    """Settings, plus one SHA-256 over the names (relative to `root`) and contents of files, to detect any change."""
     digest = hashlib.sha256()
     for path in files:
         name = path.relative_to(root) if path.is_relative_to(root) else path.name
@@ -558,7 +558,7 @@ LONGEST_SLUG = 160
 def slug(name: str) -> str:
     """`name` as a single path component: `org/model:Q4` becomes `org-model-Q4`.
 
-    Where more is lost than `/` and `:`, or a component would be too long, a hash tells names apart that look alike.
+    If more than `/` and `:` is lost, or the component would be too long, a hash keeps similar names apart.
     """
     short = re.sub(r"[^A-Za-z0-9._]+", "-", name).strip("-.")
     if len(short) <= LONGEST_SLUG and short == re.sub("[/:]", "-", name).strip("-."):
@@ -567,7 +567,7 @@ def slug(name: str) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages a result depends on."""
+    """Versions of Python and of the packages that results depend on."""
     names = ("cratescope", "torch", "transformers", "tokenizers", "numpy", "pyarrow")
     found = {"python": platform.python_version(), "platform": platform.platform()}
     for name in names:
@@ -577,9 +577,9 @@ def versions() -> dict[str, str]:
 
 
 def claim(folder: Path, identity: dict[str, Any]) -> None:
-    """Say what `folder` is made from, or check that it was made from the same.
+    """Record what `folder` is made from, or check that it was made from the same.
 
-    The first stage to come writes `folder/manifest.json`; a later one with another identity (another model, other
+    The first stage writes `folder/manifest.json`; a later one with another identity (another model, other
     data, other settings) is refused, because mixing the two would give a result that belongs to neither.
 
     Raises:
@@ -643,7 +643,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        """The folder's name; of a milestone also that of its run, since all runs call theirs alike."""
+        """The folder's name; for a milestone, its run's name as well, since milestones of all runs are named alike."""
         root = self.root.resolve()
         return f"{root.parents[1].name}-{root.name}" if root.parent.name == "milestones" else root.name
 
@@ -662,12 +662,12 @@ class Run:
         return self.root / "checkpoints"
 
     def milestone(self, step: int) -> Run:
-        """The run as it was after `step`: a run directory of its own, never rotated away."""
+        """The run as it was after `step`: a run directory of its own, never deleted by rotation."""
         return Run(self.root / "milestones" / f"step-{step:06d}")
 
     @property
     def metrics(self) -> Path:
-        """One JSON line a logged step: step, tokens, loss, learning_rate, speed; or step, tokens, validation_loss."""
+        """One JSON line per logged step: step, tokens, loss, learning_rate, speed; or step, tokens, validation_loss."""
         return self.root / "metrics.jsonl"
 
     @property
@@ -675,7 +675,7 @@ class Run:
         return self.root / "evaluation.json"
 
     def records(self, site: str) -> Path:
-        """Folder with one Parquet file a layer."""
+        """Folder with one Parquet file per layer."""
         return self.root / "records" / slug(site)
 
     def explanations(self, site: str, explainer: str, explained: str) -> Path:
@@ -695,7 +695,7 @@ class Run:
         return self.root / "scores" / slug(site) / slug(explainer) / slug(simulator)
 
     def quality(self, site: str) -> Path:
-        """How neurons fire, layer by layer and neuron by neuron, from the records alone."""
+        """File with the activation quality of every layer and neuron, measured from the records alone."""
         return self.root / "scores" / slug(site) / "quality.json"
 
     def read_manifest(self) -> dict[str, Any]:
@@ -708,9 +708,9 @@ class Run:
         return read_json(self.manifest, RUN | shape, maker)
 
     def data_entry(self, data: Path) -> dict[str, str]:
-        """What run.json says of a data folder: its path from the run's folder, so that both can be moved together.
+        """Describe a data folder for run.json: its path relative to the run's folder, so that both can move together.
 
-        Where one of them is reached through a link there are two such paths: through real folders, and as given.
+        If either is reached through a link there are two such paths: through real folders, and as given.
         """
         real = os.path.relpath(data.resolve(), self.root.resolve())
         given = os.path.relpath(data, self.root)
@@ -718,7 +718,7 @@ class Run:
         return entry if given == real else entry | {"path_as_given": given}
 
     def data_path(self) -> Path:
-        """The data folder that run.json names: of several places the one that holds the run's own data.
+        """Find the data folder that run.json names; of several candidates, the one that holds the run's own data.
 
         Raises:
             UserError: not a run directory.
@@ -726,7 +726,7 @@ class Run:
         entry = self.read_manifest()["data"]
         found: list[Path] = []
         for relative in (entry["path"], entry.get("path_as_given", entry["path"])):
-            # `..` leads out of a linked folder's target by itself, and out of the link where it is normalised.
+            # An unnormalised `..` leaves a linked folder's target; a normalised one leaves the link itself.
             found += [
                 (self.root.resolve() / relative).resolve(),
                 Path(os.path.normpath(self.root.absolute() / relative)),
@@ -736,14 +736,14 @@ class Run:
         return next(own, (there or found)[0])
 
     def trained_model(self) -> Path:
-        """The model's folder. Raises UserError when training has not finished, or a file in it is damaged."""
+        """Return the model's folder. Raises UserError when training has not finished, or a file in it is damaged."""
         if not (self.model / "model.safetensors").exists():
             raise UserError(f"{self.model}: no model there yet; finish `cratescope train` for {self.root} first")
         check_whole(self.model)
         return self.model
 
     def fingerprint(self) -> str:
-        """SHA-256 of the model's weights: what every later stage says it was made from."""
+        """SHA-256 of the model's weights, which every later stage names as its origin."""
         return known_sha256(self.trained_model() / "model.safetensors")
 
     @functools.cached_property

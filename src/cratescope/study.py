@@ -149,7 +149,7 @@ def _check_names(plan: Plan, names: list[str]) -> None:
 def check(table: Settings, path: Path) -> Plan:
     """The plan of a study file that was read from `path`.
 
-    Every section is parsed once, and what its names mean is looked up, so that a mistake in the last one is found
+    Every section is parsed and its names are looked up at once, so that a mistake in the last one is found
     before hours of work on the first.
 
     Raises:
@@ -290,13 +290,13 @@ def read_plan(path: Path) -> dict[str, Any]:
 
 
 LONGEST_NAME = 160
-"""Bytes of a model's name; a file system takes 255."""
+"""Most bytes in a model's name; file systems allow 255."""
 
 
 def _unfit(name: Any) -> str | None:
-    """Why a model's folder cannot have this name, if so."""
+    """Say why a model's folder cannot have this name; None when it can."""
     if not isinstance(name, str) or not name:
-        return "is no name"
+        return "is not a name"
     if len(name.encode()) > LONGEST_NAME:
         return f"is longer than {LONGEST_NAME} bytes"
     if "/" in name or "\\" in name or any(unicodedata.category(sign) in ("Cc", "Cf", "Zl", "Zp") for sign in name):

@@ -1,4 +1,4 @@
-"""Make a run directory of a model that was trained elsewhere, so that every stage after training works on it."""
+"""Turn a model trained elsewhere into a run directory, so that every stage after training works on it."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from cratescope.run import Run, UserError, atomic_folder, first_line, locked, ma
 
 
 def is_adopted(run: Run, source: str) -> bool:
-    """Whether `run` is that of the model `source` already.
+    """Whether `run` already holds the model `source`.
 
     Raises:
-        UserError: it is that of another model.
+        UserError: it holds another model.
     """
     if not run.manifest.exists():
         return False
@@ -85,7 +85,7 @@ def _adopt(
 
 
 def _load(source: str) -> Any:
-    """The model as its checkpoint is; every weight must be in it."""
+    """Load the model as it is in the checkpoint, which must contain every weight."""
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source, dtype="auto", trust_remote_code=False, output_loading_info=True
@@ -109,13 +109,13 @@ def _load(source: str) -> Any:
 
 
 def refuse_unless_causal(model: Any, source: str) -> None:
-    """A trial: no output before the last token may depend on it.
+    """Check by trial that no output before the last token depends on it.
 
     Raises:
         UserError: one does, as in BERT and other encoders.
     """
     if looks_ahead(model, torch.arange(1, 17, device=model.device)[None]):
         raise UserError(
-            f"model {source}: its tokens see later ones, so it is no causal language model; "
+            f"model {source}: its tokens see later ones, so it is not a causal language model; "
             "give another (an encoder trained as a decoder has is_decoder = true in its config.json)"
         )

@@ -29,10 +29,10 @@ BATCH = 256
 REMEMBERED = 20_000_000
 """Documents whose hashes are kept to find duplicates; about 100 bytes of memory each."""
 REMEMBERED_CHARACTERS = 4_000_000
-"""Words an `Encoder` remembers before it starts anew; about 100 MB of memory."""
+"""Characters of text pieces that an `Encoder` caches before it starts over; about 100 MB of memory."""
 
 # GPT-2's pattern for text whose characters are all printable ASCII or ASCII spaces. It has no lookbehind, and no token
-# goes on from a letter, digit or sign to a space, so text can be cut there. What holds another character (whose class
+# runs on from a letter, digit or sign to a space, so text can be cut there. A piece with another character (whose class
 # depends on a Unicode version) is therefore left in one piece up to such a cut, and the library is asked about it.
 _SPACE = r" \t\n\r\f\v"
 _OTHER = rf"[^!-~{_SPACE}]"
@@ -47,10 +47,10 @@ _BYTE_LEVEL_SPACES = str.maketrans({space: chr(256 + ord(space)) for space in " 
 
 @dataclass
 class Block:
-    """A unit of work: (split, text) of documents that follow one another, and what the reading of them changed.
+    """A unit of work: (split, text) of consecutive documents, and how reading them changed the state.
 
-    names: hashes of the documents. tally: what became of documents, by source number or split, as in `0 duplicate`.
-    source, position: where the next block goes on, None after the last one.
+    names: hashes of the documents. tally: counts by source number (or split) and outcome, as in `0 duplicate`.
+    source, position: where the next block starts, None after the last one.
     """
 
     number: int
@@ -64,7 +64,7 @@ class Block:
 
 @dataclass
 class Past:
-    """What the finished blocks have read so far; with it, reading goes on as if it had never stopped."""
+    """What the finished blocks have read so far; with it, reading resumes as if it had never stopped."""
 
     blocks: int = 0
     seen: set[int] = field(default_factory=set)
@@ -74,7 +74,7 @@ class Past:
 
     @classmethod
     def load(cls, work: Path) -> Past:
-        """From the blocks in the work folder up to the first one that is missing or damaged."""
+        """Restore it from the blocks in the work folder, up to the first missing or damaged one."""
         found = cls()
         while (path := block_path(work, found.blocks)).exists():
             try:
@@ -93,7 +93,7 @@ class Past:
 
 
 def open_workers(encoder: Encoder, number: int) -> Executor:
-    """One thread, or several processes (Python code runs in one thread at a time); each keeps an encoder."""
+    """Start one thread or several processes (Python runs one thread at a time), each with an encoder of its own."""
     if number == 1:
         return ThreadPoolExecutor(1, initializer=_keep, initargs=(encoder,))
     # Not forked: tokenizers has threads, and what they hold would never be let go in a copy of this process.
@@ -108,7 +108,7 @@ def _keep(encoder: Encoder) -> None:
 
 
 def _start_worker(encoder: Encoder) -> None:
-    """In a new process: one thread, deaf to Ctrl-C (the parent lets it finish), and gone when the parent is."""
+    """Set up a new process: one thread, ignoring Ctrl-C (the parent lets it finish), and ending with its parent."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_follow_parent, daemon=True).start()
@@ -127,7 +127,7 @@ def block_path(work: Path, number: int) -> Path:
 
 
 def write_block(path: Path, block: Block) -> None:
-    """The block's tokens, and what `Past` has to know of it."""
+    """Write the block's tokens and what `Past` needs to know of it."""
     state = json.dumps({"source": block.source, "position": block.position, "tally": block.tally})
     arrays = encode_block(block.documents, _kept.encoder)
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
@@ -136,7 +136,7 @@ def write_block(path: Path, block: Block) -> None:
 
 
 def encode_block(documents: Sequence[tuple[str, str]], encoder: Encoder) -> dict[str, np.ndarray]:
-    """The tokens of each split's documents one after the other, each followed by <eos>."""
+    """Concatenate the tokens of each split's documents, each followed by <eos>."""
     parts: dict[str, list[np.ndarray]] = {name: [np.empty(0, encoder.dtype)] for name in SPLITS}
     for first in range(0, len(documents), BATCH):
         batch = documents[first : first + BATCH]
@@ -146,10 +146,10 @@ def encode_block(documents: Sequence[tuple[str, str]], encoder: Encoder) -> dict
 
 
 class Encoder:
-    """Ids of texts, the same as those of `tokenizer.encode` to the last one, as arrays of `dtype` that end in <eos>.
+    """Encoder of texts into arrays of `dtype` that end in <eos>; ids are identical to those of `tokenizer.encode`.
 
-    A byte-level BPE with GPT-2's pattern cuts text into pieces that do not see one another, and most pieces are words
-    that were there before: their ids are remembered. Any other tokenizer is asked about every text.
+    A byte-level BPE with GPT-2's pattern cuts text into independent pieces, and most pieces are words
+    seen before, so their ids are cached. Any other tokenizer encodes every text itself.
     """
 
     def __init__(self, backend: Tokenizer, eos_id: int, dtype: np.dtype) -> None:
@@ -165,7 +165,7 @@ class Encoder:
         return [np.frombuffer(ids + self.end, self.dtype) for ids in packed]
 
     def ask(self, texts: Sequence[str]) -> list[bytes]:
-        """The ids of each text from the library, as bytes of `dtype`."""
+        """Encode each text with the library, as bytes of `dtype`."""
         self.backend.encode_special_tokens = True
         try:
             encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
@@ -178,7 +178,7 @@ class Encoder:
 
 
 class _Pieces(dict[str, bytes]):
-    """The ids of pieces; one that is missing is asked for and remembered."""
+    """Cache of piece ids; a missing piece is encoded and remembered."""
 
     def __init__(self, encoder: Encoder) -> None:
         super().__init__()
@@ -200,7 +200,7 @@ class _Pieces(dict[str, bytes]):
 
 
 def _cuts_like_gpt2(backend: Tokenizer) -> bool:
-    """Whether the tokenizer is nothing but a BPE of the bytes of what GPT-2's pattern finds."""
+    """Whether the tokenizer is a plain byte-level BPE over the matches of GPT-2's pattern."""
     state = json.loads(backend.to_str())
     before, model = state["pre_tokenizer"] or {}, state["model"]
     return (

@@ -1,4 +1,4 @@
-"""Checkpoints on disk: the mark that says one is whole, the newest whole one, and which to keep."""
+"""Checkpoints on disk: marking them complete, finding the newest complete one, and rotation."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ def newest_first(folder: Path) -> list[Path]:
 
 
 def is_whole(checkpoint: Path) -> bool:
-    """Whether every file still is what it was when the checkpoint was finished."""
+    """Whether every file is unchanged since the checkpoint was finished."""
     try:
         marked = read_json(checkpoint / WHOLE, {str: str})
         return bool(marked) and all(sha256(checkpoint / name) == digest for name, digest in marked.items())
-    except (UserError, OSError, ValueError):  # a damaged mark may name any file, or none that there can be
+    except (UserError, OSError, ValueError):  # a damaged mark may name any file, even an impossible one
         return False
 
 
 def last_whole_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that is whole; later ones are removed, with a warning."""
+    """Find the newest complete checkpoint; later ones are removed with a warning."""
     for checkpoint in newest_first(folder):
         if is_whole(checkpoint):
             return checkpoint
@@ -46,6 +46,6 @@ def last_whole_checkpoint(folder: Path) -> Path | None:
 
 
 def rotate(folder: Path, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints; called when the newest is whole."""
+    """Remove all but the newest `keep` checkpoints; called once the newest is complete."""
     for checkpoint in newest_first(folder)[keep:]:
         shutil.rmtree(checkpoint)

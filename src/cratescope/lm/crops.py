@@ -1,6 +1,6 @@
-"""What training reads: random crops, or windows packed without overlap; crop i depends on the seed and i alone.
+"""Training input: random crops, or windows packed without overlap; crop i depends on the seed and i alone.
 
-So any rank, any worker and any resumed run that asks for crop i reads the same tokens, and nothing has to be saved.
+So any rank, worker or resumed run that asks for crop i reads the same tokens, and no state has to be saved.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ ROUNDS = 4
 
 
 class _Crops(Dataset):
-    """`length` crops of `context` tokens; a child says where crop i starts.
+    """`length` crops of `context` tokens; a subclass says where crop i starts.
 
     Raises:
         UserError: the split is shorter than one crop.
@@ -55,7 +55,7 @@ class RandomCrops(_Crops):
 
 
 class PackedCrops(_Crops):
-    """Windows that share no token: every epoch reads each of them once, in an order of its own.
+    """Windows that share no token: every epoch reads each of them once, in a new order.
 
     The last tokens of the split, too few for a window, are never read.
     """
@@ -79,9 +79,9 @@ def open_crops(
 
 
 def shuffled(place: int, n: int, key: tuple[int, ...]) -> int:
-    """What stands at `place` in the permutation of 0..n-1 named by `key`, without making the permutation.
+    """Element `place` of the permutation of 0..n-1 named by `key`, computed without building the permutation.
 
-    A Feistel network permutes the numbers below the next power of four; walking on from a result of n or more until
+    A Feistel network permutes the numbers below the next power of four; repeating it on a result of n or more until
     one below n comes permutes the numbers below n (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002).
     """
     bits = max(1, ((n - 1).bit_length() + 1) // 2)

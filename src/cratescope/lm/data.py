@@ -1,7 +1,7 @@
 """Text to token shards (`prepare`), and reading them (`TokenData`).
 
-One process reads and cuts the text into blocks, several encode them into a hidden work folder. A block also says how
-far the reading had come, so a kill loses only the blocks under way. The finished shards are assembled from the blocks,
+One process reads the text and cuts it into blocks; several encode them into a hidden work folder. A block records how
+far reading had come, so a kill loses only the blocks in progress. The finished shards are assembled from the blocks,
 so they hold the same bytes however often the work was interrupted.
 """
 
@@ -80,7 +80,7 @@ class TokenSplit:
 
     @cached_property
     def starts(self) -> np.ndarray:
-        """Position of every shard's first token, and behind them the number of tokens."""
+        """Position of every shard's first token, followed by the total number of tokens."""
         return np.cumsum([0, *(len(shard) for shard in self.shards)])
 
     @property
@@ -88,7 +88,7 @@ class TokenSplit:
         return int(self.starts[-1])
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """A memmap pickles as all it holds; a worker process is sent the name of the file and opens it."""
+        """Pickle file names: a memmap would pickle all of its data, so a worker process opens the file itself."""
         return _reopen, (self.name, tuple(getattr(shard, "filename", shard) for shard in self.shards), self.n_bytes)
 
     def window(self, start: int, length: int) -> Int64[np.ndarray, " length"]:
@@ -140,7 +140,7 @@ class TokenData:
 
     @classmethod
     def open(cls, path: Path | str, verify: bool = True) -> TokenData:
-        """Open a finished data folder, of which it looks at the manifest and at the sizes of the shards.
+        """Open a finished data folder, checking only its manifest and the sizes of its shards.
 
         Raises:
             UserError: no finished data folder, or a shard is missing or has another size.
@@ -200,7 +200,7 @@ def _damaged(file: Path, why: str) -> UserError:
 
 
 def _seal(folder: Path, shard: dict[str, Any]) -> list[Any]:
-    """What holds as long as nobody touches a shard whose SHA-256 was right."""
+    """A fingerprint that stays valid until a shard whose SHA-256 was right is touched."""
     return [shard["sha256"], *stamp(folder / shard["file"])]
 
 
@@ -296,7 +296,7 @@ def _check(config: PrepareConfig) -> None:
     if config.out.exists() and not config.out.is_dir():
         raise UserError(f"--out {config.out}: is a file; give a folder")
     if vocabulary_size(config.tokenizer) is None and not (config.out / "tokenizer").exists():
-        load_tokenizer(config.tokenizer)  # a wrong one is found before the folder is claimed
+        load_tokenizer(config.tokenizer)  # a wrong name is found before the folder is claimed
 
 
 def _finished(out: Path, identity: dict[str, Any]) -> bool:
@@ -308,7 +308,7 @@ def _finished(out: Path, identity: dict[str, Any]) -> bool:
     claim(out, identity)
     splits = read_json(path).get("splits", {})
     if splits:
-        shutil.rmtree(out / ".work", ignore_errors=True)  # of a process killed in its last moment
+        shutil.rmtree(out / ".work", ignore_errors=True)  # left by a process killed at its very end
     return bool(splits) and all((out / shard["file"]).exists() for row in splits.values() for shard in row["shards"])
 
 
@@ -360,7 +360,7 @@ def _sample(sources: Sequence[Source], fractions: Sequence[float], config: Prepa
     unknown = min(BPE_BYTES, (config.max_megabytes or BPE_BYTES) * 1e6)
     sizes = [fraction * (source.size or unknown) for source, fraction in zip(sources, fractions, strict=True)]
     for source, fraction, size, share in zip(sources, fractions, sizes, shares(sizes, BPE_BYTES), strict=True):
-        # A small source is read to its end, whatever its size was thought to be.
+        # A small source is read to its end, whatever its estimated size.
         left = size * share if share < 1 or source.size is None else float("inf")
         seen: set[int] = set()
         for text in source.documents():
@@ -375,7 +375,7 @@ def _sample(sources: Sequence[Source], fractions: Sequence[float], config: Prepa
 
 
 def _draw(text: bytes, seed: int) -> tuple[int, float, float]:
-    """What the seed and the text alone decide: a name of 8 bytes, and two uniform numbers (split, taken or not)."""
+    """Derive from the seed and the text alone an 8-byte name and two uniform numbers (for split and for selection)."""
     digest = hashlib.blake2b(text, digest_size=24, salt=seed.to_bytes(8, "little", signed=True)).digest()
     name, place, chance = (int.from_bytes(digest[start : start + 8], "little") for start in (0, 8, 16))
     return name, place / 2**64, chance / 2**64
@@ -392,7 +392,7 @@ class Document:
     invalid: bool
 
     def counts(self, source: int) -> dict[str, int]:
-        """What it adds to the tally, as a document of that source."""
+        """Counts that the document adds to the tally of its source."""
         of_source = {"documents": 1, "bytes": self.n_bytes, "invalid_utf8": int(self.invalid)}
         of_split = {"documents": 1, "bytes": self.n_bytes}
         rows = ((source, of_source), (self.split, of_split))
@@ -400,7 +400,7 @@ class Document:
 
 
 def _choose(text: str, fraction: float, config: PrepareConfig, seen: set[int]) -> Document | str:
-    """The text as a document, or why it is not taken: it is empty, a duplicate, or past the wanted fraction."""
+    """Make the text a document, or say why it is not taken: empty, a duplicate, or beyond the wanted fraction."""
     if not text.strip():
         return "empty"
     encoded, invalid = _utf8(text)
@@ -440,7 +440,7 @@ def _blocks(
                 block.source, block.position = number, documents.position
                 yield block
                 block = Block(block.number + 1)
-    # Before the last block is encoded: for a small source, a mistake is then found before there is any work to lose.
+    # Checked before the last block is encoded: with a small source, no work has been done yet.
     _check_splits(config, past.tally)
     yield block
 
@@ -476,7 +476,7 @@ def _check_splits(config: PrepareConfig, tally: Counter[str]) -> None:
 
 
 def _n_workers(config: PrepareConfig, sources: Sequence[Source]) -> int:
-    """Processes to encode in: one a core, if there is text enough for their start."""
+    """Number of encoding processes: one per core if there is enough text to justify starting them."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     known = sum(source.size if source.size is not None else float("inf") for source in sources)
     return int(max(1, min(cores, known // PROCESS_BYTES, (config.max_megabytes or known) * 1e6 // PROCESS_BYTES)))
@@ -505,7 +505,7 @@ def _encode_blocks(
                 future.result()
         except BrokenProcessPool as error:
             raise UserError(
-                "a process that encoded text was ended (out of memory?); the same command goes on from there"
+                "a process that encoded text was killed (out of memory?); the same command resumes from there"
             ) from error
 
 

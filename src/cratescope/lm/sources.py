@@ -1,7 +1,7 @@
-"""Where documents come from: the offline corpus, text files of several formats, or a data set of the hub.
+"""Sources of documents: the offline corpus, text files in several formats, or a hub data set.
 
-A reader yields documents as they are; bytes that cannot be decoded come as lone surrogates (`run.encoding_of`), so
-that the caller can count and mend them in one place.
+A reader yields documents unchanged; bytes that cannot be decoded become lone surrogates (`run.encoding_of`), so
+that the caller can count and replace them in one place.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ SHOWN = 5
 
 
 class Documents:
-    """The documents of a file from number `position` on; `position` then counts those given."""
+    """The documents of a file from number `position` on; `position` advances with each."""
 
     def __init__(self, read: Callable[[], Iterator[str]], position: int | None = None) -> None:
         self.read, self.position = read, position or 0
@@ -60,7 +60,7 @@ class Documents:
 
 
 class HubDocuments:
-    """The rows of a streamed data set from `position` on, which is the library's own note of how far it has come."""
+    """The rows of a streamed data set from `position` on, which is the library's own record of its progress."""
 
     def __init__(self, name: str, rows: Any, position: dict[str, Any] | None = None) -> None:
         self.name, self.rows = name, rows
@@ -83,9 +83,9 @@ class HubDocuments:
                 yield text
         except UserError:
             raise
-        except Exception as error:  # whatever the network and the many formats give rise to
+        except Exception as error:  # the network and the many formats raise anything
             reason = first_line(error)
-            raise UserError(f"{self.name}: reading stopped ({reason}); the same command goes on from there") from error
+            raise UserError(f"{self.name}: reading stopped ({reason}); the same command resumes from there") from error
 
 
 @dataclass(frozen=True)
@@ -105,12 +105,12 @@ class Source:
 
 
 def open_sources(source: str, report: Callable[[str], None]) -> tuple[dict[str, str], list[Source], dict[str, str]]:
-    """What identifies the content of `offline`, a file, a folder or a hub name cheaply, and its sources.
+    """Open `offline`, a file, a folder or a hub name: a cheap identity of its content, and its sources.
 
-    With them come the files of a folder that are left out, and why; `report` is told of the first few.
+    Also returns the files of a folder that are left out, with reasons; `report` receives the first few.
 
     Raises:
-        UserError: nothing there, or of no known format.
+        UserError: nothing there, or an unknown format.
     """
     path, left_out = Path(os.path.expanduser(source)), dict[str, str]()  # Path.expanduser raises for unknown names
     if source == "offline":
@@ -176,7 +176,7 @@ def _files(path: Path) -> tuple[list[tuple[str, Path]], dict[str, str]]:
 
 
 def _reason(entry: Path, root: Path) -> str | None:
-    """Why a file or folder below `root` is left out; a stranger's link must not read what lies elsewhere."""
+    """Say why a file or folder below `root` is left out; links in foreign folders must not lead outside."""
     if entry.name.startswith("."):
         return "hidden"
     if entry.is_symlink() and not os.path.exists(entry):
@@ -193,7 +193,7 @@ def _reason(entry: Path, root: Path) -> str | None:
 
 
 def name_some(left_out: dict[str, str]) -> str:
-    """The first few names with their reasons, and how many more there are."""
+    """List the first few names with their reasons, and the number of the rest."""
     shown = [f"{name} ({reason})" for name, reason in islice(left_out.items(), SHOWN)]
     more = f" and {len(left_out) - SHOWN} more" if len(left_out) > SHOWN else ""
     return f"left out: {', '.join(shown)}{more}"
@@ -209,7 +209,7 @@ def _file_source(name: str, path: Path) -> Source:
 
 
 def as_document(value: Any) -> str | None:
-    """A value of a text column: null is an empty document, bytes are UTF-8; None for what is no text."""
+    """Convert a value of a text column: null is an empty document, bytes are UTF-8; None if it is not text."""
     if value is None:
         return ""
     if isinstance(value, bytes):
@@ -218,9 +218,9 @@ def as_document(value: Any) -> str | None:
 
 
 def read_text(path: Path) -> Iterator[str]:
-    """A text file is one document, a long one several: it is cut at blank lines (`offline.cut`)."""
+    """Read a text file as one document; a long one is cut into several at blank lines (`offline.cut`)."""
     with _opened(path, newline="") as file:
-        # readline with a limit: a file without line ends must not be read into memory whole.
+        # readline with a limit: a file without line ends must not be read into memory at once.
         yield from _without_nuls(path, offline.cut(iter(lambda: file.readline(offline.PIECE), "")))
 
 
@@ -233,13 +233,13 @@ def _without_nuls(path: Path, texts: Iterable[str]) -> Iterator[str]:
 
 
 def _has_nuls(text: str) -> bool:
-    """Whether more than every twentieth character is NUL: of Cyrillic in UTF-16 it is every twelfth."""
+    """Whether more than one character in twenty is NUL; in Cyrillic UTF-16 it is one in twelve."""
     return text.count("\0") * 20 > len(text)
 
 
 def _not_utf8(where: str) -> UserError:
     return UserError(
-        f"{where}: full of NULs, so it is no UTF-8 text (UTF-16 without a byte-order mark?); "
+        f"{where}: full of NULs, so it is not UTF-8 text (UTF-16 without a byte-order mark?); "
         "convert it first, e.g. with iconv -f UTF-16LE -t UTF-8"
     )
 
@@ -314,10 +314,10 @@ def _zstd_blocks(path: Path) -> Generator[bytes]:
 
 
 def read_jsonl(path: Path) -> Iterator[str]:
-    """One JSON object with a `text` string a line, plain or compressed; null is an empty document."""
+    """Read one JSON object with a `text` string per line, plain or compressed; null is an empty document."""
     with _opened(path, newline="\n") as file:
         for number, line in enumerate(file, 1):
-            # Files that were put together have byte-order marks in their midst.
+            # Concatenated files have byte-order marks in the middle.
             line = line.removeprefix("\ufeff").strip(" \t\r\n")
             if not line:
                 continue

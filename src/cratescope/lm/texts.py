@@ -19,7 +19,7 @@ from cratescope.run import SURROGATES, UserError, first_line, sha256
 
 @dataclass(frozen=True)
 class HubSet:
-    """Where a data set is, which part of it to read, and what a document of it is."""
+    """A hub data set: its location, the split to read, and what counts as a document."""
 
     path: str
     config: str | None
@@ -53,7 +53,7 @@ BUILDERS = {".jsonl": "json", ".jsonl.zst": "json", ".jsonl.gz": "json", ".parqu
 
 
 def find_set(name: str) -> HubSet | Path:
-    """What `name` means: a set of SETS, a local copy of one (`lambada=FILE`), or a file or folder of text.
+    """Look up `name`: a set of SETS, a local copy of one (`lambada=FILE`), or a file or folder of text.
 
     Raises:
         UserError: there is nothing of that name, or a local copy is of no known format.
@@ -85,7 +85,7 @@ def _local_copy(entry: HubSet, file: Path) -> HubSet:
 
 
 def identity(found: HubSet | Path) -> dict[str, Any]:
-    """What a result on the set depends on: the entry, and the content of local files."""
+    """Identity that a result on the set depends on: the entry, and the content of local files."""
     if isinstance(found, HubSet):
         files = found.data_files
         local = {"sha256": sha256(Path(files))} if files and Path(files).is_file() else {}
@@ -94,9 +94,9 @@ def identity(found: HubSet | Path) -> dict[str, Any]:
 
 
 def read(name: str, found: HubSet | Path, limit: int) -> list[str]:
-    """The first `limit` documents that are not empty, as valid Unicode: what is none becomes `?`, with a warning.
+    """Read the first `limit` non-empty documents as valid Unicode; anything else becomes `?`, with a warning.
 
-    It is not U+FFFD, as in `prepare`, because bits per byte are of the file's bytes: one `?` stands for one of them.
+    Not U+FFFD, as in `prepare`: bits per byte count the file's bytes, and one `?` stands for one byte.
 
     Raises:
         UserError: the set cannot be read, has no such column, or has no text.
@@ -121,7 +121,7 @@ def _file_documents(path: Path, say: Callable[[str], None]) -> Iterator[str]:
 
 
 def _hub_documents(name: str, entry: HubSet) -> Iterator[str]:
-    """The documents of a set, streamed: no more is downloaded than is read."""
+    """Stream the documents of a set, downloading no more than is read."""
     rows = (_text(name, entry, row) for row in _hub_rows(name, entry))
     while block := list(islice(rows, entry.rows)):
         yield "\n".join(block)

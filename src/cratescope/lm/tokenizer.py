@@ -31,7 +31,7 @@ def load_tokenizer(spec: str | Path) -> PreTrainedTokenizerFast:
     """`gpt2` (packaged; ids equal OpenAI's), a tokenizer folder, or a hub name.
 
     Raises:
-        UserError: nothing of that name, no fast tokenizer, or no end-of-text token to separate documents with.
+        UserError: no such tokenizer, not a fast one, or one without an end-of-text token to separate documents.
     """
     if str(spec) == "gpt2":
         vocabulary, merges = gpt2_files()
@@ -118,7 +118,7 @@ def vocabulary_size(spec: str) -> int | None:
     """N of the tokenizer spec `bpe:N`; None for any other spec.
 
     Raises:
-        UserError: N is no number, leaves no room for the 256 bytes and the end-of-text token, or is too large.
+        UserError: N is not a number, leaves no room for the 256 bytes and the end-of-text token, or is too large.
     """
     if not spec.startswith("bpe:"):
         return None
@@ -149,7 +149,7 @@ def train_bpe(texts: Iterator[str], vocab_size: int) -> PreTrainedTokenizerFast:
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> Iterable[list[int]]:
-    """Ids of each text, on all cores, without added tokens; a special token's name in a text is ordinary text."""
+    """Encode each text on all cores, adding no tokens; a special token's name in a text is ordinary text."""
     backend = tokenizer.backend_tokenizer
     backend.encode_special_tokens = True
     try:
@@ -164,21 +164,21 @@ def n_ids(tokenizer: PreTrainedTokenizerFast) -> int:
 
 
 def n_text_ids(tokenizer: PreTrainedTokenizerFast) -> int:
-    """The highest id + 1 of the tokens that encoded documents can hold: no special ones but <eos> and unknown."""
+    """The highest id + 1 among tokens in encoded documents: no special ones except <eos> and unknown."""
     in_text = {tokenizer.eos_token_id, tokenizer.unk_token_id}
     never = _special_ids(tokenizer) - in_text
     return max(index for index in tokenizer.get_vocab().values() if index not in never) + 1
 
 
 def vocabulary_strings(tokenizer: PreTrainedTokenizerFast) -> tuple[str, ...]:
-    """`token_strings` of every id up to the highest; made once for a tokenizer."""
+    """`token_strings` of every id up to the highest, computed once per tokenizer."""
     return _strings(tokenizer, len(tokenizer))
 
 
 def token_strings(tokenizer: PreTrainedTokenizerFast, ids: Sequence[int]) -> list[str]:
     """The text of each token as it stands in running text, with the space before a word that begins there.
 
-    Bytes that are no text of their own become U+FFFD; special tokens are their names. Ids that the tokenizer does not
+    Bytes that are not text by themselves become U+FFFD, special tokens their names. Ids that the tokenizer does not
     have (a model's padding rows) become the empty string.
     """
     known = vocabulary_strings(tokenizer)
@@ -186,7 +186,7 @@ def token_strings(tokenizer: PreTrainedTokenizerFast, ids: Sequence[int]) -> lis
 
 
 def token_bytes(tokenizer: PreTrainedTokenizerFast) -> Int[np.ndarray, " v"]:
-    """How many bytes of running text each token stands for, by id; special tokens stand for none."""
+    """Number of bytes of running text per token id; special tokens stand for none."""
     strings = vocabulary_strings(tokenizer)
     lengths = np.array([len(text.encode()) for text in strings])
     for piece, index in tokenizer.get_vocab().items():
@@ -198,7 +198,7 @@ def token_bytes(tokenizer: PreTrainedTokenizerFast) -> Int[np.ndarray, " v"]:
 
 
 def bytes_put_before(tokenizer: PreTrainedTokenizerFast) -> int:
-    """How many bytes more the tokens of a text have than the text: the space that many tokenizers put before it."""
+    """Number of bytes by which tokens exceed their text: the space that many tokenizers put before it."""
     lengths, strings = token_bytes(tokenizer), vocabulary_strings(tokenizer)
     words = [word for text in strings if (word := text.strip(" ")).isascii() and word.isalpha()][:100]
     found = zip(words, encode(tokenizer, words), strict=True)
@@ -208,7 +208,7 @@ def bytes_put_before(tokenizer: PreTrainedTokenizerFast) -> int:
 
 @functools.lru_cache(maxsize=4)
 def _strings(tokenizer: PreTrainedTokenizerFast, _size: int) -> tuple[str, ...]:
-    """The text of every id, empty where there is none; `_size` tells a tokenizer that was added to from before."""
+    """The text of every id, empty where there is none; `_size` detects a tokenizer that has been extended."""
     # The library's own order differs between processes.
     vocabulary = dict(sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]))
     added, special = tokenizer.get_added_vocab(), _special_ids(tokenizer)
@@ -231,7 +231,7 @@ def _special_ids(tokenizer: PreTrainedTokenizerFast) -> set[int]:
 
 
 def _speller(tokenizer: PreTrainedTokenizerFast, pieces: Iterable[str]) -> Callable[[list[str]], str]:
-    """What puts pieces together: the decoder, or, for a tokenizer without, the one that goes with the rest of it."""
+    """The decoder that joins pieces; for a tokenizer without one, the decoder that matches its other parts."""
     backend = tokenizer.backend_tokenizer
     if backend.decoder is not None:
         return backend.decoder.decode
@@ -248,7 +248,7 @@ def _speller(tokenizer: PreTrainedTokenizerFast, pieces: Iterable[str]) -> Calla
 
 
 def _anchor(spell: Callable[[list[str]], str], pieces: Sequence[str]) -> str:
-    """A piece that stays what it is beside others, if possible a word of letters and without a space; else empty."""
+    """A piece that does not change next to others, if possible a word of letters without a space; else empty."""
 
     def faults(piece: str) -> tuple[bool, ...]:
         once, twice = spell([piece]), spell([piece, piece])
@@ -261,7 +261,7 @@ def _anchor(spell: Callable[[list[str]], str], pieces: Sequence[str]) -> str:
 
 
 def _running(spell: Callable[[list[str]], str], anchor: str, pieces: Iterable[str]) -> Iterator[str]:
-    """What each piece adds between two anchors, since decoders strip and clean up at the ends of a text."""
+    """The text each piece adds between two anchors, since decoders strip and clean up at the ends of a text."""
     before = [anchor] if anchor else []
     left, both = spell(before), spell(before * 2)
     right = both[len(left) :]
@@ -275,9 +275,9 @@ def _running(spell: Callable[[list[str]], str], anchor: str, pieces: Iterable[st
 
 
 def _needless_spaces(tokenizer: PreTrainedTokenizerFast, anchor: str, spaced: dict[str, int]) -> list[str]:
-    """Those of the pieces that the tokenizer finds behind a word without a space too: punctuation, Chinese letters.
+    """Pieces that the tokenizer also finds right after a word without a space: punctuation, Chinese characters.
 
-    Its decoder puts a space before them, as before words, but running text mostly has none there.
+    Its decoder puts a space before them, as before words, but running text usually has none there.
     """
     pieces = list(spaced)
     found = encode(tokenizer, [anchor + piece for piece in pieces]) if pieces else []

@@ -1,4 +1,4 @@
-"""Training on transformers' Trainer with the paper's recipe (section 3), in any number of processes, never lost."""
+"""Train with transformers' Trainer and the paper's recipe (section 3), in any number of processes, resumably."""
 
 from __future__ import annotations
 
@@ -56,11 +56,11 @@ NOT_IDENTITY = (
 def train(config: TrainConfig) -> Run:
     """Train one model and write the run directory; finished work is skipped.
 
-    Started by torchrun or `accelerate launch`, all processes call this together; number 0 writes the files.
+    Under torchrun or `accelerate launch` all processes call this together; number 0 writes the files.
 
     Raises:
-        UserError: settings that do not fit together, a run directory of another model, or a loss that is no number.
-        Stopped: SIGTERM or SIGINT came; the step in work was finished and a checkpoint written.
+        UserError: inconsistent settings, a run directory of another model, or a loss that is not a number.
+        Stopped: on SIGTERM or SIGINT, after finishing the current step and writing a checkpoint.
     """
     run = Run(config.out)
     data = TokenData.open(config.data)
@@ -72,7 +72,7 @@ def train(config: TrainConfig) -> Run:
     dtype = pick_dtype(config.dtype, device)
     _check(config, data, device)
     model_config = preset_config(config.preset, data.vocab_size, config.context, data.eos_id, config.crate)
-    # Only now: a refused command must not claim the folder for its mistake.
+    # Only now: a refused command must not claim the folder.
     with locked(run.root, "train") if rank() == 0 else contextlib.nullcontext():
         if rank() == 0:
             claim(run.root, _identity(config, data))
@@ -87,7 +87,7 @@ def train(config: TrainConfig) -> Run:
             _leave_group()
             if number:
                 what = f"{run.root}: stopped by {signal.Signals(number).name} after step {step}, which is saved"
-                raise Stopped(f"{what}; the same command goes on from there", number)
+                raise Stopped(f"{what}; the same command resumes from there", number)
         elif rank() == 0:
             publish(0, model)
     return run
@@ -106,7 +106,7 @@ def _fit(
     arguments: TrainingArguments,
     publish: Callable[[int, PreTrainedModel], None],
 ) -> tuple[int, int]:
-    """Train from the newest whole checkpoint on, and publish the run at the end; the signal that came, and the step."""
+    """Train from the newest good checkpoint and publish the run; return the signal received, if any, and the step."""
     watch = Watch(config, run, publish)
     validation = data.split("validation")
     n_crops = max(1, min(config.validation_crops, validation.n_tokens // config.context))
@@ -128,7 +128,7 @@ def _fit(
 
 
 def _leave_group() -> None:
-    """Part from the other processes, when process 0 has written everything."""
+    """Leave the process group once process 0 has written everything."""
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
         # DDP has to go before its group: the last to go waits for the group's threads, and DDP does so holding the
@@ -138,7 +138,7 @@ def _leave_group() -> None:
 
 
 def _resume(run: Run, milestones: set[int]) -> Path | None:
-    """The checkpoint to go on from, if any; the log is cut back to it."""
+    """Find the checkpoint to resume from, if any, and truncate the log to it."""
     last = last_whole_checkpoint(run.checkpoints)
     step = step_of(last) if last else 0
     rows = [row for row in read_jsonl(run.metrics, METRICS, "`cratescope train`") if row["step"] <= step]
@@ -156,10 +156,10 @@ def _crops(config: TrainConfig, data: TokenData) -> RandomCrops | PackedCrops:
 
 
 def _check(config: TrainConfig, data: TokenData, device: torch.device) -> None:
-    """Refuse settings that do not fit together before anything is written.
+    """Refuse inconsistent settings before anything is written.
 
     Raises:
-        UserError: too little text; ids that the data's manifest does not count; batch_tokens is no multiple of what one
+        UserError: too little text; ids that the data's manifest does not count; batch_tokens not a multiple of what one
             forward pass of all processes reads; a checkpoint would fall between two lines of the log; a package or
             several processes are missing.
     """
@@ -168,7 +168,7 @@ def _check(config: TrainConfig, data: TokenData, device: torch.device) -> None:
     a_pass = config.micro_batch * config.context * processes()
     if config.batch_tokens % a_pass:
         raise UserError(
-            f"batch_tokens = {config.batch_tokens} is no multiple of micro_batch x context x processes = "
+            f"batch_tokens = {config.batch_tokens} is not a multiple of micro_batch x context x processes = "
             f"{config.micro_batch} x {config.context} x {processes()} = {a_pass}; change one of them"
         )
     for name in config.report_to:
@@ -221,9 +221,9 @@ def _arguments(config: TrainConfig, run: Run, device: torch.device, dtype: torch
 
 
 def _publish(config: TrainConfig, data: TokenData, started: float, step: int, model: PreTrainedModel) -> None:
-    """Write what later stages read: the run's own directory after the last step, else that of a milestone.
+    """Write the files that later stages read: to the run's directory after the last step, else to a milestone's.
 
-    run.json comes last: it says that the directory is complete.
+    run.json comes last and marks the directory as complete.
     """
     whole = Run(config.out)
     run = whole if step == config.steps else whole.milestone(step)

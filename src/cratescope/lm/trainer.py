@@ -1,4 +1,4 @@
-"""transformers' Trainer, watched: exact losses, speed, validation, signals, and checkpoints that can be trusted."""
+"""transformers' Trainer with exact losses, speed, validation, signal handling and verified checkpoints."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from cratescope.run import Run, UserError
 
 
 class Watch(TrainerCallback):
-    """Sees every step: stops at a signal or a loss that is no number, writes metrics.jsonl, marks checkpoints whole.
+    """Callback on every step: stops on a signal or a NaN loss, writes metrics.jsonl, marks checkpoints complete.
 
     Args:
         publish: called with the step and model of a milestone, by process 0, before its checkpoint is marked.
@@ -55,13 +55,13 @@ class Watch(TrainerCallback):
             console=Console(stderr=True),
             transient=True,
             disable=rank() > 0,
-            speed_estimate_period=3600,  # a step of the paper takes minutes on a small machine
+            speed_estimate_period=3600,  # one step of the paper's recipe takes minutes on a small machine
         )
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
-        """Show progress, and let the first SIGTERM or SIGINT ask for an end instead of being one."""
-        main = threading.current_thread() is threading.main_thread()  # signals are handled nowhere else
+        """Show progress, and let the first SIGTERM or SIGINT request a clean stop instead of killing the process."""
+        main = threading.current_thread() is threading.main_thread()  # signals can be handled only there
         before = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT) if main}
         try:
             with self.progress:
@@ -72,7 +72,7 @@ class Watch(TrainerCallback):
 
     def _ask(self, number: int, frame: Any) -> None:
         if number == signal.SIGINT and self.asked == number:
-            raise KeyboardInterrupt  # twice: do not wait for the step
+            raise KeyboardInterrupt  # the second signal: do not wait for the step
         self.asked = number
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
@@ -86,7 +86,7 @@ class Watch(TrainerCallback):
         self.clock = time.monotonic()
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        """Every process learns the loss and the signals of all, so that all stop after the same step or none does."""
+        """Share losses and signals among all processes, so that either all stop after the same step or none does."""
         asked = [self.asked == signal.SIGTERM, self.asked == signal.SIGINT]
         told = torch.tensor([float(self.step_loss), *asked], dtype=torch.float64, device=args.device)
         loss, terminate, interrupt = reduce(told, "sum").tolist()
@@ -97,7 +97,7 @@ class Watch(TrainerCallback):
         norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
         if not math.isfinite(loss) or not math.isfinite(norm):
             raise UserError(self._not_a_number(state.global_step, loss))
-        # The state is in every checkpoint: a run resumed between two lines of the log writes the mean it would have.
+        # The state is in every checkpoint, so a run resumed between two lines of the log writes the same mean.
         state.log_history.append({"step_loss": loss})
         self.progress.update(self.task, loss=f"{loss:.3f}")
 
@@ -148,7 +148,7 @@ class Watch(TrainerCallback):
         self.clock = time.monotonic()
 
     def means(self, state: TrainerState) -> dict[str, float]:
-        """Loss (nats), tokens a second and FLOP utilisation since the line of the log before this one."""
+        """Loss (nats), tokens per second and FLOP utilisation since the previous line of the log."""
         losses = [row["step_loss"] for row in state.log_history if "step_loss" in row]
         speed = self.timed_steps * self.config.batch_tokens / self.seconds
         self.seconds, self.timed_steps = 0.0, 0
@@ -176,7 +176,7 @@ class WatchedTrainer(Trainer):
         super().log(logs | self.watch.means(self.state) if "loss" in logs else logs, start_time)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Validation loss; each process reads an equal share of the crops, some twice where they do not divide."""
+        """Validation loss; each process reads an equal share of the crops, some of them twice if they do not divide."""
         model: Any = self.model
         if hasattr(model, "unshard"):
             model.unshard()  # FSDP: the losses are read from parts of the model

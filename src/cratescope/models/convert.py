@@ -41,7 +41,7 @@ def convert(config: ConvertConfig) -> Path:
     """Write a .pt checkpoint as a folder, or a folder as a .pt checkpoint, and return what was written.
 
     Raises:
-        UserError: missing file, a pickle with code in it, missing, extra or misshapen tensors.
+        UserError: a missing file, a pickle with code in it, or missing, extra or misshapen tensors.
     """
     source, out = config.source, config.out
     if not source.exists():
@@ -75,7 +75,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             f"{path}: refused, because it holds Python objects other than tensors and plain values, which could run "
             "code when loaded; ask its author for a checkpoint with weights only"
         ) from error
-    except Exception as error:  # what torch raises on a file that is none of its own depends on the file's bytes
+    except Exception as error:  # on a foreign file, what torch raises depends on the file's bytes
         raise UserError(f"{path}: not a readable PyTorch checkpoint ({first_line(error)})") from error
     if not isinstance(checkpoint, dict) or not {"model", "model_args"} <= checkpoint.keys():
         raise UserError(f"{path}: not a nanoGPT-style checkpoint, which has the entries 'model' and 'model_args'")
@@ -106,12 +106,12 @@ def _check_sums(path: Path) -> None:
 
 
 def _not_a_weight(value: Any) -> str | None:
-    """What keeps a value of a state dict from being a weight."""
+    """Say why a value of a state dict is not a weight."""
     if not isinstance(value, Tensor):
         return f"is a {type(value).__name__}"
     if value.layout is not torch.strided or value.is_quantized or value.is_nested or value.device.type != "cpu":
         return "is sparse, quantised or without values"
-    if not (value.dtype.is_floating_point or value.dtype is torch.bool):  # a mask of older research code is bool
+    if not (value.dtype.is_floating_point or value.dtype is torch.bool):  # a mask in older research code is bool
         return f"is of {value.dtype}"
     if value.numel() * value.element_size() > value.untyped_storage().nbytes():
         return f"claims the shape {tuple(value.shape)}, but the file holds fewer numbers"
@@ -144,10 +144,10 @@ def load_folder(folder: Path, dtype: str = "auto") -> PreTrainedModel:
 
 
 def from_reference(checkpoint: dict[str, Any], name: Path | str) -> PreTrainedModel:
-    """Our model with the weights of an already loaded reference checkpoint; `name` is for error messages.
+    """Build our model from the weights of a loaded reference checkpoint; `name` is for error messages.
 
     A checkpoint without biases (`bias=False`) gets zero biases where transformers' GPT-2 has them, which changes no
-    output. What is needed to write the same checkpoint again is kept in the config as `reference`.
+    output. The config keeps under `reference` what is needed to write the same checkpoint again.
     """
     compiled = any(key.startswith(COMPILED) for key in checkpoint["model"])
     theirs = {key.removeprefix(COMPILED): tensor for key, tensor in checkpoint["model"].items()}
@@ -190,7 +190,7 @@ def _check_weight(tensor: Tensor, shape: torch.Size, name: str) -> None:
 
 
 def _check_claims(config: CrateConfig | GPT2Config, theirs: dict[str, Tensor], name: Path | str) -> None:
-    """Compare model_args with the tensors, before memory is taken for what may be a wrong number."""
+    """Compare model_args with the tensors before allocating memory for a number that may be wrong."""
     layers = {int(found[1]) for key in theirs if (found := re.match(r"transformer\.h\.(\d{1,6})\.", key))}
     if config.n_layer != max(layers, default=-1) + 1:
         raise UserError(f"{name}: model_args say n_layer = {config.n_layer}, the tensors {max(layers, default=-1) + 1}")
@@ -208,7 +208,7 @@ def to_reference(model: PreTrainedModel) -> dict[str, Any]:
     """The nanoGPT-style checkpoint of one of our models, without optimiser state.
 
     Raises:
-        UserError: the model differs from what the reference code can express.
+        UserError: the reference code cannot express this model.
     """
     config = model.config
     if not isinstance(config, CrateConfig | GPT2Config):
@@ -252,7 +252,7 @@ def _config(arguments: dict[str, Any], theirs: dict[str, Tensor], name: Path | s
     for field, value in shape.items():
         if not _is_count(value, 1):
             raise UserError(
-                f"{name}: model_args do not fit together ({field} = {value!r:.50} is no number of 1 or more)"
+                f"{name}: model_args do not fit together ({field} = {value!r:.50} is not a number of 1 or more)"
             )
     if any(key.endswith("ista.weight") for key in theirs):
         try:

@@ -1,4 +1,4 @@
-"""What any causal LM's configuration says of its size, under whatever names and however deeply nested."""
+"""The sizes in any causal LM's configuration, whatever their names and however deeply nested."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ id and so many more."""
 
 
 def text_config(config: Any) -> Any:
-    """The part about text: a composite model nests it, and encoder-decoder configurations name both halves."""
+    """The part about text: composite models nest it, and encoder-decoder configurations name both halves."""
     return config.get_text_config(decoder=True)
 
 
@@ -45,7 +45,7 @@ def model_config(source: str | Path) -> Any:
     """The configuration of a model's folder or hub name.
 
     Raises:
-        UserError: no such model, or one of a class that transformers has no code of its own for.
+        UserError: no such model, or a class that transformers does not implement itself.
     """
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
@@ -64,15 +64,15 @@ def model_config(source: str | Path) -> Any:
 
 
 def skeleton(config: Any) -> PreTrainedModel:
-    """The model without weights, to find modules in: it takes no memory and next to no time.
+    """Build the model without weights, to inspect its modules: it takes no memory and almost no time.
 
     Raises:
-        UserError: it is no causal language model, or needs a package that is not here.
+        UserError: it is not a causal language model, or needs a package that is not installed.
     """
     try:
         with torch.device("meta"):
             model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except Exception as error:  # what a model's code raises on sizes that do not fit depends on the model
+    except Exception as error:  # what a model's code raises on inconsistent sizes depends on the model
         said = " ".join(str(error).split())[:200]
         raise UserError(f"a {config.model_type} model cannot be made here ({said}); give another model") from error
     return model

@@ -91,7 +91,7 @@ def _parse_bool(text: str) -> bool:
 
 
 def build(config: CrateConfig | GPT2Config, seed: int) -> PreTrainedModel:
-    """A model with random weights that depend on `seed` alone; the caller's random state is left as it was."""
+    """Build a model with random weights that depend on `seed` alone; the caller's random state is untouched."""
     import torch
 
     with torch.random.fork_rng():
@@ -105,9 +105,9 @@ def count_parameters(model: PreTrainedModel) -> int:
 
 
 def flops_per_token(config: CrateConfig | GPT2Config, context: int) -> int:
-    """Floating-point operations of one training token: 3 passes (forward, two backward) x 2 a multiply-add.
+    """Floating-point operations per training token: 3 passes (forward, two backward) x 2 per multiply-add.
 
-    Multiply-adds a token and layer: CRATE 2 d^2 (U, W) + 2 t h d (ISTA), GPT-2 4 d^2 (Q K V and output) + 2 h d,
+    Multiply-adds per token and layer: CRATE 2 d^2 (U, W) + 2 t h d (ISTA), GPT-2 4 d^2 (Q K V and output) + 2 h d,
     both + 2 T d (attention over all T tokens of the context, the masked half included); the head V d. Norms,
     activations and softmax are left out, as usual.
     """
@@ -120,12 +120,12 @@ def flops_per_token(config: CrateConfig | GPT2Config, context: int) -> int:
 
 
 def training_bytes(config: CrateConfig | GPT2Config, tokens: int, number_bytes: int = 4) -> int:
-    """Peak memory (bytes) of training on `tokens` tokens a forward pass; number_bytes is 2 under bfloat16 autocast.
+    """Peak memory (bytes) of training on `tokens` tokens per forward pass; number_bytes is 2 under bfloat16 autocast.
 
     Weights, gradients and AdamW's two moments in float32, 16 P; the head's gradient twice more, on its way, 8 V d; the
     rows of logits held at once, 512 V numbers; for every token and layer what the backward pass needs, CRATE
     (5 + t) d + t h numbers and GPT-2 8 d + h, of which 2 d (the residual stream) are float32 always; 4 d around the
-    layers. Without the interpreter and its libraries. docs/scaling.md compares it with what was measured.
+    layers. Without the interpreter and its libraries. docs/scaling.md compares it with measurements.
     """
     d, v = config.n_embd, config.vocab_size
     if isinstance(config, CrateConfig):

@@ -1,1 +1,1 @@
-"""Neurons: where they live, what they do on text, what an LLM says of them, and how well that predicts them."""
+"""Neurons: where they live, what they do on text, how an LLM explains them, and how well that predicts them."""

@@ -1,4 +1,4 @@
-"""One pass over held-out text: what every neuron of a site does, for all layers at once (docs/records.md).
+"""One pass over held-out text that records every neuron of a site, for all layers at once (docs/records.md).
 
 The excerpts are cut into parts. Each part's statistics of each layer go into one file, and the files are added up in
 order, so a kill loses at most one part and the records are the same however the work was split.
@@ -49,7 +49,7 @@ DUMP_BYTES = 8
 
 
 def collect(config: CollectConfig) -> Path:
-    """Write one Parquet file of neuron records a layer and return their folder; finished layers and parts are kept.
+    """Write one Parquet file of neuron records per layer and return their folder; finished layers and parts are kept.
 
     Raises:
         UserError: no model or data, a context longer than the model's, too little text, a site that is not read once
@@ -88,7 +88,7 @@ def collect(config: CollectConfig) -> Path:
             if n_workers > 1 and (missing := work.missing()):
                 sys.stderr.write(f"worker {worker}: done; {missing} parts of other workers are missing still\n")
                 return folder
-            with locked(folder, "finish", wait=True):  # the last two workers may have ended together
+            with locked(folder, "finish", wait=True):  # the last two workers may have finished together
                 work.finish({"model": run.name, "site": site.name})
     except OSError as error:
         if error.errno != errno.ENOSPC:
@@ -96,14 +96,14 @@ def collect(config: CollectConfig) -> Path:
         kept = work.n_parts - work.missing()
         raise UserError(
             f"disk full: {folder} keeps {kept} of {work.n_parts} parts and all finished layers; "
-            "free some space and run the same command again"
+            "free some space and rerun the same command"
         ) from error
     return folder
 
 
 @contextlib.contextmanager
 def _locked(folder: Path, layers: Sequence[int], share: str) -> Iterator[None]:
-    """One process at a time for one share of a layer; other layers and other shares may be collected meanwhile."""
+    """Allow one process at a time per share of a layer; other layers and shares may be collected in parallel."""
     with contextlib.ExitStack() as locks:
         for layer in layers:
             locks.enter_context(locked(folder, f"layer-{layer:02d}-{share}"))
@@ -119,12 +119,12 @@ def _native(blank: PreTrainedModel, site: Site) -> str:
 
 
 def _context(config: CollectConfig, shape: Any) -> int:
-    """Tokens in an excerpt."""
+    """Number of tokens per excerpt."""
     longest = longest_context(shape)
     context = config.context or longest
     if context is None:
         raise UserError(
-            f"a {shape.model_type} model states no longest context; say with --context how long an excerpt is"
+            f"a {shape.model_type} model states no longest context; give the length of an excerpt with --context"
         )
     if longest is not None and context > longest:
         raise UserError(f"context = {context} is longer than the {longest} tokens of this model")
@@ -134,7 +134,7 @@ def _context(config: CollectConfig, shape: Any) -> int:
 def _opened(
     config: CollectConfig, site: Site, layers: list[int], excerpts: Integer[np.ndarray, "n t"], folder: Path
 ) -> PreTrainedModel:
-    """The model of a folder, for reading, after a trial on a few excerpts."""
+    """Load a folder's model for reading and try it on a few excerpts."""
     model: Any = load_folder(folder, config.dtype)  # Any: the library's own annotation of `to` takes no device
     model = model.to(pick_device(config.device)).eval()
     tokens = torch.from_numpy(excerpts.astype(np.int64)).to(model.device)
@@ -143,7 +143,7 @@ def _opened(
             seen = check_site(model, site, layers, tokens)
     except UserError:
         raise
-    except Exception as error:  # what a model of others raises depends on its code
+    except Exception as error:  # what a foreign model raises depends on its code
         raise UserError(
             f"a {model.config.model_type} model does not run on {tokens.shape[1]} tokens "
             f"({type(error).__name__}: {first_line(error)}); give another --context, --dtype or --device"
@@ -164,7 +164,7 @@ def _identity(config: CollectConfig, run: Run, site: Site, context: int, data: T
 
 @dataclass(frozen=True)
 class Pass:
-    """The work of collecting `layers` of a site; the files of its parts lie in `folder`/.parts/<layer>."""
+    """The work of collecting `layers` of a site; the files of its parts are in `folder`/.parts/<layer>."""
 
     config: CollectConfig
     model: PreTrainedModel
@@ -179,7 +179,7 @@ class Pass:
 
     @cached_property
     def plans(self) -> dict[int, Plan]:
-        """Made from the pilot, which the first worker leaves for the others."""
+        """One plan per layer, made from the pilot, which the first worker leaves for the others."""
         paths = {layer: self._file(layer, "pilot") for layer in self.layers}
         if any(load_tensors(path) is None for path in paths.values()):
             for layer, pilot in self._pilots().items():
@@ -188,11 +188,11 @@ class Pass:
         return {layer: Plan.of(self.config, layer, Pilot(**loaded[layer]), self.excerpts) for layer in self.layers}
 
     def missing(self) -> int:
-        """How many parts are not whole."""
+        """Number of parts that are missing or damaged."""
         return sum(not all(self._part(layer, part).exists() for layer in self.layers) for part in range(self.n_parts))
 
     def read(self, parts: Iterable[int]) -> None:
-        """Leave the statistics of these parts in files; whole files are kept, damaged ones written anew."""
+        """Write the statistics of these parts to files; good files are kept, damaged ones rewritten."""
         work = [(part, lacking) for part in parts if (lacking := self._lacking(part))]
         if not work:
             return
@@ -226,7 +226,7 @@ class Pass:
         return self.folder / "dump" / f"layer-{layer:02d}" / f"part-{part:05d}.safetensors"
 
     def _lacking(self, part: int) -> list[int]:
-        """Layers of which this part is not whole."""
+        """Layers for which this part is missing or damaged."""
         files = [self._part, *([self._dump] if self.config.dump else [])]
         return [layer for layer in self.layers if any(load_tensors(file(layer, part)) is None for file in files)]
 
@@ -237,7 +237,7 @@ class Pass:
     def _shard(self, path: Path) -> dict[str, Tensor]:
         shard = load_tensors(path)
         if shard is None:
-            raise UserError(f"{path}: damaged; run the same command again, it reads that part anew")
+            raise UserError(f"{path}: damaged; rerun the same command, which reads that part again")
         return shard
 
     def _pilots(self) -> dict[int, Pilot]:
@@ -306,7 +306,7 @@ def _remove_parts(folder: Path, layers: Iterable[int]) -> None:
 
 
 def _non_zero(activations: Float[Tensor, "b t h"]) -> dict[str, Tensor]:
-    """Numbers of non-zero activations of each token, and their neurons and values, in the order of the text."""
+    """Number of non-zero activations per token, with their neurons and values, in text order."""
     flat = activations.float().cpu().flatten(0, 1)
     token, neuron = flat.nonzero(as_tuple=True)
     counts = torch.bincount(token, minlength=len(flat))
@@ -315,7 +315,7 @@ def _non_zero(activations: Float[Tensor, "b t h"]) -> dict[str, Tensor]:
 
 @contextlib.contextmanager
 def _named(layer: int, dtype: torch.dtype) -> Iterator[None]:
-    """Say which layer an error is about, and what helps."""
+    """Add to an error which layer it concerns, and the fix."""
     try:
         yield
     except UserError as error:

@@ -137,13 +137,13 @@ def import_records(config: ImportConfig) -> Path:
     """Write the NeuronRecords of a folder as records of a new run, and return their folder.
 
     The tokens of a NeuronRecord are texts of a tokenizer that may not be here, so the run gets a tokenizer of its own,
-    with one id for every different text. What a NeuronRecord does not have is left open: the number of tokens read is
+    with one id for every different text. What a NeuronRecord lacks is left open: the number of tokens read is
     0, the density NaN (0 for a neuron that is silent in all of its windows), missing moments NaN; the maximum is that
     of the windows. A top window's peak is its highest token, another window's its middle one. Tokens that hold what
-    has no UTF-8 get U+FFFD in its place; they are counted in the folder's manifest and warned of.
+    has no UTF-8 get U+FFFD in its place; they are counted in the folder's manifest, with a warning.
 
     Raises:
-        UserError: no such files, a file that is no NeuronRecord (names the file and the field), or `config.out` is
+        UserError: no such files, a file that is not a NeuronRecord (names the file and the field), or `config.out` is
             the run of a model or holds other records.
     """
     run, paths = Run(config.out), _record_paths(config.source)
@@ -164,7 +164,7 @@ def _write_imported(run: Run, config: ImportConfig, folder: Path, paths: Sequenc
     with atomic_folder(folder) as temporary:
         for layer, group in itertools.groupby(paths, lambda path: int(path.parent.name)):
             work: Any = track(list(group), f"import layer {layer}", console=STDERR, transient=True)
-            with closing(work):  # or the bar outlives a file that is refused, until the garbage collector comes
+            with closing(work):  # else, if a file is refused, the bar stays until garbage collection
                 records = [_read(path, run.name, vocabulary, invalid) for path in work]
             write_records(layer_file(temporary, layer), records)
         counted = {"invalid_utf8": invalid.total()}
@@ -188,25 +188,25 @@ def _record_paths(folder: Path) -> list[Path]:
         if max(int(path.parent.name), int(path.stem)) > LARGEST_INDEX:
             raise UserError(f"{path}: layer and neuron have to be below {LARGEST_INDEX + 1:,}; rename it")
         if not path.is_file():
-            raise UserError(f"{path}: is no file; move it elsewhere")
+            raise UserError(f"{path}: is not a file; move it elsewhere")
     return sorted(paths, key=lambda path: (int(path.parent.name), int(path.stem)))
 
 
 def _joint_sha256(folder: Path, paths: Sequence[Path]) -> str:
-    """One hash of all names and contents."""
+    """Hash all names and contents into one."""
     lines = (f"{path.relative_to(folder)} {sha256(path)}\n" for path in paths)
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def _tokenizer(vocabulary: dict[str, int]) -> PreTrainedTokenizerFast:
-    """Decodes ids to exactly these texts; it is not for encoding."""
+    """Build a tokenizer that decodes ids to exactly these texts; it does not encode."""
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=EOS))
     tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS, clean_up_tokenization_spaces=False)
 
 
 def _read(path: Path, model: str, vocabulary: dict[str, int], invalid: Counter[Path]) -> NeuronRecord:
-    """The record in a file; new texts of tokens are added to `vocabulary`, and mended ones counted in `invalid`."""
+    """Read the record in a file; new token texts are added to `vocabulary`, and repaired ones counted in `invalid`."""
     row = _read_json(path)
     neuron = NeuronId(model, IMPORTED, *_neuron_id(path, row))
 
@@ -294,7 +294,7 @@ def _window(where: str, row: Any) -> tuple[list[str], np.ndarray]:
 
 
 def _is_number(value: Any) -> bool:
-    """Is it finite, and within the range of float32?"""
+    """Whether the value is a finite number within the range of float32."""
     return type(value) in (int, float) and -LARGEST <= value <= LARGEST
 
 
@@ -303,14 +303,14 @@ def _not_a_number(where: str, value: Any) -> UserError:
 
 
 def _number(path: Path, name: str, value: Any) -> float:
-    """A number that is NaN where the file does not say it."""
+    """A number of the file, NaN if absent."""
     if value is not None and not _is_number(value):
         raise _not_a_number(f"{path}: {name}", value)
     return math.nan if value is None else float(value)
 
 
 def _boundaries(path: Path, row: Json, n_samples: int) -> list[float]:
-    """The activations between the samples by quantile; NaN where the file does not say them."""
+    """The activations between the samples by quantile; NaN if absent."""
     inner, name = max(n_samples - 1, 0), "quantile_boundaries"
     if row.get(name) is None:
         return [math.nan] * inner
@@ -342,7 +342,7 @@ def _export_delphi(config: ExportConfig, run: Run, site: str, layers: Sequence[i
         raise UserError(f"{data.path}: not the data the records were collected from; name that folder with --data")
     tokens = data.split("heldout").spaced(collected["excerpts"], collected["context"])
     claim(config.out, identity)
-    # By itself: beside a model's config.json transformers would ask for leave to run the model's code.
+    # In a folder of its own: next to a model's config.json transformers would ask to run the model's code.
     with atomic_folder(config.out / "tokenizer") as folder_of_tokenizer:
         load_tokenizer(run.model).save_pretrained(folder_of_tokenizer)
     for layer in layers:

@@ -1,7 +1,7 @@
-"""How well simulated activations follow true ones: every measure, weighted, and its bootstrap over windows of text.
+"""Measures of how well simulated activations follow true ones, weighted, with a bootstrap over windows of text.
 
 A measure takes truth (n,), simulated (n,) and weights (b, n): b samples of the same n tokens, in each of which a token
-stands `weight` times. So one definition serves for the value (weights of 1) and for its bootstrap (how often each
+counts `weight` times. So one definition serves for the value (weights of 1) and for its bootstrap (how often each
 window was drawn), and repeating tokens or weighting them is the same thing. Where a measure does not exist it is NaN
 here, and None for whoever calls `measure`.
 
@@ -74,7 +74,7 @@ def _scaled(values: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
 
 
 def is_constant(values: Float[np.ndarray, " n"]) -> bool:
-    """Has it no variation to correlate with? True for fewer than two values."""
+    """Whether all values are equal, or there are fewer than two."""
     return len(values) < 2 or bool(np.all(values == values[0]))
 
 
@@ -132,7 +132,7 @@ def _ranks(values: Float[np.ndarray, " n"], share: Float[np.ndarray, "b n"]) -> 
 def _by_value(
     values: Float[np.ndarray, " n"], weights: Float[np.ndarray, "b n"]
 ) -> tuple[Int[np.ndarray, " n"], Float[np.ndarray, "b v"]]:
-    """The place of each token among the different values, rising, and the weight of each of these."""
+    """Index of each token among the distinct values in rising order, and the weight of each value."""
     distinct, place = np.unique(values, return_inverse=True)
     order = np.argsort(place, kind="stable")
     starts = np.searchsorted(place[order], np.arange(len(distinct)))
@@ -142,14 +142,14 @@ def _by_value(
 def cosine(
     truth: Float[np.ndarray, " n"], simulated: Float[np.ndarray, " n"], weights: Float[np.ndarray, "b n"]
 ) -> Float[np.ndarray, " b"]:
-    """Cosine of the angle between the two; unlike a correlation it knows where 0 is."""
+    """Cosine of the angle between the two; unlike a correlation it is sensitive to the position of 0."""
     return _ratio(weights @ (truth * simulated), np.sqrt((weights @ truth**2) * (weights @ simulated**2)))
 
 
 def auprc(
     truth: Float[np.ndarray, " n"], simulated: Float[np.ndarray, " n"], weights: Float[np.ndarray, "b n"]
 ) -> Float[np.ndarray, " b"]:
-    """Average precision with which the simulation finds the active tokens; tokens of equal value are found at once.
+    """Average precision with which the simulation retrieves the active tokens; equal values are retrieved together.
 
     sum over the values v of the simulation, falling, of (recall at v - recall above v) x precision at v.
     """
@@ -163,7 +163,7 @@ def auprc(
 def _above(
     labels: Bool[np.ndarray, " n"], values: Float[np.ndarray, " n"], weights: Float[np.ndarray, "b n"]
 ) -> tuple[Float[np.ndarray, "b v"], Float[np.ndarray, "b v"]]:
-    """For each different value, falling: weight of the labelled tokens, and of all, that have it or a higher one."""
+    """For each distinct value, falling: weight of the labelled tokens, and of all tokens, at or above it."""
     of_labels, of_all = (_by_value(values, part)[1][:, ::-1] for part in (weights * labels, weights))
     return np.cumsum(of_labels, 1), np.cumsum(of_all, 1)
 

@@ -1,4 +1,4 @@
-"""From the shards of a layer to its records: sums are added in the order of the shards, windows are chosen."""
+"""Merge the shards of a layer into its records: add sums in shard order and choose windows."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Windows:
     activations: Float[np.ndarray, "m w"]
 
     def starts(self, plan: Plan) -> Int64[np.ndarray, " m"]:
-        """First tokens, in an excerpt."""
+        """Position of each window's first token in its excerpt."""
         place = torch.from_numpy(self.position % plan.context)
         return plan.start(place, self.activations.shape[1]).numpy()
 
@@ -55,7 +55,7 @@ class Windows:
     def column(
         self, plan: Plan, excerpts: Integer[np.ndarray, "n t"], list_of: np.ndarray, n_lists: int
     ) -> pa.ListArray:
-        """Lists of windows; `list_of` (m,), rising, says which one each belongs to."""
+        """Build a column of lists of windows; `list_of` (m,), rising, assigns each window to a list."""
         excerpt, start = self.position // plan.context, self.starts(plan)
         width = self.activations.shape[1]
         tokens = excerpts[excerpt[:, None], start[:, None] + np.arange(width)]
@@ -76,7 +76,7 @@ class Totals:
 
     @classmethod
     def of(cls, plan: Plan, shards: Iterable[dict[str, Tensor]]) -> Totals:
-        """Add up shards that come in the order of the text."""
+        """Add up shards given in text order."""
         sums: dict[str, Tensor] = {}
         maximum = torch.full((plan.n_neurons,), -torch.inf)
         random = torch.zeros(plan.draws.size, plan.window)
@@ -94,7 +94,7 @@ class Totals:
                 windows = {name.removeprefix(prefix): x for name, x in shard.items() if name.startswith(prefix)}
                 if windows:
                     pool.offer(windows)
-            del shard, windows  # before the next one comes
+            del shard, windows  # frees memory before the next one is read
         return cls(sums, maximum, random.view(*plan.draws.shape, plan.window), pools)
 
 
@@ -118,7 +118,7 @@ def columns(plan: Plan, totals: Totals, excerpts: Integer[np.ndarray, "n t"], la
 
 
 def _moments(plan: Plan, n: int, sums: Float[np.ndarray, "4 h"]) -> dict[str, np.ndarray]:
-    """Moments from sums of powers of (a - centre) scale; no shape moments for a constant neuron."""
+    """Compute moments from sums of powers of (a - centre) scale; no shape moments for a constant neuron."""
     centre, scale = (x.double().numpy() for x in (plan.pilot.centre, plan.pilot.scale))
     m1, m2, m3, m4 = sums / n
     variance = np.maximum(m2 - m1**2, 0)
@@ -170,7 +170,7 @@ def disjoint(plan: Plan, windows: Windows, n: int, taken: Int64[np.ndarray, "h k
 
 
 def _start_matrix(plan: Plan, windows: Windows, width: int) -> Int64[np.ndarray, "h k"]:
-    """Where each neuron's windows begin when cut to `width`, one number each over all excerpts, padded with FAR."""
+    """Start of each neuron's windows when cut to `width`, counted over all excerpts and padded with FAR."""
     rank = np.arange(len(windows.neuron)) - np.searchsorted(windows.neuron, windows.neuron)
     starts = np.full((plan.n_neurons, rank.max(initial=-1) + 1), FAR)
     excerpt, place = np.divmod(windows.position, plan.context)
@@ -201,7 +201,7 @@ def _strata_columns(
 
 @dataclass(frozen=True)
 class Bounds:
-    """Strata of every neuron: places (h, s + 1) and activations (h, s + 1); `by_value` says which of them decides."""
+    """Strata of every neuron: places (h, s + 1) and activations (h, s + 1); `by_value` selects which one decides."""
 
     places: Int64[Tensor, "h b"]
     values: Float[Tensor, "h b"]
@@ -225,7 +225,7 @@ def _level_bounds(plan: Plan, totals: Totals) -> Bounds:
 
 @dataclass(frozen=True)
 class Sample:
-    """What a ladder's pool has kept, by neuron and priority, with the place and the activation of each window."""
+    """The windows kept by a ladder's pool, by neuron and priority, with their places and activations."""
 
     plan: Plan
     ladder: Ladder
@@ -250,7 +250,7 @@ class Sample:
     def column(
         self, bounds: Bounds, n: int, taken: Int64[np.ndarray, "h k"], excerpts: Integer[np.ndarray, "n t"]
     ) -> pa.ListArray:
-        """The strata as a column; up to `n` windows each, rarest strata first so that they get theirs."""
+        """Build the strata column with up to `n` windows each; the rarest strata choose first."""
         h, s = bounds.places.shape[0], bounds.places.shape[1] - 1
         rows, strata = [], []
         for stratum in reversed(range(s)):
@@ -268,7 +268,7 @@ class Sample:
         return stratum_lists(np.full(h, s), low, high, lists)
 
     def _inside(self, bounds: Bounds, stratum: int) -> Bool[Tensor, " m"]:
-        """Which windows belong to a stratum and have a priority up to which none of it is missing."""
+        """Mask of the windows in a stratum whose priority is low enough that none of it is missing."""
         neuron = torch.from_numpy(self.windows.neuron)
         low, high = bounds.places[:, stratum], bounds.places[:, stratum + 1]
         if bounds.by_value:
@@ -282,7 +282,7 @@ class Sample:
 
 
 def _histograms(plan: Plan, totals: Totals) -> pa.ListArray:
-    """Bins that are not empty, with their edges in activations."""
+    """Non-empty bins with their edges in activations."""
     counts = totals.sums["histogram"].T.numpy()
     neuron, bin_ = np.nonzero(counts)
     scale = plan.pilot.scale.double().numpy()[neuron]
@@ -293,7 +293,7 @@ def _histograms(plan: Plan, totals: Totals) -> pa.ListArray:
 
 
 def _token_columns(plan: Plan, totals: Totals, excerpts: Integer[np.ndarray, "n t"]) -> dict[str, pa.ListArray]:
-    """The token ids of the highest and of the lowest mean."""
+    """The token ids with the highest and the lowest mean."""
     counts = count_tokens(excerpts)
     slots = plan.slots.numpy()
     token = np.flatnonzero((slots < plan.n_slots) & (counts >= LEAST_COUNT))

@@ -58,7 +58,7 @@ class OpenAIWording:
             "few_shot_example_set": examples.FewShotExampleSet.ORIGINAL,
             "repeat_non_zero_activations": True,
             "context_size": explainer.ContextSize.ONETWENTYEIGHT_K,
-            # It would ask a tokenizer that is downloaded; our models refuse what they cannot read.
+            # It would use a downloaded tokenizer; our models refuse prompts that are too long themselves.
             "_prompt_is_too_long": lambda *_: False,
         }
         writes = explainer.TokenActivationPairExplainer, simulator.ExplanationNeuronSimulator
@@ -72,7 +72,7 @@ class OpenAIWording:
         return self._explain_prefix
 
     def explain_prompt(self, shown: Sequence[Shown], maximum: float) -> str:
-        """`maximum` is not used: the package takes that of the shown windows."""
+        """Ask for an explanation; `maximum` is unused, because the package takes that of the shown windows."""
         rows = [[item.tokens, item.activations.tolist()] for item in shown]
         if not any(value > 0 for _, values in rows for value in values):
             return ""
@@ -101,14 +101,14 @@ class OpenAIWording:
 
 
 def _shared(texts: Iterator[str]) -> str:
-    """The whole lines that texts begin with alike."""
+    """The complete lines that all texts start with."""
     common = os.path.commonprefix(list(texts))
     return common[: common.rindex("\n") + 1]
 
 
 @contextlib.contextmanager
 def _stand_ins() -> Iterator[None]:
-    """Import the package among empty modules, and leave no trace: a later import by others gets the real ones."""
+    """Import the package with empty stand-in modules, leaving no trace: later imports get the real ones."""
 
     def ours() -> list[str]:
         return [name for name in sys.modules if name in _NOT_NEEDED or name.partition(".")[0] == PACKAGE]

@@ -1,7 +1,7 @@
-"""How consistently and distinctively neurons fire, from their records alone: no language model is asked.
+"""How consistently and distinctively neurons fire, measured from their records without a language model.
 
-The paper claims that CRATE's neurons fire on relevant tokens and stay silent on others. Three numbers a neuron say so
-without an explanation; none of them may be read alone (docs/evaluation.md), and all depend on how often a neuron fires,
+The paper claims that CRATE's neurons fire on relevant tokens and stay silent on others. Three numbers test that
+without an explanation. None should be read alone (docs/evaluation.md), and all depend on how often a neuron fires,
 so two models are compared at matched density as well.
 """
 
@@ -39,7 +39,7 @@ QUALITY: Shape = {
 
 
 def write_quality(run: Run, site: str, layers: Sequence[int]) -> Path:
-    """Write scores/<site>/quality.json for every neuron of the layers, unless it is there for these records."""
+    """Write scores/<site>/quality.json for every neuron of the layers, unless it exists for these records."""
     path = run.quality(site)
     made_from = {"version": VERSION, "layers": list(layers)} | records_identity(run, site)
     with contextlib.suppress(UserError):  # a damaged file is made again
@@ -56,7 +56,7 @@ def write_quality(run: Run, site: str, layers: Sequence[int]) -> Path:
 
 
 def read_quality(path: Path) -> Row:
-    """What `write_quality` wrote. Raises UserError when it is damaged."""
+    """Read what `write_quality` wrote. Raises UserError when it is damaged."""
     found = read_json(path, QUALITY, "`cratescope score`")
     if len({len(column) for column in found["neurons"].values()}) > 1:
         raise UserError(f"{path}: damaged (columns of different lengths); delete it and run `cratescope score` again")
@@ -77,7 +77,7 @@ def lookup(windows: Sequence[ActivationRecord]) -> float | None:
     """Lexical predictability on uniform text: the Pearson correlation of the activations with a table of token ids.
 
     The table holds each id's mean activation on every other window, and predicts the windows between; then the halves
-    change places, and the two correlations are averaged. An id that the table does not have gets the table's mean.
+    change places, and the two correlations are averaged. An id missing from the table gets the table's mean.
     """
     halves = [windows[0::2], windows[1::2]]
     if not all(halves):
@@ -103,7 +103,7 @@ def _joined(windows: Sequence[ActivationRecord]) -> tuple[np.ndarray, np.ndarray
 
 
 def concentration(top: Sequence[ActivationRecord]) -> float | None:
-    """Top-token concentration: the fraction of the top windows that peak on the commonest of their peak tokens."""
+    """Top-token concentration: the fraction of top windows that peak on the most common of their peak tokens."""
     if not top:
         return None
     peaks = Counter(int(window.tokens[window.peak]) for window in top)
@@ -113,8 +113,8 @@ def concentration(top: Sequence[ActivationRecord]) -> float | None:
 def selectivity(top: Sequence[ActivationRecord], random: Sequence[ActivationRecord]) -> float | None:
     """(t - r) / (t + r), t and r being the mean positive activation in the top and in the random windows.
 
-    1: silent on random text; 0: as active there as in the top windows. The token that a top window was chosen for is
-    left out, so that it is about the text around it.
+    1: silent on random text; 0: as active there as in the top windows. The peak token of a top window is
+    left out, so that the measure is about the text around it.
     """
     rest = [np.delete(window.activations, window.peak) for window in top]
     if not rest or not random:

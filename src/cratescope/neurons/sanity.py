@@ -1,4 +1,4 @@
-"""Sanity tests of measures, by Oikarinen et al. 2025 (arXiv 2506.05774): a right explanation, spoilt, must score less.
+"""Sanity tests of measures by Oikarinen et al. 2025 (arXiv 2506.05774): a right explanation, spoilt, must score less.
 
 A right explanation names exactly the tokens on which a neuron is active. *Missing labels*: half of these, at random,
 are left out of it. *Extra labels*: as many other tokens of the text, at random, are added to it. A measure that does
@@ -29,7 +29,7 @@ SYNTHETIC_NEURONS = 20
 
 @dataclass(frozen=True)
 class Verdict:
-    """On what fraction of `n_neurons` a measure fell, on the windows of a protocol or of a synthetic sample."""
+    """The fraction of `n_neurons` on which a measure fell, on the windows of a protocol or of a synthetic sample."""
 
     sample: str
     measure: str
@@ -60,7 +60,7 @@ class Case:
         return self.labels & (rng.random(len(self.labels)) < 0.5)
 
     def extra(self, rng: np.random.Generator) -> Bool[np.ndarray, " n"]:
-        """Doubled in the text as a whole: a token not named is now, with a chance of rate / (1 - rate)."""
+        """Labels that double the named text: an unnamed token is added with probability rate / (1 - rate)."""
         return self.labels | (rng.random(len(self.labels)) < self.rate / (1 - self.rate))
 
 
@@ -74,7 +74,7 @@ def verdict(sample: str, name: str, cases: Sequence[Case], seed: int = 0) -> Ver
             for labels in (case.labels, case.missing(rng), case.extra(rng))
         )
         if right is not None:
-            # An explanation that names nothing any more scores nothing.
+            # An explanation that no longer names anything scores nothing.
             fallen.append([(0.0 if value is None else value) < right - FALL for value in spoilt])
     missing, extra = np.mean(fallen, axis=0).tolist() if fallen else (0.0, 0.0)
     return Verdict(sample, name, missing, extra, len(fallen))

@@ -1,4 +1,4 @@
-"""Files of tensors that know whether they are whole: safetensors with a checksum of their tensors in the header."""
+"""Files of tensors that detect their own damage: safetensors with a checksum of the tensors in the header."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ def _save(path: Path, tensors: dict[str, Tensor], first: bool) -> None:
 
 
 def load_tensors(path: Path) -> dict[str, Tensor] | None:
-    """What `save_tensors` wrote, or None when there is no such file or it is damaged; a damaged file is deleted."""
+    """Read what `save_tensors` wrote; None if the file is missing or damaged. A damaged file is deleted."""
     try:
         with safe_open(path, "pt") as file:
-            # Copies: a tensor of the file's own would keep all of it in memory for as long as one row is in use.
+            # Copies, because the file's own tensors would keep all of it in memory while any row is in use.
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a dict)
             whole = (file.metadata() or {}).get("crc32") == _checksum(tensors)
     except FileNotFoundError:

@@ -74,7 +74,7 @@ class Site:
         """
 
         def edit(found: Any) -> Any:
-            """What takes the place of `found`, or None."""
+            """Return what replaces `found`, or None to leave it unchanged."""
             first = found[0] if isinstance(found, tuple | list) and found else found
             edited = visit(layer, self._activations(first, shape))
             if edited is None:
@@ -143,7 +143,7 @@ def _neurons(experts: Any, tokens: Tensor, chosen: Tensor) -> Tensor:
 
 
 def _llama(layer: str) -> dict[str, str]:
-    """Gated MLPs: a neuron is what the down projection is given, the activation times its gate."""
+    """Gated MLPs: neurons are the input of the down projection, the activation times its gate."""
     return {"mlp": f"{layer}.mlp.down_proj{INPUT}", "attention": f"{layer}.self_attn", "residual": layer}
 
 
@@ -294,7 +294,7 @@ def _commonest(names: Sequence[str]) -> str:
 
 
 def check_site(model: PreTrainedModel, site: Site, layers: Sequence[int], tokens: Tensor) -> dict[int, Tensor]:
-    """Try the site on tokens (b, t): every layer has it once in a pass, for all tokens and in their order.
+    """Try the site on tokens (b, t): every layer must have it once per pass, for all tokens and in their order.
 
     The order is known from a second pass with other last tokens: in a causal model nothing else may change. Returns
     the activations (b, t, h) of each layer.
@@ -322,7 +322,7 @@ def check_site(model: PreTrainedModel, site: Site, layers: Sequence[int], tokens
 
 
 def _seen(model: PreTrainedModel, site: Site, layers: Sequence[int], tokens: Tensor) -> dict[int, list[Tensor]]:
-    """Activations of each layer, as often as they occur in a pass up to the head."""
+    """Activations of each layer, one entry for every time they occur in a pass up to the head."""
     found: dict[int, list[Tensor]] = {layer: [] for layer in layers}
     head = model.get_output_embeddings()
     with contextlib.ExitStack() as stack:
@@ -368,7 +368,7 @@ def read_site(model: PreTrainedModel, site: Site, layers: Sequence[int]) -> Iter
 
 
 class _LastLayerError(Exception):
-    """Ends a forward pass."""
+    """Signal that ends a forward pass early."""
 
 
 @contextlib.contextmanager

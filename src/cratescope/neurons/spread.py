@@ -10,7 +10,7 @@ from cratescope.run import UserError
 
 
 def spread(command: Callable[[Any], str], config: Any) -> str:
-    """Run `command` as `config.ray` workers and return what it says when all of them have finished.
+    """Run `command` as `config.ray` workers and return its output when all of them have finished.
 
     A cluster named by RAY_ADDRESS is used, else this machine. The run directory has to be on a disk that all share.
 
@@ -33,5 +33,5 @@ def spread(command: Callable[[Any], str], config: Any) -> str:
         raise
     finally:
         ray.shutdown()
-    # Whoever was last has finished the stage; what is left to do is to say so.
+    # The last worker has finished the stage; only its output is missing.
     return command(replace(config, ray=0, worker="0/1"))

@@ -38,7 +38,7 @@ def mean_of(values: Sequence[float]) -> Mean:
 def mean_over_layers(layers: Sequence[Mean]) -> Mean:
     """Unweighted mean over the layers that have one, with standard error sqrt(sum se^2) / L; no deviation.
 
-    The layers are fixed, not a sample of layers, so their spread is no part of the error (it is given on its own).
+    The layers are fixed, not a sample of layers, so their spread is not part of the error (it is given separately).
     """
     found = [layer for layer in layers if layer.mean is not None]
     if not found:
@@ -61,7 +61,7 @@ def interval(
 ) -> tuple[float, float] | None:
     """Percentile bootstrap interval of the mean over layers (one layer: of its mean), neurons drawn within each layer.
 
-    A neuron's score already holds the luck of its own windows, so drawing neurons covers both. None where a layer has
+    A neuron's score already contains the luck of its windows, so drawing neurons covers both. None if a layer has
     fewer than two values.
     """
     found = [np.asarray(values, dtype=np.float64) for values in layers if len(values)]
@@ -107,7 +107,7 @@ def compare_neurons(a: Sequence[Sequence[float]], b: Sequence[Sequence[float]]) 
     """Two models by the scores of their neurons, layer by layer: Welch's t test of the mean over layers.
 
     Neuron 7 of one model has nothing to do with neuron 7 of another, so neurons are not paired; layers are, each
-    counting alike. Effect: difference / root of the mean variance within a layer. It says how sure one can be of *these
+    with equal weight. Effect: difference / root of the mean variance within a layer. The test is about *these
     two trained models*, not of their families: for that see `compare_seeds`. None with too few neurons in a layer.
     """
     if len(a) != len(b) or not a or min(map(len, [*a, *b])) < 2:
@@ -128,7 +128,7 @@ def compare_seeds(a: Mapping[int, float], b: Mapping[int, float]) -> Difference 
 
     Runs of one seed read the same text in the same order, so the test is paired when both families have the same seeds
     (effect: mean difference / its standard deviation over seeds), and Welch's otherwise (effect: difference / root of
-    the mean variance over seeds). None with fewer than two seeds a side.
+    the mean variance over seeds). None with fewer than two seeds per side.
     """
     if min(len(a), len(b)) < 2:
         return None
@@ -140,7 +140,7 @@ def compare_seeds(a: Mapping[int, float], b: Mapping[int, float]) -> Difference 
 
 
 def needed(effect: float, paired: bool = False) -> int | None:
-    """How many values a side (pairs, if `paired`) a two-sided t test at 5 % needs to find `effect` in 80 % of cases.
+    """Values per side (pairs, if `paired`) that a two-sided t test at 5 % needs to find `effect` in 80 % of cases.
 
     From the noncentral t distribution. None for an effect of 0.
     """

@@ -49,7 +49,7 @@ def bins_of(scaled: Float[Tensor, "*n"]) -> Int[Tensor, "*n"]:
 
 
 def bin_edges() -> Float64[np.ndarray, " 1025"]:
-    """Lower edges of the bins and the last upper one, in scaled activations; behind half precision they are infinite.
+    """Lower edges of the bins and the last upper one, in scaled activations; beyond half precision they are infinite.
 
     Rounding to half precision may lift a value over the edge above it, by at most 2^-11 of it (2^-25 near zero).
     """
@@ -93,7 +93,7 @@ class Ladder:
     """Cells of places: `edges` between them, rising; each cell keeps `keep` windows of `window` tokens.
 
     bars: what a priority has to lie below to be looked at; only drawn tokens are candidates below the tail.
-    n_below: edges below that where the tail begins; the cells behind that one have every token as a candidate.
+    n_below: edges below that where the tail begins; the cells above that one have every token as a candidate.
     """
 
     edges: Int64[Tensor, "h e"]
@@ -109,7 +109,7 @@ class Ladder:
 
 @dataclass(frozen=True)
 class Pilot:
-    """What a few excerpts, read beforehand, say of each neuron; only how fast and how full results are depends on it.
+    """Estimates for each neuron from a few excerpts read first; they affect only how fast and how full results are.
 
     centre: median, what moments are taken about. scale: a power of two that brings the largest to [2^3, 2^4).
     counts: tokens in each bin.
@@ -133,7 +133,7 @@ class Pilot:
         return cls(columns.median(1).values, scale, counts)
 
     def active_per_token(self) -> float:
-        """About how many neurons are not zero on a token."""
+        """Approximate number of neurons that are non-zero on a token."""
         return float((1 - self.counts[:, N_BINS // 2] / self.counts.sum(1)).sum())
 
     def tail(self) -> Int64[Tensor, " h"]:
@@ -159,7 +159,7 @@ class Pilot:
         return Ladder(edges, bars, n_below, keep, window)
 
     def ladders(self, n_drawn: int, window: int, context: int) -> tuple[Ladder, Ladder]:
-        """For windows by quantile, and for those by rank and by level."""
+        """Two ladders: for windows by quantile, and for those by rank and by level."""
         halving = (0.4, *(1 - 0.5**k for k in range(1, 7)), 0.99)
         twelfths = (*TWELFTHS, *(1 - 0.5**k / 12 for k in range(1, 4)))
         return (

@@ -1,6 +1,6 @@
 """Statistics of one layer in one pass over its activations, in memory that does not grow with the text.
 
-Sums are taken block by block while the block is in the cache, in the same blocks whatever the batch size. Windows are
+Sums are taken block by block while a block is in the cache, in the same blocks whatever the batch size. Windows are
 kept in pools that hold the best few of each group; a bar at the worst of them turns nearly every later token away.
 """
 
@@ -27,7 +27,7 @@ SUMS = ("n_tokens", "sums", "histogram", "token_sums")
 
 @dataclass(frozen=True)
 class Plan:
-    """What is kept of a layer: decided before the pass, and the same for every batch, shard and worker.
+    """Choice of what to keep of a layer: made before the pass, and the same for every batch, shard and worker.
 
     draws (h, r): uniformly drawn positions among n_excerpts x context; more than windows are wanted, because one that
     overlaps a window already taken is passed over. slots: the row of each token id in the table of sums, the last row
@@ -96,14 +96,14 @@ def token_slots(excerpts: Integer[np.ndarray, "n t"], n_kept: int) -> tuple[Int6
 
 
 def count_tokens(excerpts: Integer[np.ndarray, "n t"]) -> Int64[np.ndarray, " v"]:
-    """How often each token id occurs; piece by piece, because NumPy would turn the whole text into 64-bit numbers."""
+    """Count each token id, piece by piece, because NumPy would convert the whole text to 64-bit numbers."""
     n_ids = int(excerpts.max(initial=0)) + 1
     pieces = np.array_split(excerpts, -(-excerpts.size // BLOCK))
     return sum((np.bincount(piece.reshape(-1), minlength=n_ids) for piece in pieces), np.zeros(n_ids, dtype=np.int64))
 
 
 class Pool:
-    """Of all windows offered to a group, those with the `keep` smallest keys; of equal keys those offered first.
+    """A store of the `keep` windows with the smallest keys offered to each group; among equal keys, the first offered.
 
     Keys are integers in [0, 2^33). bar (groups,): a window whose key is not below its group's cannot be among them.
     """
@@ -122,7 +122,7 @@ class Pool:
             self.windows()
 
     def windows(self) -> dict[str, Tensor]:
-        """What is kept, by group and key."""
+        """The windows kept, by group and key."""
         if not self._held:
             return {}
         group, key = (torch.cat([windows[name] for windows in self._held]) for name in ("group", "key"))
@@ -190,7 +190,7 @@ class LayerStatistics:
             self._offer_tail(flat, offset)
 
     def take_shard(self, first_excerpt: int) -> dict[str, Tensor]:
-        """What the excerpts from `first_excerpt` on have added; sums start anew, the pools go on with their bars."""
+        """Take what the excerpts from `first_excerpt` on have added; sums restart at zero, pools keep their bars."""
         shard = {name: value.clone() for name, value in self._sums.items()} | {"maximum": self._maximum.clone()}
         # Half precision keeps sign and magnitude, so the bins of negative numbers were counted in falling order.
         negative, positive = shard["histogram"].tensor_split(2)
@@ -229,7 +229,7 @@ class LayerStatistics:
         return torch.cat(highest).view(b, -1, h)
 
     def _add_block(self, block: Float[Tensor, "r h"], bins: Tensor | None) -> None:
-        """Every product is written over one of its factors: memory that is in the cache already costs half as much."""
+        """Overwrite a factor with each product, since memory already in the cache costs half as much."""
         first, second = self._scratch[:, : len(block)]
         sums = [torch.sign(block, out=first).abs_().sum(0)]
         torch.mul(block, self.plan.pilot.scale, out=first)
@@ -244,7 +244,7 @@ class LayerStatistics:
         self._sums["sums"] += torch.stack(sums)
 
     def _offer_top(self, activations: Float[Tensor, "b t h"], highest: Float[Tensor, "b c h"], offset: int) -> None:
-        """The best windows of each excerpt, no two sharing a token."""
+        """Offer the best windows of each excerpt, no two sharing a token."""
         t, h = activations.shape[1:]
         excerpt, neuron = (_top_key(highest.amax(1)) < self._top.bar).nonzero(as_tuple=True)
         if self.plan.per_excerpt == 1:
@@ -284,13 +284,13 @@ class LayerStatistics:
         self._random.append({"slot": torch.from_numpy(slots), "activations": windows})
 
     def _offer_rows(self, flat: Float[Tensor, "n h"], offset: int) -> None:
-        """The drawn tokens of this batch are candidates of every neuron."""
+        """Offer the drawn tokens of this batch to every neuron."""
         rows = self._rows(len(flat), offset)
         neuron = torch.arange(flat.shape[1])[:, None]
         self._offer_strata(flat, neuron, rows[None], flat[rows].T.contiguous(), offset, 0)
 
     def _offer_tail(self, flat: Float[Tensor, "n h"], offset: int) -> None:
-        """All other tokens are candidates of those neurons whose tail they lie in."""
+        """Offer all other tokens to the neurons in whose tail they lie."""
         # NumPy compares and searches several times as fast as PyTorch does on a CPU.
         at = torch.from_numpy(np.flatnonzero(flat.numpy() >= self._tail.numpy()))
         drawn = torch.zeros(len(flat), dtype=torch.bool)
@@ -353,7 +353,7 @@ class LayerStatistics:
 
 
 def _top_key(activations: Float[Tensor, "*n"]) -> Int64[Tensor, "*n"]:
-    """Below 2^31 - 1 for positive activations, and the lower the higher they are: their bits rise with them."""
+    """A key below 2^31 - 1 for positive activations, falling as they rise, because their bits rise with them."""
     return LATER - 1 - activations.view(torch.int32).long()
 
 

@@ -1,4 +1,4 @@
-"""A neuron in the terminal: what it was said to find, how it scored, its distribution, its tokens and its windows."""
+"""A neuron in the terminal: its explanations with their scores, its distribution, its tokens and its windows."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ WEAK, STRONG = (58, 66, 84), (255, 150, 30)
 
 
 def neuron_card(config: ShowConfig) -> RenderableType:
-    """Everything known of one neuron, for a rich console.
+    """Render everything known about one neuron for a rich console.
 
     Raises:
         UserError: no records, no such site, layer or neuron.
@@ -89,7 +89,7 @@ def _scored(own: Score, nulls: Mapping[str, Score]) -> Text:
 
 
 def _numbers(record: NeuronRecord) -> Text:
-    """What was measured; a name and its number stay together where the line breaks."""
+    """The measured numbers; line breaks never separate a name from its number."""
     moments = record.moments
     cells = {
         "mean": f"{moments.mean:.4g}",
@@ -112,7 +112,7 @@ def _histogram(record: NeuronRecord) -> Text:
 
 
 def _tokens(record: NeuronRecord, decode: Decode) -> Table:
-    """The tokens of the highest and of the lowest mean."""
+    """The tokens with the highest and the lowest mean."""
 
     def line(means: Sequence[TokenMean]) -> Text:
         shown = zip(decode([one.token for one in means]), means, strict=True)
@@ -125,7 +125,7 @@ def _tokens(record: NeuronRecord, decode: Decode) -> Table:
 
 
 def _sections(record: NeuronRecord) -> Iterator[tuple[str, list[tuple[str, ActivationRecord]]]]:
-    """Titles with labelled windows; kinds there are none of are left out."""
+    """Titles with labelled windows; empty kinds are left out."""
     top = [(f"top {rank}", window) for rank, window in enumerate(record.top[:TOP], 1)]
     strata = [
         (f"from {stratum.low:.3g}", window)
@@ -139,7 +139,7 @@ def _sections(record: NeuronRecord) -> Iterator[tuple[str, list[tuple[str, Activ
 
 
 def _windows(windows: Sequence[tuple[str, ActivationRecord]], peak: float, decode: Decode) -> Table:
-    """A row a window: label, largest activation, and the text shaded by activation."""
+    """One row per window: label, largest activation, and the text shaded by activation."""
     table = Table.grid(padding=(0, 1))
     table.add_column(style="dim", no_wrap=True)
     table.add_column(justify="right", style="bold", no_wrap=True)
@@ -153,7 +153,7 @@ def _windows(windows: Sequence[tuple[str, ActivationRecord]], peak: float, decod
 
 
 def shade(activation: float, peak: float) -> Style:
-    """The background of a token: none where it would not be seen, else from dim to bright."""
+    """Background colour of a token: none where it would be invisible, else from dim to bright."""
     if peak <= 0 or activation / peak < 0.005:
         return Style()
     strength = min(activation / peak, 1.0)

@@ -20,7 +20,7 @@ from cratescope.results.estimates import finite
 from cratescope.results.runs import Results, one_per_run, protocols
 from cratescope.run import atomic_path
 
-# Okabe and Ito's, told apart by every common kind of colour vision: CRATE is blue, GPT-2 vermilion, others in turn.
+# Okabe and Ito's, distinguishable with every common kind of colour vision: CRATE blue, GPT-2 vermilion, others in turn.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
 USUAL = ("crate", "gpt2")
 INK = "#1c2024"
@@ -65,7 +65,7 @@ _STYLE: dict[Any, Any] = {
 
 @dataclass(frozen=True)
 class Style:
-    """How a run looks in every figure: the arm's hue, and a line and marker of its own."""
+    """A run's look in every figure: the arm's hue, with a line style and marker of its own."""
 
     colour: str
     line: str
@@ -74,13 +74,13 @@ class Style:
 
 
 def arm_places(results: Sequence[Results]) -> dict[str, int]:
-    """Which of COLOURS every arm has; an arm beyond the last shares one."""
+    """Assign COLOURS to arms; with more arms than colours, some share one."""
     names = list(dict.fromkeys([*USUAL, *(item.arm.name for item in results)]))
     return {name: place % len(COLOURS) for place, name in enumerate(names)}
 
 
 def styles(results: Sequence[Results]) -> dict[str, Style]:
-    """A style for every label; runs of one arm differ in line and marker, runs of one size stand side by side."""
+    """A style for every label; runs of one arm differ in line and marker, runs of one size are drawn side by side."""
     seen: dict[str, int] = {}
     found, hues = {}, arm_places(results)
     for item in results:
@@ -93,7 +93,7 @@ def styles(results: Sequence[Results]) -> dict[str, Style]:
 
 
 def _sizes(results: Sequence[Results]) -> dict[str, int]:
-    """Every size with its number of layers, the smallest first: its runs share a panel."""
+    """Every size with its number of layers, smallest first; runs of one size share a panel."""
     depths = {item.arm.size: 0 for item in results}
     for item in results:
         depths[item.arm.size] = max(depths[item.arm.size], item.manifest["n_layer"])
@@ -115,7 +115,7 @@ def draw_figures(results: Sequence[Results], folder: Path) -> dict[str, str]:
 
 
 def _no_metadata() -> dict[str, None]:
-    """All four left out, or matplotlib writes the time and an address into the file."""
+    """Metadata with all four entries left out, or matplotlib writes the time and an address into the file."""
     return {"Creator": None, "Date": None, "Format": None, "Type": None}
 
 
@@ -158,7 +158,7 @@ def loss_figure(results: Sequence[Results]) -> Figure:
     for number, entropy in enumerate(sorted({round(entropy, 4) for entropy in entropies})):
         label = "unigram entropy" if number == 0 else None
         axes.axhline(entropy, color=INK, linestyle=(0, (5, 4)), linewidth=1, label=label)
-    axes.set(xlabel="training tokens", ylabel="loss (nats a token)")
+    axes.set(xlabel="training tokens", ylabel="loss (nats per token)")
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: count(value)))
     _legend(figure, axes)
     return figure
@@ -208,7 +208,7 @@ def _layer_lines(axes: Any, item: Results, protocol: str, style: Style) -> None:
 
 
 def histogram_figure(results: Sequence[Results], protocol: str) -> Figure:
-    """Neuron scores of a protocol, one panel a size and layer with its runs overlaid; dashed lines are the means."""
+    """Neuron scores of a protocol, one panel per size and layer with its runs overlaid; dashed lines are the means."""
     everything = [value for item in results for layer in item.scores.layers for value in _values(item, protocol, layer)]
     low, high = min(everything, default=-1.0), max(everything, default=1.0)
     bins = np.linspace(math.floor(low * 10) / 10, math.ceil(high * 10) / 10 + 1e-9, 25)
@@ -216,7 +216,7 @@ def histogram_figure(results: Sequence[Results], protocol: str) -> Figure:
 
 
 def density_histogram_figure(results: Sequence[Results]) -> Figure:
-    """How often neurons that are not dead are active, one panel a size and layer; dashed lines are the means."""
+    """How often live neurons are active, one panel per size and layer; dashed lines are the means."""
     everything = [value for item in results for layer in item.scores.layers for value in _alive(item, layer)]
     low = math.floor(math.log10(min(everything, default=1.0)))
     bins = np.logspace(low, 2, 8 * (2 - low) + 1)
@@ -250,7 +250,7 @@ def _histogram_panels(
 
 
 def _alive(item: Results, layer: int) -> list[float]:
-    """% of tokens on which each neuron is active, without the dead ones."""
+    """Percentage of tokens on which each live neuron is active."""
     return [100 * density for density in item.densities(layer) if density > 0]
 
 
@@ -269,7 +269,7 @@ def _histogram(axes: Any, values: np.ndarray, bins: np.ndarray, style: Style, la
 
 
 def density_figure(results: Sequence[Results]) -> Figure:
-    """Fraction of tokens on which a neuron is not zero: a dot a neuron, each layer's median and middle half."""
+    """Fraction of tokens with a non-zero activation: one dot per neuron, with each layer's median and middle half."""
     sizes = _sizes(results)
     figure = Figure(figsize=(WIDTH, 3.4), layout="constrained")
     grid = figure.subplots(1, len(sizes), squeeze=False, sharey=True, width_ratios=list(sizes.values()))[0]
@@ -308,7 +308,7 @@ def _styled(results: Sequence[Results]) -> Iterator[tuple[Results, Style]]:
 
 
 def _legend(figure: Figure, *panels: Any) -> None:
-    """One legend above the panels, naming everything that any of them shows."""
+    """One legend above the panels that names everything any of them shows."""
     entries = {
         label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
     }

@@ -1,4 +1,4 @@
-"""One self-contained HTML page about some runs, with its numbers as CSV and JSON and its figures beside it."""
+"""One self-contained HTML page about some runs, with its numbers as CSV and JSON and its figures next to it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ CSV = ("scores", "neurons", "losses", "activity", "quality", "matched", "sanity"
 
 @dataclass(frozen=True)
 class Group:
-    """The cards of one layer of one model, and what was left out of the ranking."""
+    """The cards of one layer of one model, and the neurons left out of the ranking."""
 
     results: Results
     layer: int
@@ -77,7 +77,7 @@ def _made_from(config: ReportConfig) -> dict[str, str]:
 
 
 def _page(config: ReportConfig, tokenizer: PreTrainedTokenizerFast | None) -> str:
-    """The HTML; the numbers and figures are written on the way."""
+    """Render the HTML; numbers and figures are written along the way."""
     primary = Quantity.parse(config.primary)
     results = load_results(config)
     pair = compare.sides(results, config.compare)
@@ -115,7 +115,7 @@ def _titles(results: Sequence[Results], pair: tuple[str, str] | None) -> list[st
 
 
 def _own(row: Row) -> bool:
-    """Whether the row's measure is its protocol's own."""
+    """Whether the row's measure is the one its protocol names first."""
     return row["measure"] == measures_of(row["protocol"])[0]
 
 
@@ -161,7 +161,7 @@ def _template() -> Template:
 
 
 def _span(value: float | None, error: float | None, digits: int = 1, scale: float = 100) -> Markup:
-    """`value ± error`, or one dash when there is no value."""
+    """Format `value ± error`, or a dash when there is no value."""
     if finite(value) is None:
         return Markup("–")
     shown, spread = text.number(value, digits, scale), text.number(error, digits, scale)
@@ -169,7 +169,7 @@ def _span(value: float | None, error: float | None, digits: int = 1, scale: floa
 
 
 def _known(value: Any, shown: Callable[[Any], str] = str) -> str:
-    """`value` as `shown` has it, or a dash where there is none, as of an adopted model's training."""
+    """Format `value` with `shown`, or a dash if it is unknown, as with an adopted model's training."""
     return "–" if value is None or isinstance(value, Undefined) else shown(value)
 
 
@@ -194,7 +194,7 @@ def _score_tables(results: Sequence[Results], rows: Sequence[Row]) -> dict[str, 
 
 
 def _sanity_table(rows: Sequence[Row]) -> list[Row]:
-    """One row a protocol and measure: the least fraction of any run's neurons whose score fell, in each test."""
+    """One row per protocol and measure: for each test, the smallest fraction over runs of neurons whose score fell."""
     found: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         found.setdefault((row["sample"], row["measure"]), []).append(row)
@@ -212,7 +212,7 @@ def _sanity_table(rows: Sequence[Row]) -> list[Row]:
 
 
 def _prompts(results: Sequence[Results]) -> dict[str, list[tuple[Results, dict[str, Any]]]]:
-    """Next-token examples by prompt: one entry a run."""
+    """Next-token examples by prompt: one entry per run."""
     found: dict[str, list[tuple[Results, dict[str, Any]]]] = {}
     for item in one_per_run(results):
         for example in item.evaluation.get("examples", ()):

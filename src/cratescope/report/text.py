@@ -1,4 +1,4 @@
-"""Numbers and tokens as a reader sees them."""
+"""Formatting of numbers and tokens for readers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _BARS = " ▁▂▃▄▅▆▇█"
 
 
 def number(value: float | None, digits: int = 1, scale: float = 100, sign: bool = False) -> str:
-    """`value` times `scale` for a reader, with a true minus sign; a dash where there is no number."""
+    """Format `value` times `scale` with a true minus sign; a dash if there is no number."""
     shown = finite(value)
     if shown is None:
         return "–"
@@ -20,13 +20,13 @@ def number(value: float | None, digits: int = 1, scale: float = 100, sign: bool 
 
 
 def percent(fraction: float | None) -> str:
-    """A fraction for a reader, with more digits when it is small."""
+    """Format a fraction as a percentage, with more digits when it is small."""
     small = finite(fraction) is not None and 0 < (fraction or 0) < 0.01
     return f"{number(fraction, 3 if small else 1)} %"
 
 
 def count(value: float | None) -> str:
-    """A large number for a reader: 1.84M; a dash where there is none."""
+    """Format a large number, such as 1.84M; a dash if there is none."""
     if value is None:
         return "–"
     for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
@@ -35,7 +35,7 @@ def count(value: float | None) -> str:
     return f"{value:g}"
 
 
-# Control characters would break the page or not be seen: show their pictures.
+# Control characters would break the page or be invisible: show their pictures.
 _VISIBLE: dict[int, int | str] = {code: 0x2400 + code for code in range(32)}
 _VISIBLE |= {0x7F: 0x2421, ord("\n"): "↵", ord("\t"): "⇥", ord("\r"): "␍"}
 # So would those that steer a terminal in one byte, and those that turn the direction of the text around them.
@@ -46,12 +46,12 @@ _VISIBLE |= {
 
 
 def visible(token: str) -> str:
-    """`token` with its line breaks, tabs and control characters shown, and as dots when it is only spaces."""
+    """Make line breaks, tabs and control characters of `token` visible; a token of spaces becomes dots."""
     return token.translate(_VISIBLE) if token.strip(" ") else "·" * len(token) or "∅"
 
 
 def sparkline(histogram: Histogram, maximum: float, bins: int) -> str:
-    """Bars for `bins` equal intervals from the lowest edge to `maximum`, by the logarithm of their tokens.
+    """Draw bars for `bins` equal intervals from the lowest edge to `maximum`, by the logarithm of their tokens.
 
     A bin of the histogram that spans several intervals is spread over them evenly.
     """

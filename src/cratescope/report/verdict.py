@@ -1,4 +1,4 @@
-"""What may be said of a comparison, in words: the headline of a report, and what its reader must know first."""
+"""A comparison in words: the headline of a report, and the caveats its reader must know first."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cratescope.results.tables import paper
 
 
 def headline(pairs: Sequence[Comparison]) -> str:
-    """Two sentences for the comparisons of one size: the first of them, and whether it stands out of the noise."""
+    """Two sentences on the comparisons of one size: the first of them, and whether it exceeds the noise."""
     first = pairs[0]
     tokens = first.tokens_trained
     trained = "as adopted" if tokens is None else f"after {count(tokens)} training tokens" if tokens else "untrained"
@@ -39,7 +39,7 @@ def _range(test: Difference) -> str:
 
 
 def caveats(results: Sequence[Results], groups: Sequence[Sequence[Comparison]], primary: Quantity) -> list[str]:
-    """What the reader must know before believing the headline, from the numbers."""
+    """List what the reader must know before believing the headline, derived from the numbers."""
     pairs = [pair for group in groups for pair in group]
     notes = [*_about_pairs(pairs, primary)]
     most, theirs = max(item.arm.tokens_trained or 0 for item in results), paper()["tokens"]

@@ -1,1 +1,1 @@
-"""What was measured on some runs, and every mean, gain, interval and comparison of it, computed once from the rows."""
+"""Measurements of some runs, with every mean, gain, interval and comparison computed once from the rows."""

@@ -1,4 +1,4 @@
-"""One arm against another: what the runs allow to be compared, and how sure one can be of it."""
+"""One arm against another: the comparisons that the runs allow, and how certain they are."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ class Comparison:
 
     @property
     def unit(self) -> str:
-        """What the test counts."""
+        """The unit that the test counts."""
         return "seeds" if min(len(self.a.seeds), len(self.b.seeds)) > 1 else "neurons"
 
     @property
@@ -165,7 +165,7 @@ def sides(results: Sequence[Results], chosen: Sequence[str] = ()) -> tuple[str, 
 
 
 def comparisons(results: Sequence[Results], primary: Quantity, chosen: Sequence[str] = ()) -> list[list[Comparison]]:
-    """What the runs allow: one list per size and number of training tokens, the primary quantity first."""
+    """All comparisons the runs allow: one list per size and number of training tokens, the primary quantity first."""
     pair = sides(results, chosen)
     if pair is None:
         return []

@@ -1,4 +1,4 @@
-"""What was measured on each run, read from its files."""
+"""Measurements of each run, read from its files."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Activity:
 
 @dataclass(frozen=True, eq=False)
 class Results:
-    """All that was measured on one run at one site, except the windows of text.
+    """All measurements of one run at one site, except the windows of text.
 
     about: what `score` says of itself (explainer, simulator, sanity verdicts, what each explanation set was made with).
     explanations: by explanation set and neuron. quality: what `score` says of activation quality, if it does.
@@ -64,12 +64,12 @@ class Results:
 
     @property
     def plain(self) -> bool:
-        """Is it the preset as the paper has it, looked at where its neurons are?"""
+        """Whether the run is the paper's preset, read at its native site."""
         return self.site == self.arm.site and not self.arm.variant
 
     @cached_property
     def matter(self) -> tuple[Any, ...]:
-        """What two runs must have in common to be compared, besides their training: size, data, records, LLM."""
+        """Properties two runs must share to be compared, besides their training: size, data, records, LLM."""
         # Scores by another language model or on other records are not comparable; the site differs by arm.
         made_with = tuple(
             (name, key, str(value))
@@ -81,12 +81,12 @@ class Results:
         return run["n_layer"], self.arm.size, run["context"], run["data"]["manifest_sha256"], made_with
 
     def text(self, neuron: NeuronId, name: str) -> str | None:
-        """What a neuron was said to find by the explanation set `name`; None where it was not explained."""
+        """A neuron's explanation in the set `name`; None if it was not explained."""
         found = self.explanations.get(name, {}).get(neuron)
         return found.text if found else None
 
     def distinct(self, name: str, layer: int) -> int:
-        """How many different texts the explanation set has in a layer, of the neurons that were scored."""
+        """Number of different texts in the explanation set among the scored neurons of a layer."""
         scored = {index for protocol in self._protocols_of(name) for index in self.scores.rows(protocol).get(layer, ())}
         texts = (item.text for neuron, item in self.explanations[name].items() if _among(neuron, layer, scored))
         return len({*texts} - {""})

@@ -22,7 +22,7 @@ from cratescope.run import atomic_path
 
 @functools.cache
 def paper() -> Row:
-    """What the paper prints, to be shown beside ours: context, not a target, and never mixed with them."""
+    """The paper's printed numbers, shown next to ours as context, not as a target, and never mixed with them."""
     return json.loads(Path(__file__).with_name("paper.json").read_text(encoding="utf-8"))
 
 

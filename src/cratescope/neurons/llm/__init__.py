@@ -1,7 +1,7 @@
-"""The one seam to a language model: what explaining and simulating ask of it, and how to open one.
+"""The single interface to a language model: what explaining and simulating need from it, and how to open one.
 
-Everything goes by token ids, so that what stands where in a prompt is known by construction. A prompt is a *prefix*
-shared by many calls (instructions and examples, computed once) and what is new after it.
+Everything works on token ids, so that positions in a prompt are known by construction. A prompt is a *prefix*
+shared by many calls (instructions and examples, computed once) and the new part after it.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ Choices = Sequence[int] | Sequence[Sequence[int]]
 
 @dataclass(frozen=True)
 class NoAnswer:
-    """Why a server has no text for a prompt, and what helps if it has none for any."""
+    """The reason why a server has no text for a prompt, and the fix if it has none for any."""
 
     reason: str
     fix: str
 
 
 class RefusedError(UserError):
-    """The server refuses prompts that were asked; others may be answered. `answers` says why, one a prompt."""
+    """Raised when a server refuses prompts; it may answer others. `answers` holds one reason per prompt."""
 
     def __init__(self, message: str, answers: Sequence[NoAnswer]) -> None:
         super().__init__(message)
@@ -41,15 +41,15 @@ class RefusedError(UserError):
 
 @runtime_checkable
 class LanguageModel(Protocol):
-    """What the stages need: `explain` generate; `all-at-once` slot_logprobs; `list-pmi` next_logprobs; all need encode.
+    """The model interface: `explain` uses generate, `all-at-once` slot_logprobs, `list-pmi` next_logprobs, all encode.
 
-    The same call gives the same answer, to the last bit, on the same machine. A batch is what one call is given, so a
-    caller that wants the same bytes again makes the same calls again.
+    The same call gives the same answer, to the last bit, on the same machine. A batch is the input of one call, so a
+    caller that wants the same bytes again has to repeat the same calls.
     """
 
     @property
     def name(self) -> str:
-        """What result files call this model."""
+        """Name of this model in result files."""
 
     @property
     def dtype(self) -> str:
@@ -69,7 +69,7 @@ class LanguageModel(Protocol):
         """Natural log of P(next token | prefix + prompt) over the whole vocabulary.
 
         Raises:
-            UserError: the model is a server, which tells of the likeliest tokens only.
+            UserError: the model is a server, which returns only the likeliest tokens.
         """
 
     def slot_logprobs(
@@ -78,7 +78,7 @@ class LanguageModel(Protocol):
         """log P(choice | prefix + the prompt before the slot); of all its tokens, for a choice that is a sequence.
 
         slots: positions in the prompt from 1 (a token of the prompt stands before it) to its length (the next token).
-        A server names the likeliest tokens only: a choice that is not among them has -inf, and so may all of a slot.
+        A server returns only the likeliest tokens: a choice not among them gets -inf, possibly all choices of a slot.
 
         Raises:
             RefusedError: the model is a server, which refuses one of the prompts.
@@ -86,18 +86,18 @@ class LanguageModel(Protocol):
 
 
 def spelled(choices: Choices) -> list[tuple[int, ...]]:
-    """Every choice as a sequence of tokens."""
+    """Spell every choice as a sequence of tokens."""
     return [tuple(ids) if isinstance(ids, Sequence) else (int(ids),) for ids in choices]
 
 
 def heads(choices: Choices) -> list[tuple[int, ...]]:
-    """Every beginning of a choice that another token of it follows; the empty one is the first."""
+    """Every proper beginning of a choice; the empty one comes first."""
     return sorted({ids[:end] for ids in spelled(choices) for end in range(len(ids))})
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:
-    """Ids of `text` in the middle of a prompt, as `LanguageModel.encode` has to give them."""
-    # A SentencePiece tokenizer puts a space before any text; behind a newline it does not reach ours.
+    """Encode `text` for the middle of a prompt, as `LanguageModel.encode` must."""
+    # A SentencePiece tokenizer puts a space before any text; a newline in between keeps it away from ours.
     newline = _newline(tokenizer)
     behind = _plain_ids(tokenizer, "\n" + text) if newline else []
     if behind and behind[: len(newline)] == newline:
@@ -113,12 +113,12 @@ def _newline(tokenizer: Any) -> list[int]:
 
 
 def _plain_ids(tokenizer: Any, text: str) -> list[int]:
-    # Text of the corpus may hold a special token's name; in a prompt it is ordinary text.
+    # Corpus text may contain a special token's name; in a prompt it is ordinary text.
     return tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
 
 
 def check_slots(prompts: Sequence[Ids], slots: Sequence[Ids]) -> None:
-    """Raises ValueError for a slot that is not in its prompt, or has nothing of it before itself."""
+    """Raise ValueError for a slot outside its prompt, or at its very start."""
     if any(not 1 <= slot <= len(prompt) for prompt, row in zip(prompts, slots, strict=True) for slot in row):
         raise ValueError("a slot must have a token of its own prompt before it")
 
@@ -136,7 +136,7 @@ def open_llm(config: LLMConfig) -> LanguageModel:
 
 
 def llm_identity(config: LLMConfig, llm: LanguageModel | None) -> dict[str, str]:
-    """What a result says of the model it was made with; known without opening it."""
+    """Identity of the model in results, known without opening it."""
     if llm is not None:
         return {"llm": llm.name, "dtype": llm.dtype}
     if config.served or config.llm_quantize != "none":

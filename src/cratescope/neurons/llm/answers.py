@@ -1,6 +1,6 @@
-"""What an answer holds: the text without reasoning, why there is none, log-probabilities, a server's words of an error.
+"""Parsing of a server's answers: text without reasoning, reasons for its absence, log-probabilities, errors.
 
-Servers that call themselves OpenAI-compatible differ in all of it, and so do the models behind them.
+Servers that call themselves OpenAI-compatible differ in all of these, and so do their models.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ Read = Callable[[Any], Any]
 
 
 def parsed(text: str) -> Any:
-    """The JSON of an answer, also behind a byte order mark or as server-sent events.
+    """Parse the JSON of an answer, even after a byte-order mark or as server-sent events.
 
     Raises:
         ValueError, RecursionError: it is something else.
@@ -60,7 +60,7 @@ def _events(text: str) -> list[Any]:
 
 
 def _joined(events: Sequence[Any]) -> Any:
-    """One answer out of the pieces of a stream; an error in it is the answer."""
+    """Join the pieces of a stream into one answer; an error among them becomes the answer."""
     failed = [event for event in events if not isinstance(event, dict) or event.get("error")]
     pieces = [event["choices"][0] for event in events if isinstance(event, dict) and event.get("choices")]
     if failed or len(pieces) < 2:
@@ -85,7 +85,7 @@ _NAMED = (
 
 
 def error_status(answer: Any) -> int | None:
-    """The status that an answer of status 200 should have had, where it holds an error; 500 where it does not say."""
+    """Status that an answer of status 200 should have had if it contains an error; 500 if it does not say."""
     if not isinstance(answer, dict):
         return None
     choices = answer.get("choices")
@@ -134,7 +134,7 @@ def _said(text: str) -> str:
 
 
 def _phrases(value: Any, depth: int = 0) -> Iterator[tuple[str, str]]:
-    """Messages of an error, and the option each is about where the server says so."""
+    """Messages of an error, each with the option it concerns if the server names it."""
     if depth > 8:
         return
     if isinstance(value, str):
@@ -154,7 +154,7 @@ def _phrases(value: Any, depth: int = 0) -> Iterator[tuple[str, str]]:
 
 
 def _container(text: str) -> Any:
-    """The object or list that a string spells, as servers hand on the errors of others."""
+    """Parse an object or list inside a string, the way servers forward the errors of others."""
     if text.lstrip()[:1] not in ("{", "["):
         return None
     try:
@@ -192,7 +192,7 @@ _SYSTEM = re.compile(
 
 
 def refused_option(text: str, sent: Mapping[str, Any]) -> str | None:
-    """The first of the options in `sent` that an error is about."""
+    """The first of the options in `sent` that an error concerns."""
     try:
         said = list(_phrases(parsed(text)))
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
@@ -215,7 +215,7 @@ def refused_option(text: str, sent: Mapping[str, Any]) -> str | None:
 
 
 def _named_at(name: str, phrase: str) -> int | None:
-    """Where a phrase names an option."""
+    """Position at which a phrase names an option."""
     found = re.search(rf"(?<![\w-]){name}(?!\w)", phrase)
     quoted = re.search(rf"['\"`]{name}['\"`]", phrase)
     if name in _PLAIN and not quoted and not _COMPLAINT.search(phrase):
@@ -224,9 +224,9 @@ def _named_at(name: str, phrase: str) -> int | None:
 
 
 def text_of(chat: bool, limit: int | None) -> Read:
-    """Reads the text of a completion, or why there is none.
+    """Read the text of a completion, or the reason why there is none.
 
-    A missing text raises TypeError or LookupError where the server does not say why: it may come the next time.
+    A missing text without a reason raises TypeError or LookupError, because a retry may return it.
     """
 
     def read(answer: Any) -> str | NoAnswer:
@@ -294,7 +294,7 @@ def _refusal_part(content: Any) -> Any:
 
 
 def tops_at(places: Sequence[int], n: int, url: str) -> Read:
-    """Reads the likeliest tokens at `places` of an answer that tells of `n`; a single one is the first of any."""
+    """Read the likeliest tokens at `places` of an answer with `n` of them; a single one is the first of any."""
 
     def read(answer: Any) -> list[dict[str, float]]:
         told = answer["choices"][0].get("logprobs")
@@ -308,7 +308,7 @@ def tops_at(places: Sequence[int], n: int, url: str) -> Read:
                 f"{url}: the server gives no log-probabilities of the prompt itself (echo), which all-at-once needs; "
                 "vLLM does; or run the model here (--llm HUB_NAME or FOLDER)"
             )
-        if n == 1 and tops:  # a server that takes no limit writes on
+        if n == 1 and tops:  # a server that ignores the limit keeps writing
             return [{str(token): _logprob(value) for token, value in tops[0].items()}]
         if len(tops) != n:
             raise ValueError(f"log-probabilities of {len(tops)} tokens instead of {n}")
@@ -323,5 +323,5 @@ def _by_name(tokens: Any) -> dict[str, float]:
 
 def _logprob(value: Any) -> float:
     if not (isinstance(value, (int, float)) and value <= 1e-3):
-        raise ValueError(f"{value} is no log-probability")
+        raise ValueError(f"{value} is not a log-probability")
     return float(value)

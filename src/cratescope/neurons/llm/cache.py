@@ -1,4 +1,4 @@
-"""Answers of servers on disk, so that none is paid for twice: one SQLite file for all runs."""
+"""Cache of server answers on disk, so that none is paid for twice: one SQLite file for all runs."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ WAIT = 60.0
 
 
 class AnswerCache:
-    """A table of request -> answer. Every answer is a transaction: a kill loses none that was stored.
+    """A table of request -> answer. Every answer is one transaction, so a kill loses no stored answer.
 
-    It lies in $CRATESCOPE_CACHE, not in a run directory: runs of one study ask the same (controls, generic lists), and
-    a run that is deleted and made again should not be paid for again. SQLite's locks make it safe for several workers
-    of one machine.
+    It is in $CRATESCOPE_CACHE, not in a run directory: runs of one study ask the same (controls, generic lists), and
+    repeating a deleted run should cost nothing. SQLite's locks make it safe for several workers
+    on one machine.
     """
 
     def __init__(self, path: Path) -> None:
@@ -31,7 +31,7 @@ class AnswerCache:
             database.execute("CREATE TABLE IF NOT EXISTS answers (request TEXT PRIMARY KEY, answer TEXT NOT NULL)")
 
     def find(self, requests: Sequence[dict[str, Any]]) -> list[Any]:
-        """The stored answer of every request, or None."""
+        """Look up the stored answer of every request, None where there is none."""
         with self._open() as database:
             rows = [
                 database.execute("SELECT answer FROM answers WHERE request = ?", (_key(r),)).fetchone()
@@ -45,7 +45,7 @@ class AnswerCache:
 
     @contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:
-        """A connection whose changes are committed when the block ends without an error."""
+        """Open a connection whose changes are committed when the block ends without an error."""
         try:
             with closing(sqlite3.connect(self._path, timeout=WAIT)) as database, database:
                 yield database

@@ -1,4 +1,4 @@
-"""A language model run here by transformers: a hub name, a folder, a .gguf file, or the offline kit's SmolLM2."""
+"""A language model run locally by transformers: a hub name, a folder, a .gguf file, or the offline SmolLM2."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ KEPT = 4
 
 @dataclass(frozen=True)
 class Tree:
-    """A prompt, and tokens that might stand at places in it: each token follows its parent (-1: the prefix).
+    """A prompt with candidate tokens at some of its places: each token follows its parent (-1: the prefix).
 
-    places: tokens behind which the distribution of the next token is wanted.
+    places: tokens after which the distribution of the next token is wanted.
     """
 
     ids: list[int]
@@ -55,7 +55,7 @@ class Tree:
 
     @classmethod
     def of(cls, prompt: Ids, slots: Ids, heads: Sequence[Ids] = ((),)) -> Tree:
-        """What follows each of `heads` put into each of `slots`, in this order."""
+        """A tree that asks for the next token after every head at every slot, in this order."""
         ids, parents, places = list(prompt), list(range(-1, len(prompt) - 1)), []
         for slot in slots:
             for head in heads:
@@ -72,14 +72,14 @@ class Tree:
         return self.parents != list(range(-1, len(self.ids) - 1))
 
     def depths(self) -> list[int]:
-        """How many of the tree's tokens stand before each."""
+        """Number of the tree's tokens before each token."""
         found: list[int] = []
         for parent in self.parents:
             found.append(0 if parent < 0 else found[parent] + 1)
         return found
 
     def paths(self) -> list[Tree]:
-        """The same question without branches: the tree itself, or one prompt a place."""
+        """The same question without branches: the tree itself, or one prompt per place."""
         if not self.branched:
             return [self]
         paths = []
@@ -93,7 +93,7 @@ class Tree:
 
 
 class Reread:
-    """In place of a cache: the tokens themselves, to be read again with what follows them."""
+    """A substitute for a cache: the tokens themselves, to be read again with what follows them."""
 
     def __init__(self, ids: Int[Tensor, "n t"]) -> None:
         self.ids = ids
@@ -111,10 +111,10 @@ class Reread:
 class LocalLLM:
     """A causal model and its tokenizer; the keys and values of the last few prefixes are kept.
 
-    A model with ordinary attention runs a whole batch behind one copy of the prefix, prompts padded on the right, where
-    no token sees the padding: its `way` is `shared`. One with an attention of its own (sliding windows, biases) runs as
-    it would by itself: prompts of one length together, behind `copied` prefixes. Where that fails too (recurrent
-    states), prefix and prompt are read again for every answer: `reread`. Trials decide.
+    A model with ordinary attention runs a whole batch after one copy of the prefix, prompts padded on the right, where
+    no token sees the padding: its `way` is `shared`. One with special attention (sliding windows, biases) runs as
+    transformers runs it: prompts of equal length together, after `copied` prefixes. If that fails too (recurrent
+    states), prefix and prompt are read again for every answer: `reread`. Trials decide which.
     """
 
     def __init__(self, model: Any, tokenizer: Any, name: str) -> None:
@@ -133,7 +133,7 @@ class LocalLLM:
         """Load `config.llm`.
 
         Raises:
-            UserError: neither on the hub nor a model on this disk; or 4 bits are asked for where they cannot be had.
+            UserError: neither on the hub nor a model on this disk; or 4 bits were requested but are not supported here.
         """
         source, options = _source(config.llm)
         if torch.cuda.is_available():
@@ -194,7 +194,7 @@ class LocalLLM:
         return [_choice_logprobs(logits, begun, choices) for logits in self._logits(prefix, trees)]
 
     def _tried(self) -> Literal["shared", "copied", "reread"]:
-        """The fastest way to run prompts behind a prefix that gives what plain passes give.
+        """Find the fastest way to run prompts after a prefix that agrees with plain passes.
 
         Raises:
             UserError: no way does.
@@ -219,7 +219,7 @@ class LocalLLM:
 
     @torch.inference_mode()
     def _is_plain(self, own: Float[Tensor, "n t vocab"]) -> bool:
-        """Are logits of a prefix, prompts and a next token, run apart, those of `own`? One row leaves on the way."""
+        """Whether prefix, prompts and next token, run separately, give the logits `own`; one row leaves midway."""
         tokens, prefix = trial_tokens(self.model), trial_prefix(self.model)
         begun = prefix + PROMPT
         bos, self._bos = self._bos, []
@@ -238,12 +238,12 @@ class LocalLLM:
         first = plain_pass(self.model, tokens[:, :begun]).logits.float() if self.way == "reread" else own
         expected = torch.cat([first[:, prefix:begun].flatten(0, 1), own[1, begun:]])
         differences = apart(torch.cat([found, last]), expected)
-        # In narrow formats rounding may send a token to another expert, which changes all that it says.
+        # In narrow formats rounding may send a token to another expert, which changes its output completely.
         narrow = self.model.dtype.itemsize < torch.float32.itemsize
         return bool(differences.median() <= ROUNDED if narrow else differences.max() <= EXACT)
 
     def _groups(self, lengths: Sequence[int]) -> list[list[int]]:
-        """Rows that run together: all of them, or those of one length."""
+        """Groups of rows that run together: all of them, or those of one length."""
         if self.shares_prefix:
             return [list(range(len(lengths)))]
         return [[row for row, one in enumerate(lengths) if one == length] for length in sorted(set(lengths))]
@@ -259,7 +259,7 @@ class LocalLLM:
         return list(torch.cat(found).split([len(tree.places) for tree in trees]))
 
     def _start(self, prefix: Ids, rows: Sequence[Tree], room: int = 0) -> tuple[Any, Float[Tensor, "m vocab"]]:
-        """Run rows behind the prefix: the cache with both in it, and the logits at the rows' places."""
+        """Run rows after the prefix; return the cache with both in it, and the logits at the rows' places."""
         depths = [row.depths() for row in rows]
         self._check_room(len(prefix) + 1 + max(max(row) for row in depths) + room)
         known = self._prefix(tuple(prefix))
@@ -271,7 +271,7 @@ class LocalLLM:
         return cache, self._run(cache, ids, positions + known.get_seq_length(), mask, [row.places for row in rows])
 
     def _continue(self, prefix: Ids, prompts: Sequence[Ids], max_new_tokens: int, stop: str) -> list[str]:
-        """Greedy continuations; a finished row leaves the batch."""
+        """Generate greedy continuations; finished rows leave the batch."""
         cache, logits = self._start(prefix, [Tree.of(prompt, [len(prompt)]) for prompt in prompts], max_new_tokens)
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.model.device)
         seen = torch.arange(int(lengths.max()), device=self.model.device) < lengths[:, None]
@@ -327,10 +327,10 @@ class LocalLLM:
         mask: Float[Tensor, "_ 1 t s"] | None,
         places: Sequence[Ids],
     ) -> Float[Tensor, "m vocab"]:
-        """Run `ids` behind `cache` (which grows) and return float32 logits at the columns `places[row]` of every row.
+        """Run `ids` after `cache` (which grows) and return float32 logits at the columns `places[row]` of every row.
 
-        The head is the largest matrix of a small model, so its input is cut down to the wanted places; a hook does it
-        because what a model does to its logits afterwards (scaling, soft caps) is its own affair.
+        The head is the largest matrix of a small model, so its input is reduced to the wanted places; a hook does it
+        so that whatever the model does to its logits afterwards (scaling, soft caps) still happens.
         """
         rows = [row for row, columns in enumerate(places) for _ in columns]
         columns = [column for row in places for column in row]
@@ -362,7 +362,7 @@ class LocalLLM:
         return torch.tensor([[*row, *[0] * (width - len(row))] for row in lists], device=self.model.device)
 
     def _mask(self, rows: Sequence[Tree]) -> Float[Tensor, "_ 1 t t"]:
-        """What of its own row a token sees: its ancestors and itself. One mask for all rows where none has branches."""
+        """Mask of what a token sees in its own row: its ancestors and itself. One for all rows if none has branches."""
         width = max(len(row.ids) for row in rows)
         if not any(row.branched for row in rows):
             return self._hidden(torch.ones(1, 1, width, width, dtype=torch.bool, device=self.model.device).tril())
@@ -374,7 +374,7 @@ class LocalLLM:
         return self._hidden(torch.from_numpy(seen).to(self.model.device)[:, None])
 
     def _hidden(self, seen: Tensor) -> Tensor:
-        """What is added to attention scores: 0 where something is seen, else -inf."""
+        """Convert to additive attention scores: 0 where something is seen, else -inf."""
         return torch.zeros(seen.shape, dtype=self.model.dtype, device=seen.device).masked_fill_(~seen, float("-inf"))
 
     def _finished(self, ids: list[int], stop: str, last: bool) -> str | None:
@@ -392,7 +392,7 @@ class LocalLLM:
 def _choice_logprobs(
     logits: Float[Tensor, "places vocab"], begun: Sequence[Ids], choices: Choices
 ) -> Float[np.ndarray, "slots choices"]:
-    """log P of every choice from the logits behind every one of its beginnings at every slot."""
+    """log P of every choice from the logits after each of its beginnings at every slot."""
     logits = logits.unflatten(0, (-1, len(begun)))
     normalisers = logits.logsumexp(-1)
     sequences = spelled(choices)
@@ -406,7 +406,7 @@ def _choice_logprobs(
 
 
 def _placed(config: LLMConfig, device: torch.device) -> dict[str, Any]:
-    """Number format and devices, as from_pretrained takes them."""
+    """Number format and devices as arguments of from_pretrained."""
     placed: dict[str, Any] = {"dtype": pick_dtype(config.llm_dtype, device)}
     if config.llm_device_map == "auto":
         placed["device_map"] = "auto"
@@ -423,7 +423,7 @@ def _placed(config: LLMConfig, device: torch.device) -> dict[str, Any]:
 
 
 def _source(name: str) -> tuple[str, dict[str, Any]]:
-    """What to give from_pretrained: a name or folder, and the file inside it for a .gguf."""
+    """Arguments of from_pretrained: a name or folder, and the file inside it for a .gguf."""
     if name == "offline":
         from cratescope.lm.offline import smollm2_folder
 

@@ -1,7 +1,7 @@
 """A bfloat16 model that rounds only what it multiplies: residual stream, norms and logits stay float32.
 
-A bfloat16 residual stream is rounded twice a layer, and a logit of 20 to the nearest eighth. Both are cheap to avoid:
-nearly all of the time goes into the matrix products inside the layers, and those keep their bfloat16 weights.
+A bfloat16 residual stream is rounded twice per layer, and a logit of 20 to the nearest eighth. Both are cheap to avoid:
+nearly all of the time is spent in the matrix products inside the layers, which keep their bfloat16 weights.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ PRODUCTS = (nn.Linear, Conv1D)
 
 
 def widen(model: Any) -> Callable[[], None]:
-    """Keep float32 between the matrix products of a model in a narrow format, and return what puts it back.
+    """Keep float32 between the matrix products of a model in a narrow format; return a function that undoes it.
 
     Embeddings, norms and the head become float32; what goes into any other product is rounded to the format of its
     weight. Attention has to round queries and keys itself (`prefix.attend` does). A model that multiplies without

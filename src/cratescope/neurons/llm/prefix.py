@@ -1,8 +1,8 @@
-"""One prefix's keys and values for a whole batch: a cache that does not copy them, and the attention that reads it.
+"""A cache that holds one prefix's keys and values for a whole batch without copies, and attention that reads it.
 
-A prompt's tokens attend to the prefix and to their own prompt. The two parts are computed apart and joined by their
+A prompt's tokens attend to the prefix and to their own prompt. Both parts are computed separately and joined by their
 normalisers. For the prefix, the queries of all prompts, and of all heads that share keys, are rows of one matrix:
-nothing is masked there, and nothing repeated.
+nothing is masked there, and nothing is repeated.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ QUERIES = 1024
 
 
 class _Layer(DynamicLayer):
-    """Keys and values as attention multiplies them: rotating the keys may have made them wider (precision.py)."""
+    """Keys and values in the format that attention multiplies; rotating keys may have widened them (precision.py)."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *rest: Any, **more: Any) -> tuple[Tensor, Tensor]:
         return super().update(key_states.to(value_states.dtype), value_states, *rest, **more)
 
 
 class _Behind(_Layer):
-    """Keys and values of the batch's own tokens, behind those of the prefix (one row, shared)."""
+    """Keys and values of the batch's own tokens, after those of the prefix (one row, shared)."""
 
     def __init__(self, prefix: DynamicLayer) -> None:
         super().__init__()
@@ -58,12 +58,12 @@ class _Behind(_Layer):
 
 
 def empty_prefix(model: Any) -> Cache:
-    """What the prefix of a model that was adopted is run into."""
+    """An empty cache for the shared prefix."""
     return Cache(layers=[_Layer() for _ in DynamicCache(config=model.config).layers])
 
 
 class SharedPrefix(Cache):
-    """A cache for any number of prompts behind one prefix. Only inside `read` does a model see the prefix in it."""
+    """A cache for any number of prompts after one prefix. A model sees the prefix in it only inside `read`."""
 
     def __init__(self, prefix: Cache) -> None:
         super().__init__(layers=[_Behind(layer) for layer in prefix.layers if isinstance(layer, DynamicLayer)])
@@ -81,7 +81,7 @@ _CACHE: ContextVar[SharedPrefix | None] = ContextVar("cache", default=None)
 
 
 def adopt(model: Any) -> bool:
-    """Give `model` the attention that reads a SharedPrefix; False when it has an attention of its own.
+    """Give `model` the attention that reads a SharedPrefix; False if its own attention cannot be replaced.
 
     That is one not written against transformers' attention interface, or with sliding windows or recurrent states. The
     rest (biases, sinks, caps) is found by trying a few tokens both ways. A model in a narrow format is also widened,
@@ -114,7 +114,7 @@ def adopt(model: Any) -> bool:
 
 
 def trial_prefix(model: Any) -> int:
-    """Tokens of a trial's prefix; what a model does behind the end of its windows is tried too."""
+    """Length of a trial's prefix, long enough to exceed common attention windows."""
     stated = model.config.get_text_config().to_dict().items()
     sizes = [size for name, size in stated if any(word in name for word in WINDOWS) and isinstance(size, int)]
     longest = longest_context(model.config) or WINDOW
@@ -123,7 +123,7 @@ def trial_prefix(model: Any) -> int:
 
 
 def trial_tokens(model: Any) -> Int[Tensor, "2 t"]:
-    """A few tokens from all over the vocabulary: its first ones may be control signs that no model has learnt.
+    """A few tokens from all over the vocabulary, since its first ones may be control tokens that no model has learnt.
 
     Both rows have the same prefix.
     """
@@ -140,7 +140,7 @@ def in_one_pass(model: Any) -> Float[Tensor, "2 t vocab"]:
 
 @torch.inference_mode()
 def _difference(model: Any, own: Float[Tensor, "t vocab"]) -> float:
-    """How far logits of a prefix and what is behind it, run apart, are from `own`: RMS, in standard deviations."""
+    """RMS distance from `own` of the logits of a prefix and its continuation run separately, in standard deviations."""
     begin, known = trial_prefix(model), empty_prefix(model)
     prefix, rest = trial_tokens(model)[:1].tensor_split([begin], 1)
     try:
@@ -156,14 +156,14 @@ def _difference(model: Any, own: Float[Tensor, "t vocab"]) -> float:
 
 
 def apart(found: Float[Tensor, "n vocab"], own: Float[Tensor, "n vocab"]) -> Float[Tensor, " n"]:
-    """How far logits are from `own`: the RMS of every row, in standard deviations of all."""
+    """RMS distance of logits from `own` in every row, in standard deviations of all."""
     # A model may bar entries of its vocabulary: both are -inf there.
     difference = torch.where(found == own, 0, found - own)
     return difference.square().mean(-1).sqrt() / own[own.isfinite()].std()
 
 
 def causal_mask(width: int, model: Any) -> Float[Tensor, "1 1 w w"]:
-    """What the tokens of a prompt may not see of each other: -inf; the prefix has no columns."""
+    """Causal mask within a prompt, with -inf for later tokens; the prefix has no columns."""
     return torch.full((1, 1, width, width), float("-inf"), dtype=model.dtype, device=model.device).triu_(1)
 
 
@@ -206,7 +206,7 @@ def _attention(
     scale: float,
     mask: Float[Tensor, "_ 1 t s"] | None = None,
 ) -> tuple[Float[Tensor, "n heads t p"], Float[Tensor, "n heads t"]]:
-    """Attention, and the logarithm of what its weights were divided by (float32)."""
+    """Attention, and the logarithm of its normaliser (float32)."""
     if query.device.type == "cpu" and key.shape[-1] == value.shape[-1]:
         fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         return fused(query, key, value, attn_mask=mask, scale=scale)

@@ -1,4 +1,4 @@
-"""What a model says, less its reasoning and the marks around it."""
+"""A model's answer without its reasoning and the markup around it."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ _WRAPPED = re.compile(
     r"\s*(?:<\|(?:START_RESPONSE|begin_of_solution)\|>|<(answer|final[_-]?answer|response|output|solution)>)",
     re.IGNORECASE,
 )
-# The end of a turn stands right behind the text; behind a space or a quote it is spoken of.
+# The end of a turn directly follows the text; after a space or a quote it is only mentioned.
 _END = re.compile(
     r"(?<![\s\"'`“‘«(])(?:<\|(?:end|return|call|im_end|eot_id|eom_id|endoftext|end_of_text|end_of_solution|"
     r"END_RESPONSE|END_OF_TURN_TOKEN)\|>"
@@ -61,9 +61,9 @@ _LABELLED = re.compile(
 
 
 def without_reasoning(text: str) -> str:
-    """What a model says after, or before, its reasoning; empty where it never came to an end of that.
+    """The answer after, or before, the reasoning; empty if the reasoning never ends.
 
-    The end may lack its beginning, which some chat templates put into the prompt.
+    An end mark may lack its start, which some chat templates put into the prompt.
     """
     text = _LABELLED.sub("", text, 1)
     opened = [found for found in _OPENING.finditer(text) if _is_mark(found, text)]
@@ -85,12 +85,12 @@ def without_reasoning(text: str) -> str:
 
 
 def _is_mark(found: re.Match[str], text: str) -> bool:
-    """Does it begin a line? In the midst of one it is spoken of."""
+    """Whether the mark begins a line; in the middle of a line it is only mentioned."""
     return not text[: found.start()].rpartition("\n")[2].strip()
 
 
 def _unwrapped(text: str) -> str:
-    """The answer inside of marks around it, without those of the end of a turn."""
+    """The answer without enclosing marks and end-of-turn marks."""
     wrapped = _WRAPPED.match(text)
     if wrapped:
         text = text[wrapped.end() :]

@@ -1,4 +1,4 @@
-"""A language model that does what a script says, for tests and for trying the stages without weights."""
+"""A scripted language model, for tests and for trying the stages without weights."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _indifferent(_prompt: str, _token: str) -> float:
 
 
 class ScriptedLLM:
-    """Answers by two functions of the prompt's text (without the shared prefix) and remembers what it was asked.
+    """Model that answers by two functions of the prompt's text (without the shared prefix) and records its prompts.
 
     answer: the text written after a prompt. logit: of a token's text after a prompt; log-probabilities are its
     log-softmax over the vocabulary. Tokens are words (with the space before them) and single other characters, so "10"

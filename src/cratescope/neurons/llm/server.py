@@ -1,4 +1,4 @@
-"""A language model behind an OpenAI-compatible server: vLLM, llama.cpp, `transformers serve`, or a hosted one."""
+"""A language model on an OpenAI-compatible server: vLLM, llama.cpp, `transformers serve`, or a hosted one."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ STDERR = Console(stderr=True)
 
 
 class _StoppedError(Exception):
-    """Another request has failed, and its reason is the one to tell."""
+    """Raised after another request has failed; that request's reason is the one to report."""
 
 
 class _Reply(NamedTuple):
@@ -78,7 +78,7 @@ class _Reply(NamedTuple):
 
 
 class ServerLLM:
-    """Asks a server, several requests at once; every answer is kept on disk and never asked for again.
+    """Client of a server with concurrent requests; every answer is cached on disk and never requested again.
 
     Without a tokenizer an "id" is a character, which is all that explanations need. With the model's own (given by
     name) ids are the model's, and log-probabilities at places of a prompt can be asked for.
@@ -92,16 +92,16 @@ class ServerLLM:
         self._url = config.llm.rstrip("/")
         self._key = os.environ.get(config.llm_key_env, "").strip()
         if not (self._key.isascii() and self._key.isprintable()):
-            raise UserError(f"${config.llm_key_env}: not a key (it holds characters that no header can); set it anew")
+            raise UserError(f"${config.llm_key_env}: not a key (it holds characters that no header can); set it again")
         headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
         self._client = httpx2.Client(headers=headers, timeout=config.llm_timeout)
         self._turn, self._next, self._stop = threading.Lock(), 0.0, threading.Event()
         self._refused: set[str] = set()  # options that this server has refused
-        self._logprobs = 0  # which of LOGPROBS it is asked with
+        self._logprobs = 0  # index into LOGPROBS of the value to send
 
     @classmethod
     def open(cls, config: LLMConfig) -> ServerLLM:
-        """Nothing is asked yet.
+        """Prepare the client, without a request.
 
         Raises:
             UserError: no model named, a key in the address, or a tokenizer that cannot be loaded.
@@ -128,7 +128,7 @@ class ServerLLM:
                     f"--llm-tokenizer {config.llm_tokenizer}: cannot load it ({first_line(error)}); "
                     "give the hub name or folder of the served model"
                 ) from error
-        logging.getLogger("httpx2").setLevel(logging.WARNING)  # it would tell of every request
+        logging.getLogger("httpx2").setLevel(logging.WARNING)  # it would log every request
         return cls(config, AnswerCache(cache() / "answers.sqlite3"), tokenizer)
 
     def encode(self, text: str) -> list[int]:
@@ -176,7 +176,7 @@ class ServerLLM:
         asked: list[tuple[list[int], list[int]]] = []
         for prompt, row in zip(prompts, slots, strict=True):
             asked.append(([*prefix, *prompt[: max(row)]], [len(prefix) + slot for slot in row]))
-            # What may follow the first token of a choice is another prompt, one a slot.
+            # Each continuation of a choice's first token is another prompt, one per slot.
             for head in begun[1:]:
                 ids = [[*prefix, *prompt[:slot], *head] for slot in row]
                 asked += [(one, [len(one)]) for one in ids]
@@ -192,7 +192,7 @@ class ServerLLM:
         return found
 
     def _logprob(self, tops: dict[tuple[int, ...], list[dict[str, float]]], place: int, ids: tuple[int, ...]) -> float:
-        """log P of a sequence; -inf where a token of it is not among the likeliest."""
+        """log P of a sequence; -inf if any of its tokens is not among the likeliest."""
         total = 0.0
         for step, token in enumerate(ids):
             top = tops[ids[:step]][place]
@@ -211,7 +211,7 @@ class ServerLLM:
         return [f"token_id:{token}", *text, *tokenizer.convert_ids_to_tokens([token])]
 
     def _likeliest(self, asked: Sequence[tuple[list[int], list[int]]]) -> list[list[dict[str, float]]]:
-        """The likeliest tokens and their log-probabilities at places of prompts, up to the place behind the end."""
+        """The likeliest tokens and their log-probabilities at places of prompts, up to the place after the end."""
         bodies, reads = [], []
         for ids, places in asked:
             prompt = self._prompt(ids)
@@ -231,7 +231,7 @@ class ServerLLM:
     def _ask(
         self, path: str, bodies: Sequence[dict[str, Any]], reads: Sequence[Read], all_needed: bool = False
     ) -> list[Any]:
-        """What `reads` find in the answers: those on disk, and the rest from the server, each stored at once.
+        """Apply `reads` to the answers, from disk where cached and else from the server, each stored immediately.
 
         Raises:
             RefusedError: all prompts are refused; or one of them is, where all are needed.
@@ -254,7 +254,7 @@ class ServerLLM:
                 try:
                     known[jobs[job]] = job.result()
                 except _StoppedError:
-                    continue  # the job that stopped it says why
+                    continue  # the request that stopped it reports why
                 except RefusedError as error:
                     if all_needed:
                         raise
@@ -272,14 +272,14 @@ class ServerLLM:
             answer = self._post(f"{self._url}/{request['path']}", request["body"], read)
         except UserError as error:
             if all_needed or not isinstance(error, RefusedError):
-                self._stop.set()  # the others are not worth trying
+                self._stop.set()  # the others would be wasted
             raise
-        if not isinstance(answer, NoAnswer):  # another time there may be one
+        if not isinstance(answer, NoAnswer):  # a later attempt may have one
             self._answers.store(request, answer)
         return answer
 
     def _post(self, url: str, body: dict[str, Any], read: Read) -> Any:
-        """What `read` finds in the server's answer; failures that may pass are tried again, later and later."""
+        """Apply `read` to the server's answer; temporary failures are retried with exponential backoff."""
         problem, attempt = "", 0
         while attempt < TRIES:
             self._wait_for_turn()
@@ -312,12 +312,12 @@ class ServerLLM:
                 self._stop.wait(min(wait, LONGEST_WAIT))
         raise UserError(
             self._redacted(
-                f"{url}: {problem}, {TRIES} times; what was answered is kept, so mend it and run the same command again"
+                f"{url}: {problem}, {TRIES} times; answers so far are cached, so fix it and rerun the same command"
             )
         )
 
     def _reply(self, url: str, sent: dict[str, Any]) -> _Reply:
-        """The whole answer, within --llm-timeout, also where a server sends blanks meanwhile to keep the line."""
+        """The whole answer within --llm-timeout, even if the server sends blanks to keep the connection alive."""
         end = time.monotonic() + self._config.llm_timeout
         content = bytearray()
         with self._client.stream("POST", url, json=sent) as response:
@@ -339,7 +339,7 @@ class ServerLLM:
         return told.replace("no answer", "no answer" + late) if isinstance(error, httpx2.TimeoutException) else told
 
     def _sent(self, body: dict[str, Any]) -> dict[str, Any]:
-        """A request as this server takes it."""
+        """Adapt a request to the options that this server accepts."""
         sent = {name: value for name, value in body.items() if name != "places" and name not in self._refused}
         if "max_tokens" in body and "max_tokens" in self._refused and "max_completion_tokens" not in self._refused:
             sent["max_completion_tokens"] = body["max_tokens"]
@@ -351,7 +351,7 @@ class ServerLLM:
         return sent
 
     def _does_without(self, url: str, status: int, text: str, sent: dict[str, Any]) -> bool:
-        """Is there an option in `sent` that the server refuses and that will not be sent again?"""
+        """Whether the server refuses an option in `sent`, which is then never sent again."""
         name = refused_option(text, sent) if status >= 400 and status not in (401, 402, 403, 404, 408, 429) else None
         if name is None:
             return False
@@ -375,7 +375,7 @@ class ServerLLM:
         return True
 
     def _check_refusal(self, url: str, status: int, text: str, problem: str, retry_after: float | None) -> None:
-        """Raises UserError for what would be refused again; RefusedError where that is due to the prompt."""
+        """Raise UserError for a permanent refusal, RefusedError if the prompt is the cause."""
         said = words(text)
         fix = "change the options of the request, or use another server"
         spent = QUOTA.search(said) and (retry_after is None or "insufficient" in said)
@@ -387,7 +387,7 @@ class ServerLLM:
             raise UserError(f"{url}: {problem}; {self._fix(status) or fix}")
 
     def _wait_for_turn(self) -> None:
-        """Keep to so many requests a minute."""
+        """Wait as long as the limit of requests per minute requires."""
         if self._config.llm_per_minute:
             with self._turn:
                 at = max(self._next, time.monotonic())
@@ -400,7 +400,7 @@ class ServerLLM:
         )
 
     def _words(self, text: str) -> str:
-        """What a server says, without the key it may repeat."""
+        """A server's message, with the key removed in case it repeats it."""
         return words(self._redacted(text))
 
     def _redacted(self, text: str) -> str:
