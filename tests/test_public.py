@@ -15,7 +15,8 @@ from rich.console import Console
 
 import cratescope as cs
 from cratescope.config import ShowConfig
-from cratescope.neurons.records import Explanation, Judgement, read_scores, write_explanation, write_judgements
+from cratescope.neurons import kept
+from cratescope.neurons.records import Explanation, Judgement
 from cratescope.report.card import neuron_card
 from fake_run import Fake, fake_run, fake_tokenizer
 from test_explain import make_run
@@ -77,7 +78,7 @@ def test_a_neuron_is_the_same_alone_and_among_its_layer(run: cs.Run) -> None:
 
 def test_a_neuron_knows_what_the_files_say(run: cs.Run) -> None:
     neuron, dead = run.neuron(0, 1), run.neuron(0, 5)
-    rows = [row for row in read_scores(run.scores("codes", "offline", "list-pmi") / "scores.jsonl")]
+    rows = kept.read_scores(run.scores("codes", "offline", "list-pmi"))
     rows = [row for row in rows if (row.neuron.layer, row.neuron.index) == (0, 1)]
     assert {row.control for row in rows} == {"none", "shuffled", "empty", "unigram"}
     for row in rows:
@@ -91,10 +92,9 @@ def test_a_neuron_knows_what_was_judged_and_said_from_each_set(run: cs.Run, tmp_
     copy = cs.Run(shutil.copytree(run.root, tmp_path / "copy"))
     neuron = copy.neuron(0, 1).id
     judged = [Judgement(neuron, "detection", "none", "months and dates", (0.9, 0.2), (True, False))]
-    write_judgements(copy.judgements("codes", "offline", "detection", "top"), judged)
-    write_explanation(
-        copy.explanations("codes", "offline", "anthropic"), Explanation(neuron, "the sea", "offline", "words")
-    )
+    kept.judgements(copy.judgements("codes", "offline", "detection", "top")).write([judged])
+    said = Explanation(neuron, "the sea", "offline", "words")
+    kept.explanations(copy.explanations("codes", "offline", "anthropic")).write([said])
     found = copy.neuron(0, 1)
     assert found.said["top"].judgements == {"detection": judged} and found.said["anthropic"].judgements == {}
     assert found.said["anthropic"].text == "the sea" and found.said["anthropic"].scores.protocols == []
