@@ -221,7 +221,9 @@ def read_text(path: Path) -> Iterator[str]:
     """A text file is one document, a long one several: it is cut at blank lines (`offline.cut`)."""
     with _opened(path, newline="") as file:
         # readline with a limit: a file without line ends must not be read into memory whole.
-        yield from _without_nuls(path, offline.cut(iter(lambda: file.readline(offline.PIECE), "")))
+        lines = iter(lambda: file.readline(offline.PIECE), "")
+        # Files that were put together have byte-order marks in their midst.
+        yield from _without_nuls(path, offline.cut(line.removeprefix("\ufeff") for line in lines))
 
 
 def _without_nuls(path: Path, texts: Iterable[str]) -> Iterator[str]:
