@@ -139,16 +139,24 @@ def check_llm(folder, model):
 def try_model(kind, data, folder):
     """Collect, evaluate and read one `model_type`; the folder is removed afterwards."""
     tried, run = Tried(), Run(folder / "run")
-    excerpts = torch.from_numpy(data.split("heldout").spaced(COLLECTED["excerpts"], CONTEXT).astype(np.int64))
     data.tokenizer.save_pretrained(folder / "model")
     settings = {"model": str(folder / "model"), "data": data.path, "device": "cpu", **COLLECTED}
     if kind in NOT_MADE:
         write_json(folder / "model" / "config.json", {"model_type": kind})
         with tried.part("collect"):
             tried.works["collect"] = str(collect(CollectConfig(run.root, **settings)))
-        return tried
-    model = tiny_model(kind)
+    else:
+        try_parts(tried, kind, data, folder, settings)
+    shutil.rmtree(folder)
+    for said in (tried.refused, tried.failed):
+        said.update({name: text.replace(str(folder), "FOLDER") for name, text in said.items()})
+    return tried
+
+
+def try_parts(tried, kind, data, folder, settings):
+    model, run = tiny_model(kind), Run(folder / "run")
     model.save_pretrained(folder / "model")
+    excerpts = torch.from_numpy(data.split("heldout").spaced(COLLECTED["excerpts"], CONTEXT).astype(np.int64))
     known = BUILT_IN.get(model.config.model_type) or sites_of(model)
     for site in (*SITES, *(name for name in MORE if name in known)):
         with tried.part(site):
@@ -161,10 +169,6 @@ def try_model(kind, data, folder):
     with tried.part("llm"):
         check_llm(folder / "model", model)
         tried.works["llm"] = "yes"
-    shutil.rmtree(folder)
-    for said in (tried.refused, tried.failed):
-        said.update({name: text.replace(str(folder), "FOLDER") for name, text in said.items()})
-    return tried
 
 
 @pytest.mark.parametrize("kind", QUICK)

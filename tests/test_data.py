@@ -661,3 +661,9 @@ def test_what_zstd_packs_with_a_long_window_is_read(tmp_path):
     text = "\n\n".join(documents(40))
     (tmp_path / "a.txt.zst").write_bytes(packer.compress(text.encode()) + packer.flush())
     assert "".join(read_text(tmp_path / "a.txt.zst")).split() == text.split()
+
+
+def test_too_small_a_part_of_a_text_is_refused_by_the_option(tmp_path):
+    source = write_jsonl(tmp_path / "a.jsonl", documents(40))
+    with pytest.raises(UserError, match="--max-megabytes 1e-09: takes none of 40"):
+        prepare(config(source, tmp_path / "data", max_megabytes=1e-9))

@@ -384,3 +384,8 @@ def test_a_refused_import_leaves_nothing(tmp_path: Path) -> None:
         with pytest.raises(UserError, match="neuron_id"):
             import_records(ImportConfig(tmp_path / "in", out))
     assert not any((tmp_path / "out").iterdir()) and not (tmp_path / "new").exists()
+
+
+def test_records_are_not_exported_into_a_run(odd_run: Run) -> None:
+    with pytest.raises(UserError, match="is a run directory"):
+        export(ExportConfig(odd_run.root, odd_run.root))

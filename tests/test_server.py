@@ -837,3 +837,10 @@ def test_log_probabilities_are_asked_for_in_the_way_a_server_takes(
     else:
         with pytest.raises(UserError, match="gives no log-probabilities"):
             llm.slot_logprobs([5], [[6, 7, 8]], [[1, 3]], [1, 2])
+
+
+@pytest.mark.parametrize("address", ["http://[::1", "http://127.0.0.1:99999/v1", "https://", "http://:80/v1"])
+def test_an_address_that_is_none_is_refused_in_one_line(address: str) -> None:
+    with pytest.raises(UserError, match=r"http://HOST:PORT/v1"):
+        server.ServerLLM.open(LLMConfig(llm=address, llm_model="m"))
+    assert LLMConfig(llm="HTTP://localhost/v1").served

@@ -354,7 +354,7 @@ class LLMConfig(_Checked):
     @property
     def served(self) -> bool:
         """Is it a server's?"""
-        return self.llm.startswith(("http://", "https://"))
+        return self.llm.lower().startswith(("http://", "https://"))
 
     @property
     def llm_name(self) -> str:

@@ -461,7 +461,11 @@ def _add(block: Block, past: Past, source: int, document: Document | str) -> Non
 def _check_splits(config: PrepareConfig, tally: Counter[str]) -> None:
     documents = sum(tally[f"{name} documents"] for name in SPLITS)
     if not documents:
-        empty = sum(count for name, count in tally.items() if name.endswith(" empty"))
+        empty, left = (
+            sum(count for name, count in tally.items() if name.endswith(kind)) for kind in (" empty", " not_taken")
+        )
+        if left:
+            raise UserError(f"--max-megabytes {config.max_megabytes}: takes none of {left} documents; give more")
         raise UserError(f"{config.source}: has no text ({empty} empty documents); give a source with documents")
     for name in SPLITS:
         if not tally[f"{name} documents"]:

@@ -151,9 +151,11 @@ def evaluate_split(
     A document's tokens in several crops count as one document's, and its <eos>, which has no bytes, is its last one.
     """
     if crops * context > split.n_tokens:
+        longest = split.n_tokens // crops
+        shorter = f"a --context of at most {longest}, " if longest > 1 else ""
         raise UserError(
             f"split {split.name}: its {split.n_tokens:,} tokens have no room for {crops:,} crops of {context}; give "
-            f"fewer --crops, a --context of at most {split.n_tokens // crops}, or prepare more text"
+            f"fewer --crops, {shorter}or prepare more text"
         )
     tokens = split.spaced(crops, context)
     starts = np.arange(crops) * split.n_tokens // crops  # where `spaced` takes them

@@ -78,6 +78,8 @@ def export(config: ExportConfig) -> Path:
         UserError: no such records, `config.out` holds something else, or (delphi) there is no dump or other data.
     """
     run = Run(config.run)
+    if any((config.out / name).exists() for name in ("run.json", "records")):
+        raise UserError(f"--out {config.out}: is a run directory; give a folder of its own")
     site = find_site(run, config.site)
     files = record_files(run.records(site), config.layers)
     identity = {"format": config.format} | records_identity(run, site)

@@ -147,8 +147,9 @@ class LocalLLM:
             options |= {"trust_remote_code": False, "output_loading_info": True}
             loaded: Any = AutoModelForCausalLM.from_pretrained(source, **options, **placed)
         except Exception as error:  # what the library raises on damaged files depends on their bytes
-            fix = "give `offline`, a hub name, a model folder or a .gguf file"
-            raise UserError(f"--llm {config.llm}: cannot load it ({first_line(error)}); {fix}") from error
+            fix = "give `offline`, a hub name, a model folder, a .gguf file, or a server's address with its http://"
+            cause = error.__cause__ if isinstance(error, UserError) and error.__cause__ else error
+            raise UserError(f"--llm {config.llm}: cannot load it ({first_line(cause)}); {fix}") from error
         model, info = loaded
         if info["missing_keys"]:  # the library gives such weights random values
             missing = sorted(info["missing_keys"])[0]

@@ -106,7 +106,15 @@ class ServerLLM:
         Raises:
             UserError: no model named, a key in the address, or a tokenizer that cannot be loaded.
         """
-        address = urlsplit(config.llm)
+        try:
+            address = urlsplit(config.llm)
+            named = address.hostname and address.port != 0  # reading the port checks it
+        except ValueError as error:
+            raise UserError(
+                f"--llm {config.llm}: not an address ({error}); write it like http://HOST:PORT/v1"
+            ) from error
+        if not named:
+            raise UserError(f"--llm {config.llm}: names no host and port; write it like http://HOST:PORT/v1")
         if address.username or address.password or address.query:
             raise UserError(f"--llm: a key does not belong in an address; put it into ${config.llm_key_env}")
         if not config.llm_model:
