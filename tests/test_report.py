@@ -204,7 +204,7 @@ def test_a_missing_number_is_a_dash_with_its_count_and_never_nan(tmp_path: Path)
             part["model"], part["controls"] = dict.fromkeys(part["model"]), {}
     write_json(path.with_name("summary.json"), summary)
     text = run.evaluation.read_text()
-    run.evaluation.write_text(text.replace('"bits_per_byte": 1.72', '"bits_per_byte": NaN'))
+    run.evaluation.write_text(text.replace('"bits_per_byte": 1.72', '"bits_per_byte": null'))
     page = report(ReportConfig(runs=(run.root,), out=tmp_path / "out"), tokenizer=fake_tokenizer()).read_text()
     body = page.partition("<body>")[2].partition("<script>")[0]
     assert not re.search(r"\bnan\b", body, re.I) and ">None<" not in body

@@ -163,7 +163,8 @@ def make_folder(folder: Path) -> None:
 @contextlib.contextmanager
 def _folder_there(folder: Path) -> Iterator[None]:
     """Make a folder and those above it; of these the new ones go again where nothing was put into them."""
-    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    # os.path: a name that is too long, or no path at all, is not there, and making it says why.
+    new = [path for path in (folder, *folder.parents) if not os.path.exists(path)]
     make_folder(folder)
     try:
         yield
