@@ -33,6 +33,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -399,7 +400,7 @@ def alone(here: Path, limit: float, work: Callable[[], Any]) -> dict[str, Any]:
     """Run one process and wait for it."""
     child = Child.start(here, limit, work)
     while (found := child.result()) is None:
-        time.sleep(0.02)
+        wait([child.process.sentinel], timeout=0.5)
     return found
 
 
@@ -436,6 +437,7 @@ def fuzz(options: Options, inputs: list[Input], folder: Path) -> list[dict[str, 
                 running[Child.start(here, options.limit, work)] = one
             if not running:
                 return rows
+            wait([child.process.sentinel for child in running], timeout=0.5)
             for child, one in [*running.items()]:
                 if (result := child.result()) is not None:
                     row = {"target": one.target, "input": one.path, "stage": one.stage}
@@ -447,7 +449,6 @@ def fuzz(options: Options, inputs: list[Input], folder: Path) -> list[dict[str, 
                     del running[child]
                     faults = sum(row["kind"] in FAULTS for row in rows)
                     progress.update(task, advance=1, description=f"fuzz, {faults} faults")
-            time.sleep(0.005)
 
 
 def tell(options: Options, rows: list[dict[str, Any]], planned: int, seconds: float) -> None:

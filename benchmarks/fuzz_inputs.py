@@ -449,7 +449,7 @@ PLACES: dict[str, Callable[[], Any]] = {
     "folder-named-as-file": lambda: Path("text/a.txt").mkdir() or True,
     "name-not-utf-8": lambda: Path("text/000.txt").rename(os.fsdecode(b"text/\xff.txt")),
     "long-name": lambda: Path("text/000.txt").rename("text/" + "a" * 250 + ".txt"),
-    "name-with-brackets": lambda: Path("text/000.txt").rename("text/[b][/i].txt"),
+    "name-with-brackets": lambda: Path("text/000.txt").rename("text/[b][i].txt"),
     "name-with-a-line-break": lambda: Path("text/000.txt").rename("text/a\nb.txt"),
     "no-files": lambda: (shutil.rmtree("text"), Path("text").mkdir(), None)[-1],
     "a-file": lambda: (shutil.rmtree("text"), Path("text").write_text("x"), None)[-1],

@@ -260,14 +260,14 @@ def test_a_process_that_adopts_the_same_model_meanwhile_is_waited_for(data_folde
     other = subprocess.Popen([sys.executable, "-c", holder, run.root], stdout=subprocess.PIPE, text=True)
     assert other.stdout.readline() == "ready\n"
     with ThreadPoolExecutor(1) as pool:
-        waiting = pool.submit(adopt, run, source, data, load_folder)
+        waiting = pool.submit(adopt, run, source, data, "mlp", load_folder)
         time.sleep(0.3)
         assert not waiting.done() and not run.model.exists()
         other.kill()
         other.communicate()
         waiting.result()
     written = run.manifest.stat().st_mtime_ns
-    adopt(run, source, data, load_folder)  # of two the second finds it done
+    adopt(run, source, data, "mlp", load_folder)  # of two the second finds it done
     assert run.manifest.stat().st_mtime_ns == written
     with pytest.raises(UserError, match="is the run of another model"):
-        adopt(run, "another", data, load_folder)
+        adopt(run, "another", data, "mlp", load_folder)

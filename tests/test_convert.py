@@ -129,7 +129,7 @@ def test_a_checkpoint_with_a_changed_byte_is_refused(tmp_path):
     data[len(data) // 2] ^= 1
     (tmp_path / "changed.pt").write_bytes(data)
     with pytest.raises(UserError, match=r"changed.pt: damaged \(the CRC-32 of .*; copy it again"):
-        convert(tmp_path / "changed.pt", tmp_path / "out")
+        convert(ConvertConfig(tmp_path / "changed.pt", tmp_path / "out"))
 
 
 def test_a_checkpoint_of_the_old_format_is_read(tmp_path):

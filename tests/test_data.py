@@ -318,6 +318,12 @@ def test_a_byte_order_mark_names_the_encoding_of_plain_and_packed_files(encoding
     assert sum(row["invalid_utf8"] for row in data.manifest["sources"]) == 0
 
 
+def test_byte_order_marks_of_files_put_together_are_no_text(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"\xef\xbb\xbf\xef\xbb\xbfone\n\xef\xbb\xbftwo \xef\xbb\xbfthree")
+    assert list(read_text(path)) == ["one\ntwo \ufeffthree"]
+
+
 def test_half_a_character_of_utf16_is_replaced_and_counted(tmp_path):
     source = tmp_path / "texts"
     write_jsonl(source / "good.jsonl", documents(40))

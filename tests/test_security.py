@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import cratescope
-from cratescope.config import EvaluateConfig
+from cratescope.config import ConvertConfig, EvaluateConfig
 from cratescope.lm.evaluate import evaluate
 from cratescope.lm.tokenizer import load_tokenizer
 from cratescope.models.convert import convert, load_checkpoint, load_folder
@@ -76,7 +76,7 @@ def stranger(tmp_path, monkeypatch):
 
 
 def test_a_strangers_folder_is_refused_in_one_line_and_none_of_its_code_runs(stranger, tmp_path):
-    for load in (load_folder, load_tokenizer, lambda folder: convert(folder, tmp_path / "a.pt")):
+    for load in (load_folder, load_tokenizer, lambda folder: convert(ConvertConfig(folder, tmp_path / "a.pt"))):
         with pytest.raises(UserError) as refused:
             load(stranger)
         assert str(stranger) in str(refused.value) and "\n" not in str(refused.value)

@@ -220,8 +220,10 @@ def as_document(value: Any) -> str | None:
 def read_text(path: Path) -> Iterator[str]:
     """Read a text file as one document; a long one is cut into several at blank lines (`offline.cut`)."""
     with _opened(path, newline="") as file:
-        # readline with a limit: a file without line ends must not be read into memory at once.
-        yield from _without_nuls(path, offline.cut(iter(lambda: file.readline(offline.PIECE), "")))
+        # readline with a limit: a file without line ends must not be read into memory whole.
+        lines = iter(lambda: file.readline(offline.PIECE), "")
+        # Files that were put together have byte-order marks in their midst.
+        yield from _without_nuls(path, offline.cut(line.removeprefix("\ufeff") for line in lines))
 
 
 def _without_nuls(path: Path, texts: Iterable[str]) -> Iterator[str]:
