@@ -395,7 +395,7 @@ def test_a_server_without_log_probabilities_of_the_prompt_is_told_apart(
             llm.slot_logprobs([5], [[6, 7, 8]], [[1, 3]], [1])
     wrong = {"top_logprobs": [{"a": float(n > 0)} for n in range(5)]}
     serving.script(*[{"json": {"choices": [{"text": "", "logprobs": wrong}]}}] * server.TRIES)
-    with pytest.raises(UserError, match="no log-probability"):
+    with pytest.raises(UserError, match="not a log-probability"):
         llm.slot_logprobs([5], [[6, 7, 8]], [[1, 3]], [1])
 
 

@@ -370,7 +370,6 @@ def test_a_model_name_that_is_no_folder_of_its_own_is_refused(tmp_path, name, me
         ("collect", "dump = 'yes'", "dump = 'yes'"),
         ("evaluate", "on = ['nosuch']", "--on nosuch: no such file"),
         ("collect", "model = 'x'", "model is given by the study itself"),
-        ("score", "simulator = 'all-at-once'", "simulator = 'all-at-once', and .simulate. has 'list-pmi'"),
         ("explain", "llm = ''", "--llm: is empty"),
         ("explain", "llm_batch = 'many'\nllm = 'x'", "llm_batch = 'many'"),
         ("explain", "protocols = ['uniform', 'nosuch']", "--protocols nosuch: not a protocol"),
