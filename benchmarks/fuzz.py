@@ -205,8 +205,9 @@ def content(path: Path) -> Any:
     if path.suffix in (".json", ".jsonl"):
         lines = path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()]
         return [steady(json.loads(line)) for line in lines]
-    if path.suffix == ".html":  # without the line that says with which versions it was made
-        return [line for line in path.read_text().splitlines() if " · torch " not in line and "python 3" not in line]
+    if path.suffix == ".html":  # without the lines that say with which versions and settings it was made
+        lines = path.read_text().splitlines()
+        return [line for line in lines if " · torch " not in line and "<br><code>site = " not in line]
     return path.read_bytes()
 
 

@@ -283,7 +283,9 @@ def kl(one: np.ndarray, other: np.ndarray) -> float:
 def test_bfloat16_rounds_only_what_is_multiplied(architecture: str, tokenizer: PreTrainedTokenizerFast) -> None:
     narrow = tiny(architecture, tokenizer, layers=16).bfloat16()
     exact = LocalLLM(copy.deepcopy(narrow).float(), tokenizer, "exact")
-    prefix, prompts = exact.encode(PREFIX), [exact.encode(text) for text in PROMPTS]
+    # Enough prompts that the mean divergence is not that of one close call.
+    texts = [" ".join(line.split()[:end]) for line in LINES[:2] for end in range(1, 7)]
+    prefix, prompts = exact.encode(PREFIX), [exact.encode(text) for text in texts]
     expected = exact.next_logprobs(prefix, prompts)
     with torch.inference_mode():
         logits = [narrow(input_ids=torch.tensor([prefix + prompt])).logits[0, -1].float() for prompt in prompts]
@@ -292,7 +294,7 @@ def test_bfloat16_rounds_only_what_is_multiplied(architecture: str, tokenizer: P
     assert (llm.dtype, llm.shares_prefix, llm.model.dtype) == ("bfloat16", True, torch.float32)
     assert {weight.dtype for name, weight in narrow.named_parameters() if ".mlp." in name} == {torch.bfloat16}
     found = llm.next_logprobs(prefix, prompts)
-    assert 0 < kl(expected, found) < kl(expected, rounded) / 1.2  # 1.4 to 5 by architecture and by the CPU's products
+    assert 0 < kl(expected, found) < kl(expected, rounded) / 1.5
     texts = llm.generate(prefix, prompts, 8, "<never>")
     assert texts == llm.generate(prefix, prompts[::-1], 8, "<never>")[::-1]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import signal
 import socket
@@ -146,6 +147,22 @@ def test_an_interrupt_from_the_keyboard_saves_the_step_too(alone, data_folder, t
     assert stop.value.code == 130
     assert signal.getsignal(signal.SIGINT) is before
     assert_same(train(config), alone)
+
+
+@pytest.mark.parametrize("kept", [0, 2])
+def test_a_log_that_ends_before_the_checkpoint_is_said(kept, data_folder, tmp_path, capsys):
+    short = {"log_every": 2, "save_every": 2, "steps": 4}
+    config = TrainConfig(tmp_path / "run", data_folder, **(LONG | short))
+    run = train(config)
+    run.manifest.unlink()
+    train(config)
+    assert "warning" not in capsys.readouterr().err, "a whole log"
+    run.manifest.unlink()
+    rows = [row for row in read_jsonl(run.metrics) if row["step"] <= kept]
+    run.metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train(config)
+    said = f"warning: {run.metrics} ends at step {rows[-1]['step'] if rows else 0} of 4: the losses between are lost"
+    assert said in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_damaged_checkpoint_costs_only_the_steps_since_the_one_before(alone, data_folder, tmp_path, capsys):

@@ -117,7 +117,7 @@ def _fit(
         args=arguments,
         train_dataset=_crops(config, data),
     )
-    last = _resume(run, milestone_steps(config)) if rank() == 0 else None
+    last = _resume(run, config) if rank() == 0 else None
     (last,) = broadcast_object_list([last])
     watch.last = last
     with watch.watching():
@@ -137,16 +137,19 @@ def _leave_group() -> None:
         torch.distributed.destroy_process_group()
 
 
-def _resume(run: Run, milestones: set[int]) -> Path | None:
+def _resume(run: Run, config: TrainConfig) -> Path | None:
     """Find the checkpoint to resume from, if any, and truncate the log to it."""
+    milestones, stderr = milestone_steps(config), Console(stderr=True)
     last = last_whole_checkpoint(run.checkpoints)
     step = step_of(last) if last else 0
     rows = [row for row in read_jsonl(run.metrics, METRICS, "`cratescope train`") if row["step"] <= step]
     write_text(run.metrics, "".join(json.dumps(row) + "\n" for row in rows))
     for missed in sorted(m for m in milestones if m <= step and not run.milestone(m).manifest.exists()):
-        Console(stderr=True).print(
-            f"milestone {missed} is not kept: training is at step {step} already", style="yellow"
-        )
+        stderr.print(f"milestone {missed} is not kept: training is at step {step} already", style="yellow")
+    logged = rows[-1]["step"] if rows else 0
+    if logged < step - step % config.log_every:
+        said = f"warning: {run.metrics} ends at step {logged} of {step}: the losses between are lost"
+        stderr.print(said, style="yellow", markup=False, highlight=False, soft_wrap=True)
     return last
 
 

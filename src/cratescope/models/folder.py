@@ -16,7 +16,7 @@ CONTEXT_NAMES = (
 )
 """Names under which configurations state the longest context."""
 MOST_LAYERS = 10_000
-
+"""Making more, as a damaged config.json may ask for, takes hours before the weights are looked at."""
 BEHIND_PADDING = {
     **dict.fromkeys(("roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl"), 1),
     **dict.fromkeys(("camembert", "data2vec-text", "xmod"), 1),
@@ -54,9 +54,7 @@ def model_config(source: str | Path) -> Any:
         raise UserError(
             f"model {source}: cannot be loaded ({first_line(error)}); give a folder or a hub name"
         ) from error
-    if (
-        isinstance(layers, int) and layers > MOST_LAYERS
-    ):  # making them would take hours before the weights are looked at
+    if isinstance(layers, int) and layers > MOST_LAYERS:
         raise UserError(
             f"model {source}: config.json says num_hidden_layers = {layers:,}; no model has as many, mend it"
         )
