@@ -180,7 +180,7 @@ def work(told: dict[str, Any]) -> None:
 
 
 def load(told: dict[str, Any]) -> Any:
-    from cratescope.models.convert import load_folder
+    from cratescope.models.folder import load_folder
     from cratescope.models.presets import build, preset_config
 
     if told["run"]:
@@ -222,8 +222,8 @@ def bare(told: dict[str, Any], model: Any, text: np.ndarray, folder: Path) -> in
 
 
 def ours(told: dict[str, Any], model: Any, text: np.ndarray, folder: Path) -> int:
-    from cratescope.config import CollectConfig
     from cratescope.neurons.collect import Pass
+    from cratescope.neurons.config import CollectConfig
     from cratescope.neurons.sites import site_named
 
     config = CollectConfig(folder, excerpts=len(text), top=told["top"], strata=told["way"] == "ours")

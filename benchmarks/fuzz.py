@@ -51,22 +51,24 @@ from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 from rich.table import Table
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
+import cratescope.exchange.records
+import cratescope.explain.judge
+import cratescope.llm.local
+import cratescope.llm.server
+
 # Imported once, so that the processes made for the inputs have it all.
 import cratescope.lm.evaluate
 import cratescope.lm.train
 import cratescope.neurons.collect
-import cratescope.neurons.exchange
-import cratescope.neurons.judge
-import cratescope.neurons.llm.local
-import cratescope.neurons.llm.server
-import cratescope.neurons.score
 import cratescope.report.card
 import cratescope.report.report
+import cratescope.score.score
 import cratescope.study  # noqa: F401
 from cratescope import cli
-from cratescope.config import ExplainConfig, LLMConfig
-from cratescope.neurons.explain import explain
-from cratescope.neurons.llm.scripted import ScriptedLLM
+from cratescope.explain.config import ExplainConfig
+from cratescope.explain.explain import explain
+from cratescope.llm.config import LLMConfig
+from cratescope.llm.scripted import ScriptedLLM
 
 MEMORY = 16 << 30
 """Address space of a process: a number that asks for more is a fault, and not the machine's end."""

@@ -29,8 +29,8 @@ import pyarrow.parquet as pq
 import torch
 import zstandard
 
-from cratescope.config import LLMConfig
-from cratescope.neurons.llm import server as client
+from cratescope.llm import server as client
+from cratescope.llm.config import LLMConfig
 from cratescope.stages import STAGES as SUBCOMMANDS
 
 Chance = random.Random

@@ -24,9 +24,9 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedTokenizerFast
 
-from cratescope.lm import offline
-from cratescope.lm.blocks import BATCH, Block, Encoder, block_path, open_workers, write_block
-from cratescope.lm.tokenizer import encode, load_tokenizer, train_bpe
+from cratescope.text import offline
+from cratescope.text.encoding import BATCH, Block, Encoder, block_path, open_workers, write_block
+from cratescope.text.tokenizer import encode, load_tokenizer, train_bpe
 
 Seconds = tuple[float, float]
 

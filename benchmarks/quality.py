@@ -28,30 +28,27 @@ import tyro
 from rich.console import Console
 from rich.progress import track
 
-from cratescope.config import CollectConfig, LLMConfig, SimulateConfig
-from cratescope.lm.data import TokenData
-from cratescope.lm.tokenizer import vocabulary_strings
-from cratescope.neurons.explain import Asking
-from cratescope.neurons.judge import Judge
-from cratescope.neurons.llm import LanguageModel, open_llm
-from cratescope.neurons.measures import judged
-from cratescope.neurons.measures import measure as measured
+from cratescope.explain.config import SimulateConfig
+from cratescope.explain.explain import Asking
+from cratescope.explain.explained import INTRUDER_GROUP, Explanation, Judgement
+from cratescope.explain.judge import Judge
+from cratescope.explain.prompts import EMPTY_EXPLANATION, GENERIC_EXPLANATIONS
+from cratescope.explain.protocols import PROTOCOLS
+from cratescope.explain.simulate import Simulator, make_simulator
+from cratescope.explain.wording import wording_named
+from cratescope.files import write_json, write_text
+from cratescope.llm.config import LLMConfig
+from cratescope.llm.interface import LanguageModel
+from cratescope.llm.open import open_llm
+from cratescope.neurons.config import CollectConfig
 from cratescope.neurons.merge import Totals, columns
-from cratescope.neurons.prompts import EMPTY_EXPLANATION, GENERIC_EXPLANATIONS, wording_named
-from cratescope.neurons.protocols import PROTOCOLS
-from cratescope.neurons.records import (
-    INTRUDER_GROUP,
-    Explanation,
-    Judgement,
-    NeuronRecord,
-    layer_file,
-    read_records,
-    write_table,
-)
-from cratescope.neurons.simulate import Simulator, make_simulator
+from cratescope.neurons.records import NeuronRecord, layer_file, read_records, write_table
 from cratescope.neurons.strata import Pilot
 from cratescope.neurons.streaming import LayerStatistics, Plan
-from cratescope.run import write_json, write_text
+from cratescope.score.measures import judged
+from cratescope.score.measures import measure as measured
+from cratescope.text.shards import TokenData
+from cratescope.text.tokenizer import vocabulary_strings
 
 CONTEXT = 256
 PROTOCOL = PROTOCOLS["top-and-random"]

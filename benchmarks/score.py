@@ -172,9 +172,9 @@ def work(told: dict[str, Any]) -> None:
     import torch
     from transformers.utils import logging
 
-    from cratescope.config import LLMConfig
     from cratescope.hardware import keep_freed_memory
-    from cratescope.neurons.llm.local import LocalLLM
+    from cratescope.llm.config import LLMConfig
+    from cratescope.llm.local import LocalLLM
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -223,7 +223,7 @@ def now() -> tuple[float, float]:
 
 def excerpts(told: dict[str, Any], llm: Any) -> tuple[list[int], list[Any], list[int]]:
     """Prefix, one prompt an excerpt of the text, and the ids of the digits."""
-    from cratescope.neurons.prompts import OwnWording
+    from cratescope.explain.wording import OwnWording
 
     wording, pieces = OwnWording(), re.findall(r" ?\w+|[^\w\s]", TEXT.read_text())
     prefix = wording.slots_prefix(llm)
@@ -238,7 +238,7 @@ def plain(told: dict[str, Any], llm: Any) -> dict[str, float]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from cratescope.lm.offline import smollm2_folder
+    from cratescope.text.offline import smollm2_folder
 
     prefix, prompts, digits = excerpts(told, llm)
     # `llm` has changed its model's attention and, in bfloat16, what it rounds.
@@ -276,8 +276,8 @@ def ours(told: dict[str, Any], llm: Any) -> dict[str, float]:
 
 def neurons(told: dict[str, Any], llm: Any) -> dict[str, float]:
     """Explanations of words drawn from the text, and the list-pmi values of each explanation."""
-    from cratescope.neurons.prompts import OwnWording, explain_prompt
-    from cratescope.neurons.simulate import ListPMI
+    from cratescope.explain.simulate import ListPMI
+    from cratescope.explain.wording import OwnWording, explain_prompt
 
     words = re.findall(r"\w+", TEXT.read_text())
     draw = np.random.default_rng(0)

@@ -190,7 +190,8 @@ def work(told: dict[str, Any]) -> None:
 
     from cratescope.hardware import keep_freed_memory, pick_device, pick_dtype
     from cratescope.lm.loss import fuse
-    from cratescope.models.presets import build, flops_per_token, preset_config
+    from cratescope.models.cost import flops_per_token
+    from cratescope.models.presets import build, preset_config
 
     torch.set_num_threads(told["threads"] or torch.get_num_threads())
     way, device = told["way"], pick_device(told["device"])
@@ -244,7 +245,7 @@ def plain_ista(model: Any) -> None:
 
 def write_text(path: Path) -> None:
     """Token ids of the standard library's sources."""
-    from cratescope.lm.tokenizer import load_tokenizer
+    from cratescope.text.tokenizer import load_tokenizer
 
     sources = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
     joined = "\n".join(file.read_text(encoding="utf-8", errors="replace") for file in sources[:60])

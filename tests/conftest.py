@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+from pathlib import Path
 
 import pytest
 
@@ -13,12 +14,22 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from jaxtyping import install_import_hook
 
-# Shapes in signatures are checked in tests only. It must come before the first import of what it checks.
-install_import_hook(["cratescope.lm", "cratescope.neurons"], "shapes.check")
+# Shapes in signatures are checked in tests only. It must come before the first import of what it checks. Configurations
+# are left out: tyro fills options with markers for what is missing, and transformers adds arguments of its own.
+SOURCE = Path(__file__).parent.parent / "src"
+install_import_hook(
+    [
+        ".".join(path.relative_to(SOURCE).with_suffix("").parts)
+        for path in SOURCE.rglob("*.py")
+        if path.name not in ("__init__.py", "config.py", "configuration_crate.py")
+    ],
+    "shapes.check",
+)
 
-from cratescope.config import PrepareConfig, TrainConfig
-from cratescope.lm.data import prepare
+from cratescope.lm.config import TrainConfig
 from cratescope.lm.train import train
+from cratescope.text.config import PrepareConfig
+from cratescope.text.prepare import prepare
 
 SUBJECTS = ("the cat", "a judge", "our baker", "the old river", "Paris", "a number like 42", "the court", "salt")
 VERBS = ("found", "sold", "quoted", "crossed", "forgot", "boiled", "measured", "returned")

@@ -13,26 +13,27 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from cratescope.arm import Arm
-from cratescope.neurons import kept
-from cratescope.neurons.protocols import PROTOCOLS as EVERY_PROTOCOL
-from cratescope.neurons.protocols import scoring_windows
-from cratescope.neurons.quality import write_quality
+from cratescope.explain import explained
+from cratescope.explain.explained import Explanation, Simulation
+from cratescope.explain.protocols import PROTOCOLS as EVERY_PROTOCOL
+from cratescope.explain.protocols import scoring_windows
+from cratescope.files import write_json, write_text
 from cratescope.neurons.records import (
     ActivationRecord,
-    Explanation,
     Histogram,
     Moments,
     NeuronId,
     NeuronRecord,
-    Simulation,
     Stratum,
     TokenMean,
     layer_file,
     write_records,
 )
-from cratescope.neurons.sanity import on_records
-from cratescope.neurons.score import score_neuron
-from cratescope.run import Run, claim, write_json, write_text
+from cratescope.run import Run, claim
+from cratescope.score import scores as scored
+from cratescope.score.quality import write_quality
+from cratescope.score.sanity import on_records
+from cratescope.score.score import score_neuron
 
 PROTOCOLS = {name: EVERY_PROTOCOL[name] for name in ("top-and-random", "random-only")}
 TOPICS = {
@@ -180,14 +181,14 @@ def _explain_and_score(
     run: Run, fake: Fake, layer: int, records: Sequence[NeuronRecord], random: np.random.Generator
 ) -> None:
     made = [_explained(fake, record, random) for record in records]
-    kept.explanations(run.explanations(fake.site, "offline", "top")).write([said for said, _ in made])
+    explained.explanations(run.explanations(fake.site, "offline", "top")).write([said for said, _ in made])
     simulations = [simulation for _, simulation in made]
-    kept.simulations(run.simulations(fake.site, "offline", "list-pmi", "top")).write(simulations)
+    explained.simulations(run.simulations(fake.site, "offline", "list-pmi", "top")).write(simulations)
     scores = [
         [score for protocol in PROTOCOLS.values() for score in score_neuron(record, simulation, protocol)]
         for record, simulation in zip(records, simulations, strict=True)
     ]
-    kept.scores(run.scores(fake.site, "offline", "list-pmi")).replace(layer, scores)
+    scored.scores(run.scores(fake.site, "offline", "list-pmi")).replace(layer, scores)
 
 
 def _explained(fake: Fake, record: NeuronRecord, random: np.random.Generator) -> tuple[Explanation, Simulation]:

@@ -8,8 +8,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from cratescope.neurons.kept import Kept, explanations, judgements, simulations
-from cratescope.neurons.records import Explanation, Judgement, NeuronId, Simulation
+from cratescope.explain.explained import Explanation, Judgement, Simulation, explanations, judgements, simulations
+from cratescope.neurons.kept import Kept
+from cratescope.neurons.records import NeuronId
 
 
 def read_explanations(folder: Path) -> dict[NeuronId, Explanation]:

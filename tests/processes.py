@@ -13,7 +13,7 @@ from pathlib import Path
 
 from cratescope.cli import run_and_exit
 
-PRELOADED = ["cratescope.lm.train", "cratescope.neurons.judge", "cratescope.report.report"]
+PRELOADED = ["cratescope.lm.train", "cratescope.explain.judge", "cratescope.report.report"]
 
 
 def start(arguments: Sequence[str], environment: Mapping[str, str] | None = None, stderr: str = os.devnull):

@@ -24,15 +24,16 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from cratescope.config import CollectConfig
+from cratescope.errors import UserError
 from cratescope.lm.adopt import adopt
-from cratescope.lm.data import TokenData
-from cratescope.models.convert import load_folder
+from cratescope.models.folder import load_folder
 from cratescope.models.presets import build
 from cratescope.neurons.collect import collect
+from cratescope.neurons.config import CollectConfig
 from cratescope.neurons.records import layer_file, read_records
 from cratescope.neurons.sites import Intervention, intervene, site_named
-from cratescope.run import Run, UserError
+from cratescope.run import Run
+from cratescope.text.shards import TokenData
 
 SHAPE = {
     "vocab_size": 320,

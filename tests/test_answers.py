@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from cratescope.neurons.llm import NoAnswer
-from cratescope.neurons.llm.answers import (
+from cratescope.explain.phrase import clean_answer
+from cratescope.llm.answers import (
     EMPTY_ANSWER,
     ONLY_REASONING,
     SYSTEM,
@@ -18,9 +18,9 @@ from cratescope.neurons.llm.answers import (
     text_of,
     words,
 )
-from cratescope.neurons.llm.reasoning import phrase, without_reasoning
-from cratescope.neurons.llm.server import _retry_after
-from cratescope.neurons.prompts import clean_answer
+from cratescope.llm.interface import NoAnswer
+from cratescope.llm.reasoning import phrase, without_reasoning
+from cratescope.llm.server import _retry_after
 
 ANSWER = "words such as river"
 SENT = {

@@ -21,14 +21,18 @@ import transformers
 from torch.nn import functional as F
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CLASSES
 
-from cratescope.config import CollectConfig, EvaluateConfig, LLMConfig
-from cratescope.lm.data import TokenData
+from cratescope.errors import UserError
+from cratescope.files import read_json, write_json
+from cratescope.llm.config import LLMConfig
+from cratescope.llm.local import LocalLLM
+from cratescope.lm.config import EvaluateConfig
 from cratescope.lm.evaluate import evaluate
 from cratescope.neurons.collect import collect
-from cratescope.neurons.llm.local import LocalLLM
+from cratescope.neurons.config import CollectConfig
 from cratescope.neurons.records import layer_file, read_records
 from cratescope.neurons.sites import BUILT_IN, sites_of
-from cratescope.run import Run, UserError, read_json, write_json
+from cratescope.run import Run
+from cratescope.text.shards import TokenData
 from tiny_models import NOT_MADE, tiny_model
 
 ROOT = Path(__file__).parents[1]

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from cratescope.lm import blocks, offline
-from cratescope.lm.blocks import Encoder
-from cratescope.lm.tokenizer import EOS, encode, load_tokenizer, train_bpe
+from cratescope.text import encoding as blocks
+from cratescope.text import offline
+from cratescope.text.encoding import Encoder
+from cratescope.text.tokenizer import EOS, encode, load_tokenizer, train_bpe
 
 TEXT = ["The quick brown fox, and the lazy dog. ", "Don't  say\n\n\tdéjà vu — 漢字 🦊 12345!"] * 20
 BPE = train_bpe(iter(TEXT), 300)
@@ -122,5 +123,5 @@ def test_the_real_gpt2_is_encoded_by_pieces():
 
 
 def test_a_worker_process_starts_without_torch_and_transformers():
-    code = "import sys, cratescope.lm.blocks; print([m for m in ('torch', 'transformers') if m in sys.modules])"
+    code = "import sys, cratescope.text.encoding; print([m for m in ('torch', 'transformers') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"

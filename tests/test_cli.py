@@ -12,10 +12,10 @@ import sys
 import pytest
 
 from cratescope import cli
-from cratescope import config as settings
-from cratescope.lm.data import TokenData
+from cratescope.lm.config import TrainConfig
 from cratescope.options import parse
 from cratescope.stages import STAGES
+from cratescope.text.shards import TokenData
 
 
 def fails(capsys, *arguments):
@@ -47,10 +47,10 @@ def test_every_subcommand_has_a_help_with_all_of_its_options(capsys):
 
 
 def test_a_budget_sets_defaults_that_options_override():
-    config = parse(settings.TrainConfig, ["run", "--data", "d", "--budget", "minutes", "--steps", "7"])
+    config = parse(TrainConfig, ["run", "--data", "d", "--budget", "minutes", "--steps", "7"])
     assert (config.steps, config.context, config.learning_rate) == (7, 256, 2e-3)
-    assert parse(settings.TrainConfig, ["run", "--data", "d", "--budget=minutes", "--steps", "7"]) == config
-    paper = parse(settings.TrainConfig, ["run", "--data", "d"])
+    assert parse(TrainConfig, ["run", "--data", "d", "--budget=minutes", "--steps", "7"]) == config
+    paper = parse(TrainConfig, ["run", "--data", "d"])
     assert (paper.steps, paper.batch_tokens, paper.learning_rate) == (600_000, 491_520, 6e-4)
 
 

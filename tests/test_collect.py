@@ -15,15 +15,15 @@ from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 import processes
-from cratescope.config import CollectConfig
-from cratescope.lm.data import TokenData
+from cratescope.errors import UserError
 from cratescope.models.presets import build
 from cratescope.neurons import collect as module
 from cratescope.neurons.collect import collect
+from cratescope.neurons.config import CollectConfig
 from cratescope.neurons.records import NeuronId, layer_file, read_records
-from cratescope.neurons.shards import load_tensors
 from cratescope.neurons.sites import Intervention, Site, intervene, read_site, site_named
-from cratescope.run import UserError
+from cratescope.neurons.tensors import load_tensors
+from cratescope.text.shards import TokenData
 
 SMALL = {
     "excerpts": 40,
@@ -93,7 +93,7 @@ def read_parts(monkeypatch, stop_before=None):
 def test_parts_of_another_layout_are_read_anew(run_of_one, data_folder, collected, monkeypatch):
     config = CollectConfig(run_of_one, data=data_folder, **SMALL)
     with monkeypatch.context() as patch:
-        patch.setattr("cratescope.neurons.shards.LAYOUT", 0)
+        patch.setattr("cratescope.neurons.tensors.LAYOUT", 0)
         read_parts(patch, stop_before=2)
         with pytest.raises(KeyboardInterrupt):
             collect(config)

@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
-from cratescope.config import ConvertConfig
-from cratescope.models.convert import _names, _transposed, convert, from_reference, load_checkpoint, to_reference
+from cratescope.errors import UserError
+from cratescope.exchange.config import ConvertConfig
+from cratescope.exchange.reference import _names, _transposed, convert, from_reference, load_checkpoint, to_reference
 from cratescope.neurons.sites import Intervention, intervene, read_site, site_named
-from cratescope.run import UserError
 
 FIXTURES = Path(__file__).parent / "fixtures"
 NAMES = ("reference-crate-2l", "reference-gpt-relu-2l")

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cratescope.lm.crops import PackedCrops, RandomCrops, open_crops, shuffled
-from cratescope.lm.data import TokenData, TokenSplit
-from cratescope.run import UserError
+from cratescope.errors import UserError
+from cratescope.text.crops import PackedCrops, RandomCrops, open_crops, shuffled
+from cratescope.text.shards import TokenData, TokenSplit
 
 SAMPLINGS = ("random", "packed")
 

@@ -9,18 +9,24 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from cratescope.config import CollectConfig, EvaluateConfig, LLMConfig, ReportConfig
+from cratescope.errors import UserError
+from cratescope.files import misfit, read_json, write_json
+from cratescope.llm.config import LLMConfig
+from cratescope.llm.local import LocalLLM
 from cratescope.lm.checkpoints import WHOLE, last_whole_checkpoint, mark_whole
-from cratescope.lm.data import TokenData
-from cratescope.lm.evaluate import evaluate, load_model
-from cratescope.lm.tokenizer import load_tokenizer
+from cratescope.lm.config import EvaluateConfig
+from cratescope.lm.evaluate import evaluate
+from cratescope.lm.load import load_model
 from cratescope.neurons.collect import collect
-from cratescope.neurons.explain import draw_neurons
-from cratescope.neurons.llm.local import LocalLLM
+from cratescope.neurons.config import CollectConfig
 from cratescope.neurons.records import SCHEMA, layer_file, read_records
+from cratescope.neurons.sample import draw_neurons
+from cratescope.report.config import ReportConfig
 from cratescope.report.report import report
 from cratescope.results.runs import load_results
-from cratescope.run import Run, UserError, misfit, read_json, write_json
+from cratescope.run import Run
+from cratescope.text.shards import TokenData
+from cratescope.text.tokenizer import load_tokenizer
 from fake_run import Fake, fake_run, fake_tokenizer
 from kept_files import flip
 
@@ -176,7 +182,7 @@ def test_a_damaged_file_of_results_is_named(run):
         less = json.dumps({name: item for name, item in value.items() if name != gone}).encode()
         for data in (*JSON_DAMAGE, *retyped, less):
             path.write_bytes(data)
-            said = refused(lambda: load_results(config)) or ""
+            said = refused(lambda: load_results(config.runs)) or ""
             assert said.startswith(str(path)) and ("again" in said or "cratescope" in said), (path, data[:30], said)
         path.write_bytes(whole)
     whole = run.metrics.read_bytes()
@@ -184,9 +190,9 @@ def test_a_damaged_file_of_results_is_named(run):
     begun = (b"[]\n", b"{}\n", b"null\n", first[:20] + b"\n")
     for data in (b"\0" * 64, b"\xff\xfe\0\1", *(line + whole for line in begun)):
         run.metrics.write_bytes(data)
-        assert str(run.metrics) in (refused(lambda: load_results(config)) or ""), data[:30]
+        assert str(run.metrics) in (refused(lambda: load_results(config.runs)) or ""), data[:30]
     run.metrics.write_bytes(whole)
-    load_results(config)
+    load_results(config.runs)
 
 
 def test_a_damaged_table_of_results_is_named(run):
@@ -208,7 +214,7 @@ def test_a_damaged_table_of_results_is_named(run):
                 said,
             )
         path.write_bytes(whole)
-    load_results(config)
+    load_results(config.runs)
 
 
 MARKS = [b"[]", b"{}", b"\xff", b"\0" * 9, b'{"model.safetensors": 3}', b'{"": "0"}', b'{"a\\u0000": "0"}']

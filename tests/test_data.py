@@ -22,12 +22,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from cratescope.config import PrepareConfig
-from cratescope.lm import data as data_module
-from cratescope.lm import offline
-from cratescope.lm.data import SPLITS, TokenData, TokenSplit, prepare, reshape, shares
-from cratescope.lm.sources import HubDocuments, open_sources, read_text
-from cratescope.run import UserError, sha256
+from cratescope.errors import UserError
+from cratescope.files import sha256
+from cratescope.text import offline
+from cratescope.text import prepare as data_module
+from cratescope.text.config import PrepareConfig
+from cratescope.text.encoding import SPLITS
+from cratescope.text.prepare import prepare, shares
+from cratescope.text.shards import TokenData, TokenSplit, reshape
+from cratescope.text.sources import HubDocuments, open_sources, read_text
 
 WORDS = ("the", "cat", "sat", "on", "a", "mat", "while", "rain", "fell", "over", "grey", "hills", "nobody", "saw")
 
@@ -165,8 +168,8 @@ def test_a_finished_folder_is_found_again_and_another_request_is_refused(prepare
 SLOW_PREPARE = """
 import sys, time
 from pathlib import Path
-from cratescope.config import PrepareConfig
-from cratescope.lm import data
+from cratescope.text.config import PrepareConfig
+from cratescope.text import prepare as data
 data.BLOCK_BYTES = 1500
 write = data.write_block
 def slow(*args):

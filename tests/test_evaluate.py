@@ -36,9 +36,9 @@ from transformers import (
 )
 
 from cratescope import cli
-from cratescope.config import EvaluateConfig, PrepareConfig
-from cratescope.lm import texts as documents
-from cratescope.lm.data import TokenData, TokenSplit, prepare
+from cratescope.errors import UserError
+from cratescope.files import read_json
+from cratescope.lm.config import EvaluateConfig
 from cratescope.lm.evaluate import (
     crop_losses,
     evaluate,
@@ -55,7 +55,11 @@ from cratescope.lm.evaluate import (
 from cratescope.lm.harness import metrics
 from cratescope.lm.head import Head, looks_ahead, plain_pass
 from cratescope.models.folder import longest_context
-from cratescope.run import Run, UserError, read_json
+from cratescope.run import Run
+from cratescope.text import sets as documents
+from cratescope.text.config import PrepareConfig
+from cratescope.text.prepare import prepare
+from cratescope.text.shards import TokenData, TokenSplit
 from tiny_models import tiny_config, tiny_model
 
 WORDS = ("Our baker sold bread to the judge", "Paris found salt", "the court quoted its name. Rome", "é漢 the river")

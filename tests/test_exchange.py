@@ -16,14 +16,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
-from cratescope.config import CollectConfig, ExportConfig, ImportConfig, ScoreConfig
-from cratescope.lm.data import TokenData
-from cratescope.lm.tokenizer import EOS, load_tokenizer, token_strings
+from cratescope.errors import UserError
+from cratescope.exchange.config import ExportConfig, ImportConfig
+from cratescope.exchange.records import IMPORTED, _tokenizer, export, import_records
+from cratescope.explain.explain import explain
+from cratescope.explain.simulate import simulate
+from cratescope.files import read_json
+from cratescope.llm.scripted import ScriptedLLM
 from cratescope.neurons.collect import collect
-from cratescope.neurons.exchange import IMPORTED, _tokenizer, export, import_records
-from cratescope.neurons.explain import explain
-from cratescope.neurons.kept import read_scores
-from cratescope.neurons.llm.scripted import ScriptedLLM
+from cratescope.neurons.config import CollectConfig
 from cratescope.neurons.records import (
     ActivationRecord,
     Moments,
@@ -34,9 +35,12 @@ from cratescope.neurons.records import (
     read_records,
     write_records,
 )
-from cratescope.neurons.score import score
-from cratescope.neurons.simulate import simulate
-from cratescope.run import Run, UserError, read_json
+from cratescope.run import Run
+from cratescope.score.config import ScoreConfig
+from cratescope.score.score import score
+from cratescope.score.scores import read_scores
+from cratescope.text.shards import TokenData
+from cratescope.text.tokenizer import EOS, load_tokenizer, token_strings
 from fake_run import fake_tokenizer
 from kept_files import read_explanations
 from test_explain import N_NEURONS, first_word, make_run, settings_for

@@ -12,11 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cratescope.arm import Arm
-from cratescope.config import ExplainConfig, LLMConfig
-from cratescope.lm.tokenizer import train_bpe
-from cratescope.neurons.explain import DEAD, EMPTY_ANSWER, UNDECODABLE, explain, find_site, neuron_order
-from cratescope.neurons.kept import explanations
-from cratescope.neurons.llm.scripted import ScriptedLLM
+from cratescope.errors import UserError
+from cratescope.explain.config import ExplainConfig
+from cratescope.explain.explain import explain
+from cratescope.explain.explained import explanations
+from cratescope.files import read_json, write_json
+from cratescope.llm.answers import EMPTY_ANSWER
+from cratescope.llm.config import LLMConfig
+from cratescope.llm.scripted import ScriptedLLM
 from cratescope.neurons.records import (
     ActivationRecord,
     Moments,
@@ -26,7 +29,9 @@ from cratescope.neurons.records import (
     read_records,
     write_records,
 )
-from cratescope.run import Run, UserError, claim, read_json, write_json
+from cratescope.neurons.sample import DEAD, UNDECODABLE, find_site, neuron_order
+from cratescope.run import Run, claim
+from cratescope.text.tokenizer import train_bpe
 from kept_files import drop, read_explanations
 
 WORDS = (" dog", " cat", " bread", " cheese", " river", " boat", " judge", " court", " red", " blue", " and", " the")

@@ -9,20 +9,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cratescope.config import JudgeConfig, LLMConfig
-from cratescope.neurons.explain import DEAD, EMPTY_ANSWER, explain
-from cratescope.neurons.judge import TOO_FEW_ACTIVE, TOO_FEW_SILENT, judge
-from cratescope.neurons.kept import judgements
-from cratescope.neurons.llm.scripted import ScriptedLLM
-from cratescope.neurons.protocols import PROTOCOLS
-from cratescope.neurons.records import (
-    INTRUDER_GROUP,
-    NeuronRecord,
-    layer_file,
-    read_records,
-    write_records,
-)
-from cratescope.run import Run, UserError
+from cratescope.errors import UserError
+from cratescope.explain.config import JudgeConfig
+from cratescope.explain.explain import explain
+from cratescope.explain.explained import INTRUDER_GROUP, judgements
+from cratescope.explain.judge import TOO_FEW_ACTIVE, TOO_FEW_SILENT, judge
+from cratescope.explain.protocols import PROTOCOLS
+from cratescope.llm.answers import EMPTY_ANSWER
+from cratescope.llm.config import LLMConfig
+from cratescope.llm.scripted import ScriptedLLM
+from cratescope.neurons.records import NeuronRecord, layer_file, read_records, write_records
+from cratescope.neurons.sample import DEAD
+from cratescope.run import Run
 from kept_files import drop, read_judgements
 from test_explain import DEAD_INDEX, N_NEURONS, WORDS, files, first_word, make_run, settings_for
 
@@ -118,7 +116,7 @@ def test_no_window_explained_from_is_judged(run: Run) -> None:
     shown = {window.tokens.tobytes() for window in PROTOCOLS["top-and-random"].explain_records(record)}
     judge(config_for(run), llm)
     texts = {re.search(r"\nText: (.*)\nAnswer:", prompt)[1] for prompt in llm.asked}
-    from cratescope.lm.tokenizer import load_tokenizer
+    from cratescope.text.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(run.model)
     for window in record.top[:10]:

@@ -11,60 +11,85 @@ from pathlib import Path
 import pytest
 
 SOURCE = Path(__file__).parent.parent / "src" / "cratescope"
-# Low to high: a module may import from its own rank and from those before it.
-RANKS = (
-    ("run", "options", "config", "hardware", "arm", "parts"),
-    ("models",),
-    ("lm",),
-    ("neurons",),
-    ("results",),
-    ("report",),
-    ("stages",),
-    ("study",),
-    ("cli",),
-    ("__main__",),
-)
-RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}
-
-
+# Rooms from low to high, and the modules of each: a module imports only what stands before it.
+HOUSE = {
+    "": ("errors", "files", "locks", "workers", "hardware", "options", "arm", "run", "parts"),
+    "models": ("configuration_crate", "modeling_crate", "__init__", "presets", "cost", "folder"),
+    "text": ("config", "offline", "tokenizer", "sources", "sets", "encoding", "shards", "crops", "prepare"),
+    "lm": ("config", "loss", "head", "load", "adopt", "harness", "evaluate", "checkpoints", "trainer", "train"),
+    "llm": (
+        *("config", "interface", "reasoning", "precision", "prefix", "local"),
+        *("cache", "answers", "server", "scripted", "open"),
+    ),
+    "neurons": (
+        *("config", "records", "kept", "sample", "sites"),
+        *("tensors", "strata", "streaming", "merge", "collect"),
+    ),
+    "explain": (
+        *("config", "protocols", "shown", "phrase", "slots", "openai_wording", "wording", "prompts"),
+        *("explained", "explain", "simulate", "judge"),
+    ),
+    "score": ("config", "measures", "inference", "sanity", "quality", "scores", "score"),
+    "results": ("estimates", "scores", "runs", "neuron", "compare", "tables"),
+    "report": ("config", "text", "html", "card", "figures", "verdict", "report"),
+    "exchange": ("config", "reference", "records"),
+    " ": ("config", "stages", "study", "cli", "__main__"),
+}
+ORDER = {
+    ".".join(filter(None, (room.strip(), module))).removesuffix(".__init__"): place
+    for place, (room, module) in enumerate((room, module) for room, modules in HOUSE.items() for module in modules)
+}
 # The public API: a run gives its model and its neurons, a neuron shows itself. Inside functions only.
 UPWARDS = {
-    "run.py": ("lm", "models", "results"),
-    "results/neuron.py": ("report",),
+    "run": ("text.tokenizer", "models.folder", "results.neuron"),
+    "results.neuron": ("report.card", "report.html"),
 }
 
 
+def module_of(path):
+    return ".".join(path.relative_to(SOURCE).with_suffix("").parts).removesuffix(".__init__")
+
+
 def imported(path):
-    for node in ast.walk(ast.parse(path.read_text())):
+    """Modules of ours that a file imports, also inside functions; not those that only type checkers read."""
+    tree = ast.parse(path.read_text())
+    for branch in [
+        node for node in ast.walk(tree) if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
+    ]:
+        branch.body = []
+    for node in ast.walk(tree):
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         if isinstance(node, ast.ImportFrom) and node.module:
-            names = [
-                f"{node.module}.{alias.name}" if node.module == "cratescope" else node.module for alias in node.names
-            ]
-        yield from (name.split(".")[1] for name in names if name.startswith("cratescope."))
+            parts = [f"{node.module}.{alias.name}" for alias in node.names]
+            names = [part if part.removeprefix("cratescope.") in ORDER else node.module for part in parts]
+        yield from (name.removeprefix("cratescope.") for name in names if name.startswith("cratescope."))
 
 
-def test_imports_point_one_way():
+def test_imports_point_one_way_between_rooms_and_inside_them():
     wrong = [
-        f"{path.relative_to(SOURCE)} imports {name}"
+        f"{module} imports {name}"
         for path in SOURCE.rglob("*.py")
-        if (place := path.relative_to(SOURCE).parts[0].removesuffix(".py")) in RANK
+        if (module := module_of(path)) in ORDER
         for name in imported(path)
-        if RANK[name] > RANK[place] and name not in UPWARDS.get(path.relative_to(SOURCE).as_posix(), ())
+        if ORDER[name] >= ORDER[module] and name not in UPWARDS.get(module, ())
     ]
     assert not wrong
 
 
 @pytest.mark.parametrize("module", ["cratescope", "cratescope.run"])
 def test_a_run_imports_what_is_above_it_only_when_asked(module):
-    code = f"import sys, {module}; print([m for m in sys.modules if m.startswith('cratescope.') and m != '{module}'])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+    code = f"import sys, {module}; print(*(m for m in sys.modules if m.startswith('cratescope.')))"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.split()
+    assert all(ORDER[name.removeprefix("cratescope.")] <= ORDER["run"] for name in loaded)
+    assert bool(loaded) == (module != "cratescope")
 
 
-def test_every_module_has_a_rank_and_a_docstring():
+def test_every_module_has_a_place_and_a_docstring():
+    rooms = {*HOUSE, "__init__"}
     for path in SOURCE.rglob("*.py"):
         assert ast.get_docstring(ast.parse(path.read_text())), path
-        assert path.name == "__init__.py" or path.relative_to(SOURCE).parts[0].removesuffix(".py") in RANK, path
+        assert module_of(path) in {*ORDER, *rooms}, path
+    assert {module for module in ORDER if module != "models"} <= {module_of(path) for path in SOURCE.rglob("*.py")}
 
 
 def test_help_loads_nothing_heavy():

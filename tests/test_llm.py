@@ -41,14 +41,14 @@ from transformers import (
     RwkvConfig,
 )
 
-from cratescope.config import LLMConfig
-from cratescope.lm.tokenizer import train_bpe
+from cratescope.errors import UserError
+from cratescope.llm import prefix as engine
+from cratescope.llm.config import LLMConfig
+from cratescope.llm.local import LocalLLM
+from cratescope.llm.open import open_llm
+from cratescope.llm.scripted import ScriptedLLM
 from cratescope.models import CrateConfig
-from cratescope.neurons.llm import open_llm
-from cratescope.neurons.llm import prefix as engine
-from cratescope.neurons.llm.local import LocalLLM
-from cratescope.neurons.llm.scripted import ScriptedLLM
-from cratescope.run import UserError
+from cratescope.text.tokenizer import train_bpe
 from tiny_models import tiny_config, tiny_model
 
 LINES = ["the dog saw the cat, and the cat ran.", "ten boats on the river\n\tand one bridge"] * 8

@@ -16,15 +16,19 @@ import pytest
 
 from cratescope.cli import run as cli_run
 from cratescope.cli import run_and_exit
-from cratescope.neurons.explain import find_site
-from cratescope.run import Run, UserError, atomic_folder, atomic_path, claim, locked, make_folder, unusable, write_text
+from cratescope.errors import UserError, unusable
+from cratescope.files import atomic_folder, atomic_path, make_folder, write_text
+from cratescope.locks import locked
+from cratescope.neurons.sample import find_site
+from cratescope.run import Run, claim
 from fake_run import fake_run
 from processes import start
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from cratescope.run import atomic_folder, atomic_path, locked
+from cratescope.files import atomic_folder, atomic_path
+from cratescope.locks import locked
 folder = Path(sys.argv[1])
 with locked(folder, "train"), atomic_path(folder / "a.json") as a, atomic_folder(folder / "records" / "codes") as b:
     a.write_text("half")

@@ -10,7 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from cratescope.neurons.measures import MEASURES, active, bootstrap, is_constant, judged, measure, predicted
+from cratescope.score.measures import MEASURES, active, bootstrap, is_constant, judged, measure, predicted
 
 seeds = st.integers(0, 10_000)
 

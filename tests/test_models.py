@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from cratescope.errors import UserError
 from cratescope.models import CrateConfig, CrateForCausalLM
+from cratescope.models.cost import count_parameters
 from cratescope.models.modeling_crate import ISTA, MSSA
-from cratescope.models.presets import PRESETS, build, count_parameters, preset_config
-from cratescope.run import UserError
+from cratescope.models.presets import PRESETS, build, preset_config
 
 # Paper section 2, table, in millions; S is printed as 55.9M there but its own architecture gives 59.9M.
 PAPER_PARAMETERS = {

@@ -14,8 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cratescope.lm import offline
-from cratescope.run import UserError, sha256
+from cratescope.errors import UserError
+from cratescope.files import sha256
+from cratescope.text import offline
 
 READ = {part.name: part.read for part in offline.CORPUS}
 

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cratescope.neurons.measures import measure
-from cratescope.neurons.simulate import expected_value
+from cratescope.explain.simulate import expected_value
+from cratescope.score.measures import measure
 
 PYTHON = os.environ.get("AUTOMATED_INTERPRETABILITY_PYTHON", "")
 pytestmark = [
@@ -48,8 +48,8 @@ print(json.dumps([explained, *(simulator.make_simulation_prompt(window["tokens"]
 OURS = """
 import json, sys
 import numpy as np
-from cratescope.neurons.llm.scripted import ScriptedLLM
-from cratescope.neurons.prompts import Shown, wording_named
+from cratescope.llm.scripted import ScriptedLLM
+from cratescope.explain.prompts import Shown, wording_named
 windows, explanation = json.load(sys.stdin)
 wording, llm = wording_named("openai"), ScriptedLLM()
 shown = [Shown(window["tokens"], np.array(window["activations"])) for window in windows]

@@ -10,19 +10,23 @@ from pathlib import Path
 import pytest
 
 from cratescope import cli
-from cratescope import config as settings
-from cratescope.config import CollectConfig, EvaluateConfig, TrainConfig
-from cratescope.hardware import processes, rank, worker_of
+from cratescope.config import NeuronsConfig
+from cratescope.errors import UserError
+from cratescope.explain.config import ExplainConfig
+from cratescope.llm.config import LLMConfig
+from cratescope.lm.config import BUDGETS, EvaluateConfig, TrainConfig
 from cratescope.lm.evaluate import evaluate
 from cratescope.lm.train import train
 from cratescope.models.presets import preset_config
 from cratescope.neurons.collect import collect
+from cratescope.neurons.config import CollectConfig
 from cratescope.options import parse, ranges
+from cratescope.report.config import ShowConfig
 from cratescope.results.compare import Quantity
-from cratescope.run import UserError
 from cratescope.stages import STAGES
+from cratescope.workers import processes, rank, worker_of
 
-KINDS = (*(stage.config for stage in STAGES.values()), settings.NeuronsConfig, settings.LLMConfig)
+KINDS = (*(stage.config for stage in STAGES.values()), NeuronsConfig, LLMConfig)
 OPTIONS = [(kind, name) for kind in KINDS for name in ranges(kind)]
 
 
@@ -51,7 +55,7 @@ def test_defaults_are_in_their_ranges(kind):
 
 
 def test_budgets_are_in_their_ranges():
-    for budget, changes in settings.BUDGETS.items():
+    for budget, changes in BUDGETS.items():
         make(TrainConfig, budget=budget, **changes)
 
 
@@ -176,7 +180,7 @@ def test_an_empty_value_is_refused_and_never_the_folder_one_is_in(option):
     for words_ in ([option, ""], [f"{option}="]):
         with pytest.raises(UserError, match=f"{option}: is empty"):
             parse(TrainConfig, ["run", "--data", "d", *words_])
-    parse(settings.ExplainConfig, ["run", "--llm-model", "", "--llm-tokenizer="])
+    parse(ExplainConfig, ["run", "--llm-model", "", "--llm-tokenizer="])
 
 
 def test_text_that_no_file_can_hold_is_refused():
@@ -184,12 +188,12 @@ def test_text_that_no_file_can_hold_is_refused():
         with pytest.raises(UserError, match="out .*: is not UTF-8"):
             make(TrainConfig, out=Path(text))
         with pytest.raises(UserError, match="--explainer .*: is not UTF-8"):
-            make(settings.ShowConfig, explainer=text)
+            make(ShowConfig, explainer=text)
 
 
 def test_the_last_budget_counts():
     config = parse(TrainConfig, ["run", "--data", "d", "--budget", "hour", "--budget=minutes"])
-    assert (config.budget, config.steps) == ("minutes", settings.BUDGETS["minutes"]["steps"])
+    assert (config.budget, config.steps) == ("minutes", BUDGETS["minutes"]["steps"])
 
 
 @pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE", "LOCAL_RANK"])

@@ -18,10 +18,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cratescope import parts
-from cratescope.neurons import kept
-from cratescope.neurons.records import Judgement, NeuronId
+from cratescope.errors import UserError
+from cratescope.explain import explained
+from cratescope.explain.explained import Judgement
+from cratescope.neurons.records import NeuronId
 from cratescope.parts import CHECKED, Tables, layer_file, parts_folder
-from cratescope.run import UserError
 from fake_run import Fake, fake_run
 from kept_files import flip
 
@@ -225,7 +226,7 @@ def test_pandas_reads_every_table_in_one_line(tmp_path: Path) -> None:
     run = fake_run(tmp_path / "run", Fake(neurons=6))
     judgements = run.judgements("codes", "offline", "detection", "top")
     neuron = NeuronId("run", "codes", 0, 3)
-    kept.judgements(judgements).write([[Judgement(neuron, "detection", "none", "a", (0.5,), (True,))]])
+    explained.judgements(judgements).write([[Judgement(neuron, "detection", "none", "a", (0.5,), (True,))]])
     explanations = run.explanations("codes", "offline", "top")
     folders = {
         explanations: "text",

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cratescope.neurons import prompts
-from cratescope.neurons.llm.scripted import ScriptedLLM
-from cratescope.run import UserError
+from cratescope.errors import UserError
+from cratescope.explain import phrase, prompts, shown, wording
+from cratescope.llm.scripted import ScriptedLLM
 
 GOLDEN = Path(__file__).parent / "golden"
 VERSIONS = {
@@ -31,13 +31,13 @@ MARKED = np.array([False, True, False, False])
 
 def whole_prompts() -> dict[str, str]:
     """Every prompt of ours, for one made-up neuron."""
-    llm, own = ScriptedLLM(), prompts.OwnWording()
+    llm, own = ScriptedLLM(), wording.OwnWording()
     about = "words about animals"
     slots = llm.decode(own.slots_prefix(llm) + own.slot_prompt(llm, about, TOKENS).ids)
     in_context = prompts.context_prompt(llm, about, TOKENS)
     group = [(TOKENS, MARKED)] * 5
     return {
-        "explain": own.explain_prefix() + prompts.explain_prompt(["dog", "horses"]),
+        "explain": own.explain_prefix() + wording.explain_prompt(["dog", "horses"]),
         "list": prompts.list_prefix() + prompts.list_prompt(about),
         "all-at-once": slots,
         "list-in-context": prompts.context_prefix() + llm.decode(in_context.ids),
@@ -56,9 +56,9 @@ def test_every_prompt_has_a_version_that_changes_with_it() -> None:
     """Else old and new results would be mixed."""
     found = {name: hashlib.sha256(text.encode()).hexdigest()[:12] for name, text in whole_prompts().items()}
     versions = {
-        "explain": prompts.EXPLAIN_PROMPT,
+        "explain": wording.EXPLAIN_PROMPT,
         "list": prompts.LIST_PROMPT,
-        "all-at-once": prompts.ALL_AT_ONCE_PROMPT,
+        "all-at-once": wording.ALL_AT_ONCE_PROMPT,
     }
     versions |= {"list-in-context": prompts.CONTEXT_PROMPT, **prompts.JUDGE_PROMPTS}
     assert {versions[name]: digest for name, digest in found.items()} == VERSIONS
@@ -68,54 +68,54 @@ def test_every_prompt_has_a_version_that_changes_with_it() -> None:
 @given(st.lists(st.text(max_size=6), max_size=20))
 def test_every_slot_stands_behind_its_own_token(tokens: list[str]) -> None:
     llm = ScriptedLLM()
-    prompt = prompts.OwnWording().slot_prompt(llm, "anything", tokens)
+    prompt = wording.OwnWording().slot_prompt(llm, "anything", tokens)
     lines = llm.decode(prompt.ids).split("\n")[2:-1]
     assert len(lines) == len(prompt.slots) == len(tokens)
     for token, slot in zip(tokens, prompt.slots, strict=True):
-        assert llm.decode(prompt.ids[:slot]).endswith(f"{prompts.display(token)}\t")
+        assert llm.decode(prompt.ids[:slot]).endswith(f"{shown.display(token)}\t")
         assert llm.decode(prompt.ids[slot:]).startswith("unknown\n")
 
 
 def test_a_marked_token_keeps_its_space_outside() -> None:
-    assert prompts.mark(["A", " dog", "\n", " ran"], np.array([False, True, True, False])) == "A <<dog>><<\\n>> ran"
+    assert shown.mark(["A", " dog", "\n", " ran"], np.array([False, True, True, False])) == "A <<dog>><<\\n>> ran"
 
 
 def test_openai_prompts_without_the_package_say_how_to_get_it() -> None:
     with pytest.raises(UserError, match="pip install --no-deps automated-interpretability"):
-        prompts.wording_named("openai")
+        wording.wording_named("openai")
 
 
 @settings(deadline=None, max_examples=50)
 @given(st.lists(st.floats(-1e6, 1e6, width=32), min_size=1, max_size=20), st.floats(1e-3, 1e6))
 def test_levels_are_whole_numbers_from_zero_to_ten_that_keep_the_order(values: list[float], maximum: float) -> None:
     activations = np.sort(np.array(values, dtype=np.float32))
-    found = prompts.levels(activations, maximum)
+    found = shown.levels(activations, maximum)
     assert found.min() >= 0 and found.max() <= 10
     assert (np.diff(found) >= 0).all()
 
 
 def test_levels_are_the_papers_floor() -> None:
     activations = np.array([-1.0, 0.0, 0.99, 1.0, 9.9, 10.0, 12.0], dtype=np.float32)
-    assert prompts.levels(activations, 10.0).tolist() == [0, 0, 0, 1, 9, 10, 10]
-    assert prompts.levels(activations, 0.0).tolist() == [0] * 7
+    assert shown.levels(activations, 10.0).tolist() == [0, 0, 0, 1, 9, 10, 10]
+    assert shown.levels(activations, 0.0).tolist() == [0] * 7
 
 
 @pytest.mark.parametrize(
     ("place", "word"), [(0, "play"), (1, " playing"), (2, " playing"), (3, ","), (4, " 1932"), (5, " 1932"), (6, ".")]
 )
 def test_a_piece_is_completed_to_its_word(place: int, word: str) -> None:
-    assert prompts.whole_word(["play", " play", "ing", ",", " 19", "32", "."], place) == word
+    assert shown.whole_word(["play", " play", "ing", ",", " 19", "32", "."], place) == word
 
 
 def test_the_strongest_words_come_first_and_once() -> None:
     first = (["The", " cat", " and", " the", " dogs", "\n"], np.array([3, 9, 0, 4, 10, 5]))
     second = ([" Cat", " h", "um", "\N{REPLACEMENT CHARACTER}", " "], np.array([10, 4, 6, 10, 10]))
-    assert prompts.strongest_words([first, second]) == ["dogs", "Cat", "hum", "\\n", "the"]
+    assert shown.strongest_words([first, second]) == ["dogs", "Cat", "hum", "\\n", "the"]
 
 
 def test_no_more_words_than_the_prompt_has_room_for() -> None:
     tokens = [f" w{number}" for number in range(30)]
-    assert len(prompts.strongest_words([(tokens, np.full(30, 10))])) == prompts.MAX_WORDS
+    assert len(shown.strongest_words([(tokens, np.full(30, 10))])) == shown.MAX_WORDS
 
 
 @pytest.mark.parametrize(
@@ -178,7 +178,7 @@ def test_a_word_as_items_of_the_list(word: str, items: list[str]) -> None:
     ],
 )
 def test_an_answer_is_cleaned_to_one_phrase(answer: str, text: str) -> None:
-    assert prompts.clean_answer(answer) == text
+    assert phrase.clean_answer(answer) == text
 
 
 @pytest.mark.parametrize(
@@ -193,4 +193,4 @@ def test_an_answer_is_cleaned_to_one_phrase(answer: str, text: str) -> None:
     ],
 )
 def test_marks_belong_to_the_letters_they_stand_on(tokens: list[str], words: list[str]) -> None:
-    assert [prompts.whole_word(tokens, place) for place in range(len(tokens))] == words
+    assert [shown.whole_word(tokens, place) for place in range(len(tokens))] == words

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cratescope.neurons.protocols import PROTOCOLS, Pick, Protocol, protocols_named, scoring_windows
+from cratescope.errors import UserError
+from cratescope.explain.protocols import PROTOCOLS, Pick, Protocol, protocols_named, scoring_windows
 from cratescope.neurons.records import ActivationRecord, Moments, NeuronId, NeuronRecord, Stratum
-from cratescope.run import UserError
 
 # What each protocol takes of a record that has everything: (list, ranks, width), by its source (docs/evaluation.md).
 PICKED = {

@@ -15,10 +15,11 @@ import pytest
 from rich.console import Console
 
 import cratescope as cs
-from cratescope.config import ShowConfig
-from cratescope.neurons import kept
-from cratescope.neurons.records import Explanation, Judgement
+from cratescope.explain import explained
+from cratescope.explain.explained import Explanation, Judgement
 from cratescope.report.card import neuron_card
+from cratescope.report.config import ShowConfig
+from cratescope.score import scores as scored
 from fake_run import Fake, fake_run, fake_tokenizer
 from test_explain import make_run
 
@@ -38,7 +39,7 @@ def test_these_names_are_public() -> None:
     types = ["Arm", "Neuron", "NeuronId", "NeuronRecord", "Run", "Score", "UserError"]
     functions = ["collect_records", "explain_neurons", "load_model", "load_results", "load_tokenizer"]
     functions += ["score_neurons", "simulate_neurons"]
-    assert sorted(cs.__all__) == sorted([*types, *functions, "config"])
+    assert sorted(cs.__all__) == sorted([*types, *functions])
     assert all(isinstance(getattr(cs, name), type) for name in types)
     assert all(callable(getattr(cs, name)) for name in functions)
     assert set(cs.__all__) <= set(dir(cs))
@@ -48,7 +49,7 @@ def test_these_names_are_public() -> None:
 
 def test_no_public_name_is_hidden_by_a_module() -> None:
     modules = {path.stem for path in SOURCE.iterdir() if path.suffix == ".py" or path.is_dir()}
-    assert modules & set(cs.__all__) == {"config"}
+    assert modules & set(cs.__all__) == set()
 
 
 def test_every_public_name_is_documented() -> None:
@@ -79,7 +80,7 @@ def test_a_neuron_is_the_same_alone_and_among_its_layer(run: cs.Run) -> None:
 
 def test_a_neuron_knows_what_the_files_say(run: cs.Run) -> None:
     neuron, dead = run.neuron(0, 1), run.neuron(0, 5)
-    rows = kept.read_scores(run.scores("codes", "offline", "list-pmi"))
+    rows = scored.read_scores(run.scores("codes", "offline", "list-pmi"))
     rows = [row for row in rows if (row.neuron.layer, row.neuron.index) == (0, 1)]
     assert {row.control for row in rows} == {"none", "shuffled", "empty", "unigram"}
     for row in rows:
@@ -93,9 +94,9 @@ def test_a_neuron_knows_what_was_judged_and_said_from_each_set(run: cs.Run, tmp_
     copy = cs.Run(shutil.copytree(run.root, tmp_path / "copy"))
     neuron = copy.neuron(0, 1).id
     judged = [Judgement(neuron, "detection", "none", "months and dates", (0.9, 0.2), (True, False))]
-    kept.judgements(copy.judgements("codes", "offline", "detection", "top")).write([judged])
+    explained.judgements(copy.judgements("codes", "offline", "detection", "top")).write([judged])
     said = Explanation(neuron, "the sea", "offline", "words")
-    kept.explanations(copy.explanations("codes", "offline", "anthropic")).write([said])
+    explained.explanations(copy.explanations("codes", "offline", "anthropic")).write([said])
     found = copy.neuron(0, 1)
     assert found.said["top"].judgements == {"detection": judged} and found.said["anthropic"].judgements == {}
     assert found.said["anthropic"].text == "the sea" and found.said["anthropic"].scores.protocols == []
@@ -169,7 +170,7 @@ def test_what_is_not_there_is_named(run: cs.Run) -> None:
 
 def test_a_damaged_simulation_is_named(run: cs.Run, tmp_path: Path) -> None:
     copy = cs.Run(shutil.copytree(run.root, tmp_path / "copy"))
-    simulated = kept.simulations(copy.simulations("codes", "offline", "list-pmi", "top"))
+    simulated = explained.simulations(copy.simulations("codes", "offline", "list-pmi", "top"))
     whole = simulated.read(0)
     short = {control: (rows[0][1:], *rows[1:]) for control, rows in whole[1].expected.items()}
     simulated.replace(0, [*(whole | {1: dataclasses.replace(whole[1], expected=short)}).values()])

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cratescope.neurons.quality import activation_quality, concentration, lookup, matched, selectivity, write_quality
+from cratescope.files import read_json
 from cratescope.neurons.records import ActivationRecord, layer_file, read_records
-from cratescope.run import read_json
+from cratescope.score.quality import activation_quality, concentration, lookup, matched, selectivity, write_quality
 from test_explain import DEAD_INDEX, N_NEURONS, make_run
 
 

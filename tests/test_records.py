@@ -7,23 +7,22 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from cratescope.neurons import kept
+from cratescope.errors import UserError
+from cratescope.explain import explained
+from cratescope.explain.explained import Explanation, Judgement, Simulation
 from cratescope.neurons.records import (
     ActivationRecord,
-    Explanation,
     Histogram,
-    Judgement,
     Moments,
     NeuronId,
     NeuronRecord,
-    Score,
-    Simulation,
     Stratum,
     TokenMean,
     read_records,
     write_records,
 )
-from cratescope.run import UserError
+from cratescope.score import scores as scored
+from cratescope.score.scores import Score
 
 
 def record(excerpt, start, width=4):
@@ -100,18 +99,20 @@ def test_explanations_simulations_judgements_and_scores_come_back_by_neuron(tmp_
     ids = [NeuronId("m", "codes", layer, index) for layer, index in ((1, 4), (0, 10), (0, 2))]
     texts, expected = {"none": "a", "empty": "b"}, {"none": ((0.5, 1.0),), "empty": ((0.0, 0.0),)}
     made = {
-        kept.explanations: [Explanation(one, f"text\n {one.index} é\0", "llm", "p", "why" * one.layer) for one in ids],
-        kept.simulations: [
+        explained.explanations: [
+            Explanation(one, f"text\n {one.index} é\0", "llm", "p", "why" * one.layer) for one in ids
+        ],
+        explained.simulations: [
             Simulation(ids[0], "sim", texts, ((0, 3, 2),), expected),
             Simulation(ids[1], "sim", texts, ((0, 3, 2),), {"none": ((0.1, -3e-300),)}, "a slot without a value"),
             Simulation(ids[2], "sim", {}, (), {}, "dead neuron"),
         ],
-        kept.judgements: [
+        explained.judgements: [
             [Judgement(one, "fuzzing", control, "a", (0.25, 1.0), (True, False)) for control in ("none", "shuffled")]
             for one in ids[:2]
         ]
         + [[Judgement(ids[2], "fuzzing", "none", "", (), (), "dead neuron")]],
-        kept.scores: [
+        scored.scores: [
             [
                 Score(one, "random-only", "top", "none", name, None if one.index == 2 else 0.1, 8, low, None, "x")
                 for name, low in (("pearson", None), ("spearman", 0.5))
@@ -125,8 +126,10 @@ def test_explanations_simulations_judgements_and_scores_come_back_by_neuron(tmp_
         assert dict(opened.all()) == dict(zip(ids, items, strict=True))
         assert [neuron for neuron, _ in opened.all()] == sorted(ids)
         assert opened.read(0, [10, 7]) == {10: items[1]} and opened.done(0) == {2, 10} and opened.layers == [0, 1]
-    every = kept.read_scores(tmp_path / "scores")
-    assert every == [score for items in sorted(made[kept.scores], key=lambda items: items[0].neuron) for score in items]
+    every = scored.read_scores(tmp_path / "scores")
+    assert every == [
+        score for items in sorted(made[scored.scores], key=lambda items: items[0].neuron) for score in items
+    ]
 
 
 def test_windows_overlap_only_when_they_share_a_token():

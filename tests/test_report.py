@@ -17,10 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cratescope.arm import Arm
-from cratescope.config import ReportConfig
-from cratescope.neurons import kept
-from cratescope.neurons.kept import read_scores
+from cratescope.errors import UserError
+from cratescope.explain import explained
+from cratescope.files import read_json, write_json
 from cratescope.neurons.records import Histogram, layer_file, read_records
+from cratescope.report.config import ReportConfig
 from cratescope.report.figures import inline, styles
 from cratescope.report.html import highlight
 from cratescope.report.report import report, spread
@@ -39,7 +40,9 @@ from cratescope.results.tables import (
     score_rows,
     write_csv,
 )
-from cratescope.run import Run, UserError, read_json, write_json
+from cratescope.run import Run
+from cratescope.score import scores as scored
+from cratescope.score.scores import read_scores
 from fake_run import Fake, fake_run, fake_tokenizer
 from kept_files import change
 
@@ -65,7 +68,7 @@ def seeds(tmp_path_factory: pytest.TempPathFactory) -> list[Results]:
             for tokens in (2_000_000, 0):
                 fake = Fake(family, "1l", layers=1, seed=seed, tokens_trained=tokens, quality=0.7 if tokens else 0.1)
                 made.append(fake_run(root / f"{family}-{seed}-{tokens}", fake).root)
-    return load_results(ReportConfig(runs=tuple(made), out=root))
+    return load_results(tuple(made))
 
 
 def settings_for(runs: tuple[Path, ...], out: Path, **changes: Any) -> ReportConfig:
@@ -229,7 +232,7 @@ def test_the_same_inputs_give_the_same_bytes(runs: tuple[Path, Path], written: P
 def test_a_missing_number_is_a_dash_with_its_count_and_never_nan(tmp_path: Path) -> None:
     """A layer without any score, as an untrained or collapsed model may have, still makes a whole report."""
     run = fake_run(tmp_path / "silent", Fake(layers=1, size="1l", neurons=5, dead=(2, 3, 4), flat=()))
-    scores = kept.scores(run.scores("codes", "offline", "list-pmi"))
+    scores = scored.scores(run.scores("codes", "offline", "list-pmi"))
     silent = [[dataclasses.replace(item, value=None) for item in items] for items in scores.read(0).values()]
     scores.replace(0, silent)
     text = run.evaluation.read_text()
@@ -333,7 +336,7 @@ def find(
 
 
 def test_the_headline_follows_from_the_numbers(runs: tuple[Path, Path], tmp_path: Path) -> None:
-    results = load_results(ReportConfig(runs=runs, out=tmp_path))
+    results = load_results(runs)
     groups = comparisons(results, PRIMARY)
     pair = groups[0][0]
     assert pair.primary and pair.unit == "neurons"
@@ -396,7 +399,7 @@ def test_a_primary_measure_that_is_none_is_refused(text: str) -> None:
 
 
 def test_a_primary_measure_that_was_not_scored_is_said_to_be_missing(runs: tuple[Path, Path], tmp_path: Path) -> None:
-    results = load_results(ReportConfig(runs=runs, out=tmp_path))
+    results = load_results(runs)
     primary = Quantity.parse(ReportConfig.primary)
     groups = comparisons(results, primary)
     assert not any(pair.primary for group in groups for pair in group)
@@ -423,7 +426,7 @@ def test_runs_that_differ_in_more_than_the_arm_are_not_compared(
     edit(run / "run.json", **changes)
     if "tokens_trained" in changes:
         edit_arm(run, **changes)
-    results = load_results(ReportConfig(runs=(run, runs[1]), out=tmp_path))
+    results = load_results((run, runs[1]))
     assert comparisons(results, PRIMARY) == []
     assert "no comparison" in " ".join(caveats(results, [], PRIMARY))
 
@@ -431,7 +434,7 @@ def test_runs_that_differ_in_more_than_the_arm_are_not_compared(
 def test_a_variant_is_an_arm_of_its_own(runs: tuple[Path, Path], tmp_path: Path) -> None:
     run = Path(shutil.copytree(runs[0], tmp_path / "steps"))
     edit_arm(run, variant="ista_steps=3")
-    results = load_results(ReportConfig(runs=(*runs, run), out=tmp_path))
+    results = load_results((*runs, run))
     assert [item.arm.title for item in results] == ["CRATE", "GPT-2", "CRATE ista_steps=3"]
     usual, chosen = (comparisons(results, PRIMARY, pair)[0][0] for pair in ((), ("crate ista_steps=3", "crate")))
     assert (usual.a.title, usual.b.title) == ("CRATE", "GPT-2")
@@ -447,10 +450,10 @@ def test_two_explanation_sets_are_shown_each_with_its_own_scores(runs: tuple[Pat
     for stage in (run.explanations("codes", "offline", "top"), run.simulations("codes", "offline", "list-pmi", "top")):
         shutil.copytree(stage, stage.with_name("openai"))
     for layer in range(2):
-        said = kept.explanations(run.explanations("codes", "offline", "openai"))
+        said = explained.explanations(run.explanations("codes", "offline", "openai"))
         change(said, layer, 0, text="rain in spring")
     folder = run.scores("codes", "offline", "list-pmi")
-    scores = kept.scores(folder)
+    scores = scored.scores(folder)
     for layer in range(2):
         items = scores.read(layer).values()
         moved = [
@@ -460,7 +463,7 @@ def test_two_explanation_sets_are_shown_each_with_its_own_scores(runs: tuple[Pat
         scores.replace(layer, [*items, *moved])
     made_with = read_json(folder / "scores.json")["made_with"]
     edit(folder / "scores.json", made_with=made_with | {"openai": made_with["top"] | {"llm": "other"}})
-    results = load_results(ReportConfig(runs=(run.root,), out=tmp_path))
+    results = load_results((run.root,))
     rows = {(row["layer"], row["index"], row["explanation_set"]): row for row in neuron_rows(results)}
     top, other = rows[0, 0, "top"], rows[0, 0, "openai"]
     assert (top["explanation"], other["explanation"]) == ("words about the law", "rain in spring")
@@ -472,7 +475,7 @@ def test_two_explanation_sets_are_shown_each_with_its_own_scores(runs: tuple[Pat
     assert re.search(
         r"words about the law · from top\s.*?random-only.*?rain in spring · from openai\s.*?openai ", page, re.S
     )
-    with_one = load_results(ReportConfig(runs=(runs[0],), out=tmp_path))
+    with_one = load_results((runs[0],))
     assert results[0].matter != with_one[0].matter, "the other set was made by another model"
 
 
@@ -480,7 +483,7 @@ def test_two_sites_of_one_run_are_two_rows_with_one_loss_curve(runs: tuple[Path,
     run = copy_of(runs[0], tmp_path)
     for stage in ("scores", "records", "explanations", "simulations"):
         shutil.copytree(run / stage / "codes", run / stage / "sae")
-    results = load_results(ReportConfig(runs=(run,), out=tmp_path))
+    results = load_results((run,))
     assert {row["model"] for row in score_rows(results)} == {"crate · codes", "crate · sae"}
     assert {row["model"] for row in neuron_rows(results)} == {"crate · codes", "crate · sae"}
     assert len([row for row in loss_rows(results) if row["kind"] == "final"]) == 1
@@ -521,10 +524,10 @@ def test_a_report_is_made_again_only_when_something_it_shows_has_changed(
 
 def test_a_second_run_of_the_same_seed_is_no_replicate(runs: tuple[Path, Path], tmp_path: Path) -> None:
     again = Path(shutil.copytree(runs[0], tmp_path / "again"))
-    results = load_results(ReportConfig(runs=(*runs, again), out=tmp_path))
+    results = load_results((*runs, again))
     assert {len(pair.a.seeds) for group in comparisons(results, PRIMARY) for pair in group} == {1}
     edit_arm(again, seed=99)
-    results = load_results(ReportConfig(runs=(*runs, again), out=tmp_path))
+    results = load_results((*runs, again))
     assert {len(pair.a.seeds) for group in comparisons(results, PRIMARY) for pair in group} == {2}
 
 
@@ -571,7 +574,7 @@ def test_a_model_trained_elsewhere_stands_beside_others_and_is_no_side_of_a_comp
 ) -> None:
     # The second one would be the twin of the CRATE run by family and name.
     others = (adopted_run(tmp_path / "llama"), adopted_run(tmp_path / "twin", "gpt2", "somewhere/gpt2-2l"))
-    alone, both = (load_results(settings_for(given, tmp_path / "report")) for given in (runs, (*runs, *others)))
+    alone, both = (load_results(given) for given in (runs, (*runs, *others)))
     assert comparisons(both, PRIMARY) == comparisons(alone, PRIMARY) != []
     assert matched_rows(both, sides(both)) == matched_rows(alone, sides(alone))
     assert caveats(both, comparisons(both, PRIMARY), PRIMARY) == caveats(alone, comparisons(alone, PRIMARY), PRIMARY)
@@ -586,11 +589,11 @@ def test_a_run_made_before_there_were_arms_is_read_as_one(runs: tuple[Path, Path
     manifest = read_json(run / "run.json")
     before = {"family": "crate", "preset": "crate-2l", "seed": 0, "tokens_trained": 2_000_000}
     write_json(run / "run.json", {name: value for name, value in manifest.items() if name != "arm"} | before)
-    (new,), (old,) = (load_results(ReportConfig(runs=(path,), out=tmp_path)) for path in (runs[0], run))
+    (new,), (old,) = (load_results((path,)) for path in (runs[0], run))
     assert new.arm == old.arm
     write_json(run / "run.json", {name: value for name, value in manifest.items() if name != "arm"})
     with pytest.raises(UserError, match="family is missing"):
-        load_results(ReportConfig(runs=(run,), out=tmp_path))
+        load_results((run,))
 
 
 def test_imported_records_have_a_report_alone_and_beside_others(runs: tuple[Path, Path], tmp_path: Path) -> None:
@@ -601,7 +604,7 @@ def test_imported_records_have_a_report_alone_and_beside_others(runs: tuple[Path
     run = run.rename(tmp_path / "theirs")
     page = report(settings_for((run,), tmp_path / "one"), tokenizer=fake_tokenizer()).read_text(encoding="utf-8")
     assert "imported theirs" in page and ">None<" not in page
-    results = load_results(settings_for((*runs, run), tmp_path))
+    results = load_results((*runs, run))
     assert [item.arm.family for item in results] == ["crate", "gpt2", "imported"]
     assert comparisons(results, PRIMARY) == comparisons(results[:2], PRIMARY)
     report(settings_for((*runs, run), tmp_path / "three"), tokenizer=fake_tokenizer())
@@ -613,7 +616,7 @@ def test_a_log_that_has_lost_its_end_is_no_shorter_training(tmp_path: Path, left
     lines = run.metrics.read_text().splitlines(keepends=True)
     run.metrics.write_text("".join(lines[:left]))
     with pytest.raises(UserError, match=r"metrics.jsonl: ends at step \d+ of 100, so its end is lost; copy it again"):
-        load_results(settings_for((run.root,), tmp_path / "report"))
+        load_results((run.root,))
 
 
 def test_a_model_trained_for_no_step_has_no_log(tmp_path: Path) -> None:
@@ -621,12 +624,12 @@ def test_a_model_trained_for_no_step_has_no_log(tmp_path: Path) -> None:
     manifest = read_json(run.manifest)
     write_json(run.manifest, manifest | {"steps": 0, "settings": manifest["settings"] | {"steps": 0}})
     run.metrics.unlink()
-    assert load_results(settings_for((run.root,), tmp_path / "report"))
+    assert load_results((run.root,))
 
 
 def test_reasons_that_differ_in_a_servers_words_are_counted_together(tmp_path: Path) -> None:
     run = fake_run(tmp_path / "run", Fake(layers=1, size="1l"))
-    scores = kept.scores(run.scores("codes", "offline", "list-pmi"))
+    scores = scored.scores(run.scores("codes", "offline", "list-pmi"))
     reasons = ["refused by the server: a", "refused by the server: b", "refusal (no)"] * 2
     scores.replace(
         0,

@@ -8,18 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from cratescope.run import (
-    Run,
-    UserError,
-    atomic_folder,
-    atomic_path,
-    claim,
-    parse_json,
-    read_json,
-    read_jsonl,
-    slug,
-    write_json,
-)
+from cratescope.errors import UserError
+from cratescope.files import atomic_folder, atomic_path, parse_json, read_json, read_jsonl, slug, write_json
+from cratescope.run import Run, claim
 
 
 def test_a_file_whose_writing_fails_is_not_there_and_the_old_one_stays(tmp_path):

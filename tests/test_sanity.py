@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cratescope.neurons.protocols import PROTOCOLS
+from cratescope.explain.protocols import PROTOCOLS
 from cratescope.neurons.records import ActivationRecord, Histogram, Moments, NeuronId, NeuronRecord
-from cratescope.neurons.sanity import SYNTHETIC_ACTIVE, Case, Verdict, on_records, on_synthetic, verdict
+from cratescope.score.sanity import SYNTHETIC_ACTIVE, Case, Verdict, on_records, on_synthetic, verdict
 
 DOCS = Path(__file__).parent.parent / "docs" / "evaluation.md"
 

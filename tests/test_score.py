@@ -10,20 +10,20 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cratescope.config import ScoreConfig
-from cratescope.neurons.explain import DEAD, EMPTY_ANSWER, explain
-from cratescope.neurons.kept import explanations, judgements, read_scores, simulations
-from cratescope.neurons.llm.scripted import ScriptedLLM
-from cratescope.neurons.protocols import PROTOCOLS, Protocol, scoring_windows
-from cratescope.neurons.records import (
-    Judgement,
-    NeuronRecord,
-    Score,
-    Simulation,
-    layer_file,
-    read_records,
-)
-from cratescope.neurons.score import (
+from cratescope.errors import UserError
+from cratescope.explain.explain import explain
+from cratescope.explain.explained import Judgement, Simulation, explanations, judgements, simulations
+from cratescope.explain.protocols import PROTOCOLS, Protocol, scoring_windows
+from cratescope.explain.simulate import simulate
+from cratescope.files import read_json
+from cratescope.llm.answers import EMPTY_ANSWER
+from cratescope.llm.scripted import ScriptedLLM
+from cratescope.neurons.records import NeuronRecord, layer_file, read_records
+from cratescope.neurons.sample import DEAD
+from cratescope.results.scores import Scores
+from cratescope.run import Run, claim
+from cratescope.score.config import ScoreConfig
+from cratescope.score.score import (
     CONSTANT_SIMULATION,
     CONSTANT_TRUTH,
     ONE_ANSWER,
@@ -32,9 +32,7 @@ from cratescope.neurons.score import (
     score_judgement,
     score_neuron,
 )
-from cratescope.neurons.simulate import simulate
-from cratescope.results.scores import Scores
-from cratescope.run import Run, UserError, claim, read_json
+from cratescope.score.scores import Score, read_scores
 from kept_files import change, drop, flip
 from test_explain import DEAD_INDEX, N_NEURONS, files, first_word, make_run, settings_for
 from test_simulate import config_for, knowing
@@ -259,7 +257,7 @@ def test_scoring_that_was_killed_is_not_taken_for_finished(run: Run, monkeypatch
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr("cratescope.neurons.score.on_records", dies)
+        patched.setattr("cratescope.score.score.on_records", dies)
         score(config(run))
     with pytest.raises(UserError, match=r"scores\.json: no such file"):
         read_about(folder)

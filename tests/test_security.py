@@ -12,11 +12,15 @@ import pytest
 import torch
 
 import cratescope
-from cratescope.config import ConvertConfig, EvaluateConfig
+from cratescope.errors import UserError
+from cratescope.exchange.config import ConvertConfig
+from cratescope.exchange.reference import convert, load_checkpoint
+from cratescope.files import write_json
+from cratescope.lm.config import EvaluateConfig
 from cratescope.lm.evaluate import evaluate
-from cratescope.lm.tokenizer import load_tokenizer
-from cratescope.models.convert import convert, load_checkpoint, load_folder
-from cratescope.run import Run, UserError, write_json
+from cratescope.models.folder import load_folder
+from cratescope.run import Run
+from cratescope.text.tokenizer import load_tokenizer
 
 SOURCE = Path(cratescope.__file__).parent
 LOADERS = {"from_pretrained", "from_config"}

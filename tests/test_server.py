@@ -22,24 +22,30 @@ import torch
 from tokenizers import Tokenizer, decoders, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from cratescope.config import ExplainConfig, JudgeConfig, LLMConfig, ScoreConfig, SimulateConfig
-from cratescope.lm.tokenizer import train_bpe
-from cratescope.neurons.explain import explain
-from cratescope.neurons.judge import judge
-from cratescope.neurons.kept import explanations, read_scores
-from cratescope.neurons.llm import LanguageModel, NoAnswer, RefusedError, llm_identity, open_llm, server
-from cratescope.neurons.llm.answers import EMPTY_ANSWER, REFUSED
-from cratescope.neurons.llm.cache import AnswerCache
-from cratescope.neurons.llm.local import LocalLLM
-from cratescope.neurons.llm.scripted import ScriptedLLM
+from cratescope.errors import UserError
+from cratescope.explain.config import ExplainConfig, JudgeConfig, SimulateConfig
+from cratescope.explain.explain import explain
+from cratescope.explain.explained import explanations
+from cratescope.explain.judge import judge
+from cratescope.explain.simulate import simulate
+from cratescope.llm import server
+from cratescope.llm.answers import EMPTY_ANSWER, REFUSED
+from cratescope.llm.cache import AnswerCache
+from cratescope.llm.config import LLMConfig
+from cratescope.llm.interface import LanguageModel, NoAnswer, RefusedError
+from cratescope.llm.local import LocalLLM
+from cratescope.llm.open import llm_identity, open_llm
+from cratescope.llm.scripted import ScriptedLLM
 from cratescope.neurons.records import (
     layer_file,
     read_records,
     write_records,
 )
-from cratescope.neurons.score import score
-from cratescope.neurons.simulate import simulate
-from cratescope.run import Run, UserError
+from cratescope.run import Run
+from cratescope.score.config import ScoreConfig
+from cratescope.score.score import score
+from cratescope.score.scores import read_scores
+from cratescope.text.tokenizer import train_bpe
 from kept_files import drop, read_explanations, read_judgements, read_simulations
 from test_explain import DEAD_INDEX, N_NEURONS, first_word, make_run, settings_for
 from test_judge import silenced
@@ -254,7 +260,7 @@ def test_a_refusal_is_not_repeated_and_never_shows_the_key(
 
 
 def config_cache() -> str:
-    from cratescope.lm.offline import cache
+    from cratescope.text.offline import cache
 
     return str(cache())
 
@@ -414,7 +420,7 @@ def test_an_answer_stored_before_a_kill_is_there_after_it(tmp_path: Path) -> Non
     path = tmp_path / "answers.sqlite3"
     code = f"""
 import os, pathlib, signal
-from cratescope.neurons.llm.cache import AnswerCache
+from cratescope.llm.cache import AnswerCache
 cache = AnswerCache(pathlib.Path({str(path)!r}))
 cache.store({{"prompt": 1}}, "kept")
 os.kill(os.getpid(), signal.SIGKILL)

@@ -14,12 +14,13 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from cratescope import cli
-from cratescope.config import ShowConfig
-from cratescope.neurons.kept import read_scores
+from cratescope.errors import UserError
 from cratescope.neurons.records import layer_file, read_records
 from cratescope.report.card import neuron_card, shade
+from cratescope.report.config import ShowConfig
 from cratescope.report.text import visible
-from cratescope.run import Run, UserError
+from cratescope.run import Run
+from cratescope.score.scores import read_scores
 from fake_run import Fake, fake_run, fake_tokenizer
 from test_explain import make_run
 

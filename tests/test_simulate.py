@@ -10,21 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cratescope.config import LLMConfig, SimulateConfig
-from cratescope.neurons import prompts
-from cratescope.neurons.explain import DEAD, EMPTY_ANSWER, UNDECODABLE, explain
-from cratescope.neurons.kept import simulations
-from cratescope.neurons.llm.scripted import ScriptedLLM
-from cratescope.neurons.protocols import PROTOCOLS, scoring_windows
-from cratescope.neurons.records import (
-    ActivationRecord,
-    Explanation,
-    NeuronId,
-    layer_file,
-    read_records,
-    write_records,
-)
-from cratescope.neurons.simulate import (
+from cratescope.errors import UserError
+from cratescope.explain import prompts, wording
+from cratescope.explain.config import SimulateConfig
+from cratescope.explain.explain import explain
+from cratescope.explain.explained import Explanation, simulations
+from cratescope.explain.protocols import PROTOCOLS, scoring_windows
+from cratescope.explain.simulate import (
     SMALLEST,
     THRESHOLD,
     UNREAD,
@@ -36,7 +28,13 @@ from cratescope.neurons.simulate import (
     token_means,
     unigram_text,
 )
-from cratescope.run import Run, UserError, read_json
+from cratescope.files import read_json
+from cratescope.llm.answers import EMPTY_ANSWER
+from cratescope.llm.config import LLMConfig
+from cratescope.llm.scripted import ScriptedLLM
+from cratescope.neurons.records import ActivationRecord, NeuronId, layer_file, read_records, write_records
+from cratescope.neurons.sample import DEAD, UNDECODABLE
+from cratescope.run import Run
 from kept_files import drop, read_explanations, read_simulations
 from test_explain import DEAD_INDEX, N_NEURONS, WORDS, files, first_word, make_run, settings_for
 
@@ -171,7 +169,7 @@ def test_list_pmi_asks_in_the_same_batches_whatever_is_wanted_first() -> None:
 
 def test_all_at_once_is_the_expected_value_over_the_digits() -> None:
     llm = ScriptedLLM(logit=lambda _, token: float(np.log({"2": 0.1, "4": 0.3, "unknown": 0.6}.get(token, 1e-30))))
-    simulator = AllAtOnce(llm, ["a", "b"], 2, prompts.OwnWording())
+    simulator = AllAtOnce(llm, ["a", "b"], 2, wording.OwnWording())
     record = ActivationRecord(np.array([0, 1, 0]), np.zeros(3, dtype=np.float32), 0, 0, 1)
     np.testing.assert_allclose(simulator("anything", [record] * 3), np.full((3, 3), 3.5), atol=1e-9)
 
@@ -264,7 +262,7 @@ def test_the_folder_says_what_it_was_made_with(run: Run) -> None:
     ]
     assert (identity["scale"], identity["reference_quirks"]) == ("0-10", False)
     assert (identity["llm"], identity["dtype"], identity["site"]) == ("scripted", "float32", "codes")
-    assert identity["explanations"]["prompt"] == prompts.EXPLAIN_PROMPT
+    assert identity["explanations"]["prompt"] == wording.EXPLAIN_PROMPT
 
 
 def test_no_explanations_is_a_user_error(tmp_path: Path) -> None:
@@ -354,7 +352,7 @@ def test_a_split_ten_is_read_as_ten_and_by_the_reference_as_one() -> None:
 
     record = ActivationRecord(np.array([0, 1]), np.zeros(2, dtype=np.float32), 0, 0, 1)
     for quirks, expected in ((False, [10.0, 3.0]), (True, [1.0, 3.0])):
-        simulator = AllAtOnce(Splitting(logit=logit), ["a", "b"], 2, prompts.OwnWording(), quirks)
+        simulator = AllAtOnce(Splitting(logit=logit), ["a", "b"], 2, wording.OwnWording(), quirks)
         (values,) = simulator("anything", [record])
         np.testing.assert_allclose(values, expected, atol=1e-6)
 
@@ -365,7 +363,7 @@ def test_the_reference_reads_only_values_among_the_five_likeliest_tokens() -> No
     found = []
     for quirks in (False, True):
         llm = ScriptedLLM(logit=lambda _, token: 50 + float(np.log(weights.get(token, 1e-30))), vocab_size=400)
-        simulator = AllAtOnce(llm, ["a"], 2, prompts.OwnWording(), quirks)
+        simulator = AllAtOnce(llm, ["a"], 2, wording.OwnWording(), quirks)
         llm.encode("a b c d")
         found.append(float(simulator("anything", [record])[0][0]))
     assert found[0] == pytest.approx((7 * 0.2 + 0.05 + 2 * 0.05) / 0.3)
@@ -381,7 +379,7 @@ def test_the_reference_reads_only_values_among_the_five_likeliest_tokens() -> No
 def test_whatever_a_token_is_every_token_gets_one_value(tokens: list[str]) -> None:
     llm = ScriptedLLM(logit=lambda prompt, token: 30.0 * (token == str(len(prompt.split("\n")) % 10)))
     record = ActivationRecord(np.arange(len(tokens)), np.zeros(len(tokens), dtype=np.float32), 0, 0, 0)
-    (values,) = AllAtOnce(llm, tokens, 2, prompts.OwnWording())("anything", [record])
+    (values,) = AllAtOnce(llm, tokens, 2, wording.OwnWording())("anything", [record])
     # Line 3 of the prompt is the first token's, whatever stands in it: none is lost and none is counted twice.
     assert np.round(values).astype(int).tolist() == [(3 + place) % 10 for place in range(len(tokens))]
 

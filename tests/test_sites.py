@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPTNeoXConfig, LlamaConfig, Qwen2Config
 
+from cratescope.errors import UserError
 from cratescope.models import CrateConfig
 from cratescope.models.folder import skeleton
 from cratescope.models.presets import build
@@ -21,7 +22,6 @@ from cratescope.neurons.sites import (
     site_named,
     sites_of,
 )
-from cratescope.run import UserError
 from tiny_models import tiny_config
 
 SHAPE = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cratescope import cli
-from cratescope.config import CollectConfig, ExplainConfig
-from cratescope.hardware import share
-from cratescope.neurons.spread import spread
-from cratescope.run import UserError
+from cratescope.errors import UserError
+from cratescope.explain.config import ExplainConfig
+from cratescope.neurons.config import CollectConfig
+from cratescope.workers import share, spread
 
 
 @settings(deadline=None, max_examples=30)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import integrate, stats
 
-from cratescope.neurons.statistics import (
+from cratescope.score.inference import (
     Mean,
     compare_neurons,
     compare_seeds,

@@ -10,14 +10,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cratescope.config import CollectConfig
+from cratescope.errors import UserError
+from cratescope.explain.protocols import PROTOCOLS
 from cratescope.neurons import strata, streaming
+from cratescope.neurons.config import CollectConfig
 from cratescope.neurons.merge import LEAST_COUNT, TOKENS_LISTED, Totals, columns
-from cratescope.neurons.protocols import PROTOCOLS
 from cratescope.neurons.records import read_records, write_table
 from cratescope.neurons.strata import FRACTION, LATER, Pilot, bin_edges, bins_of, cutoffs, draw
 from cratescope.neurons.streaming import LayerStatistics, Plan, Pool
-from cratescope.run import UserError
 
 SMALL = {"context": 24, "window": 8, "top": 6, "random": 6, "tokens": 12}
 KINDS = ("dense", "ties", "sparse", "negative", "offset")

@@ -13,13 +13,17 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import processes
-from cratescope.config import ExplainConfig, LLMConfig, ReportConfig, StudyConfig, TrainConfig
-from cratescope.lm.data import TokenData
-from cratescope.neurons.llm.scripted import ScriptedLLM
+from cratescope.config import StudyConfig
+from cratescope.errors import UserError
+from cratescope.explain.config import ExplainConfig
+from cratescope.llm.config import LLMConfig
+from cratescope.llm.scripted import ScriptedLLM
+from cratescope.lm.config import TrainConfig
 from cratescope.options import from_table
+from cratescope.report.config import ReportConfig
 from cratescope.results.compare import Quantity
-from cratescope.run import UserError
 from cratescope.study import check, read_plan, study
+from cratescope.text.shards import TokenData
 
 PLAN = """
 title = "A small study"
@@ -170,7 +174,7 @@ cards = 1
 def test_milestones_sites_simulators_and_judges_of_a_study_are_all_reported(text_folder, tmp_path, monkeypatch):
     llm = ScriptedLLM(lambda prompt: f" words like {len(prompt)}", lambda prompt, token: float(len(prompt + token) % 7))
     for stage in ("explain", "simulate", "judge"):
-        monkeypatch.setattr(f"cratescope.neurons.{stage}.open_llm", lambda config: llm)
+        monkeypatch.setattr(f"cratescope.explain.{stage}.open_llm", lambda config: llm)
     (tmp_path / "plan.toml").write_text(MILESTONES.format(text=text_folder))
     page = study(StudyConfig(tmp_path / "plan.toml", tmp_path / "out"))
     assert page == tmp_path / "out" / "report" / "report.html"

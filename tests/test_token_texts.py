@@ -17,10 +17,24 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import GPT2Config, LlamaConfig, PreTrainedTokenizerFast
 
 from conftest import SUBJECTS, VERBS
-from cratescope.config import CollectConfig, EvaluateConfig, ExportConfig, PrepareConfig, ShowConfig, TrainConfig
-from cratescope.lm.data import TokenData, TokenSplit, prepare
+from cratescope.errors import UserError
+from cratescope.exchange.config import ExportConfig
+from cratescope.exchange.records import export
+from cratescope.explain.shown import mark, whole_word
+from cratescope.files import read_json
+from cratescope.lm.config import EvaluateConfig, TrainConfig
 from cratescope.lm.evaluate import evaluate, evaluate_split
-from cratescope.lm.tokenizer import (
+from cratescope.lm.train import train
+from cratescope.models.presets import build
+from cratescope.neurons.collect import collect
+from cratescope.neurons.config import CollectConfig
+from cratescope.neurons.records import layer_file, read_records
+from cratescope.report.card import neuron_card
+from cratescope.report.config import ShowConfig
+from cratescope.text.config import PrepareConfig
+from cratescope.text.prepare import prepare
+from cratescope.text.shards import TokenData, TokenSplit
+from cratescope.text.tokenizer import (
     encode,
     load_tokenizer,
     n_ids,
@@ -29,14 +43,6 @@ from cratescope.lm.tokenizer import (
     token_strings,
     vocabulary_strings,
 )
-from cratescope.lm.train import train
-from cratescope.models.presets import build
-from cratescope.neurons.collect import collect
-from cratescope.neurons.exchange import export
-from cratescope.neurons.prompts import mark, whole_word
-from cratescope.neurons.records import layer_file, read_records
-from cratescope.report.card import neuron_card
-from cratescope.run import UserError, read_json
 from token_kinds import KINDS, LOSSLESS, byte_level, sentencepiece, trained_on_words, word_ends, wordpiece, wrapped
 
 SENTENCES = st.lists(

@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from cratescope.lm import offline
-from cratescope.lm.tokenizer import EOS, encode, load_tokenizer, token_strings, train_bpe, vocabulary_size
-from cratescope.run import UserError, sha256
+from cratescope.errors import UserError
+from cratescope.files import sha256
+from cratescope.text import offline
+from cratescope.text.tokenizer import EOS, encode, load_tokenizer, token_strings, train_bpe, vocabulary_size
 
 TEXT = ["The quick brown fox, and the lazy dog. ", "Don't  say\n\n\tdéjà vu — 漢字 🦊 12345!"] * 20
 BPE = train_bpe(iter(TEXT), 300)

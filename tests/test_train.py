@@ -13,12 +13,14 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from conftest import SMALL_TRAINING
-from cratescope.config import EvaluateConfig, TrainConfig
-from cratescope.lm.crops import RandomCrops
-from cratescope.lm.data import TokenData
+from cratescope.errors import UserError
+from cratescope.files import read_jsonl
+from cratescope.lm.config import EvaluateConfig, TrainConfig
 from cratescope.lm.evaluate import crop_losses, evaluate
 from cratescope.lm.train import train
-from cratescope.run import Run, UserError, read_jsonl
+from cratescope.run import Run
+from cratescope.text.crops import RandomCrops
+from cratescope.text.shards import TokenData
 
 
 def config_of(out, data_folder, **changes):
@@ -159,7 +161,8 @@ def test_speed_and_utilisation_are_logged(runs_folder):
 def test_the_floating_point_operations_of_a_step_are_counted_right(preset, t):
     from torch.utils.flop_counter import FlopCounterMode
 
-    from cratescope.models.presets import build, flops_per_token, preset_config
+    from cratescope.models.cost import flops_per_token
+    from cratescope.models.presets import build, preset_config
 
     config = preset_config(preset, 320, 48, 0, {"ista_steps": t} if t else None)
     config._attn_implementation = "eager"  # the counter does not know the fused attention of CPUs

@@ -18,10 +18,12 @@ from safetensors.torch import load_file
 
 import processes
 from conftest import SMALL_TRAINING
-from cratescope.config import TrainConfig
+from cratescope.errors import Stopped, UserError
+from cratescope.files import read_jsonl
 from cratescope.lm.checkpoints import is_whole, newest_first, step_of
+from cratescope.lm.config import TrainConfig
 from cratescope.lm.train import train
-from cratescope.run import Run, Stopped, UserError, read_jsonl
+from cratescope.run import Run
 
 # A line of the log every second step, so that a signal may come between two lines.
 LONG = SMALL_TRAINING | {"preset": "crate-1l", "steps": 80, "log_every": 2, "validate_every": 20, "save_every": 10}

@@ -6,21 +6,20 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cratescope import config as config
     from cratescope.arm import Arm as Arm
-    from cratescope.lm.tokenizer import load_tokenizer as load_tokenizer
-    from cratescope.models.convert import load_folder as load_model
+    from cratescope.errors import UserError as UserError
+    from cratescope.explain.explain import explain as explain_neurons
+    from cratescope.explain.simulate import simulate as simulate_neurons
+    from cratescope.models.folder import load_folder as load_model
     from cratescope.neurons.collect import collect as collect_records
-    from cratescope.neurons.explain import explain as explain_neurons
     from cratescope.neurons.records import NeuronId as NeuronId
     from cratescope.neurons.records import NeuronRecord as NeuronRecord
-    from cratescope.neurons.records import Score as Score
-    from cratescope.neurons.score import score as score_neurons
-    from cratescope.neurons.simulate import simulate as simulate_neurons
     from cratescope.results.neuron import Neuron as Neuron
     from cratescope.results.runs import load_results as load_results
     from cratescope.run import Run as Run
-    from cratescope.run import UserError as UserError
+    from cratescope.score.score import score as score_neurons
+    from cratescope.score.scores import Score as Score
+    from cratescope.text.tokenizer import load_tokenizer as load_tokenizer
 
 __version__ = "0.1.0"
 
@@ -32,16 +31,15 @@ _PUBLIC = {
     "NeuronId": "neurons.records:NeuronId",
     "NeuronRecord": "neurons.records:NeuronRecord",
     "Run": "run:Run",
-    "Score": "neurons.records:Score",
-    "UserError": "run:UserError",
+    "Score": "score.scores:Score",
+    "UserError": "errors:UserError",
     "collect_records": "neurons.collect:collect",
-    "config": "config:",
-    "explain_neurons": "neurons.explain:explain",
-    "load_model": "models.convert:load_folder",
+    "explain_neurons": "explain.explain:explain",
+    "load_model": "models.folder:load_folder",
     "load_results": "results.runs:load_results",
-    "load_tokenizer": "lm.tokenizer:load_tokenizer",
-    "score_neurons": "neurons.score:score",
-    "simulate_neurons": "neurons.simulate:simulate",
+    "load_tokenizer": "text.tokenizer:load_tokenizer",
+    "score_neurons": "score.score:score",
+    "simulate_neurons": "explain.simulate:simulate",
 }
 __all__ = list(_PUBLIC)
 
@@ -50,8 +48,7 @@ def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module, _, attribute = _PUBLIC[name].partition(":")
-    found = import_module(f"{__name__}.{module}")
-    value = getattr(found, attribute) if attribute else found
+    value = getattr(import_module(f"{__name__}.{module}"), attribute)
     globals()[name] = value
     return value
 

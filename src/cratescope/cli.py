@@ -13,10 +13,11 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
-from cratescope.hardware import keep_freed_memory, processes, rank
+from cratescope.errors import DISK_FULL, Stopped, UserError, unusable
+from cratescope.hardware import keep_freed_memory
 from cratescope.options import parse
-from cratescope.run import DISK_FULL, Stopped, UserError, unusable
 from cratescope.stages import STAGES
+from cratescope.workers import processes, rank
 
 
 def _prepared(_config: Any, data: Any) -> str:
@@ -46,9 +47,9 @@ def _loss(name: str, row: dict[str, Any]) -> str:
 
 
 def _scored(_config: Any, folder: Path) -> str:
-    from cratescope.neurons.kept import read_scores
+    from cratescope.files import read_json
     from cratescope.results.scores import Scores
-    from cratescope.run import read_json
+    from cratescope.score.scores import read_scores
 
     scores = Scores(read_scores(folder))
     lines = [_score_line(scores, name) for name in scores.protocols]
@@ -138,7 +139,7 @@ def run(arguments: list[str]) -> str:
     config: Any = parse(kind, rest, prog=f"cratescope {name}")
     _set_up_process()
     if getattr(config, "ray", 0):
-        from cratescope.neurons.spread import spread
+        from cratescope.workers import spread
 
         return spread(partial(_do, name), config)
     return _do(name, config)

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import ctypes
-import os
-import re
 import time
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
-from cratescope.run import UserError
+from cratescope.errors import UserError
 
 if TYPE_CHECKING:
     import torch
-
-T = TypeVar("T")
 
 
 def pick_device(name: str) -> torch.device:
@@ -60,51 +55,6 @@ def keep_freed_memory() -> None:
     mallopt(mmap_max, 0)
     mallopt(trim_threshold, 2**31 - 1)
     mallopt(top_pad, 2**28)
-
-
-def processes() -> int:
-    """Number of processes that train one model together, as torchrun and accelerate set it in the environment.
-
-    Raises:
-        UserError: the environment variable is not such a number; `rank` raises the same.
-    """
-    return _from_environment("WORLD_SIZE", 1)
-
-
-def rank(local: bool = False) -> int:
-    """This process's number among all of them, or among those of its machine; number 0 writes files and prints."""
-    return _from_environment("LOCAL_RANK" if local else "RANK", 0)
-
-
-def _from_environment(name: str, least: int) -> int:
-    """A number that a process launcher sets in the environment; `least` if unset."""
-    text = os.environ.get(name, "").strip()
-    if text and not (re.fullmatch(r"[0-9]{1,9}", text) and int(text) >= least):
-        raise UserError(f"environment variable {name} = {text!r:.60}: has to be a number of {least} or more; unset it")
-    return int(text or least)
-
-
-def worker_of(text: str) -> tuple[int, int]:
-    """Split i/n into (i, n); `auto` reads torchrun's environment variables.
-
-    Raises:
-        UserError: it is neither.
-    """
-    given = f"{rank()}/{processes()}" if text == "auto" else text
-    found = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", given)
-    if not found or int(found[1]) >= int(found[2]):
-        what = f"RANK and WORLD_SIZE {given}" if text == "auto" else text
-        raise UserError(f"--worker {what:.60}: has to be i/n with i from 0 to n - 1, such as 0/4")
-    return int(found[1]), int(found[2])
-
-
-def share(items: Sequence[T], worker: str, batch: int) -> list[T]:
-    """Select the share of worker i/n: every n-th batch of `batch` items, starting with the i-th.
-
-    Rounding depends on what is computed together, so the batches are the same for any n.
-    """
-    number, total = worker_of(worker)
-    return [item for place, item in enumerate(items) if place // batch % total == number]
 
 
 def gemm_peak(device: torch.device, dtype: torch.dtype) -> float:

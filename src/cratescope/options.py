@@ -9,12 +9,12 @@ import types
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
 
-from cratescope.hardware import rank, worker_of
-from cratescope.run import UserError
+from cratescope.errors import UserError
+from cratescope.workers import rank, worker_of
 
 Config = TypeVar("Config")
 LARGEST = 2**31 - 1
@@ -208,3 +208,25 @@ def _typed(value: Any, hint: Any) -> Any:
     if hint is int and type(value) is int and abs(value) < 2**63:  # as TOML has it
         return value
     raise ValueError
+
+
+PositionalPath = Annotated[Path, tyro.conf.Positional]
+
+
+PositionalPaths = Annotated[tuple[Path, ...], tyro.conf.Positional]
+
+
+WORKER = "i/n: do every n-th batch or part from the i-th on, i from 0; auto reads torchrun's RANK and WORLD_SIZE."
+
+
+RAY = "Do it in this many Ray tasks, on a cluster or here (pip install 'cratescope[ray]'); each is one worker."
+
+
+# Options of every stage whose work is shared out. A base class would put them first in --help.
+Worker = Annotated[str, tyro.conf.arg(help=WORKER)]
+
+
+RayTasks = Annotated[int, within(0, 10_000, help=RAY)]
+
+
+RayGPUs = Annotated[float, within(0, 1000, help="GPUs of a Ray task; 0.5 lets two share one.")]

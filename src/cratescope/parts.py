@@ -24,7 +24,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from cratescope.run import UserError, atomic_path, first_line, locked, remove_leftovers, stamp
+from cratescope.errors import UserError, first_line
+from cratescope.files import atomic_path, remove_leftovers, stamp
+from cratescope.locks import locked
 
 Row = dict[str, Any]
 

@@ -6,7 +6,14 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any, NamedTuple
 
-from cratescope import config as settings
+from cratescope.config import StudyConfig
+from cratescope.exchange.config import ConvertConfig, ExportConfig, ImportConfig
+from cratescope.explain.config import ExplainConfig, JudgeConfig, SimulateConfig
+from cratescope.lm.config import EvaluateConfig, TrainConfig
+from cratescope.neurons.config import CollectConfig
+from cratescope.report.config import ReportConfig, ShowConfig
+from cratescope.score.config import ScoreConfig
+from cratescope.text.config import PrepareConfig
 
 
 class Stage(NamedTuple):
@@ -23,22 +30,18 @@ class Stage(NamedTuple):
 
 
 STAGES: dict[str, Stage] = {
-    "prepare": Stage(settings.PrepareConfig, "lm.data:prepare", "Turn text into tokenised shards, split by document."),
-    "train": Stage(settings.TrainConfig, "lm.train:train", "Train one language model with the paper's recipe."),
-    "evaluate": Stage(settings.EvaluateConfig, "lm.evaluate:evaluate", "Measure loss and bits per byte on any text."),
-    "collect": Stage(settings.CollectConfig, "neurons.collect:collect", "Read text and write what every neuron does."),
-    "explain": Stage(settings.ExplainConfig, "neurons.explain:explain", "Ask an LLM for one phrase per neuron."),
-    "simulate": Stage(settings.SimulateConfig, "neurons.simulate:simulate", "Predict activations from explanations."),
-    "judge": Stage(settings.JudgeConfig, "neurons.judge:judge", "Ask an LLM about whole windows instead."),
-    "score": Stage(settings.ScoreConfig, "neurons.score:score", "Compare predicted and true activations."),
-    "show": Stage(settings.ShowConfig, "report.card:neuron_card", "Print all that is known of one neuron."),
-    "report": Stage(settings.ReportConfig, "report.report:report", "Write one HTML page about some runs."),
-    "study": Stage(settings.StudyConfig, "study:study", "Do all of this for the models of one TOML file."),
-    "export": Stage(settings.ExportConfig, "neurons.exchange:export", "Write records in another tool's format."),
-    "import": Stage(
-        settings.ImportConfig, "neurons.exchange:import_records", "Read records of another tool into a run."
-    ),
-    "convert": Stage(
-        settings.ConvertConfig, "models.convert:convert", "Turn the authors' checkpoint into ours, or back."
-    ),
+    "prepare": Stage(PrepareConfig, "text.prepare:prepare", "Turn text into tokenised shards, split by document."),
+    "train": Stage(TrainConfig, "lm.train:train", "Train one language model with the paper's recipe."),
+    "evaluate": Stage(EvaluateConfig, "lm.evaluate:evaluate", "Measure loss and bits per byte on any text."),
+    "collect": Stage(CollectConfig, "neurons.collect:collect", "Read text and write what every neuron does."),
+    "explain": Stage(ExplainConfig, "explain.explain:explain", "Ask an LLM for one phrase per neuron."),
+    "simulate": Stage(SimulateConfig, "explain.simulate:simulate", "Predict activations from explanations."),
+    "judge": Stage(JudgeConfig, "explain.judge:judge", "Ask an LLM about whole windows instead."),
+    "score": Stage(ScoreConfig, "score.score:score", "Compare predicted and true activations."),
+    "show": Stage(ShowConfig, "report.card:neuron_card", "Print all that is known of one neuron."),
+    "report": Stage(ReportConfig, "report.report:report", "Write one HTML page about some runs."),
+    "study": Stage(StudyConfig, "study:study", "Do all of this for the models of one TOML file."),
+    "export": Stage(ExportConfig, "exchange.records:export", "Write records in another tool's format."),
+    "import": Stage(ImportConfig, "exchange.records:import_records", "Read records of another tool into a run."),
+    "convert": Stage(ConvertConfig, "exchange.reference:convert", "Turn the authors' checkpoint into ours, or back."),
 }

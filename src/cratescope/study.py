@@ -18,9 +18,14 @@ from typing import Any
 
 from rich.console import Console
 
-from cratescope import config as settings
+from cratescope.config import NeuronsConfig, StudyConfig
+from cratescope.errors import UserError, first_line
+from cratescope.explain.config import JudgeConfig
+from cratescope.files import decode_text
+from cratescope.lm.config import EvaluateConfig, TrainConfig
 from cratescope.options import from_table, option_types
-from cratescope.run import Run, UserError, decode_text, first_line
+from cratescope.report.config import ReportConfig
+from cratescope.run import Run
 from cratescope.stages import STAGES
 
 Settings = dict[str, Any]
@@ -69,7 +74,7 @@ class Plan:
         """Run the stage of a section."""
         return STAGES[section].load()(self.options(section, own, **given))
 
-    def training(self, out: Path) -> Iterator[tuple[settings.TrainConfig, list[Run]]]:
+    def training(self, out: Path) -> Iterator[tuple[TrainConfig, list[Run]]]:
         """How each model is trained, and its runs: what it is at the end, and its milestones."""
         from cratescope.lm.trainer import milestone_steps
 
@@ -79,7 +84,7 @@ class Plan:
             yield config, [run, *(run.milestone(step) for step in sorted(milestone_steps(config)))]
 
 
-def study(config: settings.StudyConfig) -> Path:
+def study(config: StudyConfig) -> Path:
     """Run what is not done yet of every stage and return the path of the report, the first simulator's if of several.
 
     Every stage is done for the model at the end of training and for each of its milestones.
@@ -156,7 +161,7 @@ def check(table: Settings, path: Path) -> Plan:
         UserError: an unknown option, a wrong value, or options of two sections that contradict each other.
     """
     where = f"{path}: [{SHARED}]"
-    shared = from_table(settings.NeuronsConfig, table.get(SHARED, {}), where)
+    shared = from_table(NeuronsConfig, table.get(SHARED, {}), where)
     _look_up(shared, where)
     plan = _plan(table, path, shared)
     # Sections that say themselves what the others then take come first, to be the ones that are blamed.
@@ -174,7 +179,7 @@ def check(table: Settings, path: Path) -> Plan:
     return plan
 
 
-def _plan(table: Settings, path: Path, neurons: settings.NeuronsConfig) -> Plan:
+def _plan(table: Settings, path: Path, neurons: NeuronsConfig) -> Plan:
     """What a study file says, with what [neurons] shares put into the sections that have it."""
     shared = table.get(SHARED, {})
     sections = {name: dict(table.get(name, {})) for name in GIVEN}
@@ -187,7 +192,7 @@ def _plan(table: Settings, path: Path, neurons: settings.NeuronsConfig) -> Plan:
                 )
     loops: dict[str, tuple[Any, ...]] = {several: getattr(neurons, several) for several in LOOPS}
     if "judge" in table:
-        loops["judges"] = (settings.JudgeConfig.scorer,)
+        loops["judges"] = (JudgeConfig.scorer,)
     for several, single in LOOPS.items():
         if several in shared:
             loops[several] = getattr(neurons, several)
@@ -214,19 +219,19 @@ def _variants(plan: Plan, section: str) -> list[Settings]:
 
 def _look_up(parsed: Any, where: str) -> None:
     """Raises UserError for a preset, a text, a protocol or a measure that there is not."""
+    from cratescope.explain.protocols import protocols_named
     from cratescope.lm.evaluate import SPLITS
-    from cratescope.lm.texts import find_set
     from cratescope.models.presets import preset_config
-    from cratescope.neurons.protocols import protocols_named
     from cratescope.results.compare import Quantity
+    from cratescope.text.sets import find_set
 
     try:
-        if isinstance(parsed, settings.TrainConfig):
+        if isinstance(parsed, TrainConfig):
             preset_config(parsed.preset, context=parsed.context, crate=parsed.crate)
-        if isinstance(parsed, settings.EvaluateConfig):
+        if isinstance(parsed, EvaluateConfig):
             for name in set(parsed.on) - set(SPLITS):
                 find_set(name)
-        if isinstance(parsed, settings.ReportConfig):
+        if isinstance(parsed, ReportConfig):
             Quantity.parse(parsed.primary)
         if hasattr(parsed, "protocols"):
             protocols_named(parsed.protocols)

@@ -10,11 +10,14 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from cratescope.arm import Arm
-from cratescope.lm.data import TokenData
+from cratescope.errors import UserError, first_line
+from cratescope.files import atomic_folder, mark_whole, write_json
 from cratescope.lm.head import looks_ahead
-from cratescope.lm.tokenizer import load_tokenizer, n_text_ids
+from cratescope.locks import locked
 from cratescope.models.folder import longest_context
-from cratescope.run import Run, UserError, atomic_folder, first_line, locked, mark_whole, versions, write_json
+from cratescope.run import Run, versions
+from cratescope.text.shards import TokenData
+from cratescope.text.tokenizer import load_tokenizer, n_text_ids
 
 
 def is_adopted(run: Run, source: str) -> bool:

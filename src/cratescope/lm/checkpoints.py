@@ -8,8 +8,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from cratescope.run import WHOLE, UserError, read_json, sha256
-from cratescope.run import mark_whole as mark_whole
+from cratescope.errors import UserError
+from cratescope.files import WHOLE, read_json, sha256
+from cratescope.files import mark_whole as mark_whole
 
 
 def step_of(checkpoint: Path) -> int:

@@ -26,26 +26,38 @@ from rich.markup import escape
 from rich.progress import track
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from cratescope.config import EvaluateConfig
-from cratescope.hardware import pick_device
+from cratescope.errors import UserError
+from cratescope.files import Shape, read_json, sha256, write_json
 from cratescope.lm import harness
-from cratescope.lm.data import TokenData, TokenSplit
+from cratescope.lm.config import EvaluateConfig
 from cratescope.lm.head import Head, plain_pass
-from cratescope.lm.texts import HubSet, find_set, identity, read
-from cratescope.lm.tokenizer import bytes_put_before, encode, load_tokenizer, n_ids, token_bytes, token_strings
-from cratescope.models.convert import load_folder
+from cratescope.lm.load import data_of, load_model
+from cratescope.locks import locked
 from cratescope.models.folder import longest_context, model_config
-from cratescope.run import Run, Shape, UserError, locked, read_json, sha256, versions, write_json
+from cratescope.run import Run, versions
+from cratescope.text.sets import HubSet, find_set, identity, read
+from cratescope.text.shards import TokenData, TokenSplit
+from cratescope.text.tokenizer import bytes_put_before, encode, load_tokenizer, n_ids, token_bytes, token_strings
 
 # The prompts of paper section 7 (next-token examples and steering).
 PROMPTS = ("They saw some boats on the", "Beijing is the capital of", "1 2 3 4 5")
+
+
 SPLITS = ("validation", "heldout")
+
+
 SCANNED = 1 << 20
 """Tokens of a split looked at in one go."""
+
+
 TRIED = 16
 """Tokens of the text that the model's head is tried on."""
+
+
 DEFAULT_LONGEST = 4096
 """Tokens in a crop of a model that reads more, unless it is said otherwise."""
+
+
 _progress = partial(track, console=Console(stderr=True), transient=True)
 
 
@@ -332,24 +344,6 @@ def _continuation(tokenizer: PreTrainedTokenizerFast, ids: list[int], more: list
 
 def _next_logits(model: Any, ids: Sequence[int]) -> Float[torch.Tensor, " v"]:
     return plain_pass(model, torch.tensor([ids], device=model.device)).logits[0, -1].float()
-
-
-def data_of(run: Run, data_path: Path | None) -> TokenData:
-    """Open the data given, or the data the run was trained on; its vocabulary must match the model's."""
-    manifest = run.read_manifest()
-    data = TokenData.open(data_path or run.data_path())
-    if data.vocab_size != manifest["vocab_size"]:
-        raise UserError(
-            f"{data.path} has a vocabulary of {data.vocab_size}, {run.root} one of {manifest['vocab_size']}; "
-            "give the data the run was trained on"
-        )
-    return data
-
-
-def load_model(run: Run, device: str) -> PreTrainedModel:
-    """The run's trained model, for reading."""
-    model: Any = load_folder(run.trained_model())  # Any: the library's own annotation of `to` takes no device
-    return model.to(pick_device(device)).eval()
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from cratescope.run import UserError, first_line
+from cratescope.errors import UserError, first_line
 
 
 def identity(folder: Path | None) -> str | None:

@@ -15,8 +15,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch.nn import functional as F
 
+from cratescope.errors import UserError
 from cratescope.lm.loss import CHUNK, token_losses
-from cratescope.run import UserError
 
 Way = Literal["product", "own", "whole"]
 SCALES = (0.0, 1.0, 30.0, 1e4)

@@ -20,31 +20,22 @@ from rich.console import Console
 from transformers import PreTrainedModel, TrainingArguments
 
 from cratescope.arm import Arm
-from cratescope.config import TrainConfig
-from cratescope.hardware import pick_device, pick_dtype, processes, rank
+from cratescope.errors import Stopped, UserError
+from cratescope.files import atomic_folder, mark_whole, read_jsonl, sha256, write_json, write_text
+from cratescope.hardware import pick_device, pick_dtype
 from cratescope.lm.checkpoints import last_whole_checkpoint, step_of
-from cratescope.lm.crops import PackedCrops, RandomCrops, open_crops
-from cratescope.lm.data import TokenData
+from cratescope.lm.config import TrainConfig
 from cratescope.lm.loss import fuse
-from cratescope.lm.tokenizer import n_ids
 from cratescope.lm.trainer import Watch, WatchedTrainer, milestone_steps
-from cratescope.models.convert import load_folder
-from cratescope.models.presets import build, count_parameters, preset_config
-from cratescope.run import (
-    METRICS,
-    Run,
-    Stopped,
-    UserError,
-    atomic_folder,
-    claim,
-    locked,
-    mark_whole,
-    read_jsonl,
-    sha256,
-    versions,
-    write_json,
-    write_text,
-)
+from cratescope.locks import locked
+from cratescope.models.cost import count_parameters
+from cratescope.models.folder import load_folder
+from cratescope.models.presets import build, preset_config
+from cratescope.run import METRICS, Run, claim, versions
+from cratescope.text.crops import PackedCrops, RandomCrops, open_crops
+from cratescope.text.shards import TokenData
+from cratescope.text.tokenizer import n_ids
+from cratescope.workers import processes, rank
 
 NOT_IDENTITY = (
     *("budget", "out", "data", "device", "dtype", "keep", "micro_batch", "log_every", "save_every"),

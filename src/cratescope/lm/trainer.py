@@ -20,14 +20,16 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainerState
 
-from cratescope.config import TrainConfig
-from cratescope.hardware import gemm_peak, processes, rank
+from cratescope.errors import UserError
+from cratescope.hardware import gemm_peak
 from cratescope.lm.checkpoints import mark_whole, rotate
+from cratescope.lm.config import TrainConfig
 from cratescope.lm.evaluate import crop_losses, mean_loss
 from cratescope.lm.head import Head
-from cratescope.models.convert import load_folder
-from cratescope.models.presets import flops_per_token
-from cratescope.run import Run, UserError
+from cratescope.models.cost import flops_per_token
+from cratescope.models.folder import load_folder
+from cratescope.run import Run
+from cratescope.workers import processes, rank
 
 
 class Watch(TrainerCallback):

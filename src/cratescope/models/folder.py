@@ -1,4 +1,4 @@
-"""The sizes in any causal LM's configuration, whatever their names and however deeply nested."""
+"""Open a model folder or hub model: what its configuration says, and the model itself, for any causal LM."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from cratescope.run import UserError, first_line
+from cratescope.errors import UserError, first_line
+from cratescope.files import check_whole
 
 CONTEXT_NAMES = (
     *("max_position_embeddings", "n_positions", "max_target_positions", "max_seq_len", "max_sequence_length", "n_ctx"),
@@ -73,4 +74,25 @@ def skeleton(config: Any) -> PreTrainedModel:
     except Exception as error:  # what a model's code raises on inconsistent sizes depends on the model
         said = " ".join(str(error).split())[:200]
         raise UserError(f"a {config.model_type} model cannot be made here ({said}); give another model") from error
+    return model
+
+
+def load_folder(folder: Path, dtype: str = "auto") -> PreTrainedModel:
+    """Read a Hugging Face folder; every tensor must be there and none too many. `auto` keeps its number format."""
+    if not (folder / "config.json").exists():
+        raise UserError(f"{folder}: no config.json in it, so it is not a Hugging Face model folder")
+    check_whole(folder)
+    model_config(folder)
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, output_loading_info=True, dtype=dtype, trust_remote_code=False, local_files_only=True
+        )
+        model, info = loaded
+    except Exception as error:  # what the library raises on damaged files depends on their bytes
+        raise UserError(
+            f"{folder}: cannot be loaded ({first_line(error)}); check config.json and the weights, or copy them again"
+        ) from error
+    wrong = [f"{kind[:-5]} {sorted(info[kind])[0]}" for kind in ("missing_keys", "unexpected_keys") if info[kind]]
+    if wrong:
+        raise UserError(f"{folder}: the weights do not fit config.json: {', '.join(wrong)}")
     return model

@@ -25,20 +25,23 @@ from rich.progress import track
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from cratescope.config import CollectConfig
-from cratescope.hardware import pick_device, rank, worker_of
+from cratescope.errors import UserError, first_line
+from cratescope.files import sha256
+from cratescope.hardware import pick_device
 from cratescope.lm.adopt import adopt, is_adopted
-from cratescope.lm.data import TokenData
-from cratescope.lm.evaluate import data_of
-from cratescope.models.convert import load_folder
-from cratescope.models.folder import longest_context, model_config, skeleton
+from cratescope.lm.load import data_of
+from cratescope.locks import locked
+from cratescope.models.folder import load_folder, longest_context, model_config, skeleton
+from cratescope.neurons.config import CollectConfig
 from cratescope.neurons.merge import Totals, columns
 from cratescope.neurons.records import layer_file, write_table
-from cratescope.neurons.shards import load_tensors, save_first, save_tensors
 from cratescope.neurons.sites import Site, check_site, partial_pass, site_named
 from cratescope.neurons.strata import Pilot
 from cratescope.neurons.streaming import LayerStatistics, Plan, refuse_not_finite
-from cratescope.run import Run, UserError, claim, first_line, locked, sha256
+from cratescope.neurons.tensors import load_tensors, save_first, save_tensors
+from cratescope.run import Run, claim
+from cratescope.text.shards import TokenData
+from cratescope.workers import rank, worker_of
 
 TRIED = 2
 """Excerpts of the trial pass before anything is written."""

@@ -17,9 +17,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from cratescope.errors import UserError, first_line
+from cratescope.files import atomic_path
 from cratescope.parts import CHECKED, is_sealed, seal
 from cratescope.parts import layer_file as layer_file
-from cratescope.run import UserError, atomic_path, first_line
 
 
 @dataclass(frozen=True, order=True)
@@ -155,78 +156,6 @@ class NeuronRecord:
         return self.density == 0.0
 
 
-@dataclass(frozen=True)
-class Explanation:
-    """One phrase that says what a neuron finds; `prompt` names the prompt that asked for it.
-
-    skipped: why `text` is empty, such as "dead neuron"; None when there is a text.
-    """
-
-    neuron: NeuronId
-    text: str
-    explainer: str
-    prompt: str
-    skipped: str | None = None
-
-
-@dataclass(frozen=True)
-class Simulation:
-    """Activations predicted from a text alone, by control: a row for each window of `keys`.
-
-    texts: what each control was simulated from. "none" is the neuron's own explanation, "shuffled" another neuron's,
-    "empty" a sentence that says nothing, "unigram" no text at all (its strongest tokens stand there): the mean
-    activation of each token in the windows explained from. A control that the neuron cannot have is missing.
-    expected: one list of numbers a window, one a token, on the simulator's own scale (a correlation does not mind).
-    skipped: why there is nothing, such as "dead neuron".
-    """
-
-    neuron: NeuronId
-    simulator: str
-    texts: dict[str, str]
-    keys: tuple[tuple[int, int, int], ...]
-    expected: dict[str, tuple[tuple[float, ...], ...]]
-    skipped: str | None = None
-
-
-@dataclass(frozen=True)
-class Judgement:
-    """What an LLM answered about single windows: the probability of yes, and whether yes was right.
-
-    control: as in Simulation, "none" or "shuffled". Scorer "intruder" needs no text: its windows come in groups of
-    INTRUDER_GROUP, one of which is foreign (label true), and the probabilities of a group add up to 1.
-    """
-
-    neuron: NeuronId
-    scorer: str
-    control: str
-    text: str
-    probabilities: tuple[float, ...]
-    labels: tuple[bool, ...]
-    skipped: str | None = None
-
-
-@dataclass(frozen=True)
-class Score:
-    """How well a neuron's simulation, or an LLM's judgements of windows, agree with the truth by one measure.
-
-    protocol: of a simulation, or the scorer. set: the explanation set that was scored. control: "none" for the neuron's
-    own explanation, else as in Simulation.
-    value: None where there is none, for `reason`. n: tokens, or windows judged, that it was measured on.
-    low, high: bootstrap interval of 95 % over windows, of the protocol's own measure and the own explanation only.
-    """
-
-    neuron: NeuronId
-    protocol: str
-    set: str
-    control: str
-    measure: str
-    value: float | None
-    n: int
-    low: float | None = None
-    high: float | None = None
-    reason: str | None = None
-
-
 _WINDOW = pa.struct(
     [
         ("excerpt", pa.int32()),
@@ -236,12 +165,20 @@ _WINDOW = pa.struct(
         ("activations", pa.list_(pa.float32())),
     ]
 )
+
+
 _STRATUM = pa.struct([("low", pa.float64()), ("high", pa.float64()), ("windows", pa.list_(_WINDOW))])
+
+
 _BIN = pa.struct([("low", pa.float64()), ("high", pa.float64()), ("count", pa.int64())])
+
+
 _TOKEN = pa.struct([("token", pa.int32()), ("mean", pa.float64()), ("count", pa.int64())])
-INTRUDER_GROUP = 5
-"""Windows shown at a time by intruder detection, one of them foreign."""
+
+
 STRATIFICATIONS = ("by_quantile", "by_rank", "by_level")
+
+
 SCHEMA = pa.schema(
     [
         ("model", pa.string()),
@@ -267,6 +204,8 @@ SCHEMA = pa.schema(
     ],
     metadata=CHECKED,
 )
+
+
 _NEURONS_A_READ = 64
 """Neurons in one row group, the least that is read from disk at once."""
 

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from cratescope.errors import UserError
 from cratescope.models.folder import text_config
-from cratescope.run import UserError
 
 INPUT, NEURONS = ":input", ":neurons"
 Visit = Callable[[int, Tensor], Tensor | None]

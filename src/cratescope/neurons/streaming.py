@@ -13,9 +13,9 @@ import torch
 from jaxtyping import Float, Int64, Integer
 from torch import Tensor
 
-from cratescope.config import CollectConfig
+from cratescope.errors import UserError
+from cratescope.neurons.config import CollectConfig
 from cratescope.neurons.strata import FRACTION, LATER, N_BINS, ROWS, Ladder, Pilot, bin_edges, bins_of, draw
-from cratescope.run import UserError
 
 BLOCK = 1 << 17
 """Activations worked on at once: half a megabyte, so that they stay in a core's cache."""

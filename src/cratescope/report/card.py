@@ -13,12 +13,13 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
-from cratescope.config import ShowConfig
-from cratescope.lm.tokenizer import token_strings
-from cratescope.neurons.records import ActivationRecord, NeuronRecord, Score, TokenMean
+from cratescope.neurons.records import ActivationRecord, NeuronRecord, TokenMean
+from cratescope.report.config import ShowConfig
 from cratescope.report.text import number, percent, sparkline, visible
 from cratescope.results.neuron import Neuron, read_neuron
 from cratescope.run import Run
+from cratescope.score.scores import Score
+from cratescope.text.tokenizer import token_strings
 
 Decode = Callable[[Sequence[int]], list[str]]
 

@@ -14,11 +14,12 @@ from jinja2 import Template, Undefined
 from markupsafe import Markup
 from transformers import PreTrainedTokenizerFast
 
-from cratescope.config import ReportConfig
-from cratescope.neurons.quality import QUALITIES
+from cratescope.errors import UserError
+from cratescope.files import read_json, write_json, write_text
+from cratescope.locks import locked
 from cratescope.neurons.records import layer_file
-from cratescope.neurons.score import CONTROLS
 from cratescope.report import text, verdict
+from cratescope.report.config import ReportConfig
 from cratescope.report.figures import arm_places, draw_figures
 from cratescope.report.html import Card, Decode, page_card, page_environment
 from cratescope.results import compare, tables
@@ -27,7 +28,9 @@ from cratescope.results.estimates import Estimate, finite
 from cratescope.results.neuron import Neuron, read_neurons
 from cratescope.results.runs import Results, Row, load_results, one_per_run, protocols
 from cratescope.results.scores import measures_of
-from cratescope.run import UserError, locked, made_from, read_json, write_json, write_text
+from cratescope.run import made_from
+from cratescope.score.quality import QUALITIES
+from cratescope.score.score import CONTROLS
 
 VERSION = 2
 """Of the page: raise it when the same results look different."""
@@ -79,7 +82,7 @@ def _made_from(config: ReportConfig) -> dict[str, str]:
 def _page(config: ReportConfig, tokenizer: PreTrainedTokenizerFast | None) -> str:
     """Render the HTML; numbers and figures are written along the way."""
     primary = Quantity.parse(config.primary)
-    results = load_results(config)
+    results = load_results(config.runs, config.explainer, config.simulator)
     pair = compare.sides(results, config.compare)
     compared = [pairs for pairs in compare.comparisons(results, primary, pair or ()) if pairs]
     groups = [group for item in results for group in _groups(item, config, _decoder(item, tokenizer))]
@@ -221,7 +224,7 @@ def _prompts(results: Sequence[Results]) -> dict[str, list[tuple[Results, dict[s
 
 
 def _decoder(item: Results, tokenizer: PreTrainedTokenizerFast | None) -> Decode:
-    from cratescope.lm.tokenizer import load_tokenizer, token_strings
+    from cratescope.text.tokenizer import load_tokenizer, token_strings
 
     if tokenizer is None and not item.run.model.is_dir():
         raise UserError(f"{item.run.model}: no such folder; finish `cratescope train` for {item.run.root} first")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from cratescope.neurons.statistics import Difference
 from cratescope.report.text import count, number
 from cratescope.results.compare import Comparison, Quantity
 from cratescope.results.runs import Results
 from cratescope.results.tables import paper
+from cratescope.score.inference import Difference
 
 
 def headline(pairs: Sequence[Comparison]) -> str:

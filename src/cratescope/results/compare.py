@@ -8,14 +8,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cratescope.neurons.measures import MEASURES
-from cratescope.neurons.protocols import PROTOCOLS
-from cratescope.neurons.score import CONTROLS, SCORERS
-from cratescope.neurons.statistics import Difference, compare_neurons, compare_seeds, mean_of, needed
+from cratescope.errors import UserError
+from cratescope.explain.protocols import PROTOCOLS
 from cratescope.results.estimates import Estimate, over
 from cratescope.results.runs import Results, protocols, untrained_copy
 from cratescope.results.scores import measures_of
-from cratescope.run import UserError
+from cratescope.score.inference import Difference, compare_neurons, compare_seeds, mean_of, needed
+from cratescope.score.measures import MEASURES
+from cratescope.score.score import CONTROLS, SCORERS
 
 UNTRAINED = "untrained"
 GAINS = ("shuffled", UNTRAINED)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from cratescope.neurons.statistics import interval, mean_of, mean_over_layers, variance_over_layers
+from cratescope.score.inference import interval, mean_of, mean_over_layers, variance_over_layers
 
 Values = Mapping[int, Mapping[int, float]]
 """A value per layer and neuron index, of the neurons that have one."""

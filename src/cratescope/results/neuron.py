@@ -9,22 +9,16 @@ from typing import Any, TypeVar
 
 from rich.console import RenderableType
 
-from cratescope.neurons.explain import find_site, record_files
-from cratescope.neurons.kept import Kept, explanations, judgements, simulations
-from cratescope.neurons.kept import scores as scores_in
-from cratescope.neurons.records import (
-    Explanation,
-    Judgement,
-    NeuronId,
-    NeuronRecord,
-    Score,
-    Simulation,
-    layer_file,
-    read_records,
-)
-from cratescope.neurons.score import CONTROLS, OWN, SCORERS
+from cratescope.errors import UserError
+from cratescope.explain.explained import Explanation, Judgement, Simulation, explanations, judgements, simulations
+from cratescope.neurons.kept import Kept
+from cratescope.neurons.records import NeuronId, NeuronRecord, layer_file, read_records
+from cratescope.neurons.sample import find_site, record_files
 from cratescope.results.scores import Scores
-from cratescope.run import Run, UserError
+from cratescope.run import Run
+from cratescope.score.score import CONTROLS, OWN, SCORERS
+from cratescope.score.scores import Score
+from cratescope.score.scores import scores as scores_in
 
 Item = TypeVar("Item")
 

@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from cratescope.arm import Arm
-from cratescope.config import ReportConfig
-from cratescope.neurons.kept import explanations, read_scores
-from cratescope.neurons.quality import read_quality
-from cratescope.neurons.records import Explanation, NeuronId, layer_file, read_columns
-from cratescope.neurons.score import read_about
+from cratescope.errors import UserError
+from cratescope.explain.explained import Explanation, explanations
+from cratescope.files import Shape, read_json, read_jsonl, slug
+from cratescope.neurons.records import NeuronId, layer_file, read_columns
 from cratescope.results.scores import Scores
-from cratescope.run import IDENTITY, METRICS, Run, Shape, UserError, read_json, read_jsonl, slug
+from cratescope.run import IDENTITY, METRICS, Run
+from cratescope.score.quality import read_quality
+from cratescope.score.score import read_about
+from cratescope.score.scores import read_scores
 
 Row = dict[str, Any]
 EVALUATION: Shape = {
@@ -113,30 +115,30 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield f"{prefix}{name}", Path(value).name if str(value).startswith("/") else value
 
 
-def load_results(config: ReportConfig) -> list[Results]:
-    """Read every run of the report, one `Results` per run and scored site.
+def load_results(roots: Sequence[Path | str], explainer: str = "offline", simulator: str = "list-pmi") -> list[Results]:
+    """Read run directories, one `Results` per run and scored site.
 
     Raises:
         UserError: no run, two runs of one name, or a run whose records or scores are missing.
     """
-    if not config.runs:
+    if not roots:
         raise UserError(
             "no run directory given; name at least one, such as `cratescope report runs/crate-2l --out report`"
         )
-    runs = [Run(path) for path in config.runs]
+    runs = [Run(root) for root in roots]
     for name in (names := [run.name for run in runs]):
         if names.count(name) > 1:
             raise UserError(
                 f"two run directories are called {name!r}; rename one, so that the report can tell them apart"
             )
-    return [item for run in runs for item in _load_run(run, config)]
+    return [item for run in runs for item in _load_run(run, explainer, simulator)]
 
 
-def _load_run(run: Run, config: ReportConfig) -> Iterator[Results]:
+def _load_run(run: Run, explainer: str, simulator: str) -> Iterator[Results]:
     manifest = _imported(run) or run.read_manifest()
     if not run.evaluation.exists() and run.manifest.exists():
         raise UserError(f"{run.evaluation}: no such file; run `cratescope evaluate {run.root}` first")
-    folders = _scored(run, config)
+    folders = _scored(run, explainer, simulator)
     evaluation = read_json(run.evaluation, EVALUATION, "`cratescope evaluate`") if run.manifest.exists() else UNKNOWN
     metrics = _metrics(run, manifest)
     for folder in folders:
@@ -156,7 +158,7 @@ def _load_run(run: Run, config: ReportConfig) -> Iterator[Results]:
             about=about,
             scores=scores,
             explanations={
-                name: dict(explanations(run.explanations(site, config.explainer, name)).all()) for name in scores.sets
+                name: dict(explanations(run.explanations(site, explainer, name)).all()) for name in scores.sets
             },
             activity=_read_activity(run.records(site), scores.layers),
             quality=read_quality(quality) if quality.exists() else None,
@@ -196,13 +198,13 @@ def _imported(run: Run) -> Row | None:
     return {"arm": arm.row(), "parameters": None, "n_layer": layers, "context": None, "data": data}
 
 
-def _scored(run: Run, config: ReportConfig) -> list[Path]:
+def _scored(run: Run, explainer: str, simulator: str) -> list[Path]:
     """The folder of scores of every site scored with the report's explainer and simulator."""
-    folder, chosen = run.root / "scores", f"{slug(config.explainer)}/{slug(config.simulator)}"
+    folder, chosen = run.root / "scores", f"{slug(explainer)}/{slug(simulator)}"
     found = sorted(path.parent for path in folder.glob(f"*/{chosen}/scores.json"))
     if found:
         return found
-    command = f"cratescope score {run.root} --explainer {config.explainer} --simulator {config.simulator}"
+    command = f"cratescope score {run.root} --explainer {explainer} --simulator {simulator}"
     if any(folder.glob(f"*/{chosen}/summary.json")):
         raise UserError(f"{folder}: scored by an older version of cratescope; run `{command}` again")
     others = sorted({"/".join(path.parts[-3:-1]) for path in folder.glob("*/*/*/scores.json")})

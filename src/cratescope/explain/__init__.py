@@ -1,0 +1,1 @@
+"""Explanations of neurons, and what an LLM makes of them."""

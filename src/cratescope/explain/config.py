@@ -1,0 +1,114 @@
+"""Settings of `explain`, `simulate` and `judge`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+import tyro
+
+from cratescope.errors import UserError
+from cratescope.llm.config import LLMConfig
+from cratescope.options import LARGEST_SEED, Checked, PositionalPath, RayGPUs, RayTasks, Worker, within
+
+Simulator = Literal["list-pmi", "list-in-context", "all-at-once"]
+
+
+Prompts = Literal["own", "openai"]
+
+
+Scorer = Literal["detection", "fuzzing", "intruder"]
+
+
+DEFAULT_PROTOCOLS = ("top-and-random", "random-only")
+
+
+@dataclass(frozen=True)
+class ExplainConfig(Checked):
+    """Ask an LLM for one phrase a neuron, from its highest-activating records."""
+
+    run: PositionalPath
+    """Run directory with neuron records."""
+    site: str = "auto"
+    """Site of the records, as given to `collect`."""
+    layers: Annotated[tuple[int, ...] | None, within(0)] = None
+    """Layers to explain; all by default."""
+    neurons: Annotated[int | None, within(1)] = None
+    """Neurons per layer, drawn at random with --neuron-seed; all by default."""
+    neuron_seed: Annotated[int, within(0, LARGEST_SEED)] = 0
+    """Seed of the draw of neurons; a larger --neurons keeps those already done."""
+    protocols: tuple[str, ...] = DEFAULT_PROTOCOLS
+    """Protocols to explain for (docs/evaluation.md); those that explain from the same windows share explanations."""
+    prompts: Prompts = "own"
+    """`own`, or `openai`: the exact ones, from an installed automated-interpretability."""
+    worker: Worker = "auto"
+    ray: RayTasks = 0
+    ray_gpus: RayGPUs = 0
+    llm: Annotated[LLMConfig, tyro.conf.arg(name="")] = field(default_factory=LLMConfig)
+
+
+@dataclass(frozen=True)
+class SimulateConfig(Checked):
+    """Predict activations from every explanation, and from the controls that a score is compared with."""
+
+    run: PositionalPath
+    """Run directory with explanations."""
+    site: str = "auto"
+    """Site of the records, as given to `collect`."""
+    explainer: str = "offline"
+    """Explainer whose explanations to use: the --llm given to `explain`."""
+    simulator: Simulator = "list-pmi"
+    """`list-pmi` (one forward pass per explanation, ignores context), `list-in-context` (one per window), or
+    `all-at-once` (OpenAI's protocol: values 0 to 10)."""
+    neurons: Annotated[int | None, within(1)] = None
+    """Use only this many of the explained neurons per layer; all by default."""
+    protocols: tuple[str, ...] = DEFAULT_PROTOCOLS
+    """Protocols whose windows to simulate."""
+    prompts: Prompts = "own"
+    """Wording of all-at-once: `own`, or `openai` for OpenAI's, from an installed automated-interpretability."""
+    reference_quirks: bool = False
+    """all-at-once: read values as the reference code does (docs/evaluation.md)."""
+    worker: Worker = "auto"
+    ray: RayTasks = 0
+    ray_gpus: RayGPUs = 0
+    llm: Annotated[LLMConfig, tyro.conf.arg(name="")] = field(default_factory=LLMConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.simulator != "all-at-once" and (self.reference_quirks or self.prompts != "own"):
+            raise UserError(
+                f"--simulator {self.simulator} is our own; --reference-quirks and --prompts go with all-at-once"
+            )
+        if self.llm.served and (self.simulator != "all-at-once" or self.reference_quirks):
+            raise UserError(
+                f"--llm {self.llm.llm}: a server tells of the likeliest tokens only, and the list simulators and "
+                "--reference-quirks need the whole vocabulary; use --simulator all-at-once, or run the model here "
+                "(--llm HUB_NAME or FOLDER)"
+            )
+        if self.llm.served and not self.llm.llm_tokenizer:
+            raise UserError(
+                f"--llm {self.llm.llm}: simulating needs the tokenizer of the server's model; name it with "
+                "--llm-tokenizer (hub name or folder)"
+            )
+
+
+@dataclass(frozen=True)
+class JudgeConfig(Checked):
+    """Ask an LLM about whole windows instead of simulating: detection, fuzzing or intruder detection."""
+
+    run: PositionalPath
+    """Run directory with explanations."""
+    site: str = "auto"
+    """Site of the records, as given to `collect`."""
+    explainer: str = "offline"
+    """Whose explanations: the --llm given to `explain`."""
+    scorer: Scorer = "detection"
+    """Does the window hold it; are the marked tokens it; which of five windows is foreign."""
+    neurons: Annotated[int | None, within(1)] = None
+    """Use only this many of the explained neurons per layer; all by default."""
+    protocols: tuple[str, ...] = DEFAULT_PROTOCOLS
+    """Protocols whose explanations are judged; those that explain from the same windows are one."""
+    worker: Worker = "auto"
+    ray: RayTasks = 0
+    ray_gpus: RayGPUs = 0
+    llm: Annotated[LLMConfig, tyro.conf.arg(name="")] = field(default_factory=LLMConfig)

@@ -1,0 +1,183 @@
+"""Protocols: which windows of a neuron an explanation is made from, which it is scored on, and by what measure.
+
+docs/evaluation.md has them as a table, with their sources. No window that is scored on shares a token with one that is
+explained from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from cratescope.errors import UserError
+from cratescope.neurons.records import ActivationRecord, NeuronRecord
+
+Source = Literal["top", "random", "by_quantile", "by_rank", "by_level"]
+
+
+@dataclass(frozen=True)
+class Pick:
+    """Some windows of one list of a neuron's record, cut to `width` tokens around their peaks.
+
+    ranks: places in the list, in every stratum of a stratification; None for all. Places that a neuron has no window
+    for are passed over.
+    """
+
+    source: Source
+    ranks: tuple[int, ...] | None
+    width: int = 64
+
+    def windows(self, record: NeuronRecord) -> Iterator[ActivationRecord]:
+        found = getattr(record, self.source)
+        lists = (found,) if self.source in ("top", "random") else tuple(stratum.windows for stratum in found)
+        if not lists:
+            neuron = record.neuron
+            raise UserError(
+                f"layer {neuron.layer} neuron {neuron.index} of {neuron.model}: records have no windows {self.source}, "
+                "which the protocol needs; run `cratescope collect --strata`, or choose another of --protocols"
+            )
+        for windows in lists:
+            ranks = range(len(windows)) if self.ranks is None else self.ranks
+            yield from (windows[rank].cut(self.width) for rank in ranks if rank < len(windows))
+
+    def meets(self, other: Pick) -> bool:
+        """Could a window be in both?"""
+        if self.source != other.source:
+            return False
+        return self.ranks is None or other.ranks is None or bool(set(self.ranks) & set(other.ranks))
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What an explanation is made from and what it is scored on.
+
+    explained: names `explain`; protocols that explain from the same windows share explanations and simulations.
+    measures: the protocol's own measure first. source: who described it.
+    """
+
+    name: str
+    explained: str
+    explain: tuple[Pick, ...]
+    score: tuple[Pick, ...]
+    measures: tuple[str, ...]
+    source: str
+
+    def __post_init__(self) -> None:
+        if any(one.meets(other) for one in self.explain for other in self.score):
+            raise ValueError(f"protocol {self.name}: a window would both explain and score")
+
+    def explain_records(self, record: NeuronRecord) -> tuple[ActivationRecord, ...]:
+        return _windows(self.explain, record)
+
+    def score_records(self, record: NeuronRecord) -> tuple[ActivationRecord, ...]:
+        """In the order of the picks; the order does not change a pooled correlation."""
+        return _windows(self.score, record)
+
+
+def _windows(picks: Iterable[Pick], record: NeuronRecord) -> tuple[ActivationRecord, ...]:
+    return tuple(window for pick in picks for window in pick.windows(record))
+
+
+def _ranks(start: int, stop: int, step: int = 1) -> tuple[int, ...]:
+    return tuple(range(start, stop, step))
+
+
+_PAPER = "Bai and Ma 2025, after Bills et al. 2023"
+_TOP = (Pick("top", _ranks(0, 10, 2)),)
+_EVEN_RANDOM = Pick("random", _ranks(0, 10, 2))
+
+PROTOCOLS: dict[str, Protocol] = {
+    protocol.name: protocol
+    for protocol in (
+        Protocol(
+            "top-and-random",
+            explained="top",
+            explain=_TOP,
+            score=(_EVEN_RANDOM, Pick("top", _ranks(1, 10, 2))),
+            measures=("pearson", "spearman"),
+            source=_PAPER,
+        ),
+        Protocol(
+            "random-only",
+            explained="top",
+            explain=_TOP,
+            score=(_EVEN_RANDOM,),
+            measures=("pearson", "spearman"),
+            source=_PAPER,
+        ),
+        Protocol(
+            "uniform",
+            explained="top",
+            explain=_TOP,
+            score=(Pick("random", None),),
+            measures=("pearson", "spearman", "cosine", "auprc", "f1", "iou"),
+            source="Oikarinen et al. 2025",
+        ),
+        Protocol(
+            "anthropic",
+            explained="anthropic",
+            explain=(
+                Pick("top", _ranks(0, 15), 8),
+                Pick("by_rank", (0, 1), 8),
+                Pick("random", _ranks(0, 5), 8),
+            ),
+            score=(
+                Pick("top", _ranks(15, 25), 8),
+                Pick("by_rank", (2, 3), 8),
+                Pick("random", _ranks(5, 10), 8),
+                # Out of context: of the eight tokens those from 3 to 5, the peak and one on either side.
+                Pick("top", _ranks(25, 35), 3),
+            ),
+            measures=("pearson", "spearman"),
+            source="Bai and Ma 2025, after Bricken et al. 2023",
+        ),
+        Protocol(
+            "bricken",
+            explained="bricken",
+            explain=(
+                Pick("top", _ranks(0, 10), 8),
+                Pick("by_level", (0, 1), 8),
+                Pick("random", _ranks(0, 5), 8),
+            ),
+            score=(
+                Pick("top", _ranks(10, 16), 8),
+                Pick("by_level", (2, 3), 8),
+                Pick("random", _ranks(5, 15), 8),
+                Pick("top", _ranks(16, 38), 3),
+            ),
+            measures=("spearman", "pearson"),
+            source="Bricken et al. 2023",
+        ),
+        Protocol(
+            "openai",
+            explained="openai",
+            # Splits of five, taken in turn: train, calibration, valid and test of the top windows, the last three of
+            # the random ones. Train explains and valid scores.
+            explain=(Pick("top", _ranks(0, 20, 4)),),
+            score=(Pick("top", _ranks(2, 20, 4)), Pick("random", _ranks(1, 15, 3))),
+            measures=("pearson", "spearman"),
+            source="Bills et al. 2023",
+        ),
+    )
+}
+
+
+def protocols_named(names: Sequence[str]) -> dict[str, list[Protocol]]:
+    """The named protocols by explanation set.
+
+    Raises:
+        UserError: there is no such protocol, or none is named.
+    """
+    unknown = [name for name in names if name not in PROTOCOLS]
+    if unknown or not names:
+        raise UserError(f"--protocols {' '.join(unknown)}: not a protocol; choose from {', '.join(PROTOCOLS)}")
+    chosen = [PROTOCOLS[name] for name in dict.fromkeys(names)]
+    sets = dict.fromkeys(protocol.explained for protocol in chosen)
+    return {name: [protocol for protocol in chosen if protocol.explained == name] for name in sets}
+
+
+def scoring_windows(protocols: Iterable[Protocol], record: NeuronRecord) -> list[ActivationRecord]:
+    """Every window that one of the protocols scores on, once."""
+    found = (window for protocol in protocols for window in protocol.score_records(record))
+    return list({window.key: window for window in found}.values())

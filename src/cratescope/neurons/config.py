@@ -1,0 +1,57 @@
+"""Settings of `collect`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from cratescope.options import LARGEST_BATCH, LARGEST_SEED, Checked, PositionalPath, RayGPUs, RayTasks, Worker, within
+
+
+@dataclass(frozen=True)
+class CollectConfig(Checked):
+    """Read held-out text once and write, for every neuron, windows, moments, histogram and token means."""
+
+    run: PositionalPath
+    """Run directory with a trained model."""
+    model: str | None = None
+    """A causal language model trained elsewhere (folder or hub name); it is copied into the run directory first."""
+    data: Path | None = None
+    """Folder made by `cratescope prepare`; the run's own by default."""
+    site: str = "auto"
+    """`auto` (CRATE: codes, others: mlp), codes, first_codes, mlp, attention, residual, or a module path with {layer}
+    such as `transformer.h.{layer}.mlp.act`; append `:input` to read the module's input instead of its output."""
+    layers: Annotated[tuple[int, ...] | None, within(0)] = None
+    """Layers to read; all by default. The forward pass stops after the last of them."""
+    excerpts: Annotated[int, within(1)] = 8000
+    """Number of excerpts, evenly spaced over the heldout split (paper: 8000)."""
+    context: Annotated[int | None, within(1)] = None
+    """Tokens per excerpt (paper: 1024); the model's longest context by default, required if the model states none."""
+    top: Annotated[int, within(1, 100_000)] = 50
+    """Windows kept around the highest activations."""
+    per_excerpt: Annotated[int, within(1)] = 1
+    """Largest number of top windows from any one excerpt."""
+    random: Annotated[int, within(0, 100_000)] = 50
+    """Windows kept around uniformly drawn positions."""
+    window: Annotated[int, within(1)] = 64
+    """Tokens per window, half of them before the peak (paper: -32..+31)."""
+    strata: bool = True
+    """Count every activation in a histogram, and keep random windows by quantile, by rank and by level."""
+    tokens: Annotated[int, within(1)] = 8192
+    """Number of token ids, the most frequent in the text, whose mean activation is kept."""
+    dump: bool = False
+    """Also write every non-zero activation with its position."""
+    batch_size: Annotated[int, within(1, LARGEST_BATCH)] = 16
+    """Excerpts per forward pass."""
+    part: Annotated[int, within(1)] = 512
+    """Excerpts in one part; a kill loses at most one part of work."""
+    worker: Worker = "auto"
+    ray: RayTasks = 0
+    ray_gpus: RayGPUs = 0
+    seed: Annotated[int, within(0, LARGEST_SEED)] = 0
+    """Seed of the random positions."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to run the model."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Number format to run the model in; auto keeps that of its checkpoint. Use float32 if float16 overflows."""

@@ -1,0 +1,119 @@
+"""Which records and which neurons of a run a stage is about."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+
+from cratescope.arm import Arm
+from cratescope.errors import UserError
+from cratescope.files import read_json
+from cratescope.neurons.records import ActivationRecord, NeuronRecord, read_columns, read_records
+from cratescope.run import IDENTITY, Run, claim
+
+FORMAT = 2
+"""Of the files that explain, simulate, judge and score write: 1 was a JSON file per neuron."""
+
+
+AT_ONCE = 512
+"""Records held in memory at once."""
+
+
+DEAD = "dead neuron"
+
+
+UNDECODABLE = "tokens the tokenizer does not have"
+
+
+def find_site(run: Run, site: str) -> str:
+    """The name of the records folder meant by `site`: `auto` is the arm's native site, or the only one there is.
+
+    Raises:
+        UserError: no such folder, or several and `auto` cannot choose.
+    """
+    site = site.replace("{layer}", "N")  # as `collect` names the folder of a pattern
+    folder = run.root / "records"
+    paths = folder.iterdir() if folder.exists() else ()
+    found = sorted(path.name for path in paths if path.is_dir() and not path.name.startswith("."))
+    listed = ", ".join(found) or "none"
+    if site == "auto" and len(found) > 1 and run.manifest.exists():
+        native = run.records(Arm.of(run.read_manifest()).site).name
+        found = [native] if native in found else found
+    if site != "auto" and run.records(site).name not in found:
+        raise UserError(f"{run.root}: no records of site {site} (found: {listed}); run `cratescope collect` first")
+    if site == "auto" and len(found) != 1:
+        fix = "name one with --site" if found else "run `cratescope collect` first"
+        raise UserError(f"{run.root}: --site auto needs records of one site (found: {listed}); {fix}")
+    return found[0] if site == "auto" else run.records(site).name
+
+
+def records_identity(run: Run, site: str) -> dict[str, Any]:
+    """What every later stage says its neurons come from: the weights, and how the records were collected.
+
+    Imported records come without weights.
+    """
+    manifest = run.records(site) / "manifest.json"
+    collected = read_json(manifest, IDENTITY, "`cratescope collect`")["identity"] if manifest.exists() else {}
+    weights = {} if "imported" in collected else {"model_sha256": run.fingerprint()}
+    return weights | {"format": FORMAT, "site": site, "records": collected}
+
+
+def check_identity(folder: Path, wanted: dict[str, Any]) -> dict[str, Any]:
+    """What a finished stage's folder was made from. Raises UserError when that is not `wanted`."""
+    identity = read_json(folder / "manifest.json", IDENTITY)["identity"]
+    claim(folder, identity | wanted)
+    return identity
+
+
+def neuron_order(seed: int, layer: int, n_neurons: int) -> Int[np.ndarray, " h"]:
+    """Every index of the layer in the order in which neurons are drawn: a longer sample begins with a shorter one."""
+    return np.random.default_rng([seed, layer]).permutation(n_neurons)
+
+
+def draw_neurons(path: Path, seed: int, layer: int) -> list[int]:
+    """Every neuron of a layer's records in the order in which they are drawn.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    known = read_columns(path, ["index"]).column("index").to_numpy()
+    return known[neuron_order(seed, layer, len(known))].tolist()
+
+
+def record_files(folder: Path, layers: Sequence[int] | None = None) -> dict[int, Path]:
+    """The finished records of `layers`, or of every layer there is, by layer.
+
+    Raises:
+        UserError: the folder is not finished, or has no such layer.
+    """
+    if (folder / ".parts").exists():
+        raise UserError(f"{folder}: not finished; run the same `cratescope collect` again")
+    files = {int(path.stem[6:]): path for path in sorted(folder.glob("layer-*.parquet")) if path.stem[6:].isdecimal()}
+    if not files:
+        raise UserError(f"{folder}: has no records of any layer; run `cratescope collect`")
+    for layer in layers or ():
+        if layer not in files:
+            known = ", ".join(map(str, files))
+            raise UserError(f"--layers {layer}: no such layer; {folder} has layers {known}")
+    return {layer: files[layer] for layer in (sorted(files) if layers is None else layers)}
+
+
+def with_records(
+    path: Path, chunks: Iterable[Sequence[int]], together: int
+) -> Iterator[tuple[Sequence[int], dict[int, NeuronRecord]]]:
+    """Chunks of neuron indices with their records, which are read for `together` chunks at once."""
+    waiting = iter(chunks)
+    while group := list(itertools.islice(waiting, together)):
+        records = read_records(path, sorted({index for chunk in group for index in chunk}))
+        for chunk in group:
+            yield chunk, records
+
+
+def undecodable(windows: Iterable[ActivationRecord], n_ids: int) -> bool:
+    """Is there a token that the tokenizer (with ids below `n_ids`) does not have?"""
+    return any(((window.tokens < 0) | (window.tokens >= n_ids)).any() for window in windows)

@@ -1,0 +1,1 @@
+"""Scores of explanations, and their statistics."""

@@ -1,0 +1,24 @@
+"""Settings of `score`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cratescope.explain.config import DEFAULT_PROTOCOLS, Simulator
+from cratescope.options import Checked, PositionalPath
+
+
+@dataclass(frozen=True)
+class ScoreConfig(Checked):
+    """Compare simulated with true activations, beside every control, and say which measures may be trusted."""
+
+    run: PositionalPath
+    """Run directory with simulations."""
+    site: str = "auto"
+    """Site of the records, as given to `collect`."""
+    explainer: str = "offline"
+    """Explainer whose explanations to use: the --llm given to `explain`."""
+    simulator: Simulator = "list-pmi"
+    """Simulator whose simulations to use, as given to `simulate`."""
+    protocols: tuple[str, ...] = DEFAULT_PROTOCOLS
+    """Protocols to score; judgements (detection, fuzzing, intruder) are scored too where they exist."""

@@ -1,0 +1,128 @@
+"""Sanity tests of measures by Oikarinen et al. 2025 (arXiv 2506.05774): a right explanation, spoilt, must score less.
+
+A right explanation names exactly the tokens on which a neuron is active. *Missing labels*: half of these, at random,
+are left out of it. *Extra labels*: as many other tokens of the text, at random, are added to it. A measure that does
+not fall says nothing about explanations that are too narrow, or too broad.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float
+
+from cratescope.explain.protocols import Protocol
+from cratescope.neurons.records import NeuronRecord
+from cratescope.score.measures import ACTIVE, MEASURES, measure
+
+FALL = 0.001
+"""A score has fallen when it is lower by more than this (the source's epsilon)."""
+PASS = 0.9
+"""Fraction of the neurons whose score has to fall, in each test (the source's)."""
+SYNTHETIC_ACTIVE = (0.1, 0.01, 0.001)
+"""How often the synthetic neurons are active; the source has 0.5 and 0.0001 as well."""
+SYNTHETIC_NEURONS = 20
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The fraction of `n_neurons` on which a measure fell, on the windows of a protocol or of a synthetic sample."""
+
+    sample: str
+    measure: str
+    missing: float
+    extra: float
+    n_neurons: int
+
+    @property
+    def passes(self) -> bool:
+        return self.n_neurons > 0 and min(self.missing, self.extra) > PASS
+
+    def row(self) -> dict[str, Any]:
+        return asdict(self) | {"passes": self.passes}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A neuron on the tokens that are scored.
+
+    labels: those that the right explanation names. rate: the fraction of all text that it names.
+    """
+
+    truth: Float[np.ndarray, " n"]
+    labels: Bool[np.ndarray, " n"]
+    rate: float
+
+    def missing(self, rng: np.random.Generator) -> Bool[np.ndarray, " n"]:
+        return self.labels & (rng.random(len(self.labels)) < 0.5)
+
+    def extra(self, rng: np.random.Generator) -> Bool[np.ndarray, " n"]:
+        """Labels that double the named text: an unnamed token is added with probability rate / (1 - rate)."""
+        return self.labels | (rng.random(len(self.labels)) < self.rate / (1 - self.rate))
+
+
+def verdict(sample: str, name: str, cases: Sequence[Case], seed: int = 0) -> Verdict:
+    """Both tests of MEASURES[name]; a neuron on which the right explanation itself has no score is left out."""
+    fallen = []
+    for number, case in enumerate(cases):
+        rng = np.random.default_rng([seed, number])
+        right, *spoilt = (
+            measure(name, case.truth, labels.astype(np.float64))
+            for labels in (case.labels, case.missing(rng), case.extra(rng))
+        )
+        if right is not None:
+            # An explanation that no longer names anything scores nothing.
+            fallen.append([(0.0 if value is None else value) < right - FALL for value in spoilt])
+    missing, extra = np.mean(fallen, axis=0).tolist() if fallen else (0.0, 0.0)
+    return Verdict(sample, name, missing, extra, len(fallen))
+
+
+def on_records(protocols: Iterable[Protocol], records: Sequence[NeuronRecord]) -> list[Verdict]:
+    """Every measure of every protocol on real neurons; the right explanation names their highest 1 % of all tokens."""
+    found = []
+    for protocol in protocols:
+        cases = [case for record in records if (case := _case(protocol, record)) is not None]
+        found += [verdict(protocol.name, name, cases) for name in protocol.measures]
+    return found
+
+
+def _case(protocol: Protocol, record: NeuronRecord) -> Case | None:
+    """None for a neuron that is dead, has no histogram, or no active token among the protocol's windows."""
+    windows = protocol.score_records(record)
+    if record.dead or record.histogram is None or not windows:
+        return None
+    above = np.cumsum(record.histogram.count[::-1])[::-1]
+    threshold = record.histogram.low[np.argmax(above <= max(ACTIVE * above[0], above[-1]))]
+    truth = np.concatenate([window.activations for window in windows]).astype(np.float64)
+    labels = (truth >= threshold) & (truth > 0)
+    rate = float(above[record.histogram.low >= max(threshold, 0)].max(initial=0) / above[0])
+    return Case(truth, labels, rate) if labels.any() and rate < 0.5 else None
+
+
+def on_synthetic(neurons: int = SYNTHETIC_NEURONS) -> list[Verdict]:
+    """Every measure on neurons that fire at random and are 1 there: on uniform text, and on top and random windows."""
+    samples = {"uniform": _uniform, "top-and-random": _top_and_random}
+    return [
+        verdict(f"{name}, {rate:.1%} active", measured, list(draw(rate, neurons)))
+        for name, draw in samples.items()
+        for rate in SYNTHETIC_ACTIVE
+        for measured in MEASURES
+    ]
+
+
+def _uniform(rate: float, neurons: int) -> Iterator[Case]:
+    """10,000 tokens of text."""
+    for number in range(neurons):
+        labels = np.random.default_rng([number, 1]).random(10_000) < rate
+        yield Case(labels.astype(np.float64), labels, rate)
+
+
+def _top_and_random(rate: float, neurons: int) -> Iterator[Case]:
+    """Five windows of 64 tokens around active ones, and five anywhere, as in the protocol of that name."""
+    for number in range(neurons):
+        labels = np.random.default_rng([number, 2]).random((10, 64)) < rate
+        labels[:5, 32] = True
+        yield Case(labels.reshape(-1).astype(np.float64), labels.reshape(-1), rate)

@@ -1,0 +1,328 @@
+"""Compare simulations and judgements with the truth: one row per neuron, protocol, control and measure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.progress import track
+
+from cratescope.errors import UserError
+from cratescope.explain.explain import STDERR
+from cratescope.explain.explained import (
+    INTRUDER_GROUP,
+    Explanation,
+    Judgement,
+    Simulation,
+    explanations,
+    judgements,
+    simulations,
+)
+from cratescope.explain.protocols import Protocol, protocols_named
+from cratescope.files import Shape, read_json, write_json
+from cratescope.locks import locked
+from cratescope.neurons.kept import Kept
+from cratescope.neurons.records import NeuronRecord, layer_file, read_records
+from cratescope.neurons.sample import AT_ONCE, check_identity, find_site, records_identity
+from cratescope.run import Run, made_from
+from cratescope.score.config import ScoreConfig
+from cratescope.score.measures import bootstrap, is_constant, judged, measure
+from cratescope.score.quality import write_quality
+from cratescope.score.sanity import on_records
+from cratescope.score.scores import Score, scores
+
+OWN = "none"
+"""The control that is none: a neuron's own explanation."""
+CONTROLS = ("shuffled", "empty", "unigram")
+SCORERS = ("detection", "fuzzing", "intruder")
+CONSTANT_TRUTH = "constant truth"
+NO_ACTIVE_TOKEN = "no active token"
+CONSTANT_SIMULATION = "constant simulation"
+NO_WINDOWS = "no windows to score"
+ONE_ANSWER = "windows of one kind only"
+VERSION = 1
+"""Of how scores are computed: raise it when the same simulations score otherwise."""
+AGAIN = "delete the file and run `cratescope simulate` again"
+BAR: Any = {"console": STDERR, "transient": True}
+SANITY_NEURONS = 64
+"""At most so many neurons a layer in the sanity tests of the measures."""
+
+
+ABOUT: Shape = {
+    "explainer": str,
+    "simulator": str,
+    "site": str,
+    "layers": [int],
+    "sanity": [{"sample": str, "measure": str, "n_neurons": int, "missing": float, "extra": float, "passes": bool}],
+    "made_with": {str: {}},
+    "made_from": {str: str},
+}
+"""scores.json: what the rows beside it were made with and from, and which measures pass the sanity tests."""
+
+
+@dataclass(frozen=True)
+class ScoredSet:
+    """An explanation set, what was simulated and judged from it, and how; judged: by scorer, where there is any."""
+
+    name: str
+    explanations: Kept[Explanation]
+    simulations: Kept[Simulation]
+    judged: dict[str, Kept[list[Judgement]]]
+    protocols: Sequence[Protocol]
+    made_with: dict[str, Any]
+
+
+def score(config: ScoreConfig) -> Path:
+    """Write a table of scores per layer, scores.json and the activation quality; return the folder.
+
+    Scores are plain, not x100. scores.json says what they were made with and from, and which measures pass the sanity
+    tests; means are taken by `cratescope.results`. Judgements by detection, fuzzing and intruder detection are scored
+    too where there are any. Scores of the same tables and settings are kept.
+
+    Raises:
+        UserError: an unknown protocol; simulations that are missing, unfinished, of another model or explanation, or
+            that do not fit the records.
+    """
+    chosen = protocols_named(config.protocols)
+    run = Run(config.run)
+    site = find_site(run, config.site)
+    folder = run.scores(site, config.explainer, config.simulator)
+    sets = [_read(run, site, config, name, protocols) for name, protocols in chosen.items()]
+    inputs = _made_from(run, site, config, sets)
+    if run.quality(site).exists() and _finished(folder, inputs):
+        return folder
+    kept, sample = scores(folder), []
+    layers = sorted({layer for one in sets for layer in one.simulations.layers})
+    with locked(folder, "score", wait=True):  # all tables are of one process
+        _remove_stale(kept, layers)
+        for layer in layers:
+            path = layer_file(run.records(site), layer)
+            indices = _indices(sets, layer)
+            work = track(_layer_scores(path, layer, sets), f"score layer {layer}", len(indices), **BAR)
+            kept.replace(layer, work)
+            sample += [*read_records(path, indices[:SANITY_NEURONS]).values()]
+        verdicts = on_records([protocol for one in sets for protocol in one.protocols], sample)
+        write_quality(run, site, layers)
+        about = {
+            "explainer": config.explainer,
+            "simulator": config.simulator,
+            "site": site,
+            "layers": layers,
+            "sanity": [verdict.row() for verdict in verdicts],
+            "made_with": {one.name: one.made_with for one in sets},
+            "made_from": inputs,
+        }
+        write_json(folder / "scores.json", about)
+    return folder
+
+
+def _remove_stale(kept: Kept[list[Score]], layers: Sequence[int]) -> None:
+    """Make the folder unfinished until all its tables are new, and free of layers that are no longer simulated."""
+    (kept.folder / "scores.json").unlink(missing_ok=True)
+    for layer in {*kept.layers} - {*layers}:
+        layer_file(kept.folder, layer).unlink(missing_ok=True)
+
+
+def _indices(sets: Sequence[ScoredSet], layer: int) -> list[int]:
+    """Neurons of a layer that were simulated from any explanation set."""
+    return sorted({index for one in sets for index in one.simulations.done(layer)})
+
+
+def _finished(folder: Path, inputs: dict[str, str]) -> bool:
+    """Whether scores were made from `inputs` and nothing has damaged them."""
+    try:
+        about = read_about(folder)
+        for layer in about["layers"]:
+            scores(folder).done(layer)
+        return about["made_from"] == inputs
+    except UserError:
+        return False
+
+
+def read_about(folder: Path) -> dict[str, Any]:
+    """The scores.json of a folder whose tables are all there.
+
+    Raises:
+        UserError: a file is missing or damaged, or of an older version.
+    """
+    path = folder / "scores.json"
+    if not path.exists() and (folder / "summary.json").exists():
+        raise UserError(f"{folder}: scored by an older version of cratescope; run `cratescope score` again")
+    about = read_json(path, ABOUT, "`cratescope score`")
+    for table in (layer_file(folder, layer) for layer in about["layers"]):
+        if not table.exists():
+            raise UserError(f"{table}: no such file; delete {path} and run `cratescope score` again")
+    return about
+
+
+def _made_from(run: Run, site: str, config: ScoreConfig, sets: Sequence[ScoredSet]) -> dict[str, str]:
+    """Every file that decides a score; records and weights by what their manifests say."""
+    every: list[Kept[Any]] = []
+    for one in sets:
+        every += [one.explanations, one.simulations, *one.judged.values()]
+    files = [kept.folder / "manifest.json" for kept in every]
+    files += [path for kept in every for layer in kept.layers for path in kept.tables.files(layer)]
+    known = records_identity(run, site)
+    return made_from(files, run.root, version=VERSION, site=site, protocols=config.protocols, records=known)
+
+
+def _layer_scores(path: Path, layer: int, sets: Sequence[ScoredSet]) -> Iterator[list[Score]]:
+    """The scores of each neuron of a layer, whose records are at `path`."""
+    indices = _indices(sets, layer)
+    for start in range(0, len(indices), AT_ONCE):
+        chunk = indices[start : start + AT_ONCE]
+        records = read_records(path, chunk)
+        found: dict[int, list[Score]] = {index: [] for index in chunk}
+        for one in sets:
+            for index, score in _set_scores(one, layer, chunk, records, len(sets) > 1):
+                found[index].append(score)
+        yield from found.values()
+
+
+def _set_scores(
+    one: ScoredSet, layer: int, chunk: Sequence[int], records: Mapping[int, NeuronRecord], several: bool
+) -> Iterator[tuple[int, Score]]:
+    """Scores of some neurons from one explanation set; `several` sets: the name of a scorer says which."""
+    explained, simulated = one.explanations.read(layer, chunk), one.simulations.read(layer, chunk)
+    for index, simulation in simulated.items():
+        where = f"{layer_file(one.simulations.folder, layer)}: neuron {index}"
+        _check_text(where, explained.get(index), simulation)
+        try:
+            for protocol in one.protocols:
+                for score in score_neuron(records[index], simulation, protocol):
+                    yield index, score
+        except ValueError as error:
+            raise UserError(f"{where} {error}") from error
+    for scorer, judged_by in one.judged.items():
+        for index, items in judged_by.read(layer, chunk).items():
+            where = f"{layer_file(judged_by.folder, layer)}: neuron {index}"
+            for item in items:
+                _check_judged(where, explained.get(index), item)
+                for score in score_judgement(item, f"{scorer}-{one.name}" if several else scorer, one.name):
+                    yield index, score
+
+
+def _check_text(where: str, explanation: Explanation | None, simulation: Simulation) -> None:
+    text = simulation.texts.get(OWN, "")
+    unexplained = simulation.skipped is not None and not text
+    if explanation is None or (explanation.text != text and not unexplained):
+        raise UserError(f"{where} simulates another explanation than the one on file; run `cratescope simulate` again")
+
+
+def _check_judged(where: str, explanation: Explanation | None, item: Judgement) -> None:
+    if item.control == OWN and item.text and (explanation is None or explanation.text != item.text):
+        raise UserError(f"{where} judges another explanation than the one on file; run `cratescope judge` again")
+
+
+def score_neuron(record: NeuronRecord, simulation: Simulation, protocol: Protocol) -> list[Score]:
+    """Every measure of a protocol, on its windows joined together, for the neuron's own explanation and each control.
+
+    Raises:
+        ValueError: a window of the protocol was not simulated, or with another number of tokens, or as NaN.
+    """
+    windows = protocol.score_records(record)
+    truth = np.concatenate([window.activations for window in windows]) if windows else np.zeros(0)
+    number = np.repeat(np.arange(len(windows)), [len(window.activations) for window in windows])
+    found = []
+    for control in (OWN, *(name for name in CONTROLS if name in simulation.expected)):
+        simulated = _simulated(simulation, control, protocol, [window.key for window in windows])
+        for name in protocol.measures:
+            value = None if simulated is None else measure(name, truth, simulated)
+            reason = None if value is not None else simulation.skipped or _why(truth, simulated)
+            low, high = None, None
+            if simulated is not None and value is not None and (control, name) == (OWN, protocol.measures[0]):
+                seed = record.neuron.layer, record.neuron.index
+                low, high = bootstrap(name, truth, simulated, number, seed) or (None, None)
+            key = record.neuron, protocol.name, protocol.explained, control, name
+            found.append(Score(*key, value, len(truth), low, high, reason))
+    return found
+
+
+def _simulated(
+    simulation: Simulation, control: str, protocol: Protocol, keys: Sequence[tuple[int, int, int]]
+) -> np.ndarray | None:
+    """The simulated activations of the windows joined together; None when there is no explanation to simulate."""
+    if control not in simulation.expected or not keys:
+        return None
+    rows = simulation.expected[control]
+    if len(rows) != len(simulation.keys):
+        raise ValueError(f"control {control} has {len(rows)} windows where {len(simulation.keys)} are named; {AGAIN}")
+    by_key = dict(zip(simulation.keys, rows, strict=True))
+    missing = [key for key in keys if key not in by_key]
+    if missing:
+        raise ValueError(
+            f"has no window (excerpt, start, width) {missing[0]} of protocol {protocol.name}; "
+            "run `cratescope simulate` with the same --protocols first"
+        )
+    if any(len(by_key[key]) != key[2] for key in keys):
+        raise ValueError(f"control {control} has a window with more or fewer values than tokens; {AGAIN}")
+    values = np.array([value for key in keys for value in by_key[key]], dtype=np.float64)
+    if not np.isfinite(values).all():
+        raise ValueError(f"control {control} has a value that is not a finite number; {AGAIN}")
+    return values
+
+
+def _why(truth: np.ndarray, simulated: np.ndarray | None) -> str:
+    if not len(truth):
+        return NO_WINDOWS
+    if is_constant(truth):
+        return CONSTANT_TRUTH
+    return CONSTANT_SIMULATION if simulated is None or is_constant(simulated) else NO_ACTIVE_TOKEN
+
+
+def score_judgement(item: Judgement, protocol: str, explained: str) -> list[Score]:
+    """Accuracy and AUROC of yes-or-no answers; the intruder's accuracy is how often it was the likeliest of its group.
+
+    Raises:
+        UserError: there are not as many answers as labels, or one is no probability.
+    """
+    labels, answers = np.array(item.labels, dtype=bool), np.array(item.probabilities, dtype=np.float64)
+    if len(labels) != len(answers) or not ((answers >= 0) & (answers <= 1)).all():
+        raise UserError(f"{protocol} of {item.neuron}: damaged judgements; run `cratescope judge` again")
+    values = {name: judged(name, labels, answers) if len(labels) else None for name in ("accuracy", "auroc")}
+    if item.scorer == "intruder" and len(labels):
+        groups = labels.reshape(-1, INTRUDER_GROUP), answers.reshape(-1, INTRUDER_GROUP)
+        values["accuracy"] = float((groups[0].argmax(1) == groups[1].argmax(1)).mean())
+    return [
+        Score(item.neuron, protocol, explained, item.control, name, value, len(labels), reason=_unjudged(item, value))
+        for name, value in values.items()
+    ]
+
+
+def _unjudged(item: Judgement, value: float | None) -> str | None:
+    return None if value is not None else item.skipped or ONE_ANSWER
+
+
+def _read(run: Run, site: str, config: ScoreConfig, name: str, protocols: Sequence[Protocol]) -> ScoredSet:
+    """An explanation set and all that was made from it, checked to belong to this model's records."""
+    told = explanations(run.explanations(site, config.explainer, name))
+    made = simulations(run.simulations(site, config.explainer, config.simulator, name))
+    if not made.layers:
+        raise UserError(
+            f"{made.folder}: no simulations; run `cratescope simulate` with the same --protocols first, or name "
+            "another --explainer or --simulator"
+        )
+    made_with = check_identity(made.folder, records_identity(run, site))
+    _check_finished(made)
+    check_identity(told.folder, records_identity(run, site))
+    judged_by = {scorer: judgements(run.judgements(site, config.explainer, scorer, name)) for scorer in SCORERS}
+    judged_by = {scorer: kept for scorer, kept in judged_by.items() if kept.layers}
+    for kept in judged_by.values():
+        check_identity(kept.folder, records_identity(run, site))
+    return ScoredSet(name, told, made, judged_by, protocols, made_with)
+
+
+def _check_finished(made: Kept[Simulation]) -> None:
+    """Refuse simulations that are not of all neurons that were meant to be simulated."""
+    path = made.folder / "plan.json"
+    planned = read_json(path, {str: int}, "`cratescope simulate`") if path.exists() else {}
+    for layer, wanted in planned.items():
+        found = len(made.done(int(layer)))
+        if found < wanted:
+            raise UserError(
+                f"{made.folder}: {found} of {wanted} neurons of layer {layer} are simulated; run the same "
+                "`cratescope simulate` again to finish"
+            )
