@@ -19,13 +19,13 @@ from cratescope.explain.protocols import PROTOCOLS as EVERY_PROTOCOL
 from cratescope.explain.protocols import scoring_windows
 from cratescope.files import write_json, write_text
 from cratescope.neurons.records import (
-    ActivationRecord,
     Histogram,
     Moments,
     NeuronId,
     NeuronRecord,
     Stratum,
     TokenMean,
+    Window,
     layer_file,
     write_records,
 )
@@ -144,13 +144,13 @@ def _record(neuron: NeuronId, fake: Fake, random: np.random.Generator) -> Neuron
     wanted = np.array([vocabulary["Ġ" + word] for word in topic])
     background = np.where(random.random(len(vocabulary)) < 0.2 * fake.sparsity, random.random(len(vocabulary)), 0)
 
-    def window(place: int, share: float) -> ActivationRecord:
+    def window(place: int, share: float) -> Window:
         tokens = random.integers(1, len(vocabulary), fake.window)
         hits = random.random(fake.window) < share
         tokens[hits] = random.choice(wanted, hits.sum())
         activations = background[tokens] + np.where(np.isin(tokens, wanted), 3 * random.random(fake.window), 0)
         activations = (activations * (neuron.index not in fake.dead)).astype(np.float32)
-        return ActivationRecord(tokens, activations, place, 7, fake.window // 2)
+        return Window(tokens, activations, place, 7, fake.window // 2)
 
     top = [window(place, 0.4) for place in range(10)]
     top.sort(key=lambda record: -float(record.activations.max()))

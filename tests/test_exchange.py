@@ -26,11 +26,11 @@ from cratescope.llm.scripted import ScriptedLLM
 from cratescope.neurons.collect import collect
 from cratescope.neurons.config import CollectConfig
 from cratescope.neurons.records import (
-    ActivationRecord,
     Moments,
     NeuronId,
     NeuronRecord,
     Stratum,
+    Window,
     layer_file,
     read_records,
     write_records,
@@ -60,9 +60,9 @@ def odd_run(tmp_path: Path) -> Run:
     fake_tokenizer().save_pretrained(run.model)
     rng = np.random.default_rng(0)
 
-    def window(place: int, width: int = 9) -> ActivationRecord:
+    def window(place: int, width: int = 9) -> Window:
         tokens = rng.integers(0, len(fake_tokenizer()), width)
-        return ActivationRecord(tokens, rng.normal(size=width).astype(np.float32), place, 0, width // 2)
+        return Window(tokens, rng.normal(size=width).astype(np.float32), place, 0, width // 2)
 
     windows = [window(place) for place in range(12)]
     bounds = [min(float(one.activations.min()) for one in windows), 0.1, 0.25, 1 / 3, 1.5]
@@ -70,14 +70,14 @@ def odd_run(tmp_path: Path) -> Run:
     strata = tuple(Stratum(low, high, (windows[i],)) for i, (low, high) in enumerate(zip(bounds, bounds[1:])))  # noqa: B905
     moments = Moments(1000, 0.1, 2.0, -0.5, 1e-7 + 3, bounds[-1])
     first = NeuronRecord(NeuronId("odd", "codes", 2, 3), tuple(windows[5:9]), tuple(windows[9:]), moments, 0.5, strata)
-    silent = ActivationRecord(windows[0].tokens, np.zeros(9, np.float32), 0, 0, 4)
+    silent = Window(windows[0].tokens, np.zeros(9, np.float32), 0, 0, 4)
     constant = Moments(1000, 0.0, 0.0, None, None, 0.0)
     second = NeuronRecord(NeuronId("odd", "codes", 2, 70), (), (silent,), constant, 0.0)
     write_records(layer_file(run.records("codes"), 2), [first, second])
     return run
 
 
-def texts(run: Run, window: ActivationRecord) -> list[str]:
+def texts(run: Run, window: Window) -> list[str]:
     return token_strings(load_tokenizer(run.model), window.tokens.tolist())
 
 
@@ -361,11 +361,11 @@ def test_exported_records_load_in_automated_interpretability(odd_run: Run, tmp_p
     out = exported(odd_run, tmp_path / "json")
     code = f"""
 import json
-from neuron_explainer.activations.activations import ActivationRecord, NeuronRecord, load_neuron
+from neuron_explainer.activations.activations import Window, NeuronRecord, load_neuron
 for neuron in (3, 70):
     record = load_neuron(2, neuron, {out.as_uri()!r})
     assert isinstance(record, NeuronRecord) and record.neuron_id.neuron_index == neuron
-    assert all(isinstance(window, ActivationRecord) for window in record.random_sample)
+    assert all(isinstance(window, Window) for window in record.random_sample)
 record = load_neuron(2, 3, {out.as_uri()!r})
 samples = [[window.activations for window in sample] for sample in record.random_sample_by_quantile]
 print(json.dumps([record.max_activation, record.kurtosis, record.quantile_boundaries, samples]))

@@ -21,10 +21,10 @@ from cratescope.llm.answers import EMPTY_ANSWER
 from cratescope.llm.config import LLMConfig
 from cratescope.llm.scripted import ScriptedLLM
 from cratescope.neurons.records import (
-    ActivationRecord,
     Moments,
     NeuronId,
     NeuronRecord,
+    Window,
     layer_file,
     read_records,
     write_records,
@@ -63,7 +63,7 @@ def _record(name: str, site: str, layer: int, index: int, ids: list[int]) -> Neu
     tokens[:, index % WINDOW] = ids[index]
     activations = (tokens == ids[index]) * (0.0 if index == DEAD_INDEX else 2.5)
     windows = [
-        ActivationRecord(row, values.astype(np.float32), excerpt, 0, WINDOW // 2)
+        Window(row, values.astype(np.float32), excerpt, 0, WINDOW // 2)
         for excerpt, (row, values) in enumerate(zip(tokens, activations, strict=True))
     ]
     density = float((activations > 0).mean())

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from cratescope.errors import UserError
 from cratescope.explain.protocols import PROTOCOLS, Pick, Protocol, protocols_named, scoring_windows
-from cratescope.neurons.records import ActivationRecord, Moments, NeuronId, NeuronRecord, Stratum
+from cratescope.neurons.records import Moments, NeuronId, NeuronRecord, Stratum, Window
 
 # What each protocol takes of a record that has everything: (list, ranks, width), by its source (docs/evaluation.md).
 PICKED = {
@@ -46,12 +46,10 @@ PICKED = {
 }
 
 
-def window(place: int, width: int = 64, excerpts: int = 10_000, peak: int | None = None) -> ActivationRecord:
+def window(place: int, width: int = 64, excerpts: int = 10_000, peak: int | None = None) -> Window:
     """A window of its own among all others: `place` says where in the text."""
     tokens, activations = np.arange(width), np.ones(width, dtype=np.float32)
-    return ActivationRecord(
-        tokens, activations, place % excerpts, place // excerpts * 64, width // 2 if peak is None else peak
-    )
+    return Window(tokens, activations, place % excerpts, place // excerpts * 64, width // 2 if peak is None else peak)
 
 
 def whole_record(n_top: int = 50, n_random: int = 50, per_stratum: int = 20, peak: int | None = None) -> NeuronRecord:

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 
 from cratescope.files import read_json
-from cratescope.neurons.records import ActivationRecord, layer_file, read_records
+from cratescope.neurons.records import Window, layer_file, read_records
 from cratescope.score.quality import activation_quality, concentration, lookup, matched, selectivity, write_quality
 from test_explain import DEAD_INDEX, N_NEURONS, make_run
 
 
-def windows(tokens: np.ndarray, activations: np.ndarray, peak: int = 0) -> list[ActivationRecord]:
+def windows(tokens: np.ndarray, activations: np.ndarray, peak: int = 0) -> list[Window]:
     rows = zip(tokens, activations.astype(np.float32), strict=True)
-    return [ActivationRecord(*row, excerpt, 0, peak) for excerpt, row in enumerate(rows)]
+    return [Window(*row, excerpt, 0, peak) for excerpt, row in enumerate(rows)]
 
 
 def text(seed: int = 0, n: int = 40) -> np.ndarray:

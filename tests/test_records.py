@@ -11,13 +11,13 @@ from cratescope.errors import UserError
 from cratescope.explain import explained
 from cratescope.explain.explained import Explanation, Judgement, Simulation
 from cratescope.neurons.records import (
-    ActivationRecord,
     Histogram,
     Moments,
     NeuronId,
     NeuronRecord,
     Stratum,
     TokenMean,
+    Window,
     read_records,
     write_records,
 )
@@ -26,7 +26,7 @@ from cratescope.score.scores import Score
 
 
 def record(excerpt, start, width=4):
-    return ActivationRecord(np.arange(width), np.linspace(0, 1, width, dtype=np.float32), excerpt, start, 1)
+    return Window(np.arange(width), np.linspace(0, 1, width, dtype=np.float32), excerpt, start, 1)
 
 
 def neuron(index, top=(), random=(), density=0.5, **more):
@@ -73,7 +73,7 @@ def test_raw_central_moments_are_the_standardised_ones_times_powers_of_the_devia
 
 @pytest.mark.parametrize(("peak", "start", "tokens"), [(32, 28, 8), (1, 0, 8), (62, 56, 8)])
 def test_a_short_window_is_cut_around_the_peak_and_inside_the_long_one(peak, start, tokens):
-    long = ActivationRecord(np.arange(64), np.arange(64, dtype=np.float32), 3, 100, peak)
+    long = Window(np.arange(64), np.arange(64, dtype=np.float32), 3, 100, peak)
     short = long.cut(8)
     assert len(short.tokens) == tokens and short.start == 100 + start
     assert short.tokens[short.peak] == peak and short.excerpt == 3

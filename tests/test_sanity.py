@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from cratescope.explain.protocols import PROTOCOLS
-from cratescope.neurons.records import ActivationRecord, Histogram, Moments, NeuronId, NeuronRecord
+from cratescope.neurons.records import Histogram, Moments, NeuronId, NeuronRecord, Window
 from cratescope.score.sanity import SYNTHETIC_ACTIVE, Case, Verdict, on_records, on_synthetic, verdict
 
 DOCS = Path(__file__).parent.parent / "docs" / "evaluation.md"
@@ -72,7 +72,7 @@ def test_real_neurons_are_tested_on_the_windows_of_each_protocol() -> None:
     rng = np.random.default_rng(0)
     tokens = 64
     activations = np.where(rng.random((60, tokens)) < 0.05, rng.random((60, tokens)), 0).astype(np.float32)
-    windows = [ActivationRecord(np.arange(tokens), row, place, 0, 32) for place, row in enumerate(activations)]
+    windows = [Window(np.arange(tokens), row, place, 0, 32) for place, row in enumerate(activations)]
     edges = np.append(0, np.quantile(activations[activations > 0], np.linspace(0, 0.999, 40)))
     count = np.histogram(activations, np.append(edges, 2.0))[0]
     histogram = Histogram(edges, np.append(edges[1:], 2.0), count)

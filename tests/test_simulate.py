@@ -32,7 +32,7 @@ from cratescope.files import read_json
 from cratescope.llm.answers import EMPTY_ANSWER
 from cratescope.llm.config import LLMConfig
 from cratescope.llm.scripted import ScriptedLLM
-from cratescope.neurons.records import ActivationRecord, NeuronId, layer_file, read_records, write_records
+from cratescope.neurons.records import NeuronId, Window, layer_file, read_records, write_records
 from cratescope.neurons.sample import DEAD, UNDECODABLE
 from cratescope.run import Run
 from kept_files import drop, read_explanations, read_simulations
@@ -100,7 +100,7 @@ def test_list_pmi_subtracts_what_every_list_holds_and_the_threshold() -> None:
         llm.encode(token)
     simulator = ListPMI(llm, vocabulary, batch=2)
     simulator.plan(["dogs", "cats"])
-    record = ActivationRecord(np.arange(6), np.zeros(6, dtype=np.float32), 0, 0, 3)
+    record = Window(np.arange(6), np.zeros(6, dtype=np.float32), 0, 0, 3)
     (values,) = simulator("dogs", [record])
     asked = [llm.encode(f"The detector finds: {text}\nWords:\n-") for text in ("dogs", "words")]
     about, generic = (np.log(np.exp(row) + SMALLEST) for row in llm.next_logprobs([], asked))
@@ -118,7 +118,7 @@ def list_values(tokens: list[str], liked: str) -> list[float]:
     llm.encode(liked)
     simulator = ListPMI(llm, tokens, batch=2)
     simulator.plan(["it"])
-    record = ActivationRecord(np.arange(len(tokens)), np.zeros(len(tokens), dtype=np.float32), 0, 0, 0)
+    record = Window(np.arange(len(tokens)), np.zeros(len(tokens), dtype=np.float32), 0, 0, 0)
     return simulator("it", [record])[0].tolist()
 
 
@@ -140,7 +140,7 @@ def test_list_in_context_weighs_a_word_by_the_words_before_it() -> None:
     vocabulary = [" dog", " big", " a"]
     llm = ScriptedLLM(logit=logit)
     llm.encode("".join(vocabulary))
-    record = ActivationRecord(np.array([2, 0, 1, 0, 2]), np.zeros(5, dtype=np.float32), 0, 0, 2)
+    record = Window(np.array([2, 0, 1, 0, 2]), np.zeros(5, dtype=np.float32), 0, 0, 2)
     alone, context = ListPMI(llm, vocabulary, 2), ListInContext(llm, vocabulary, 2)
     for simulator in (alone, context):
         simulator.plan(["dogs", "cats", prompts.EMPTY_EXPLANATION])
@@ -153,7 +153,7 @@ def test_list_in_context_weighs_a_word_by_the_words_before_it() -> None:
 
 def test_list_pmi_asks_in_the_same_batches_whatever_is_wanted_first() -> None:
     texts = [f"text{number}" for number in range(7)]
-    record = ActivationRecord(np.arange(2), np.zeros(2, dtype=np.float32), 0, 0, 1)
+    record = Window(np.arange(2), np.zeros(2, dtype=np.float32), 0, 0, 1)
 
     def batches(wanted: str) -> set[str]:
         llm = ScriptedLLM()
@@ -170,7 +170,7 @@ def test_list_pmi_asks_in_the_same_batches_whatever_is_wanted_first() -> None:
 def test_all_at_once_is_the_expected_value_over_the_digits() -> None:
     llm = ScriptedLLM(logit=lambda _, token: float(np.log({"2": 0.1, "4": 0.3, "unknown": 0.6}.get(token, 1e-30))))
     simulator = AllAtOnce(llm, ["a", "b"], 2, wording.OwnWording())
-    record = ActivationRecord(np.array([0, 1, 0]), np.zeros(3, dtype=np.float32), 0, 0, 1)
+    record = Window(np.array([0, 1, 0]), np.zeros(3, dtype=np.float32), 0, 0, 1)
     np.testing.assert_allclose(simulator("anything", [record] * 3), np.full((3, 3), 3.5), atol=1e-9)
 
 
@@ -294,8 +294,8 @@ def test_every_control_is_simulated_on_the_same_windows(run: Run) -> None:
 
 def test_the_unigram_control_is_the_mean_activation_of_each_token() -> None:
     windows = [
-        ActivationRecord(np.array([1, 2, 1]), np.array([4.0, 0.0, 1.0], np.float32), 0, 0, 1),
-        ActivationRecord(np.array([1, 3, 3]), np.array([1.0, 5.0, 6.0], np.float32), 1, 0, 1),
+        Window(np.array([1, 2, 1]), np.array([4.0, 0.0, 1.0], np.float32), 0, 0, 1),
+        Window(np.array([1, 3, 3]), np.array([1.0, 5.0, 6.0], np.float32), 1, 0, 1),
     ]
     means = token_means(windows)
     assert means == {1: 2.0, 2: 0.0, 3: 5.5}
@@ -350,7 +350,7 @@ def test_a_split_ten_is_read_as_ten_and_by_the_reference_as_one() -> None:
             return 40.0 * (token == "0")
         return 40.0 * (token == ("1" if prompt.endswith("a\t") else "3")) if prompt.endswith("\t") else 0.0
 
-    record = ActivationRecord(np.array([0, 1]), np.zeros(2, dtype=np.float32), 0, 0, 1)
+    record = Window(np.array([0, 1]), np.zeros(2, dtype=np.float32), 0, 0, 1)
     for quirks, expected in ((False, [10.0, 3.0]), (True, [1.0, 3.0])):
         simulator = AllAtOnce(Splitting(logit=logit), ["a", "b"], 2, wording.OwnWording(), quirks)
         (values,) = simulator("anything", [record])
@@ -359,7 +359,7 @@ def test_a_split_ten_is_read_as_ten_and_by_the_reference_as_one() -> None:
 
 def test_the_reference_reads_only_values_among_the_five_likeliest_tokens() -> None:
     weights = {"7": 0.2, "a": 0.3, " b": 0.1, " c": 0.1, " d": 0.1, "1": 0.05, "2": 0.05}
-    record = ActivationRecord(np.array([0]), np.zeros(1, dtype=np.float32), 0, 0, 0)
+    record = Window(np.array([0]), np.zeros(1, dtype=np.float32), 0, 0, 0)
     found = []
     for quirks in (False, True):
         llm = ScriptedLLM(logit=lambda _, token: 50 + float(np.log(weights.get(token, 1e-30))), vocab_size=400)
@@ -378,7 +378,7 @@ def test_the_reference_reads_only_values_among_the_five_likeliest_tokens() -> No
 )
 def test_whatever_a_token_is_every_token_gets_one_value(tokens: list[str]) -> None:
     llm = ScriptedLLM(logit=lambda prompt, token: 30.0 * (token == str(len(prompt.split("\n")) % 10)))
-    record = ActivationRecord(np.arange(len(tokens)), np.zeros(len(tokens), dtype=np.float32), 0, 0, 0)
+    record = Window(np.arange(len(tokens)), np.zeros(len(tokens), dtype=np.float32), 0, 0, 0)
     (values,) = AllAtOnce(llm, tokens, 2, wording.OwnWording())("anything", [record])
     # Line 3 of the prompt is the first token's, whatever stands in it: none is lost and none is counted twice.
     assert np.round(values).astype(int).tolist() == [(3 + place) % 10 for place in range(len(tokens))]
@@ -420,7 +420,7 @@ def test_windows_of_two_imported_neurons_with_the_same_place_are_not_taken_for_o
         made.plan(["dogs", prompts.EMPTY_EXPLANATION])
         return made
 
-    windows = [ActivationRecord(np.array(ids), np.zeros(2, dtype=np.float32), 0, 0, 0) for ids in ([0, 1], [1, 0])]
+    windows = [Window(np.array(ids), np.zeros(2, dtype=np.float32), 0, 0, 0) for ids in ([0, 1], [1, 0])]
     used = simulator()
     one_after_the_other = [used("dogs", [window])[0] for window in windows]
     alone = [simulator()("dogs", [window])[0] for window in windows]

@@ -41,11 +41,11 @@ from cratescope.files import (
 from cratescope.lm.load import data_of
 from cratescope.locks import locked
 from cratescope.neurons.records import (
-    ActivationRecord,
     Moments,
     NeuronId,
     NeuronRecord,
     Stratum,
+    Window,
     layer_file,
     read_columns,
     read_records,
@@ -103,7 +103,7 @@ def _export_openai(out: Path, files: Mapping[int, Path], vocabulary: Sequence[st
 def _openai_json(record: NeuronRecord, vocabulary: Sequence[str]) -> Json:
     """A NeuronRecord; the boundaries between the five samples by quantile are the inner four, as in OpenAI's files."""
 
-    def windows(found: Iterable[ActivationRecord]) -> list[Json]:
+    def windows(found: Iterable[Window]) -> list[Json]:
         return [
             {
                 "dataclass_name": "ActivationRecord",
@@ -216,10 +216,10 @@ def _read(path: Path, model: str, vocabulary: dict[str, int], invalid: Counter[P
 
     excerpts = itertools.count()  # whether two windows overlap is not known: each counts as an excerpt of its own
 
-    def windows(name: str, rows: Any, at_highest: bool = False) -> tuple[ActivationRecord, ...]:
+    def windows(name: str, rows: Any, at_highest: bool = False) -> tuple[Window, ...]:
         found = (_window(f"{path}: {name}[{place}]", item) for place, item in enumerate(_list(path, name, rows)))
         return tuple(
-            ActivationRecord(
+            Window(
                 np.array([token_id(token) for token in tokens], np.int64),
                 activations,
                 next(excerpts),
@@ -277,7 +277,7 @@ def _list(path: Path, name: str, value: Any) -> list[Any]:
 
 
 def _window(where: str, row: Any) -> tuple[list[str], np.ndarray]:
-    """Tokens and activations (w,) of an ActivationRecord; `where` names it in an error."""
+    """Tokens and activations (w,) of an Window; `where` names it in an error."""
     row = row if isinstance(row, dict) else {}
     tokens, activations = row.get("tokens"), row.get("activations")
     if not isinstance(tokens, list) or not tokens or not all(isinstance(token, str) for token in tokens):

@@ -26,7 +26,7 @@ from cratescope.explain.simulate import ENOUGH, explained_layers, own_share
 from cratescope.llm.interface import LanguageModel, RefusedError
 from cratescope.llm.open import llm_identity, open_llm
 from cratescope.neurons.kept import Kept
-from cratescope.neurons.records import ActivationRecord, NeuronId, NeuronRecord, layer_file
+from cratescope.neurons.records import NeuronId, NeuronRecord, Window, layer_file
 from cratescope.neurons.sample import AT_ONCE, DEAD, UNDECODABLE, find_site, records_identity, undecodable, with_records
 from cratescope.run import Run, claim
 from cratescope.text.tokenizer import load_tokenizer, vocabulary_strings
@@ -168,16 +168,16 @@ class Judge:
             raise refused
         return found
 
-    def _windows(self, record: NeuronRecord) -> tuple[list[ActivationRecord], list[ActivationRecord]]:
+    def _windows(self, record: NeuronRecord) -> tuple[list[Window], list[Window]]:
         """Active windows (the strongest ones and some by quantile) and silent ones, none of them explained from."""
         shown = self._protocol.explain_records(record)
         width = INTRUDER_WIDTH if self._scorer == "intruder" else WIDTH
 
-        def unseen(windows: Sequence[ActivationRecord]) -> list[ActivationRecord]:
+        def unseen(windows: Sequence[Window]) -> list[Window]:
             cut = [window.cut(width) for window in windows]
             return [window for window in cut if not any(window.overlaps(other) for other in shown)]
 
-        def peak(window: ActivationRecord) -> int:
+        def peak(window: Window) -> int:
             return int(levels(window.activations, record.moments.maximum).max(initial=0))
 
         by_quantile = [window for stratum in record.by_quantile[::-1] for window in stratum.windows]
@@ -192,8 +192,8 @@ class Judge:
         self,
         record: NeuronRecord,
         explanation: Explanation,
-        active: Sequence[ActivationRecord],
-        silent: Sequence[ActivationRecord],
+        active: Sequence[Window],
+        silent: Sequence[Window],
     ) -> str | None:
         if record.dead:
             return DEAD
@@ -203,7 +203,7 @@ class Judge:
             return UNDECODABLE
         return TOO_FEW_ACTIVE if len(active) < LEAST else TOO_FEW_SILENT if len(silent) < LEAST else None
 
-    def _example(self, window: ActivationRecord, record: NeuronRecord, random: np.random.Generator) -> Example:
+    def _example(self, window: Window, record: NeuronRecord, random: np.random.Generator) -> Example:
         """Of an active window the tokens the explainer would be shown are marked, of a silent one as many at random."""
         level = levels(window.activations, record.moments.maximum)
         marked = level >= MIN_LEVEL

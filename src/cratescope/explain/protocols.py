@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from cratescope.errors import UserError
-from cratescope.neurons.records import ActivationRecord, NeuronRecord
+from cratescope.neurons.records import NeuronRecord, Window
 
 Source = Literal["top", "random", "by_quantile", "by_rank", "by_level"]
 
@@ -28,7 +28,7 @@ class Pick:
     ranks: tuple[int, ...] | None
     width: int = 64
 
-    def windows(self, record: NeuronRecord) -> Iterator[ActivationRecord]:
+    def windows(self, record: NeuronRecord) -> Iterator[Window]:
         found = getattr(record, self.source)
         lists = (found,) if self.source in ("top", "random") else tuple(stratum.windows for stratum in found)
         if not lists:
@@ -67,15 +67,15 @@ class Protocol:
         if any(one.meets(other) for one in self.explain for other in self.score):
             raise ValueError(f"protocol {self.name}: a window would both explain and score")
 
-    def explain_records(self, record: NeuronRecord) -> tuple[ActivationRecord, ...]:
+    def explain_records(self, record: NeuronRecord) -> tuple[Window, ...]:
         return _windows(self.explain, record)
 
-    def score_records(self, record: NeuronRecord) -> tuple[ActivationRecord, ...]:
+    def score_records(self, record: NeuronRecord) -> tuple[Window, ...]:
         """In the order of the picks; the order does not change a pooled correlation."""
         return _windows(self.score, record)
 
 
-def _windows(picks: Iterable[Pick], record: NeuronRecord) -> tuple[ActivationRecord, ...]:
+def _windows(picks: Iterable[Pick], record: NeuronRecord) -> tuple[Window, ...]:
     return tuple(window for pick in picks for window in pick.windows(record))
 
 
@@ -177,7 +177,7 @@ def protocols_named(names: Sequence[str]) -> dict[str, list[Protocol]]:
     return {name: [protocol for protocol in chosen if protocol.explained == name] for name in sets}
 
 
-def scoring_windows(protocols: Iterable[Protocol], record: NeuronRecord) -> list[ActivationRecord]:
+def scoring_windows(protocols: Iterable[Protocol], record: NeuronRecord) -> list[Window]:
     """Every window that one of the protocols scores on, once."""
     found = (window for protocol in protocols for window in protocol.score_records(record))
     return list({window.key: window for window in found}.values())

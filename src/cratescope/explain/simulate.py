@@ -30,7 +30,7 @@ from cratescope.llm.interface import LanguageModel, RefusedError
 from cratescope.llm.open import llm_identity, open_llm
 from cratescope.locks import locked
 from cratescope.neurons.kept import Kept
-from cratescope.neurons.records import ActivationRecord, NeuronId, NeuronRecord, layer_file, read_records
+from cratescope.neurons.records import NeuronId, NeuronRecord, Window, layer_file, read_records
 from cratescope.neurons.sample import (
     AT_ONCE,
     UNDECODABLE,
@@ -81,7 +81,7 @@ class ListPMI:
         """Say which texts may be asked for; they are computed in batches of this order whatever is asked first."""
         self._texts, self._tables = list(dict.fromkeys(texts)), {}
 
-    def __call__(self, text: str, records: Sequence[ActivationRecord]) -> list[Float[np.ndarray, " w"]]:
+    def __call__(self, text: str, records: Sequence[Window]) -> list[Float[np.ndarray, " w"]]:
         if text not in self._tables:
             start = self._texts.index(text) // self._batch * self._batch
             chunk = self._texts[start : start + self._batch]
@@ -92,7 +92,7 @@ class ListPMI:
         table = self._tables[text]
         return [np.maximum.reduceat(table[columns], starts) for columns, starts in self._spelled[1]]
 
-    def _columns(self, record: ActivationRecord) -> tuple[Int[np.ndarray, " m"], Int[np.ndarray, " w"]]:
+    def _columns(self, record: Window) -> tuple[Int[np.ndarray, " m"], Int[np.ndarray, " w"]]:
         """The LLM tokens that the tokens of a window may stand for, end to end, and where those of each token start.
 
         What is no text stands for the last column, of zeros.
@@ -120,7 +120,7 @@ class ListPMI:
         return np.logaddexp(mean, np.log(SMALLEST))
 
 
-def _tokens(records: Sequence[ActivationRecord]) -> list[bytes]:
+def _tokens(records: Sequence[Window]) -> list[bytes]:
     """Tells windows apart by their text: those of two neurons that were imported may have the same key."""
     return [record.tokens.tobytes() for record in records]
 
@@ -141,7 +141,7 @@ class ListInContext:
     def plan(self, texts: Sequence[str]) -> None:
         self._words.plan(texts)
 
-    def __call__(self, text: str, records: Sequence[ActivationRecord]) -> list[Float[np.ndarray, " w"]]:
+    def __call__(self, text: str, records: Sequence[Window]) -> list[Float[np.ndarray, " w"]]:
         words = self._words(text, records)
         if self._silent[0] != (windows := _tokens(records)):
             self._silent = windows, self._logprobs(prompts.EMPTY_EXPLANATION, records)
@@ -151,7 +151,7 @@ class ListInContext:
             for value, new, old in zip(words, told, self._silent[1], strict=True)
         ]
 
-    def _logprobs(self, text: str, records: Sequence[ActivationRecord]) -> list[Float[np.ndarray, " w"]]:
+    def _logprobs(self, text: str, records: Sequence[Window]) -> list[Float[np.ndarray, " w"]]:
         """log P of each token's first piece behind the text before it."""
         asked = [
             prompts.context_prompt(self._llm, text, [self._vocabulary[token] for token in record.tokens])
@@ -188,7 +188,7 @@ class AllAtOnce:
     def plan(self, texts: Sequence[str]) -> None:
         """Nothing to share between texts: every window is its own prompt."""
 
-    def __call__(self, text: str, records: Sequence[ActivationRecord]) -> list[Float[np.ndarray, " w"]]:
+    def __call__(self, text: str, records: Sequence[Window]) -> list[Float[np.ndarray, " w"]]:
         asked = [
             self._wording.slot_prompt(self._llm, text, [self._vocabulary[token] for token in record.tokens])
             for record in records
@@ -421,8 +421,8 @@ class Task:
 
     neuron: NeuronId
     texts: dict[str, str]
-    windows: tuple[ActivationRecord, ...]
-    possible: tuple[ActivationRecord, ...]
+    windows: tuple[Window, ...]
+    possible: tuple[Window, ...]
     means: dict[int, float]
     skipped: str | None
     found: Simulation | None = None
@@ -487,11 +487,11 @@ class Task:
         found = Simulation(self.neuron, name, self.texts, keyed, expected, skipped)
         return found, None if answered else refused
 
-    def _unigram(self, windows: Sequence[ActivationRecord]) -> list[Float[np.ndarray, " w"]]:
+    def _unigram(self, windows: Sequence[Window]) -> list[Float[np.ndarray, " w"]]:
         return [np.array([self.means.get(token, 0.0) for token in window.tokens.tolist()]) for window in windows]
 
 
-def token_means(windows: Sequence[ActivationRecord]) -> dict[int, float]:
+def token_means(windows: Sequence[Window]) -> dict[int, float]:
     """Mean activation of every token id in the windows."""
     if not windows:
         return {}

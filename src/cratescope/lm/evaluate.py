@@ -201,7 +201,7 @@ def unigram_entropy(split: TokenSplit, vocab_size: int) -> float:
 
 
 @dataclass(frozen=True)
-class Window:
+class Context:
     """Tokens of a document that fit the model; the last `scored` count, the last `word` are its last word."""
 
     document: int
@@ -210,7 +210,7 @@ class Window:
     word: int
 
 
-def windows(document: int, tokens: Int[np.ndarray, " n"], eos: int, context: int, word: int = 0) -> Iterator[Window]:
+def contexts(document: int, tokens: Int[np.ndarray, " n"], eos: int, context: int, word: int = 0) -> Iterator[Context]:
     """Cut a document so that each token is predicted once, from <eos> and up to `context` tokens before it.
 
     The last window reaches back to fill its context, as in lm-eval's rolling log-likelihood.
@@ -218,7 +218,7 @@ def windows(document: int, tokens: Int[np.ndarray, " n"], eos: int, context: int
     row = np.concatenate([[eos], tokens])
     for start in range(0, len(tokens), context):
         end = min(start + context, len(tokens))
-        yield Window(document, row[max(0, end - context) : end + 1], end - start, word if end == len(tokens) else 0)
+        yield Context(document, row[max(0, end - context) : end + 1], end - start, word if end == len(tokens) else 0)
 
 
 def evaluate_texts(
@@ -240,12 +240,12 @@ def evaluate_texts(
     rows = [
         row
         for n, (tokens, word) in enumerate(zip(ids, words, strict=True))
-        for row in windows(n, tokens, eos, context, word)
+        for row in contexts(n, tokens, eos, context, word)
     ]
     nats, word_nats, right = np.zeros(len(ids)), np.zeros(len(ids)), np.zeros(len(ids))
     head = Head.of(model, torch.from_numpy(rows[0].tokens[None, :TRIED]).to(model.device))
     for batch in _progress(list(_batches(rows, batch_size * context)), escape(f"evaluate {name}")):
-        for row, (loss, word_loss, correct) in zip(batch, _predict_windows(head, batch, eos), strict=True):
+        for row, (loss, word_loss, correct) in zip(batch, _predict_contexts(head, batch, eos), strict=True):
             nats[row.document] += loss
             word_nats[row.document] += word_loss
             right[row.document] += correct
@@ -268,9 +268,9 @@ def _last_word_lengths(
     return [max(1, len(tokens) - len(rest)) for tokens, rest in zip(ids, before, strict=True)]
 
 
-def _batches(rows: Sequence[Window], budget: int) -> Iterator[list[Window]]:
+def _batches(rows: Sequence[Context], budget: int) -> Iterator[list[Context]]:
     """Batch windows of similar length, longest first, with at most `budget` tokens (with padding) per batch."""
-    batch: list[Window] = []
+    batch: list[Context] = []
     for row in sorted(rows, key=lambda row: -len(row.tokens)):
         if batch and (len(batch) + 1) * (len(batch[0].tokens) - 1) > budget:
             yield batch
@@ -279,7 +279,7 @@ def _batches(rows: Sequence[Window], budget: int) -> Iterator[list[Window]]:
     yield batch
 
 
-def _predict_windows(head: Head, batch: Sequence[Window], eos: int) -> Iterator[tuple[float, float, bool]]:
+def _predict_contexts(head: Head, batch: Sequence[Context], eos: int) -> Iterator[tuple[float, float, bool]]:
     """For each window: nats of the scored tokens, nats of the last word, and whether all its tokens were likeliest."""
     # Padding on the right changes nothing before it: the models are causal.
     padded = np.full((len(batch), len(batch[0].tokens)), eos)

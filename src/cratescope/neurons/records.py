@@ -34,7 +34,7 @@ class NeuronId:
 
 
 @dataclass(frozen=True, eq=False)
-class ActivationRecord:
+class Window:
     """A window of one excerpt: `tokens` (w,) and `activations` (w,).
 
     start: place of the first token in the excerpt; peak: place in the window of the token it was chosen for.
@@ -51,15 +51,15 @@ class ActivationRecord:
         """(excerpt, start, width) names the window within the collected text."""
         return self.excerpt, self.start, len(self.tokens)
 
-    def cut(self, width: int) -> ActivationRecord:
+    def cut(self, width: int) -> Window:
         """The `width` tokens around the peak, half of them before it, moved inside this window."""
         first = min(max(self.peak - width // 2, 0), max(len(self.tokens) - width, 0))
         inside = slice(first, first + width)
-        return ActivationRecord(
+        return Window(
             self.tokens[inside], self.activations[inside], self.excerpt, self.start + first, self.peak - first
         )
 
-    def overlaps(self, other: ActivationRecord) -> bool:
+    def overlaps(self, other: Window) -> bool:
         """Do the two windows share a token?"""
         return (
             self.excerpt == other.excerpt
@@ -103,7 +103,7 @@ class Stratum:
 
     low: float
     high: float
-    windows: tuple[ActivationRecord, ...]
+    windows: tuple[Window, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,8 +139,8 @@ class NeuronRecord:
     """
 
     neuron: NeuronId
-    top: tuple[ActivationRecord, ...]
-    random: tuple[ActivationRecord, ...]
+    top: tuple[Window, ...]
+    random: tuple[Window, ...]
     moments: Moments
     density: float
     by_quantile: tuple[Stratum, ...] = ()
@@ -269,7 +269,7 @@ def write_records(path: Path, records: Sequence[NeuronRecord]) -> None:
     write_table(path, columns)
 
 
-def _window_lists(lists: Sequence[Sequence[ActivationRecord]]) -> pa.ListArray:
+def _window_lists(lists: Sequence[Sequence[Window]]) -> pa.ListArray:
     windows = [window for one in lists for window in one]
     joined = {
         name: np.concatenate([getattr(window, name) for window in windows] or [np.zeros(0)])
@@ -375,14 +375,14 @@ def _cut(lists: pa.ListArray, items: Any) -> list[Any]:
     return [items[low:high] for low, high in zip(offsets[:-1], offsets[1:], strict=True)]
 
 
-def _read_windows(column: pa.ListArray) -> list[tuple[ActivationRecord, ...]]:
+def _read_windows(column: pa.ListArray) -> list[tuple[Window, ...]]:
     array = column.flatten()
     tokens, activations = (
         _cut(array.field(name), array.field(name).flatten().to_numpy().astype(kind))
         for name, kind in (("tokens", np.int64), ("activations", np.float32))
     )
     places = [array.field(name).to_pylist() for name in ("excerpt", "start", "peak")]
-    return _cut(column, tuple(map(ActivationRecord, tokens, activations, *places)))
+    return _cut(column, tuple(map(Window, tokens, activations, *places)))
 
 
 def _read_strata(column: pa.ListArray) -> list[tuple[Stratum, ...]]:

@@ -13,7 +13,7 @@ from jaxtyping import Int
 from cratescope.arm import Arm
 from cratescope.errors import UserError
 from cratescope.files import read_json
-from cratescope.neurons.records import ActivationRecord, NeuronRecord, read_columns, read_records
+from cratescope.neurons.records import NeuronRecord, Window, read_columns, read_records
 from cratescope.run import IDENTITY, Run, claim
 
 FORMAT = 2
@@ -114,6 +114,6 @@ def with_records(
             yield chunk, records
 
 
-def undecodable(windows: Iterable[ActivationRecord], n_ids: int) -> bool:
+def undecodable(windows: Iterable[Window], n_ids: int) -> bool:
     """Is there a token that the tokenizer (with ids below `n_ids`) does not have?"""
     return any(((window.tokens < 0) | (window.tokens >= n_ids)).any() for window in windows)

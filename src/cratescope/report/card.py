@@ -13,7 +13,7 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
-from cratescope.neurons.records import ActivationRecord, NeuronRecord, TokenMean
+from cratescope.neurons.records import NeuronRecord, TokenMean, Window
 from cratescope.report.config import ShowConfig
 from cratescope.report.text import number, percent, sparkline, visible
 from cratescope.results.neuron import Neuron, read_neuron
@@ -125,7 +125,7 @@ def _tokens(record: NeuronRecord, decode: Decode) -> Table:
     return table
 
 
-def _sections(record: NeuronRecord) -> Iterator[tuple[str, list[tuple[str, ActivationRecord]]]]:
+def _sections(record: NeuronRecord) -> Iterator[tuple[str, list[tuple[str, Window]]]]:
     """Titles with labelled windows; empty kinds are left out."""
     top = [(f"top {rank}", window) for rank, window in enumerate(record.top[:TOP], 1)]
     strata = [
@@ -139,7 +139,7 @@ def _sections(record: NeuronRecord) -> Iterator[tuple[str, list[tuple[str, Activ
             yield title, windows
 
 
-def _windows(windows: Sequence[tuple[str, ActivationRecord]], peak: float, decode: Decode) -> Table:
+def _windows(windows: Sequence[tuple[str, Window]], peak: float, decode: Decode) -> Table:
     """One row per window: label, largest activation, and the text shaded by activation."""
     table = Table.grid(padding=(0, 1))
     table.add_column(style="dim", no_wrap=True)

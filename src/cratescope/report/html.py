@@ -13,7 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from cratescope.explain.explained import Simulation
-from cratescope.neurons.records import ActivationRecord, NeuronId, NeuronRecord
+from cratescope.neurons.records import NeuronId, NeuronRecord, Window
 from cratescope.report import text
 from cratescope.report.text import visible
 from cratescope.results.neuron import Neuron, Said
@@ -131,7 +131,7 @@ def _compared(record: NeuronRecord, simulation: Simulation, decode: Decode) -> I
             yield Excerpt(label, _place(window), marked)
 
 
-def _place(window: ActivationRecord) -> str:
+def _place(window: Window) -> str:
     return f"excerpt {window.excerpt}, token {window.start}; highest activation {window.activations.max():.3g}"
 
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from cratescope.errors import UserError
 from cratescope.files import Shape, read_json, write_json
-from cratescope.neurons.records import ActivationRecord, NeuronRecord, layer_file, read_records
+from cratescope.neurons.records import NeuronRecord, Window, layer_file, read_records
 from cratescope.neurons.sample import records_identity
 from cratescope.run import Run
 from cratescope.score.inference import mean_of
@@ -75,7 +75,7 @@ def activation_quality(record: NeuronRecord) -> dict[str, float | None]:
     }
 
 
-def lookup(windows: Sequence[ActivationRecord]) -> float | None:
+def lookup(windows: Sequence[Window]) -> float | None:
     """Lexical predictability on uniform text: the Pearson correlation of the activations with a table of token ids.
 
     The table holds each id's mean activation on every other window, and predicts the windows between; then the halves
@@ -89,7 +89,7 @@ def lookup(windows: Sequence[ActivationRecord]) -> float | None:
     return statistics.fmean(values) if len(values) == 2 else None
 
 
-def _predicted(fitted: Sequence[ActivationRecord], other: Sequence[ActivationRecord]) -> float | None:
+def _predicted(fitted: Sequence[Window], other: Sequence[Window]) -> float | None:
     tokens, truth = _joined(fitted)
     ids, places = np.unique(tokens, return_inverse=True)
     means = np.append(np.bincount(places, truth) / np.bincount(places), truth.mean())
@@ -99,12 +99,12 @@ def _predicted(fitted: Sequence[ActivationRecord], other: Sequence[ActivationRec
     return measure("pearson", activations, guess)
 
 
-def _joined(windows: Sequence[ActivationRecord]) -> tuple[np.ndarray, np.ndarray]:
+def _joined(windows: Sequence[Window]) -> tuple[np.ndarray, np.ndarray]:
     tokens = np.concatenate([window.tokens for window in windows])
     return tokens, np.concatenate([window.activations for window in windows]).astype(np.float64)
 
 
-def concentration(top: Sequence[ActivationRecord]) -> float | None:
+def concentration(top: Sequence[Window]) -> float | None:
     """Top-token concentration: the fraction of top windows that peak on the most common of their peak tokens."""
     if not top:
         return None
@@ -112,7 +112,7 @@ def concentration(top: Sequence[ActivationRecord]) -> float | None:
     return peaks.most_common(1)[0][1] / len(top)
 
 
-def selectivity(top: Sequence[ActivationRecord], random: Sequence[ActivationRecord]) -> float | None:
+def selectivity(top: Sequence[Window], random: Sequence[Window]) -> float | None:
     """(t - r) / (t + r), t and r being the mean positive activation in the top and in the random windows.
 
     1: silent on random text; 0: as active there as in the top windows. The peak token of a top window is
