@@ -40,6 +40,7 @@ from cratescope.errors import UserError
 from cratescope.files import read_json
 from cratescope.lm.config import EvaluateConfig
 from cratescope.lm.evaluate import (
+    contexts,
     crop_losses,
     evaluate,
     evaluate_split,
@@ -50,7 +51,6 @@ from cratescope.lm.evaluate import (
     ratio,
     token_bytes,
     unigram_entropy,
-    windows,
 )
 from cratescope.lm.harness import metrics
 from cratescope.lm.head import Head, looks_ahead, plain_pass
@@ -327,7 +327,7 @@ def test_pieces_with_space_marks_and_single_bytes_are_counted_as_bytes_too():
 @given(n=st.integers(1, 40), context=st.integers(1, 9), word=st.integers(0, 3))
 def test_windows_predict_every_token_once_and_never_from_more_than_the_context(n, context, word):
     tokens = np.arange(1, n + 1)
-    found = list(windows(7, tokens, 0, context, word))
+    found = list(contexts(7, tokens, 0, context, word))
     scored = [token for row in found for token in row.tokens[len(row.tokens) - row.scored :].tolist()]
     assert scored == tokens.tolist()
     for row in found:
