@@ -15,7 +15,7 @@ from cratescope.arm import Arm
 from cratescope.errors import UserError
 from cratescope.explain.config import ExplainConfig
 from cratescope.explain.explain import explain
-from cratescope.explain.explained import explanations
+from cratescope.explain.explained import Explained
 from cratescope.files import read_json, write_json
 from cratescope.llm.answers import EMPTY_ANSWER
 from cratescope.llm.config import LLMConfig
@@ -92,7 +92,7 @@ def test_a_lexical_neuron_is_explained_by_its_word(tmp_path: Path) -> None:
     (folder,) = explain(settings_for(run), ScriptedLLM(first_word))
     found = read_explanations(folder)
     assert len(found) == 2 * N_NEURONS
-    assert folder == run.explanations("codes", "scripted", "top")
+    assert folder == Explained(run, "codes", "scripted", "top").explanations.folder
     for neuron, item in found.items():
         if neuron.index != DEAD_INDEX:
             assert item.text == f'the word "{WORDS[neuron.index].strip()}"'
@@ -127,7 +127,7 @@ def test_an_interrupted_run_ends_with_the_same_files(tmp_path: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         explain(settings_for(cut), ScriptedLLM(dies))
-    kept = explanations(cut.explanations("codes", "scripted", "top"))
+    kept = Explained(cut, "codes", "scripted", "top").explanations
     assert files(kept.folder) != expected
     if some := kept.done(0):
         drop(kept, 0, [min(some)])
@@ -139,7 +139,7 @@ def test_a_batch_with_a_missing_neuron_is_asked_again_as_a_whole(tmp_path: Path)
     whole = ScriptedLLM(first_word)
     (folder,) = explain(settings_for(run), whole)
     order = neuron_order(0, 0, N_NEURONS).tolist()
-    drop(explanations(folder), 0, [order[1]])
+    drop(Explained(run, "codes", "scripted", "top").explanations, 0, [order[1]])
     again = ScriptedLLM(first_word)
     explain(settings_for(run), again)
     live = [index for index in order[:3] if index != DEAD_INDEX]
@@ -163,7 +163,7 @@ def test_growing_the_sample_keeps_what_was_explained(tmp_path: Path) -> None:
     assert small.items() <= large.items()
     once = make_run(tmp_path / "once" / "run", layers=(0,))
     assert files(*explain(settings_for(once, neurons=6), ScriptedLLM(first_word))) == files(
-        run.explanations("codes", "scripted", "top")
+        Explained(run, "codes", "scripted", "top").explanations.folder
     )
 
 
@@ -238,7 +238,7 @@ def test_each_explanation_set_is_made_once_from_its_own_windows(tmp_path: Path) 
     run = make_run(tmp_path / "run", layers=(0,))
     llm = ScriptedLLM(first_word)
     folders = explain(settings_for(run, protocols=("random-only", "openai", "uniform")), llm)
-    assert folders == [run.explanations("codes", "scripted", name) for name in ("top", "openai")]
+    assert folders == [Explained(run, "codes", "scripted", name).explanations.folder for name in ("top", "openai")]
     assert len(llm.asked) == 2 * (N_NEURONS - 1)
     assert [len(read_explanations(folder)) for folder in folders] == [N_NEURONS] * 2
 

@@ -12,12 +12,12 @@ from jaxtyping import Float
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
+from cratescope.explain.controls import OWN
 from cratescope.explain.explained import Simulation
 from cratescope.neurons.records import NeuronId, NeuronRecord, Window
 from cratescope.report import text
 from cratescope.report.text import visible
 from cratescope.results.neuron import Neuron, Said
-from cratescope.score.score import OWN
 from cratescope.score.scores import Score
 from cratescope.text.tokenizer import token_strings
 

@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from cratescope.errors import UserError
+from cratescope.explain.config import SCORERS
+from cratescope.explain.controls import CONTROLS
 from cratescope.explain.protocols import PROTOCOLS
 from cratescope.results.estimates import Estimate, over
 from cratescope.results.runs import Results, protocols, untrained_copy
 from cratescope.results.scores import measures_of
 from cratescope.score.inference import Difference, compare_neurons, compare_seeds, mean_of, needed
 from cratescope.score.measures import MEASURES
-from cratescope.score.score import CONTROLS, SCORERS
 
 UNTRAINED = "untrained"
 GAINS = ("shuffled", UNTRAINED)

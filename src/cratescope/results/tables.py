@@ -11,13 +11,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from cratescope.explain.controls import CONTROLS
 from cratescope.files import atomic_path
 from cratescope.neurons.records import NeuronId
 from cratescope.results.compare import DETECTABLE, UNTRAINED, Comparison
 from cratescope.results.estimates import NOTHING, Estimate, finite, over
 from cratescope.results.runs import Results, Row, one_per_run, protocols, untrained_copy
 from cratescope.score.quality import QUALITIES, matched
-from cratescope.score.score import CONTROLS
 
 
 @functools.cache
