@@ -234,6 +234,23 @@ def test_auto_takes_the_only_site_and_lists_several(tmp_path: Path) -> None:
         find_site(Run(tmp_path / "nothing"), "auto")
 
 
+def test_everything_made_from_one_explanation_set_has_an_address(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    one, other = (Explained(run, "codes", "org/model", name) for name in ("top", "openai"))
+    folders = [one.explanations.folder, one.simulations("list-pmi").folder, one.judgements("fuzzing").folder]
+    assert [str(folder.relative_to(tmp_path)) for folder in folders] == [
+        "explanations/codes/org-model/top",
+        "simulations/codes/org-model/list-pmi/top",
+        "judgements/codes/org-model/fuzzing/top",
+    ]
+    assert Explained.every(run, "codes", "org/model") == []
+    for item in (one, other):
+        item.explanations.folder.mkdir(parents=True)
+    assert Explained.every(run, "codes", "org/model") == [other, one]
+    with pytest.raises(UserError, match="top: no explanations; run `cratescope explain`"):
+        one.layers()
+
+
 def test_each_explanation_set_is_made_once_from_its_own_windows(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", layers=(0,))
     llm = ScriptedLLM(first_word)

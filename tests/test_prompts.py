@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 from cratescope.errors import UserError
 from cratescope.explain import phrase, shown, wording
 from cratescope.explain.config import SCORERS
-from cratescope.explain.judges import question_named
-from cratescope.explain.judges.intruder import INTRUDER
+from cratescope.explain.judges import intruder, question_named
 from cratescope.explain.judges.yes_no import DETECTION, FUZZING
 from cratescope.explain.simulators import all_at_once, list_in_context, list_pmi
 from cratescope.llm.scripted import ScriptedLLM
@@ -40,15 +39,15 @@ def whole_prompts() -> dict[str, str]:
     about = "words about animals"
     at_once = llm.decode(slots.slots_prefix(llm) + slots.slot_prompt(llm, about, TOKENS).ids)
     in_context = list_in_context.context_prompt(llm, about, TOKENS)
-    window = shown.Marked(TOKENS, MARKED, True)
+    window, random = shown.Marked(TOKENS, MARKED, True), np.random.default_rng(0)
     return {
         "explain": own.explain_prefix() + wording.explain_prompt(["dog", "horses"]),
         "list": list_pmi.list_prefix() + list_pmi.list_prompt(about),
         "all-at-once": at_once,
         "list-in-context": list_in_context.context_prefix() + llm.decode(in_context.ids),
-        "detection": DETECTION.prefix + DETECTION.prompt(about, window),
-        "fuzzing": FUZZING.prefix + FUZZING.prompt(about, window),
-        "intruder": INTRUDER.prefix + INTRUDER.prompt([window] * 5),
+        "detection": DETECTION.prefix + DETECTION.prompts(about, [window], random)[0][0],
+        "fuzzing": FUZZING.prefix + FUZZING.prompts(about, [window], random)[0][0],
+        "intruder": intruder.INTRUDER.prefix + intruder.prompt([window] * 5),
     }
 
 

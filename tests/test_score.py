@@ -16,7 +16,7 @@ from cratescope.explain.explain import explain
 from cratescope.explain.explained import Explained, Judgement, Simulation
 from cratescope.explain.protocols import PROTOCOLS, TOP, Protocol, scoring_windows
 from cratescope.explain.simulate import simulate
-from cratescope.files import read_json
+from cratescope.files import read_json, write_json
 from cratescope.llm.answers import EMPTY_ANSWER
 from cratescope.llm.scripted import ScriptedLLM
 from cratescope.neurons.records import NeuronRecord, layer_file, read_records
@@ -372,6 +372,18 @@ def test_an_intruder_is_found_when_it_is_the_likeliest_of_its_group(record: Neur
     answers = (0.1, 0.6, 0.1, 0.1, 0.1, 0.5, 0.2, 0.1, 0.1, 0.1)
     made = judgement(record, scorer="intruder", text="", probabilities=answers, labels=labels)
     assert score_judgement(made, "intruder", "top")[0].value == 0.5
+
+
+def test_scores_of_another_version_are_refused_and_made_again(run: Run) -> None:
+    """An older one called a neuron's own explanation by another name."""
+    score(config(run))
+    path = run.scores("codes", "scripted", "list-pmi") / "scores.json"
+    about = read_json(path)
+    write_json(path, about | {"made_from": about["made_from"] | {"version": "1"}})
+    with pytest.raises(UserError, match="scored by another version of cratescope; run `cratescope score` again"):
+        read_about(path.parent)
+    score(config(run))
+    assert read_json(path) == about
 
 
 def test_judgements_are_scored_with_the_simulations(run: Run) -> None:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import re
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -11,19 +15,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cratescope.errors import UserError
-from cratescope.explain.config import SimulateConfig
+from cratescope.explain import config
+from cratescope.explain.config import SCORERS, SIMULATORS, SimulateConfig, Simulates
 from cratescope.explain.controls import (
     EMPTY_EXPLANATION,
+    EVERY,
     OWN,
     Material,
+    planned,
     shuffled_texts,
     token_means,
     unigram_text,
 )
 from cratescope.explain.explain import explain
 from cratescope.explain.explained import Explained
+from cratescope.explain.judges import question_named
 from cratescope.explain.protocols import PROTOCOLS, scoring_windows
 from cratescope.explain.simulate import UNREAD, simulate
+from cratescope.explain.simulators import simulator_named
 from cratescope.explain.simulators.all_at_once import AllAtOnce, OwnSlots
 from cratescope.explain.simulators.list_in_context import ListInContext
 from cratescope.explain.simulators.list_pmi import SMALLEST, THRESHOLD, ListPMI
@@ -31,6 +40,7 @@ from cratescope.explain.wording import EXPLAIN_PROMPT
 from cratescope.files import read_json
 from cratescope.llm.answers import EMPTY_ANSWER
 from cratescope.llm.config import LLMConfig
+from cratescope.llm.interface import LanguageModel
 from cratescope.llm.scripted import ScriptedLLM
 from cratescope.neurons.records import Window, layer_file, read_records, write_records
 from cratescope.neurons.sample import DEAD, UNDECODABLE
@@ -403,6 +413,57 @@ def test_quirks_are_not_mixed_with_the_right_reading(run: Run) -> None:
     simulate(config_for(run, "all-at-once", neurons=1), knowing())
     with pytest.raises(UserError, match="reference_quirks"):
         simulate(config_for(run, "all-at-once", neurons=1, reference_quirks=True), knowing())
+
+
+def test_every_simulator_and_scorer_can_be_named_on_the_command_line() -> None:
+    assert get_args(config.Simulator) == (*SIMULATORS,)
+    assert get_args(config.Scorer) == (*SCORERS,)
+    for name in SIMULATORS:
+        assert simulator_named(name).made_with(SimulateConfig(Path("run"), simulator=name))["prompt"]
+    assert len({question_named(scorer).version for scorer in SCORERS}) == len(SCORERS)
+
+
+class Length:
+    """A simulator that asks nobody: the length of a token where the explanation holds it."""
+
+    def __init__(self, vocabulary: Sequence[str]) -> None:
+        self._vocabulary = vocabulary
+
+    @classmethod
+    def open(cls, config: SimulateConfig, vocabulary: Sequence[str], llm: Callable[[], LanguageModel]) -> Length:
+        return cls(vocabulary)
+
+    @classmethod
+    def made_with(cls, config: SimulateConfig) -> dict[str, Any]:
+        return {"version": "length-1"}
+
+    def plan(self, texts: Sequence[str]) -> None:
+        pass
+
+    def __call__(self, text: str, windows: Sequence[Window]) -> list[np.ndarray]:
+        words = [[self._vocabulary[token].strip() for token in window.tokens] for window in windows]
+        return [np.array([float(len(word) * (f'"{word}"' in text)) for word in row]) for row in words]
+
+
+def test_a_simulator_that_needs_no_language_model_opens_none(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cratescope.explain.simulators.length", SimpleNamespace(Length=Length))
+    monkeypatch.setitem(SIMULATORS, "length", Simulates("simulators.length:Length", "nothing"))
+    server = LLMConfig(llm="http://127.0.0.1:9/v1", llm_model="nobody")
+    (folder,) = simulate(SimulateConfig(run.root, explainer="scripted", simulator="length", llm=server))
+    identity = read_json(folder / "manifest.json")["identity"]
+    assert identity["version"] == "length-1" and not {"llm", "dtype"} & identity.keys()
+    found = read_simulations(folder)
+    assert {name for item in found.values() for name in item.expected} == {*EVERY}
+    record = read_records(layer_file(run.records("codes"), 0))[0]
+    simulated = np.concatenate(found[record.neuron].expected[OWN])
+    truth = np.concatenate([window.activations for window in scoring_windows(DEFAULT, record)])
+    assert ((simulated == len("dog")) == (truth > 0)).all()
+
+
+def test_all_texts_are_planned_once_and_in_an_order_of_their_own() -> None:
+    """Batches follow this order, so a neuron that is left to do must not change it."""
+    materials = [Material("a", "c"), Material("", ""), Material("b", "a"), Material("a", "x")]
+    assert planned(materials) == [EMPTY_EXPLANATION, "a", "b", "c", "x"]
 
 
 @pytest.mark.parametrize("kind", [ListPMI, ListInContext])

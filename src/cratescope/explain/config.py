@@ -44,8 +44,6 @@ def load(place: str) -> Any:
 
 
 Prompts = Literal["own", "openai"]
-
-
 DEFAULT_PROTOCOLS = ("top-and-random", "random-only")
 
 

@@ -40,12 +40,8 @@ from cratescope.workers import share
 
 MAX_TOKENS = 60
 """Longest answer (paper section 4)."""
-
-
 ENOUGH = 16
 """So many refusals and useless answers, and nothing else, are no matter of single neurons."""
-
-
 NOTHING_TO_SHOW = "no readable token"
 
 

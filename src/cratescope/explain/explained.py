@@ -69,13 +69,9 @@ class Judgement:
 
 
 _KEY = pa.struct([("excerpt", pa.int32()), ("start", pa.int32()), ("width", pa.int32())])
-
-
 _EXPLANATION = schema(
     ("text", pa.string()), ("explainer", pa.string()), ("prompt", pa.string()), ("skipped", pa.string())
 )
-
-
 _SIMULATION = schema(
     ("simulator", pa.string()),
     ("control", pa.string()),
@@ -84,8 +80,6 @@ _SIMULATION = schema(
     ("simulated", pa.list_(pa.list_(pa.float64()))),
     ("skipped", pa.string()),
 )
-
-
 _JUDGEMENT = schema(
     ("scorer", pa.string()),
     ("control", pa.string()),

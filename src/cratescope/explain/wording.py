@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
 
 from cratescope.explain.config import Prompts
 from cratescope.explain.openai_wording import OpenAIWording
 from cratescope.explain.shown import Shown, levels, strongest_words
 
 EXPLAIN_PROMPT = "words-2"
-
-
 # Kinds alternate, because a small model leans on the last examples. Naming two words keeps explanations apart.
 EXPLAIN_EXAMPLES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("words about food, such as bread and cheese", ("bread", "cheese", "soup", "apples", "dinner")),
@@ -38,30 +35,22 @@ def explain_prompt(words: Sequence[str], answer: str = "") -> str:
     return f"Words: {', '.join(words)}\nThe detector finds:" + (f" {answer}\n\n" if answer else "")
 
 
-@runtime_checkable
-class Wording(Protocol):
-    """How a neuron is shown to the explainer."""
-
-    explain_version: str
-
-    def explain_prefix(self) -> str:
-        """What all neurons share."""
-
-    def explain_prompt(self, shown: Sequence[Shown], maximum: float) -> str:
-        """A neuron's own part, open where the answer belongs; empty when there is nothing to show."""
-
-
 class OwnWording:
     """Our prompt: a neuron is shown as its strongest words."""
 
     explain_version = EXPLAIN_PROMPT
 
     def explain_prefix(self) -> str:
+        """What all neurons share."""
         return "".join(explain_prompt(words, answer) for answer, words in EXPLAIN_EXAMPLES)
 
     def explain_prompt(self, shown: Sequence[Shown], maximum: float) -> str:
+        """A neuron's own part, open where the answer belongs; empty when there is nothing to show."""
         words = strongest_words([(item.tokens, levels(item.activations, maximum)) for item in shown])
         return explain_prompt(words) if words else ""
+
+
+Wording = OwnWording | OpenAIWording
 
 
 def wording_named(name: Prompts) -> Wording:

@@ -1,12 +1,12 @@
-"""Judges: what an LLM is asked about whole windows of a neuron. One per question, with its prompt and constants.
+"""Judges: what an LLM is asked about whole windows of a neuron. A module per kind, with its prompts and constants.
 
-A new one is a value in a module here and a line in the table `SCORERS` of `cratescope.explain.config`.
+A new one is a `Question` in a module here and a line in the table `SCORERS` of `cratescope.explain.config`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -14,38 +14,24 @@ from cratescope.explain.config import SCORERS, load
 from cratescope.explain.shown import Marked
 
 
-@runtime_checkable
-class Question(Protocol):
-    """What is asked about marked windows, and how the answers are read."""
+@dataclass(frozen=True)
+class Question:
+    """A question about windows, and how its answers are read.
 
-    @property
-    def version(self) -> str:
-        """Of the prompt: whoever changes it changes this."""
+    version: of the prompt; whoever changes it changes this. prefix: instruction and examples, which all prompts share.
+    prompts: of a text, windows and a random generator: prompts, each open where an answer belongs, and for every window
+    in them whether it is the right one. answers: those whose probabilities are compared; the first `group` are those of
+    a prompt's windows. group: windows in a prompt; of several exactly one is right. width: tokens shown of a window,
+    around its peak. needs_text: whether the question is about an explanation; else the neuron alone is judged.
+    """
 
-    @property
-    def width(self) -> int:
-        """Tokens shown of a window, around its peak."""
-
-    @property
-    def answers(self) -> tuple[str, ...]:
-        """The answers whose probabilities are compared; the first `group` are those of the prompt's windows."""
-
-    @property
-    def group(self) -> int:
-        """Windows in a prompt. Of several exactly one is right, and their probabilities add up to 1."""
-
-    @property
-    def needs_text(self) -> bool:
-        """Whether it is about an explanation; else the neuron alone is judged, and has no control."""
-
-    @property
-    def prefix(self) -> str:
-        """What all prompts share: the question and examples."""
-
-    def prompts(
-        self, text: str, windows: Sequence[Marked], random: np.random.Generator
-    ) -> tuple[list[str], list[bool]]:
-        """Prompts, each open where an answer belongs, and for every window in them whether it is the right one."""
+    version: str
+    prefix: str
+    prompts: Callable[[str, Sequence[Marked], np.random.Generator], tuple[list[str], list[bool]]]
+    answers: tuple[str, ...]
+    group: int
+    width: int
+    needs_text: bool
 
 
 def question_named(scorer: str) -> Question:

@@ -6,14 +6,14 @@ The prompt is ours. It needs no explanation.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
+from cratescope.explain.judges import Question
 from cratescope.explain.shown import Marked, mark
 
-GROUPS = 8
-"""Prompts per neuron."""
+GROUP, GROUPS = 5, 8
+"""Windows in a prompt, and prompts per neuron."""
 QUESTION = (
     "A detector marks tokens with << and >> in four of five texts; in one text they are marked at random. "
     "Which text is that?\n\n"
@@ -37,38 +37,24 @@ EXAMPLES: tuple[tuple[str, str], ...] = (
 )
 
 
-@dataclass(frozen=True)
-class Intruder:
-    """Asks for the number of the foreign window."""
-
-    version: str = "intruder-1"
-    width: int = 12
-    answers: tuple[str, ...] = (" 1", " 2", " 3", " 4", " 5")
-    group: int = 5
-    needs_text: bool = False
-
-    @property
-    def prefix(self) -> str:
-        return QUESTION + "".join(f"{texts}Text:{answer}\n\n" for texts, answer in EXAMPLES)
-
-    def prompt(self, windows: Sequence[Marked]) -> str:
-        """Numbered windows with their marks, open where the foreign one's number belongs."""
-        lines = (f"{place}. {mark(window.tokens, window.marked)}\n" for place, window in enumerate(windows, 1))
-        return f"{''.join(lines)}Text:"
-
-    def prompts(
-        self, text: str, windows: Sequence[Marked], random: np.random.Generator
-    ) -> tuple[list[str], list[bool]]:
-        """Groups of the neuron's active windows and one silent window at a random place."""
-        active = [window for window in windows if window.active]
-        silent = [window for window in windows if not window.active]
-        groups = []
-        for number in range(GROUPS):
-            chosen = random.choice(len(active), self.group - 1, replace=False).tolist()
-            group = [active[place] for place in chosen]
-            group.insert(int(random.integers(self.group)), silent[number % len(silent)])
-            groups.append(group)
-        return [self.prompt(group) for group in groups], [not window.active for group in groups for window in group]
+def prompt(windows: Sequence[Marked]) -> str:
+    """Numbered windows with their marks, open where the foreign one's number belongs."""
+    lines = (f"{place}. {mark(window.tokens, window.marked)}\n" for place, window in enumerate(windows, 1))
+    return f"{''.join(lines)}Text:"
 
 
-INTRUDER = Intruder()
+def prompts(_: str, windows: Sequence[Marked], random: np.random.Generator) -> tuple[list[str], list[bool]]:
+    """Groups of the neuron's active windows and one silent window at a random place."""
+    active = [window for window in windows if window.active]
+    silent = [window for window in windows if not window.active]
+    groups = []
+    for number in range(GROUPS):
+        group = [active[place] for place in random.choice(len(active), GROUP - 1, replace=False).tolist()]
+        group.insert(int(random.integers(GROUP)), silent[number % len(silent)])
+        groups.append(group)
+    return [prompt(group) for group in groups], [not window.active for group in groups for window in group]
+
+
+PREFIX = QUESTION + "".join(f"{texts}Text:{answer}\n\n" for texts, answer in EXAMPLES)
+PLACES = (" 1", " 2", " 3", " 4", " 5")
+INTRUDER = Question("intruder-1", PREFIX, prompts, PLACES, group=GROUP, width=12, needs_text=False)

@@ -6,8 +6,7 @@ The prompt is ours, or OpenAI's own (openai_wording.py).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, runtime_checkable
-from typing import Protocol as Interface
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -55,25 +54,13 @@ EXAMPLES: tuple[tuple[str, int, tuple[tuple[str, int], ...]], ...] = (
 )
 
 
-@runtime_checkable
-class Slots(Interface):
-    """How a window is shown to the LLM."""
-
-    slots_version: str
-
-    def slots_prefix(self, llm: LanguageModel) -> list[int]:
-        """What all windows share."""
-
-    def slot_prompt(self, llm: LanguageModel, explanation: str, tokens: Sequence[str]) -> SlotPrompt:
-        """A window's own part."""
-
-
 class OwnSlots:
     """Our prompt: a token on one line, whatever is in it."""
 
     slots_version = VERSION
 
     def slots_prefix(self, llm: LanguageModel) -> list[int]:
+        """What all windows share."""
         ids = llm.encode(INSTRUCTION)
         for explanation, hidden, pairs in EXAMPLES:
             known = [None] * hidden + [str(value) for _, value in pairs[hidden:]]
@@ -82,11 +69,15 @@ class OwnSlots:
         return ids
 
     def slot_prompt(self, llm: LanguageModel, explanation: str, tokens: Sequence[str]) -> SlotPrompt:
+        """A window's own part."""
         return fill_in(llm, _head(explanation), [display(token) for token in tokens])
 
 
 def _head(explanation: str) -> str:
     return f"The detector finds: {explanation}\nTokens:\n"
+
+
+Slots = OwnSlots | OpenAIWording
 
 
 def slots_named(name: Prompts) -> Slots:
