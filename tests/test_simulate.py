@@ -45,7 +45,7 @@ from cratescope.llm.scripted import ScriptedLLM
 from cratescope.neurons.records import Window, layer_file, read_records, write_records
 from cratescope.neurons.sample import DEAD, UNDECODABLE
 from cratescope.run import Run
-from kept_files import drop, read_explanations, read_simulations
+from kept_files import change, drop, read_explanations, read_simulations
 from test_explain import DEAD_INDEX, N_NEURONS, WORDS, files, first_word, make_run, settings_for
 
 DEFAULT = (PROTOCOLS["top-and-random"], PROTOCOLS["random-only"])
@@ -458,6 +458,21 @@ def test_a_simulator_that_needs_no_language_model_opens_none(run: Run, monkeypat
     simulated = np.concatenate(found[record.neuron].expected[OWN])
     truth = np.concatenate([window.activations for window in scoring_windows(DEFAULT, record)])
     assert ((simulated == len("dog")) == (truth > 0)).all()
+
+
+def test_simulations_that_call_their_own_explanation_otherwise_are_made_again(run: Run) -> None:
+    """Before, the name was `none`."""
+    expected = files(*simulate(config_for(run), knowing()))
+    kept = Explained(run, "codes", "scripted", "top").simulations("list-pmi")
+
+    def renamed(texts: dict[str, Any]) -> dict[str, Any]:
+        return {"none" if name == OWN else name: value for name, value in texts.items()}
+
+    for layer in (0, 1):
+        for index, item in kept.read(layer).items():
+            change(kept, layer, index, texts=renamed(item.texts), expected=renamed(item.expected))
+    assert files(kept.folder) != expected
+    assert files(*simulate(config_for(run), knowing())) == expected
 
 
 def test_all_texts_are_planned_once_and_in_an_order_of_their_own() -> None:

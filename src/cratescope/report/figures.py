@@ -14,7 +14,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from cratescope.explain.controls import OWN
+from cratescope.explain.controls import OWN, SHUFFLED
 from cratescope.files import atomic_path
 from cratescope.report.text import count
 from cratescope.results.estimates import finite
@@ -165,7 +165,7 @@ def loss_figure(results: Sequence[Results]) -> Figure:
 
 
 def layer_figure(results: Sequence[Results]) -> Figure:
-    """Mean score of every layer (filled, plus or minus one standard error) and its shuffled null (hollow), x100."""
+    """Mean score of every layer (filled, plus or minus one standard error) and its shuffled control (hollow), x100."""
     panels = [(size, depth, name) for size, depth in _sizes(results).items() for name in protocols(results)]
     columns = min(3, len(protocols(results)))
     rows = math.ceil(len(panels) / columns)
@@ -187,7 +187,7 @@ def layer_figure(results: Sequence[Results]) -> Figure:
 
 
 def _layer_lines(axes: Any, item: Results, protocol: str, style: Style) -> None:
-    for control, fill in ((OWN, style.colour), ("shuffled", "none")):
+    for control, fill in ((OWN, style.colour), (SHUFFLED, "none")):
         own = control == OWN
         found = {layer: item.scores.mean(protocol, None, control, layer=layer) for layer in item.scores.rows(protocol)}
         means = {layer: found[layer] for layer in sorted(found) if found[layer].mean is not None}

@@ -156,7 +156,7 @@ def _template() -> Template:
         "count": text.count,
         "thousands": "{:,}".format,
         "controls": CONTROLS,
-        "nulls": (*CONTROLS, UNTRAINED),
+        "baselines": (*CONTROLS, UNTRAINED),
         "qualities": QUALITIES,
         "detectable": DETECTABLE,
         "paper_source": tables.paper()["source"],
