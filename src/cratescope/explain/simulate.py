@@ -109,15 +109,13 @@ def _tasks(
 
 
 def _begin(folder: Path, identity: dict[str, Any], neurons: dict[int, int]) -> None:
-    """Claim the folder, and write how many neurons are wanted, so that `score` can tell a killed run from a smaller
-    --neurons.
-    """
+    """Claim the folder, and write how many neurons are wanted: `score` tells a killed run from a small one by that."""
     claim(folder, identity)
     path = folder / "plan.json"
     with locked(folder, "plan", wait=True):
-        planned = read_json(path, {str: int}, "`cratescope simulate`") if path.exists() else {}
-        wanted = planned | {str(layer): max(n, planned.get(str(layer), 0)) for layer, n in neurons.items()}
-        if wanted != planned:
+        before = read_json(path, {str: int}, "`cratescope simulate`") if path.exists() else {}
+        wanted = before | {str(layer): max(n, before.get(str(layer), 0)) for layer, n in neurons.items()}
+        if wanted != before:
             write_json(path, wanted)
 
 

@@ -24,6 +24,9 @@ def keeping(
 
     Not before: a model or server that gives no answer leaves no folder, and after a stop with advice another
     --llm-max-tokens is free to start. useful: whether a result shows that the LLM has answered at all.
+
+    Raises:
+        UserError: the first problem, when there are `enough` and nothing else, or nothing was ever answered.
     """
     claim = functools.cache(claim)
     if (kept.folder / "manifest.json").exists():
@@ -36,7 +39,9 @@ def keeping(
 
         waiting = Waiting(write, enough)
         yield waiting
-        waiting.end(lambda: any(useful(result) for _, result in kept.all()))
+        if waiting.problems and not waiting.answered and not any(useful(result) for _, result in kept.all()):
+            raise waiting.problems[0]
+        waiting.flush()
 
 
 class Waiting(Generic[Result]):
@@ -48,25 +53,20 @@ class Waiting(Generic[Result]):
     def __init__(self, write: Callable[[Result], None], enough: int) -> None:
         self._write, self._enough = write, enough
         self._results: list[Result] = []
-        self._problems: list[UserError] = []
+        self.problems: list[UserError] = []
         self.answered = False
 
     def add(self, result: Result, problem: UserError | None) -> None:
         """Write, or keep, what is known of a neuron. Raises the first problem when there are enough and no answer."""
         self._results.append(result)
-        self._problems += [problem] if problem else []
+        self.problems += [problem] if problem else []
         if self.answered:
-            self._flush()
-        elif len(self._problems) >= self._enough:
-            raise self._problems[0]
+            self.flush()
+        elif len(self.problems) >= self._enough:
+            raise self.problems[0]
 
-    def end(self, answered_before: Callable[[], bool]) -> None:
-        """Write what waits. Raises the first problem when nothing was ever answered."""
-        if self._problems and not self.answered and not answered_before():
-            raise self._problems[0]
-        self._flush()
-
-    def _flush(self) -> None:
+    def flush(self) -> None:
+        """Write what waits."""
         for result in self._results:
             self._write(result)
         self._results = []
