@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from cratescope.errors import UserError
+from cratescope.explain.explained import Explained
 from cratescope.files import misfit, read_json, write_json
 from cratescope.llm.config import LLMConfig
 from cratescope.llm.local import LocalLLM
@@ -199,8 +200,8 @@ def test_a_damaged_table_of_results_is_named(run):
     config = ReportConfig((run.root,), run.root / "report")
     tables = {
         "score": run.scores("codes", "offline", "list-pmi"),
-        "explain": run.explanations("codes", "offline", "top"),
-        "simulate": run.simulations("codes", "offline", "list-pmi", "top"),
+        "explain": Explained(run, "codes", "offline", "top").explanations.folder,
+        "simulate": Explained(run, "codes", "offline", "top").simulations("list-pmi").folder,
     }
     for stage, folder in tables.items():
         path = layer_file(folder, 1)

@@ -19,6 +19,7 @@ from safetensors.numpy import load_file
 from cratescope.errors import UserError
 from cratescope.exchange.config import ExportConfig, ImportConfig
 from cratescope.exchange.records import IMPORTED, _tokenizer, export, import_records
+from cratescope.explain.controls import OWN
 from cratescope.explain.explain import explain
 from cratescope.explain.simulate import simulate
 from cratescope.files import read_json
@@ -127,7 +128,7 @@ def test_imported_records_are_explained_simulated_and_scored_like_their_original
         rows = read_scores(one.scores(site, "scripted", "list-pmi"))
         results[site] = (
             {neuron.index: item.text for neuron, item in found.items() if neuron.layer == 1},
-            {(r.neuron.index, r.protocol): r.value for r in rows if r.neuron.layer == 1 and r.control == "none"},
+            {(r.neuron.index, r.protocol): r.value for r in rows if r.neuron.layer == 1 and r.control == OWN},
         )
     original, imported = results["codes"], results[IMPORTED]
     assert imported[0].keys() == set(range(N_NEURONS)) - {5}

@@ -13,7 +13,7 @@ import pytest
 SOURCE = Path(__file__).parent.parent / "src" / "cratescope"
 # Rooms from low to high, and the modules of each: a module imports only what stands before it.
 HOUSE = {
-    "": ("errors", "files", "locks", "workers", "hardware", "options", "arm", "run", "parts"),
+    "": ("errors", "files", "locks", "workers", "hardware", "options", "progress", "arm", "run", "parts"),
     "models": ("configuration_crate", "modeling_crate", "__init__", "presets", "cost", "folder"),
     "text": ("config", "offline", "tokenizer", "sources", "sets", "encoding", "shards", "crops", "prepare"),
     "lm": ("config", "loss", "head", "load", "adopt", "harness", "evaluate", "checkpoints", "trainer", "train"),
@@ -26,8 +26,12 @@ HOUSE = {
         *("tensors", "strata", "streaming", "merge", "collect"),
     ),
     "explain": (
-        *("config", "protocols", "shown", "phrase", "slots", "openai_wording", "wording", "prompts"),
-        *("explained", "explain", "simulate", "judge"),
+        *("config", "protocols", "shown", "phrase", "slots", "openai_wording", "wording", "controls"),
+        *("explained", "waiting", "explain"),
+        *(f"simulators.{name}" for name in ("__init__", "list_pmi", "list_in_context", "all_at_once")),
+        "simulate",
+        *(f"judges.{name}" for name in ("__init__", "yes_no", "intruder")),
+        "judge",
     ),
     "score": ("config", "measures", "inference", "sanity", "quality", "scores", "score"),
     "results": ("estimates", "scores", "runs", "neuron", "compare", "tables"),

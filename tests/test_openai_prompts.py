@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cratescope.explain.simulate import expected_value
+from cratescope.explain.simulators.all_at_once import expected_value
 from cratescope.score.measures import measure
 
 PYTHON = os.environ.get("AUTOMATED_INTERPRETABILITY_PYTHON", "")
@@ -49,9 +49,10 @@ OURS = """
 import json, sys
 import numpy as np
 from cratescope.llm.scripted import ScriptedLLM
-from cratescope.explain.prompts import Shown, wording_named
+from cratescope.explain.openai_wording import OpenAIWording
+from cratescope.explain.shown import Shown
 windows, explanation = json.load(sys.stdin)
-wording, llm = wording_named("openai"), ScriptedLLM()
+wording, llm = OpenAIWording.load(), ScriptedLLM()
 shown = [Shown(window["tokens"], np.array(window["activations"])) for window in windows]
 slots = [wording.slot_prompt(llm, explanation, window["tokens"]) for window in windows]
 for window, item in zip(windows, slots):

@@ -166,18 +166,6 @@ class Run:
         """Folder with one Parquet file per layer."""
         return self.root / "records" / slug(site)
 
-    def explanations(self, site: str, explainer: str, explained: str) -> Path:
-        """Folder with one Parquet file per layer; `explained` names the windows shown."""
-        return self.root / "explanations" / slug(site) / slug(explainer) / explained
-
-    def simulations(self, site: str, explainer: str, simulator: str, explained: str) -> Path:
-        """Folder with one Parquet file per layer."""
-        return self.root / "simulations" / slug(site) / slug(explainer) / slug(simulator) / explained
-
-    def judgements(self, site: str, explainer: str, scorer: str, explained: str) -> Path:
-        """Folder with one Parquet file per layer."""
-        return self.root / "judgements" / slug(site) / slug(explainer) / slug(scorer) / explained
-
     def scores(self, site: str, explainer: str, simulator: str) -> Path:
         """Folder with one Parquet file per layer (a row per neuron, protocol, control and measure) and scores.json."""
         return self.root / "scores" / slug(site) / slug(explainer) / slug(simulator)

@@ -30,6 +30,15 @@ class Shown:
     activations: np.ndarray
 
 
+@dataclass(frozen=True, eq=False)
+class Marked:
+    """A window as it is shown to a judge: token strings, which of them are `marked`, and whether it is `active`."""
+
+    tokens: list[str]
+    marked: Bool[np.ndarray, " w"]
+    active: bool
+
+
 def levels(activations: Float[np.ndarray, " w"], maximum: float) -> Int[np.ndarray, " w"]:
     """Activations as whole numbers 0..10: floor(10 max(a, 0) / maximum), at most 10 (paper section 4)."""
     if maximum <= 0:
@@ -71,7 +80,7 @@ def _is_mark(character: str) -> bool:
 
 
 def strongest_words(windows: Sequence[tuple[Sequence[str], Int[np.ndarray, " _"]]]) -> list[str]:
-    """At most 8 different words, the strongest first, out of (token strings, levels) of the explaining records."""
+    """At most 8 different words, the strongest first, out of (token strings, levels) of the windows explained from."""
     found = [
         (-int(level[place]), whole_word(tokens, int(place)))
         for tokens, level in windows

@@ -77,14 +77,14 @@ def _explained(neuron: Neuron) -> Iterator[Text]:
     for said in explained:
         source = f" · from {said.set}" if len(explained) > 1 else ""
         yield Text.assemble((visible(said.shown), "bold"), (source, "dim"))
-        for own, nulls in said.scored(neuron.id):
-            yield _scored(own, nulls)
+        for own, controls in said.scored(neuron.id):
+            yield _scored(own, controls)
 
 
-def _scored(own: Score, nulls: Mapping[str, Score]) -> Text:
+def _scored(own: Score, controls: Mapping[str, Score]) -> Text:
     """One protocol's own measure with its interval, and its controls."""
     between = f" [{number(own.low)}, {number(own.high)}]" if own.low is not None else ""
-    listed = [f" · {control} {number(null.value)}" for control, null in nulls.items()]
+    listed = [f" · {control} {number(row.value)}" for control, row in controls.items()]
     beside = "".join(listed) + f" ({own.measure} × 100)"
     return Text.assemble(f"{own.protocol} ", (number(own.value), "bold"), (between + beside, "dim"))
 

@@ -14,11 +14,11 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from cratescope.explain.controls import OWN, SHUFFLED
 from cratescope.files import atomic_path
 from cratescope.report.text import count
 from cratescope.results.estimates import finite
 from cratescope.results.runs import Results, one_per_run, protocols
-from cratescope.score.score import OWN
 
 # Okabe and Ito's, distinguishable with every common kind of colour vision: CRATE blue, GPT-2 vermilion, others in turn.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
@@ -165,7 +165,7 @@ def loss_figure(results: Sequence[Results]) -> Figure:
 
 
 def layer_figure(results: Sequence[Results]) -> Figure:
-    """Mean score of every layer (filled, plus or minus one standard error) and its shuffled null (hollow), x100."""
+    """Mean score of every layer (filled, plus or minus one standard error) and its shuffled control (hollow), x100."""
     panels = [(size, depth, name) for size, depth in _sizes(results).items() for name in protocols(results)]
     columns = min(3, len(protocols(results)))
     rows = math.ceil(len(panels) / columns)
@@ -187,7 +187,7 @@ def layer_figure(results: Sequence[Results]) -> Figure:
 
 
 def _layer_lines(axes: Any, item: Results, protocol: str, style: Style) -> None:
-    for control, fill in ((OWN, style.colour), ("shuffled", "none")):
+    for control, fill in ((OWN, style.colour), (SHUFFLED, "none")):
         own = control == OWN
         found = {layer: item.scores.mean(protocol, None, control, layer=layer) for layer in item.scores.rows(protocol)}
         means = {layer: found[layer] for layer in sorted(found) if found[layer].mean is not None}

@@ -12,12 +12,12 @@ from jaxtyping import Float
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
+from cratescope.explain.controls import OWN, SHUFFLED
 from cratescope.explain.explained import Simulation
 from cratescope.neurons.records import NeuronId, NeuronRecord, Window
 from cratescope.report import text
 from cratescope.report.text import visible
 from cratescope.results.neuron import Neuron, Said
-from cratescope.score.score import OWN
 from cratescope.score.scores import Score
 from cratescope.text.tokenizer import token_strings
 
@@ -113,7 +113,7 @@ def _entry(said: Said, record: NeuronRecord, decode: Decode) -> Entry:
         text=said.shown,
         scores=list(said.scored(record.neuron)),
         scored=list(_compared(record, simulation, decode)) if simulation else [],
-        shuffled=simulation.texts.get("shuffled") if simulation else None,
+        shuffled=simulation.texts.get(SHUFFLED) if simulation else None,
     )
 
 

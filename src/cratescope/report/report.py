@@ -15,6 +15,8 @@ from markupsafe import Markup
 from transformers import PreTrainedTokenizerFast
 
 from cratescope.errors import UserError
+from cratescope.explain.controls import CONTROLS
+from cratescope.explain.explained import Explained
 from cratescope.files import read_json, write_json, write_text
 from cratescope.locks import locked
 from cratescope.neurons.records import layer_file
@@ -30,7 +32,6 @@ from cratescope.results.runs import Results, Row, load_results, one_per_run, pro
 from cratescope.results.scores import measures_of
 from cratescope.run import made_from
 from cratescope.score.quality import QUALITIES
-from cratescope.score.score import CONTROLS
 
 VERSION = 2
 """Of the page: raise it when the same results look different."""
@@ -155,7 +156,7 @@ def _template() -> Template:
         "count": text.count,
         "thousands": "{:,}".format,
         "controls": CONTROLS,
-        "nulls": (*CONTROLS, UNTRAINED),
+        "baselines": (*CONTROLS, UNTRAINED),
         "qualities": QUALITIES,
         "detectable": DETECTABLE,
         "paper_source": tables.paper()["source"],
@@ -259,8 +260,8 @@ def _neurons(item: Results, config: ReportConfig, layer: int, indices: Sequence[
     for neuron in neurons:
         for name in item.scores.sets:
             if name not in neuron.said or neuron.said[name].simulation is None:
-                folder = item.run.simulations(item.site, config.explainer, config.simulator, name)
-                path = layer_file(folder, layer)
+                explained = Explained(item.run, item.site, config.explainer, name)
+                path = layer_file(explained.simulations(config.simulator).folder, layer)
                 raise UserError(
                     f"{path}: has no neuron {neuron.id.index}; run `cratescope simulate {item.run.root}` first"
                 )

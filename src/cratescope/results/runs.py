@@ -10,7 +10,7 @@ from typing import Any
 
 from cratescope.arm import Arm
 from cratescope.errors import UserError
-from cratescope.explain.explained import Explanation, explanations
+from cratescope.explain.explained import Explained, Explanation
 from cratescope.files import Shape, read_json, read_jsonl, slug
 from cratescope.neurons.records import NeuronId, layer_file, read_columns
 from cratescope.results.scores import Scores
@@ -142,10 +142,10 @@ def _load_run(run: Run, explainer: str, simulator: str) -> Iterator[Results]:
     evaluation = read_json(run.evaluation, EVALUATION, "`cratescope evaluate`") if run.manifest.exists() else UNKNOWN
     metrics = _metrics(run, manifest)
     for folder in folders:
-        site = folder.parents[1].name
         about, scores = read_about(folder), Scores(read_scores(folder))
         if not scores.protocols or about["made_with"].keys() != set(scores.sets):
             raise UserError(f"{folder}: its scores.json is not of its scores; run `cratescope score` again")
+        site = about["site"]
         quality = run.quality(site)
         yield Results(
             run=run,
@@ -157,9 +157,7 @@ def _load_run(run: Run, explainer: str, simulator: str) -> Iterator[Results]:
             metrics=metrics,
             about=about,
             scores=scores,
-            explanations={
-                name: dict(explanations(run.explanations(site, explainer, name)).all()) for name in scores.sets
-            },
+            explanations={name: dict(Explained(run, site, explainer, name).explanations.all()) for name in scores.sets},
             activity=_read_activity(run.records(site), scores.layers),
             quality=read_quality(quality) if quality.exists() else None,
         )

@@ -6,11 +6,11 @@ from collections import Counter
 from collections.abc import Iterable
 from functools import cached_property
 
+from cratescope.explain.controls import CONTROLS, OWN
 from cratescope.explain.protocols import PROTOCOLS
 from cratescope.neurons.records import NeuronId
 from cratescope.neurons.sample import DEAD
 from cratescope.results.estimates import NOTHING, Estimate, gains, of_layer, of_model
-from cratescope.score.score import CONTROLS, OWN
 from cratescope.score.scores import Score
 
 JUDGED = ("accuracy", "auroc")

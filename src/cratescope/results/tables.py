@@ -11,13 +11,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from cratescope.explain.controls import CONTROLS
 from cratescope.files import atomic_path
 from cratescope.neurons.records import NeuronId
 from cratescope.results.compare import DETECTABLE, UNTRAINED, Comparison
 from cratescope.results.estimates import NOTHING, Estimate, finite, over
 from cratescope.results.runs import Results, Row, one_per_run, protocols, untrained_copy
 from cratescope.score.quality import QUALITIES, matched
-from cratescope.score.score import CONTROLS
 
 
 @functools.cache
@@ -80,8 +80,8 @@ def _score_row(item: Results, copy: Results | None, protocol: str, measure: str,
         row |= _beside(
             control, score, item.scores.mean(protocol, measure, over=control, layer=layer) if there else NOTHING
         )
-    null = copy.scores.mean(protocol, measure, layer=layer) if copy else NOTHING
-    row |= _beside(UNTRAINED, null, over(own, null))
+    untrained = copy.scores.mean(protocol, measure, layer=layer) if copy else NOTHING
+    row |= _beside(UNTRAINED, untrained, over(own, untrained))
     first = measure == item.scores.measures(protocol)[0]
     counts = item.scores.counts(protocol, layer, measure)
     return row | counts | {"paper": paper_score(item, protocol, layer) if first else None}
@@ -129,8 +129,8 @@ def _neuron_row(item: Results, neuron: NeuronId, explained: str, names: Sequence
         row |= {f"{name}_score": score and score.value, f"{name}_low": score and score.low}
         row[f"{name}_high"] = score and score.high
         for control in CONTROLS:
-            null = item.scores.of(neuron, name, control) if ours else None
-            row[f"{name}_{control}"] = null and null.value
+            score = item.scores.of(neuron, name, control) if ours else None
+            row[f"{name}_{control}"] = score and score.value
     activity = item.activity.get(neuron)
     row["density"] = finite(activity.density) if activity else None
     row["maximum"] = finite(activity.maximum) if activity else None
