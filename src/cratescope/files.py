@@ -22,20 +22,14 @@ from cratescope.errors import DISK_FULL, UNUSABLE, UserError, first_line, shown_
 
 Shape = Any
 """What a JSON value has to look like; see `misfit`."""
-
-
 SURROGATES = re.compile("[\ud800-\udfff]")
 """Halves of surrogate pairs, which no UTF-8 has: JSON can hold them, and what cannot be decoded is read as such."""
-
-
 _MARKS = (
     (codecs.BOM_UTF32_LE, "utf-32"),  # before UTF-16, because it begins with UTF-16's mark
     (codecs.BOM_UTF32_BE, "utf-32"),
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
-
-
 # The library's own handler, `surrogateescape`, knows encodings of single bytes only.
 codecs.register_error("lone-surrogate", lambda error: ("\udcff", error.end))  # type: ignore[attr-defined]
 
@@ -111,14 +105,8 @@ def _refused(error: OSError | ValueError, path: Path) -> Exception:
 
 
 _TEMPORARY = re.compile(r"\..*\.([0-9a-f]{8})\.(\d+)-\d+\.tmp")
-
-
 _WEEK = 7 * 86400
-
-
 _numbers = itertools.count()
-
-
 _swept: set[tuple[int, Path]] = set()
 
 

@@ -81,12 +81,8 @@ def claim(folder: Path, identity: dict[str, Any]) -> None:
 
 
 _WHOLE = (int, None)
-
-
 ARM: Shape = {name: str for name in ("family", "attention", "feed_forward", "size", "site", "variant")}
 ARM |= {"seed": _WHOLE, "tokens_trained": _WHOLE}
-
-
 RUN: Shape = {
     "arm?": ARM,
     "parameters": int,
@@ -99,23 +95,15 @@ RUN: Shape = {
         for name, kind in (("preset", str), ("tokens_trained", int), ("settings", {}), ("seconds", float))
     },
 }
-
-
 TRAINED: Shape = {"steps": int}
-
-
 BEFORE_ARMS: Shape = {"family": str, "preset": str, "seed": int, "tokens_trained": int}
 """What later stages read in run.json, what of a run trained here, and what of one from before there were arms."""
-
-
 METRICS: Shape = {
     "step": int,
     "tokens": int,
     **{f"{name}?": (float, None) for name in ("loss", "learning_rate", "validation_loss", "validation_standard_error")},
 }
 """A line of metrics.jsonl."""
-
-
 IDENTITY: Shape = {"identity": {}}
 """A stage's manifest.json."""
 

@@ -28,20 +28,12 @@ CRATE_BLOCK = {
     "ln_2.*": "prenorm_2.*",
     "ista.D": "ista.weight",
 }
-
-
 GPT2_BLOCK = {
     name: name for name in ("ln_1.*", "attn.c_attn.*", "attn.c_proj.*", "ln_2.*", "mlp.c_fc.*", "mlp.c_proj.*")
 }
-
-
 OUTER = ("transformer.wte.weight", "transformer.wpe.weight", "transformer.ln_f.*", "lm_head.weight")
-
-
 COMPILED = "_orig_mod."
 """The prefix torch.compile leaves on the names of a saved model."""
-
-
 CAUSAL_MASK = re.compile(r"\.attn\.(masked_)?bias$")
 """A buffer of older research code, not a weight."""
 

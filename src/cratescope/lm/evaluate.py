@@ -41,23 +41,13 @@ from cratescope.text.tokenizer import bytes_put_before, encode, load_tokenizer, 
 
 # The prompts of paper section 7 (next-token examples and steering).
 PROMPTS = ("They saw some boats on the", "Beijing is the capital of", "1 2 3 4 5")
-
-
 SPLITS = ("validation", "heldout")
-
-
 SCANNED = 1 << 20
 """Tokens of a split looked at in one go."""
-
-
 TRIED = 16
 """Tokens of the text that the model's head is tried on."""
-
-
 DEFAULT_LONGEST = 4096
 """Tokens in a crop of a model that reads more, unless it is said otherwise."""
-
-
 _progress = partial(track, console=Console(stderr=True), transient=True)
 
 

@@ -32,11 +32,7 @@ SIZES = {
     "s": Size(768, 12, 6),
     "b": Size(768, 12, 12),
 }
-
-
 FAMILIES = ("crate", "gpt2")
-
-
 PRESETS = tuple(f"{family}-{size}" for family in FAMILIES for size in SIZES)
 
 

@@ -165,20 +165,10 @@ _WINDOW = pa.struct(
         ("activations", pa.list_(pa.float32())),
     ]
 )
-
-
 _STRATUM = pa.struct([("low", pa.float64()), ("high", pa.float64()), ("windows", pa.list_(_WINDOW))])
-
-
 _BIN = pa.struct([("low", pa.float64()), ("high", pa.float64()), ("count", pa.int64())])
-
-
 _TOKEN = pa.struct([("token", pa.int32()), ("mean", pa.float64()), ("count", pa.int64())])
-
-
 STRATIFICATIONS = ("by_quantile", "by_rank", "by_level")
-
-
 SCHEMA = pa.schema(
     [
         ("model", pa.string()),
@@ -204,8 +194,6 @@ SCHEMA = pa.schema(
     ],
     metadata=CHECKED,
 )
-
-
 _NEURONS_A_READ = 64
 """Neurons in one row group, the least that is read from disk at once."""
 

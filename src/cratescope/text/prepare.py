@@ -45,20 +45,12 @@ from cratescope.text.tokenizer import load_tokenizer, n_ids, train_bpe, vocabula
 
 BLOCK_BYTES = 8_000_000
 """Text in one unit of work: a kill loses at most the encoding of those under way."""
-
-
 PROCESS_BYTES = 10_000_000
 """Text for which another process is worth its start."""
-
-
 BPE_BYTES = 6_000_000
 """Text that `bpe:N` is trained on."""
-
-
 LISTED = 100
 """Files left out that the manifest names."""
-
-
 _COLUMNS = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
 
 

@@ -27,8 +27,6 @@ from cratescope.files import (
 from cratescope.text.tokenizer import load_tokenizer
 
 _SHARD: Shape = {"file": str, "tokens": int, "sha256": str}
-
-
 DATA: Shape = {
     "identity?": {},
     "dtype?": str,
@@ -36,8 +34,6 @@ DATA: Shape = {
     "splits?": {str: {"documents": int, "tokens": int, "bytes": int, "shards": [_SHARD]}},
 }
 """What is read of manifest.json."""
-
-
 NPY_HEADER = 128
 """Bytes in front of the values in a file of one row written by numpy."""
 
