@@ -134,10 +134,7 @@ def measures(
 
 def _perplexity(mean: float, error: float | None) -> dict[str, float | None]:
     value = math.exp(mean) if mean < 700 else None  # beyond that it overflows 64 bits
-    return {
-        "perplexity": value,
-        "perplexity_standard_error": None if value is None or error is None else value * error,
-    }
+    return {"perplexity": value, "perplexity_standard_error": None if value is None or error is None else value * error}
 
 
 def evaluate_split(

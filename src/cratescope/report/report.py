@@ -123,10 +123,7 @@ def _own(row: Row) -> bool:
 
 
 def _write_numbers(
-    out: Path,
-    results: Sequence[Results],
-    compared: Sequence[Sequence[Comparison]],
-    pair: tuple[str, str] | None,
+    out: Path, results: Sequence[Results], compared: Sequence[Sequence[Comparison]], pair: tuple[str, str] | None
 ) -> dict[str, list[Row]]:
     """The rows of every CSV file, by its name; scores.json holds the comparisons as well."""
     rows = {

@@ -26,15 +26,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from transformers import PreTrainedTokenizerFast
 
 from cratescope.errors import UserError
-from cratescope.files import (
-    SURROGATES,
-    atomic_folder,
-    atomic_path,
-    mark_whole,
-    read_json,
-    sha256,
-    write_json,
-)
+from cratescope.files import SURROGATES, atomic_folder, atomic_path, mark_whole, read_json, sha256, write_json
 from cratescope.locks import locked
 from cratescope.run import claim, versions
 from cratescope.text.config import PrepareConfig

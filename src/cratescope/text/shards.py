@@ -17,13 +17,7 @@ from rich.progress import track
 from transformers import PreTrainedTokenizerFast
 
 from cratescope.errors import UserError, first_line
-from cratescope.files import (
-    Shape,
-    read_json,
-    sha256,
-    stamp,
-    write_json,
-)
+from cratescope.files import Shape, read_json, sha256, stamp, write_json
 from cratescope.text.tokenizer import load_tokenizer
 
 _SHARD: Shape = {"file": str, "tokens": int, "sha256": str}
