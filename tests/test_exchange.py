@@ -18,7 +18,7 @@ from safetensors.numpy import load_file
 
 from cratescope.errors import UserError
 from cratescope.exchange.config import ExportConfig, ImportConfig
-from cratescope.exchange.records import IMPORTED, _tokenizer, export, import_records
+from cratescope.exchange.openai import IMPORTED, _tokenizer, export, import_records
 from cratescope.explain.explain import explain
 from cratescope.explain.simulate import simulate
 from cratescope.files import read_json
