@@ -51,6 +51,7 @@ from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 from rich.table import Table
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
+import cratescope.exchange.export
 import cratescope.exchange.openai
 import cratescope.explain.judge
 import cratescope.llm.local

@@ -322,7 +322,7 @@ def test_the_trial_finds_an_attention_that_is_not_the_models_own(
     monkeypatch.setattr(engine, "attend", lambda *given, **named: own(*given, **named | {"scaling": 0.0}))
     model = tiny(architecture, tokenizer).to(dtype)
     try:
-        assert not engine.adopt(model)
+        assert not engine.share_prefix(model)
     finally:
         AttentionInterface.register(engine.NAME, own)  # for the models of other tests
     assert {weight.dtype for weight in model.parameters()} == {dtype}

@@ -139,9 +139,9 @@ def run(arguments: list[str]) -> str:
     config: Any = parse(kind, rest, prog=f"cratescope {name}")
     _set_up_process()
     if getattr(config, "ray", 0):
-        from cratescope.workers import spread
+        from cratescope.workers import run_on_ray
 
-        return spread(partial(_do, name), config)
+        return run_on_ray(partial(_do, name), config)
     return _do(name, config)
 
 

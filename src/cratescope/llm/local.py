@@ -27,10 +27,10 @@ from cratescope.llm.prefix import (
     ROUNDED,
     UNFIT,
     SharedPrefix,
-    adopt,
     apart,
     empty_prefix,
     in_one_pass,
+    share_prefix,
     trial_prefix,
     trial_tokens,
 )
@@ -203,7 +203,7 @@ class LocalLLM:
         try:
             if looks_ahead(self.model, trial_tokens(self.model)):
                 raise UserError(f"--llm {self.name}: its logits depend on tokens behind; choose a causal model")
-            if adopt(self.model):
+            if share_prefix(self.model):
                 return "shared"
             own = in_one_pass(self.model)
         except UNFIT as error:

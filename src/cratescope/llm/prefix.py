@@ -80,7 +80,7 @@ class SharedPrefix(Cache):
 _CACHE: ContextVar[SharedPrefix | None] = ContextVar("cache", default=None)
 
 
-def adopt(model: Any) -> bool:
+def share_prefix(model: Any) -> bool:
     """Give `model` the attention that reads a SharedPrefix; False if its own attention cannot be replaced.
 
     That is one not written against transformers' attention interface, or with sliding windows or recurrent states. The

@@ -31,7 +31,7 @@ from cratescope.locks import locked
 from cratescope.run import claim, versions
 from cratescope.text.config import PrepareConfig
 from cratescope.text.encoding import REMEMBERED, SPLITS, Block, Encoder, Past, block_path, open_workers, write_block
-from cratescope.text.shards import DATA, TokenData, reshape, seal
+from cratescope.text.shards import DATA, TokenData, reshape, shard_stamp
 from cratescope.text.sources import Source, open_sources
 from cratescope.text.tokenizer import load_tokenizer, n_ids, train_bpe, vocabulary_size
 
@@ -94,7 +94,7 @@ def _prepare(
     if left_out:
         manifest["left_out"] = {"files": len(left_out), "first": dict(islice(left_out.items(), LISTED))}
     shards = [shard for split in manifest["splits"].values() for shard in split["shards"]]
-    write_json(config.out / ".verified.json", {shard["file"]: seal(config.out, shard) for shard in shards})
+    write_json(config.out / ".verified.json", {shard["file"]: shard_stamp(config.out, shard) for shard in shards})
     write_json(config.out / "manifest.json", manifest)
     shutil.rmtree(work)
     for row in manifest["sources"]:
