@@ -203,9 +203,11 @@ class LocalLLM:
         try:
             if looks_ahead(self.model, trial_tokens(self.model)):
                 raise UserError(f"--llm {self.name}: its logits depend on tokens behind; choose a causal model")
-            if share_prefix(self.model):
-                return "shared"
             own = in_one_pass(self.model)
+            if own.isnan().any():
+                raise UserError(f"--llm {self.name}: its weights give NaN; get them again, or try --llm-dtype float32")
+            if share_prefix(self.model, own[0]):
+                return "shared"
         except UNFIT as error:
             raise UserError(
                 f"--llm {self.name}: fails on a few tokens ({first_line(error)}); choose another"

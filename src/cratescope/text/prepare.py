@@ -41,6 +41,8 @@ PROCESS_BYTES = 10_000_000
 """Text for which another process is worth its start."""
 BPE_BYTES = 6_000_000
 """Text that `bpe:N` is trained on."""
+MOST_SHARDS = 10_000
+"""Each is an open file while training."""
 LISTED = 100
 """Files left out that the manifest names."""
 _COLUMNS = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
@@ -56,6 +58,7 @@ def prepare(config: PrepareConfig, console: Console | None = None) -> TokenData:
     report = partial(console.print, markup=False, highlight=False, soft_wrap=True)
     _check(config)
     identity, sources, left_out = open_sources(config.source, report)
+    _check_shards(config, sources)
     for name in ("tokenizer", "max_megabytes", "validation", "heldout", "shard_tokens", "seed"):
         identity[name] = getattr(config, name)
     with locked(config.out, "prepare"):
@@ -117,6 +120,16 @@ def _check(config: PrepareConfig) -> None:
         raise UserError(f"--out {config.out}: is a file; give a folder")
     if vocabulary_size(config.tokenizer) is None and not (config.out / "tokenizer").exists():
         load_tokenizer(config.tokenizer)  # a wrong name is found before the folder is claimed
+
+
+def _check_shards(config: PrepareConfig, sources: Sequence[Source]) -> None:
+    """Refuse shards so short that there might be more than MOST_SHARDS of them: a token is at least a byte."""
+    n_bytes = int(min(sum(source.size or 0 for source in sources), (config.max_megabytes or 1e12) * 1e6))
+    if n_bytes > MOST_SHARDS * config.shard_tokens:
+        raise UserError(
+            f"--shard-tokens {config.shard_tokens}: would cut {n_bytes:,} bytes of text into as many as "
+            f"{n_bytes // config.shard_tokens:,} files; give {-(-n_bytes // MOST_SHARDS):,} or more"
+        )
 
 
 def _finished(out: Path, identity: dict[str, Any]) -> bool:
