@@ -1,4 +1,4 @@
-"""Text to token shards (`prepare`), and reading them (`TokenData`).
+"""Turn text into token shards.
 
 One process reads the text and cuts it into blocks; several encode them into a hidden work folder. A block records how
 far reading had come, so a kill loses only the blocks in progress. The finished shards are assembled from the blocks,
@@ -45,7 +45,6 @@ MOST_SHARDS = 10_000
 """Each is an open file while training."""
 LISTED = 100
 """Files left out that the manifest names."""
-_COLUMNS = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
 
 
 def prepare(config: PrepareConfig, console: Console | None = None) -> TokenData:
@@ -68,7 +67,10 @@ def prepare(config: PrepareConfig, console: Console | None = None) -> TokenData:
             except UserError:
                 _drop_claim(config.out)
                 raise
-        return _opened(config.out)
+        data = TokenData.open(config.out)
+        for name in SPLITS:
+            data.split(name)  # compares its shards with their hashes
+        return data
 
 
 def _prepare(
@@ -83,7 +85,8 @@ def _prepare(
     tokenizer = _tokenizer(config, sources, fractions, report)
     work = config.out / ".work"
     past = Past.load(work)
-    encoder = Encoder(tokenizer.backend_tokenizer, tokenizer.eos_token_id, _dtype(tokenizer))
+    dtype = np.dtype(np.uint16 if n_ids(tokenizer) < 65536 else np.uint32)
+    encoder = Encoder(tokenizer.backend_tokenizer, tokenizer.eos_token_id, dtype)
     _encode_blocks(_blocks(config, sources, fractions, past), past, work, encoder, _n_workers(config, sources), console)
     manifest: dict[str, Any] = {
         "tokenizer": {"spec": config.tokenizer, "vocab_size": n_ids(tokenizer), "eos_id": tokenizer.eos_token_id},
@@ -106,13 +109,6 @@ def _prepare(
                 f"warning: {row['origin']}: {row['invalid_utf8']} documents had invalid UTF-8, now U+FFFD; "
                 "if the file is in another encoding, convert it first"
             )
-
-
-def _opened(out: Path) -> TokenData:
-    data = TokenData.open(out)
-    for name in SPLITS:
-        data.split(name)
-    return data
 
 
 def _check(config: PrepareConfig) -> None:
@@ -294,9 +290,8 @@ def _add(block: Block, past: Past, source: int, document: Document | str) -> Non
 def _check_splits(config: PrepareConfig, tally: Counter[str]) -> None:
     documents = sum(tally[f"{name} documents"] for name in SPLITS)
     if not documents:
-        empty, left = (
-            sum(count for name, count in tally.items() if name.endswith(kind)) for kind in (" empty", " not_taken")
-        )
+        kinds = (" empty", " not_taken")
+        empty, left = (sum(count for name, count in tally.items() if name.endswith(kind)) for kind in kinds)
         if left:
             raise UserError(f"--max-megabytes {config.max_megabytes}: takes none of {left} documents; give more")
         raise UserError(f"{config.source}: has no text ({empty} empty documents); give a source with documents")
@@ -324,7 +319,8 @@ def _encode_blocks(
         UserError: a worker process was ended from outside.
     """
     writing: deque[Future[None]] = deque()
-    with Progress(*_COLUMNS, console=console, transient=True) as progress, open_workers(encoder, n_workers) as pool:
+    columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
+    with Progress(*columns, console=console, transient=True) as progress, open_workers(encoder, n_workers) as pool:
         task = progress.add_task("reading", total=None)
         try:
             for block in blocks:
@@ -340,10 +336,6 @@ def _encode_blocks(
             raise UserError(
                 "a process that encoded text was killed (out of memory?); the same command resumes from there"
             ) from error
-
-
-def _dtype(tokenizer: PreTrainedTokenizerFast) -> np.dtype:
-    return np.dtype(np.uint16 if n_ids(tokenizer) < 65536 else np.uint32)
 
 
 def _write_split(config: PrepareConfig, name: str, past: Past) -> dict[str, Any]:
@@ -366,17 +358,9 @@ def _arrays(work: Path, blocks: int, name: str) -> Iterator[np.ndarray]:
 
 def _row(source: Source, number: int, tally: Counter[str]) -> dict[str, Any]:
     """A source's row of the manifest."""
-
-    def count(name: str) -> int:
-        return tally[f"{number} {name}"]
-
     return {
-        "name": source.name,
-        "licence": source.licence,
-        "origin": source.origin,
-        "sha256": source.sha256(),
-        "documents": count("documents"),
-        "bytes": count("bytes"),
-        "skipped": {name: count(name) for name in ("empty", "duplicate", "not_taken")},
-        "invalid_utf8": count("invalid_utf8"),
+        **{"name": source.name, "licence": source.licence, "origin": source.origin, "sha256": source.sha256()},
+        **{name: tally[f"{number} {name}"] for name in ("documents", "bytes")},
+        "skipped": {name: tally[f"{number} {name}"] for name in ("empty", "duplicate", "not_taken")},
+        "invalid_utf8": tally[f"{number} invalid_utf8"],
     }
