@@ -72,8 +72,7 @@ def report(config: ReportConfig, tokenizer: PreTrainedTokenizerFast | None = Non
 def _made_from(config: ReportConfig) -> dict[str, str]:
     """Every number and text that the report shows, and the settings."""
     inputs = ["run.json", "evaluation.json", "metrics.jsonl", "scores/*/*.json", "scores/*/*/*/*.json"]
-    inputs.append("scores/*/*/*/layer-*.parquet")
-    inputs.append("simulations/*/*/*/*/manifest.json")
+    inputs += ["scores/*/*/*/layer-*.parquet", "simulations/*/*/*/*/manifest.json"]
     files = [path for run in config.runs for pattern in inputs for path in sorted(run.glob(pattern))]
     settings = {name: value for name, value in vars(config).items() if name != "out"}
     return made_from((path for path in files if path.is_file()), Path(), version=VERSION, **settings)
