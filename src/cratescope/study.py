@@ -115,7 +115,7 @@ def study(config: StudyConfig) -> Path:
         for site in of_run:
             _score_neurons(plan, {"run": root, "site": site}, explainer, say)
     say("report")
-    pages = []
+    pages: list[Path] = []
     for simulator in plan.simulators:
         given = {"title": plan.title, "explainer": explainer, "simulator": simulator}
         folder = config.out / (f"report-{simulator}" if pages else "report")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import math
@@ -28,7 +27,6 @@ from cratescope.files import (
     decode_text,
     mark_whole,
     parse_json,
-    sha256,
     write_json,
     write_text,
 )
@@ -44,7 +42,7 @@ from cratescope.neurons.records import (
     read_records,
     write_records,
 )
-from cratescope.run import Run, claim, versions
+from cratescope.run import Run, claim, made_from, versions
 from cratescope.text.sources import files_below, name_some
 from cratescope.text.tokenizer import EOS, load_tokenizer, vocabulary_strings
 
@@ -120,7 +118,7 @@ def import_records(config: ImportConfig) -> Path:
     if left_out:
         _say(f"{config.source}: {name_some(left_out)}")
     folder = run.records(IMPORTED)
-    identity = {"imported": "openai", "sha256": _joint_sha256(config.source, paths)}
+    identity = {"imported": "openai", "sha256": made_from(paths, config.source)["files"]}
     with locked(run.root, "import"):
         if folder.exists():
             claim(folder, identity)
@@ -174,12 +172,6 @@ def _record_paths(folder: Path) -> tuple[list[Path], dict[str, str]]:
     return [paths[place] for place in sorted(paths)], left_out
 
 
-def _joint_sha256(folder: Path, paths: Sequence[Path]) -> str:
-    """Hash all names and contents into one."""
-    lines = (f"{path.relative_to(folder)} {sha256(path)}\n" for path in paths)
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
-
-
 def _tokenizer(vocabulary: dict[str, int]) -> PreTrainedTokenizerFast:
     """Build a tokenizer that decodes ids to exactly these texts; it does not encode."""
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=EOS))
@@ -201,26 +193,21 @@ def _read(path: Path, model: str, vocabulary: dict[str, int], invalid: Counter[P
     excerpts = itertools.count()  # whether two windows overlap is not known: each counts as an excerpt of its own
 
     def windows(name: str, rows: Any, at_highest: bool = False) -> tuple[Window, ...]:
-        found = (_window(f"{path}: {name}[{place}]", item) for place, item in enumerate(_list(path, name, rows)))
-        return tuple(
-            Window(
-                np.array([token_id(token) for token in tokens], np.int64),
-                activations,
-                next(excerpts),
-                0,
-                int(activations.argmax()) if at_highest else len(tokens) // 2,
-            )
-            for tokens, activations in found
-        )
+        found = []
+        for place, row in enumerate(_list(path, name, rows)):
+            tokens, activations = _window(f"{path}: {name}[{place}]", row)
+            ids = np.array([token_id(token) for token in tokens], np.int64)
+            peak = int(activations.argmax()) if at_highest else len(tokens) // 2
+            found.append(Window(ids, activations, next(excerpts), 0, peak))
+        return tuple(found)
 
     top = windows("most_positive_activation_records", row.get("most_positive_activation_records"), at_highest=True)
     random = windows("random_sample", row.get("random_sample"))
     name = "random_sample_by_quantile"
     samples = [] if row.get(name) is None else _list(path, name, row[name])
     by_quantile = [windows(f"{name}[{place}]", sample) for place, sample in enumerate(samples)]
-    everything = np.concatenate(
-        [np.zeros(0), *(window.activations for window in itertools.chain(top, random, *by_quantile))]
-    )
+    found = itertools.chain(top, random, *by_quantile)
+    everything = np.concatenate([np.zeros(0), *(window.activations for window in found)])
     maximum = float(everything.max(initial=-math.inf)) if len(everything) else 0.0
     bounds = [float(everything.min(initial=maximum)), *_boundaries(path, row, len(samples)), maximum]
     return NeuronRecord(
@@ -261,7 +248,7 @@ def _list(path: Path, name: str, value: Any) -> list[Any]:
 
 
 def _window(where: str, row: Any) -> tuple[list[str], np.ndarray]:
-    """Tokens and activations (w,) of an Window; `where` names it in an error."""
+    """Tokens and activations (w,) of a window; `where` names it in an error."""
     row = row if isinstance(row, dict) else {}
     tokens, activations = row.get("tokens"), row.get("activations")
     if not isinstance(tokens, list) or not tokens or not all(isinstance(token, str) for token in tokens):

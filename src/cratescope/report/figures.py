@@ -173,7 +173,7 @@ def layer_figure(results: Sequence[Results]) -> Figure:
     return figure
 
 
-def _grid(n: int, columns: int, height: Callable[[int], float], **shared: bool) -> tuple[Figure, list[Any]]:
+def _grid(n: int, columns: int, height: Callable[[int], float], **shared: Any) -> tuple[Figure, list[Any]]:
     """A figure with `n` panels in rows of `columns`; `height` gives its inches from the number of rows."""
     rows = math.ceil(n / columns)
     figure = Figure(figsize=(WIDTH, height(rows)), layout="constrained")

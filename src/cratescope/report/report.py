@@ -87,7 +87,7 @@ def _page(config: ReportConfig, tokenizer: PreTrainedTokenizerFast | None) -> st
     groups = [group for item in results for group in _groups(item, config, _decoder(item, tokenizer))]
     numbers = _write_numbers(config.out, results, compared, pair)
     figures = draw_figures(results, config.out / "figures")
-    places = arm_places(results)
+    places, titles = arm_places(results), {item.arm.name: item.arm.title for item in results}
     return _template().render(
         config=config,
         explainer=Path(config.explainer).name if Path(config.explainer).is_absolute() else config.explainer,
@@ -101,7 +101,7 @@ def _page(config: ReportConfig, tokenizer: PreTrainedTokenizerFast | None) -> st
         activity_table=[(item, {row["layer"]: row for row in tables.activity_rows([item])}) for item in results],
         quality=numbers["quality"],
         matched=numbers["matched"],
-        matched_titles=_titles(results, pair),
+        matched_titles=[titles[name] for name in pair or ()],
         sanity=_sanity_table(numbers["sanity"]),
         figures={name: Markup(svg) for name, svg in figures.items()},
         groups=groups,
@@ -109,11 +109,6 @@ def _page(config: ReportConfig, tokenizer: PreTrainedTokenizerFast | None) -> st
         hue={item.label: f"arm{places[item.arm.name]}" for item in results},
         arms={item.arm.title: f"arm{places[item.arm.name]}" for item in results},
     )
-
-
-def _titles(results: Sequence[Results], pair: tuple[str, str] | None) -> list[str]:
-    titles = {item.arm.name: item.arm.title for item in results}
-    return [titles[name] for name in pair or ()]
 
 
 def _own(row: Row) -> bool:
