@@ -227,6 +227,14 @@ def test_a_checkpoint_without_its_head_is_refused(adopted, tmp_path):
     refused(adopted, tmp_path, r"no lm_head\.weight", LlamaConfig(**SHAPE), drop_head)
 
 
+def test_a_configuration_of_fewer_layers_than_the_weights_have_is_refused(adopted, tmp_path):
+    def drop_a_layer(folder):
+        stated = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(stated | {"num_hidden_layers": 1}))
+
+    refused(adopted, tmp_path, "states 1 layers and its weights have 2 .*layers.1", LlamaConfig(**SHAPE), drop_a_layer)
+
+
 def test_sampling_settings_that_contradict_one_another_do_no_harm(adopted):
     def contradict(folder):
         (folder / "generation_config.json").write_text(json.dumps({"temperature": 0.9, "do_sample": False}))

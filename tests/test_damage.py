@@ -11,10 +11,10 @@ import pytest
 
 from cratescope.errors import UserError
 from cratescope.explain.explained import Explained
-from cratescope.files import misfit, read_json, write_json
+from cratescope.files import WHOLE, mark_whole, misfit, read_json, write_json
 from cratescope.llm.config import LLMConfig
 from cratescope.llm.local import LocalLLM
-from cratescope.lm.checkpoints import WHOLE, last_whole_checkpoint, mark_whole
+from cratescope.lm.checkpoints import last_whole_checkpoint
 from cratescope.lm.config import EvaluateConfig
 from cratescope.lm.evaluate import evaluate
 from cratescope.lm.load import load_model

@@ -36,7 +36,7 @@ HOUSE = {
     "score": ("config", "measures", "inference", "sanity", "quality", "scores", "score"),
     "results": ("estimates", "scores", "runs", "neuron", "compare", "tables"),
     "report": ("config", "text", "html", "card", "figures", "verdict", "report"),
-    "exchange": ("config", "reference", "records"),
+    "exchange": ("config", "reference", "openai", "delphi", "export"),
     " ": ("config", "stages", "study", "cli", "__main__"),
 }
 ORDER = {

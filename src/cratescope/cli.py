@@ -17,14 +17,12 @@ from cratescope.errors import DISK_FULL, Stopped, UserError, unusable
 from cratescope.hardware import keep_freed_memory
 from cratescope.options import parse
 from cratescope.stages import STAGES
-from cratescope.workers import processes, rank
+from cratescope.workers import processes, rank, run_on_ray
 
 
 def _prepared(_config: Any, data: Any) -> str:
-    return "\n".join(
-        f"{name}: {split['documents']:,} documents, {split['tokens']:,} tokens"
-        for name, split in data.manifest["splits"].items()
-    )
+    splits = data.manifest["splits"].items()
+    return "\n".join(f"{name}: {one['documents']:,} documents, {one['tokens']:,} tokens" for name, one in splits)
 
 
 def _evaluated(config: Any, result: dict[str, Any]) -> str:
@@ -108,18 +106,10 @@ def _do(name: str, config: Any) -> str:
 def overview() -> str:
     """What `cratescope --help` says."""
     lines = [f"  {name:10} {stage.line}" for name, stage in STAGES.items()]
-    return "\n".join(
-        [
-            "usage: cratescope COMMAND [OPTIONS]",
-            "",
-            "Train CRATE language models and GPT-2 twins, then explain and score their neurons with LLMs.",
-            "",
-            *lines,
-            "",
-            "`cratescope COMMAND --help` explains the options of a command. Every command skips finished work, so",
-            "after an interruption the same command resumes.",
-        ]
-    )
+    before = "Train CRATE language models and GPT-2 twins, then explain and score their neurons with LLMs."
+    after = "`cratescope COMMAND --help` explains the options of a command. Every command skips finished work, so\n"
+    after += "after an interruption the same command resumes."
+    return "\n".join(["usage: cratescope COMMAND [OPTIONS]", "", before, "", *lines, "", after])
 
 
 def run(arguments: list[str]) -> str:
@@ -138,11 +128,7 @@ def run(arguments: list[str]) -> str:
         raise UserError(f"{name} runs in one process; start it without torchrun or accelerate")
     config: Any = parse(kind, rest, prog=f"cratescope {name}")
     _set_up_process()
-    if getattr(config, "ray", 0):
-        from cratescope.workers import spread
-
-        return spread(partial(_do, name), config)
-    return _do(name, config)
+    return run_on_ray(partial(_do, name), config) if getattr(config, "ray", 0) else _do(name, config)
 
 
 def _set_up_process() -> None:

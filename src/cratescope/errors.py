@@ -41,8 +41,6 @@ def last_line(error: BaseException) -> str:
 
 
 DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
-
-
 UNUSABLE = {
     errno.EROFS: "the disk is read-only; name a path on another one",
     errno.EACCES: "no permission; change it, or name another path",

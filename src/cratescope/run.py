@@ -80,42 +80,20 @@ def claim(folder: Path, identity: dict[str, Any]) -> None:
             )
 
 
-_WHOLE = (int, None)
-
-
-ARM: Shape = {name: str for name in ("family", "attention", "feed_forward", "size", "site", "variant")}
-ARM |= {"seed": _WHOLE, "tokens_trained": _WHOLE}
-
-
+ARM: Shape = dict.fromkeys(("family", "attention", "feed_forward", "size", "site", "variant"), str)
+ARM |= dict.fromkeys(("seed", "tokens_trained"), (int, None))
 RUN: Shape = {
-    "arm?": ARM,
-    "parameters": int,
-    "n_layer": (int, None),
-    "context": (int, None),
+    **{"arm?": ARM, "parameters": int, "n_layer": (int, None), "context": (int, None)},
     "data": {"path": str, "manifest_sha256": str},
-    **{f"{name}?": int for name in ("seed", "parameters_without_positions", "n_neurons", "vocab_size", "steps")},
-    **{
-        f"{name}?": kind
-        for name, kind in (("preset", str), ("tokens_trained", int), ("settings", {}), ("seconds", float))
-    },
+    **dict.fromkeys(("seed?", "parameters_without_positions?", "n_neurons?", "vocab_size?", "steps?"), int),
+    **{"preset?": str, "tokens_trained?": int, "settings?": {}, "seconds?": float},
 }
-
-
 TRAINED: Shape = {"steps": int}
-
-
 BEFORE_ARMS: Shape = {"family": str, "preset": str, "seed": int, "tokens_trained": int}
 """What later stages read in run.json, what of a run trained here, and what of one from before there were arms."""
-
-
-METRICS: Shape = {
-    "step": int,
-    "tokens": int,
-    **{f"{name}?": (float, None) for name in ("loss", "learning_rate", "validation_loss", "validation_standard_error")},
-}
+METRICS: Shape = {"step": int, "tokens": int}
+METRICS |= dict.fromkeys(("loss?", "learning_rate?", "validation_loss?", "validation_standard_error?"), (float, None))
 """A line of metrics.jsonl."""
-
-
 IDENTITY: Shape = {"identity": {}}
 """A stage's manifest.json."""
 
@@ -203,10 +181,8 @@ class Run:
         found: list[Path] = []
         for relative in (entry["path"], entry.get("path_as_given", entry["path"])):
             # An unnormalised `..` leaves a linked folder's target; a normalised one leaves the link itself.
-            found += [
-                (self.root.resolve() / relative).resolve(),
-                Path(os.path.normpath(self.root.absolute() / relative)),
-            ]
+            found.append((self.root.resolve() / relative).resolve())
+            found.append(Path(os.path.normpath(self.root.absolute() / relative)))
         there = [path for path in found if (path / "manifest.json").is_file()]
         own = (path for path in there if sha256(path / "manifest.json") == entry.get("manifest_sha256"))
         return next(own, (there or found)[0])

@@ -115,7 +115,11 @@ def study(config: StudyConfig) -> Path:
         for site in of_run:
             _score_neurons(plan, {"run": root, "site": site}, explainer, say)
     say("report")
-    pages = [_report(plan, config.out, tuple(sites), explainer, simulator) for simulator in plan.simulators]
+    pages: list[Path] = []
+    for simulator in plan.simulators:
+        given = {"title": plan.title, "explainer": explainer, "simulator": simulator}
+        folder = config.out / (f"report-{simulator}" if pages else "report")
+        pages.append(plan.do("report", runs=tuple(sites), out=folder, **given))
     return pages[0]
 
 
@@ -128,11 +132,6 @@ def _score_neurons(plan: Plan, place: Settings, explainer: str, say: Callable[[s
     for simulator in plan.simulators:
         plan.do("simulate", **place, explainer=explainer, simulator=simulator)
         plan.do("score", **place, explainer=explainer, simulator=simulator)
-
-
-def _report(plan: Plan, out: Path, runs: tuple[Path, ...], explainer: str, simulator: str) -> Path:
-    folder = out / ("report" if simulator == plan.simulators[0] else f"report-{simulator}")
-    return plan.do("report", runs=runs, out=folder, title=plan.title, explainer=explainer, simulator=simulator)
 
 
 def _loss(result: Settings) -> str:

@@ -58,7 +58,7 @@ def share(items: Sequence[T], worker: str, batch: int) -> list[T]:
     return [item for place, item in enumerate(items) if place // batch % total == number]
 
 
-def spread(command: Callable[[Any], str], config: Any) -> str:
+def run_on_ray(command: Callable[[Any], str], config: Any) -> str:
     """Run `command` as `config.ray` workers and return its output when all of them have finished.
 
     A cluster named by RAY_ADDRESS is used, else this machine. The run directory has to be on a disk that all share.

@@ -103,18 +103,11 @@ def error_status(answer: Any) -> int | None:
     return next((status for pattern, status in _NAMED if re.search(pattern, named)), 500)
 
 
-_SAYS: tuple[str, ...] = (
-    "error",
-    "errors",
-    "message",
-    "msg",
-    "detail",
-    "details",
-    "description",
-    "error_description",
-    "reason",
+_SAYS = (
+    *("error", "errors", "message", "msg", "detail", "details", "description", "error_description", "reason"),
+    *("error_message", "errorMessage", "title", "metadata", "raw", "choices"),
 )
-_SAYS += ("error_message", "errorMessage", "title", "metadata", "raw", "choices")
+"""Names under which servers put what they say."""
 
 
 def words(text: str) -> str:

@@ -44,7 +44,7 @@ class LLMConfig(Checked):
 
     @property
     def served(self) -> bool:
-        """Is it a server's?"""
+        """Whether the model runs on a server."""
         return self.llm.lower().startswith(("http://", "https://"))
 
     @property

@@ -80,8 +80,8 @@ class SharedPrefix(Cache):
 _CACHE: ContextVar[SharedPrefix | None] = ContextVar("cache", default=None)
 
 
-def adopt(model: Any) -> bool:
-    """Give `model` the attention that reads a SharedPrefix; False if its own attention cannot be replaced.
+def share_prefix(model: Any, own: Float[Tensor, "t vocab"]) -> bool:
+    """Give `model` the attention that reads a SharedPrefix; False if that does not reproduce `own`, its own logits.
 
     That is one not written against transformers' attention interface, or with sliding windows or recurrent states. The
     rest (biases, sinks, caps) is found by trying a few tokens both ways. A model in a narrow format is also widened,
@@ -101,7 +101,6 @@ def adopt(model: Any) -> bool:
     AttentionInterface.register(NAME, attend)
     AttentionMaskInterface.register(NAME, sdpa_mask)
     tolerance = EXACT if model.dtype == torch.float32 else ROUNDED
-    own = in_one_pass(model)[0]
     model.set_attn_implementation(NAME)
     put_back = widen(model)
     if _difference(model, own) <= tolerance:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from cratescope.errors import UserError, first_line
 from cratescope.files import atomic_folder, mark_whole, write_json
 from cratescope.lm.head import looks_ahead
 from cratescope.locks import locked
-from cratescope.models.folder import longest_context
+from cratescope.models.folder import longest_context, text_config
 from cratescope.run import Run, versions
 from cratescope.text.shards import TokenData
 from cratescope.text.tokenizer import load_tokenizer, n_text_ids
@@ -71,7 +72,7 @@ def _adopt(
         found = opened(folder)
         refuse_unless_causal(found, source)
         mark_whole(folder)
-    layers = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
+    layers = getattr(text_config(model.config), "num_hidden_layers", None)
     manifest = {
         "name": run.name,
         "adopted": source,
@@ -103,12 +104,23 @@ def _load(source: str) -> Any:
             f"model {source}: its checkpoint has no {missing[0]}, so it is not a whole causal language model; "
             "give one with its head"
         )
+    _refuse_more_layers(model, info["unexpected_keys"], source)
     try:
         model.generation_config.validate(strict=True)
     except ValueError:
         # Settings of sampling, of no use here, that contradict one another; transformers refuses to save them.
         model.generation_config = GenerationConfig.from_model_config(model.config)
     return model
+
+
+def _refuse_more_layers(model: Any, unexpected: Iterable[str], source: str) -> None:
+    """Refuse weights of layers that the model does not have although others like them are in it."""
+    known = {re.sub(r"\d+", "N", name) for name in model.state_dict()}
+    if more := sorted(name for name in unexpected if re.sub(r"\d+", "N", name) in known):
+        stated = getattr(text_config(model.config), "num_hidden_layers", None)
+        found = 1 + max(int(number) for name in more for number in re.findall(r"\d+", name)[:1])
+        what = f"states {stated} layers and its weights have {found} (such as {more[0]})"
+        raise UserError(f"model {source}: its config.json {what}; mend config.json")
 
 
 def refuse_unless_causal(model: Any, source: str) -> None:

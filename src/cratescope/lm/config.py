@@ -12,30 +12,14 @@ from cratescope.errors import UserError
 from cratescope.options import LARGEST_BATCH, LARGEST_SEED, Checked, PositionalPath, within
 
 # What a smaller budget changes: fewer tokens a step, and the higher learning rate that small models then take.
+_SMALL: dict[str, Any] = {
+    **{"micro_batch": 16, "context": 256, "learning_rate": 2e-3, "min_learning_rate": 2e-4},
+    **{"validate_every": 100, "save_every": 100},
+}
 BUDGETS: dict[str, dict[str, Any]] = {
     "paper": {},
-    "hour": {
-        "steps": 1500,
-        "batch_tokens": 16_384,
-        "micro_batch": 16,
-        "context": 256,
-        "learning_rate": 2e-3,
-        "min_learning_rate": 2e-4,
-        "warmup_steps": 100,
-        "validate_every": 100,
-        "save_every": 100,
-    },
-    "minutes": {
-        "steps": 500,
-        "batch_tokens": 4096,
-        "micro_batch": 16,
-        "context": 256,
-        "learning_rate": 2e-3,
-        "min_learning_rate": 2e-4,
-        "warmup_steps": 50,
-        "validate_every": 100,
-        "save_every": 100,
-    },
+    "hour": {"steps": 1500, "batch_tokens": 16_384, "warmup_steps": 100, **_SMALL},
+    "minutes": {"steps": 500, "batch_tokens": 4096, "warmup_steps": 50, **_SMALL},
 }
 
 

@@ -32,7 +32,7 @@ from cratescope.models.cost import count_parameters
 from cratescope.models.folder import load_folder
 from cratescope.models.presets import build, preset_config
 from cratescope.run import METRICS, Run, claim, versions
-from cratescope.text.crops import PackedCrops, RandomCrops, open_crops
+from cratescope.text.crops import Crops
 from cratescope.text.shards import TokenData
 from cratescope.text.tokenizer import n_ids
 from cratescope.workers import processes, rank
@@ -144,9 +144,9 @@ def _resume(run: Run, config: TrainConfig) -> Path | None:
     return last
 
 
-def _crops(config: TrainConfig, data: TokenData) -> RandomCrops | PackedCrops:
+def _crops(config: TrainConfig, data: TokenData) -> Crops:
     length = config.steps * config.batch_tokens // config.context
-    return open_crops(config.sampling, data.split("train"), config.context, config.seed, length)
+    return Crops(config.sampling, data.split("train"), config.context, config.seed, length)
 
 
 def _check(config: TrainConfig, data: TokenData, device: torch.device) -> None:

@@ -32,11 +32,8 @@ SIZES = {
     "s": Size(768, 12, 6),
     "b": Size(768, 12, 12),
 }
-
-
 FAMILIES = ("crate", "gpt2")
-
-
+_BOOLS = {"true": True, "false": False}
 PRESETS = tuple(f"{family}-{size}" for family in FAMILIES for size in SIZES)
 
 
@@ -82,16 +79,10 @@ def _parse_crate(fields: dict[str, str]) -> dict[str, Any]:
             raise UserError(f"--crate: CRATE has no field {name!r:.60}; choose from {', '.join(known)}")
         default = getattr(defaults, name)
         try:
-            parsed[name] = _parse_bool(text) if isinstance(default, bool) else type(default)(text)
-        except ValueError as error:
+            parsed[name] = _BOOLS[str(text).lower()] if isinstance(default, bool) else type(default)(text)
+        except (ValueError, KeyError) as error:
             raise UserError(f"--crate {name} = {text!r:.60} is not a {type(default).__name__}") from error
     return parsed
-
-
-def _parse_bool(text: str) -> bool:
-    if str(text).lower() not in ("true", "false"):
-        raise ValueError(text)
-    return str(text).lower() == "true"
 
 
 def build(config: PreTrainedConfig, seed: int) -> PreTrainedModel:

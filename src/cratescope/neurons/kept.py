@@ -16,8 +16,6 @@ from cratescope.neurons.records import NeuronId
 from cratescope.parts import CHECKED, Row, Tables
 
 T = TypeVar("T")
-
-
 _NEURON = [("model", pa.string()), ("site", pa.string()), ("layer", pa.int32()), ("index", pa.int32())]
 
 

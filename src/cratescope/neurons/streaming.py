@@ -57,20 +57,9 @@ class Plan:
         salt = int(generator.integers(0, 1 << 62))
         rows = generator.choice(excerpts.size, min(ROWS, excerpts.size), replace=False, shuffle=False)
         slots, n_slots = token_slots(excerpts, config.tokens)
-        return cls(
-            config.top,
-            config.per_excerpt,
-            config.random,
-            window,
-            context,
-            salt,
-            draws,
-            slots,
-            n_slots,
-            torch.from_numpy(np.sort(rows)),
-            pilot,
-            pilot.ladders(len(rows), window, context) if config.strata else (),
-        )
+        ladders = pilot.ladders(len(rows), window, context) if config.strata else ()
+        kept = (config.top, config.per_excerpt, config.random, window, context)
+        return cls(*kept, salt, draws, slots, n_slots, torch.from_numpy(np.sort(rows)), pilot, ladders)
 
     @property
     def n_neurons(self) -> int:

@@ -128,11 +128,8 @@ def _tokens(record: NeuronRecord, decode: Decode) -> Table:
 def _sections(record: NeuronRecord) -> Iterator[tuple[str, list[tuple[str, Window]]]]:
     """Titles with labelled windows; empty kinds are left out."""
     top = [(f"top {rank}", window) for rank, window in enumerate(record.top[:TOP], 1)]
-    strata = [
-        (f"from {stratum.low:.3g}", window)
-        for stratum in reversed(record.by_quantile)
-        for window in stratum.windows[:STRATUM]
-    ]
+    rarest_first = reversed(record.by_quantile)
+    strata = [(f"from {one.low:.3g}", window) for one in rarest_first for window in one.windows[:STRATUM]]
     random = [("random", window) for window in record.random[:RANDOM]]
     for title, windows in (("highest", top), ("by quantile, highest first", strata), ("random", random)):
         if windows:

@@ -91,7 +91,8 @@ def page_card(neuron: Neuron, sets: Sequence[str], decode: Decode, rank: int | N
     return Card(
         neuron=neuron.id,
         rank=rank,
-        said=[_entry(neuron.said[name], record, decode) for name in sets] or [_unexplained(neuron)],
+        said=[_entry(neuron.said[name], record, decode) for name in sets]
+        or [Entry("", f"not explained by {neuron.explainer}", [], [], None)],
         density=record.density,
         maximum=peak,
         histogram=text.sparkline(record.histogram, peak, HISTOGRAM_BINS) if record.histogram else "",
@@ -100,10 +101,6 @@ def page_card(neuron: Neuron, sets: Sequence[str], decode: Decode, rank: int | N
             for label, window in labelled
         ],
     )
-
-
-def _unexplained(neuron: Neuron) -> Entry:
-    return Entry("", f"not explained by {neuron.explainer}", [], [], None)
 
 
 def _entry(said: Said, record: NeuronRecord, decode: Decode) -> Entry:

@@ -73,8 +73,7 @@ def report(config: ReportConfig, tokenizer: PreTrainedTokenizerFast | None = Non
 def _made_from(config: ReportConfig) -> dict[str, str]:
     """Every number and text that the report shows, and the settings."""
     inputs = ["run.json", "evaluation.json", "metrics.jsonl", "scores/*/*.json", "scores/*/*/*/*.json"]
-    inputs.append("scores/*/*/*/layer-*.parquet")
-    inputs.append("simulations/*/*/*/*/manifest.json")
+    inputs += ["scores/*/*/*/layer-*.parquet", "simulations/*/*/*/*/manifest.json"]
     files = [path for run in config.runs for pattern in inputs for path in sorted(run.glob(pattern))]
     settings = {name: value for name, value in vars(config).items() if name != "out"}
     return made_from((path for path in files if path.is_file()), Path(), version=VERSION, **settings)
@@ -89,7 +88,7 @@ def _page(config: ReportConfig, tokenizer: PreTrainedTokenizerFast | None) -> st
     groups = [group for item in results for group in _groups(item, config, _decoder(item, tokenizer))]
     numbers = _write_numbers(config.out, results, compared, pair)
     figures = draw_figures(results, config.out / "figures")
-    places = arm_places(results)
+    places, titles = arm_places(results), {item.arm.name: item.arm.title for item in results}
     return _template().render(
         config=config,
         explainer=Path(config.explainer).name if Path(config.explainer).is_absolute() else config.explainer,
@@ -103,7 +102,7 @@ def _page(config: ReportConfig, tokenizer: PreTrainedTokenizerFast | None) -> st
         activity_table=[(item, {row["layer"]: row for row in tables.activity_rows([item])}) for item in results],
         quality=numbers["quality"],
         matched=numbers["matched"],
-        matched_titles=_titles(results, pair),
+        matched_titles=[titles[name] for name in pair or ()],
         sanity=_sanity_table(numbers["sanity"]),
         figures={name: Markup(svg) for name, svg in figures.items()},
         groups=groups,
@@ -113,21 +112,13 @@ def _page(config: ReportConfig, tokenizer: PreTrainedTokenizerFast | None) -> st
     )
 
 
-def _titles(results: Sequence[Results], pair: tuple[str, str] | None) -> list[str]:
-    titles = {item.arm.name: item.arm.title for item in results}
-    return [titles[name] for name in pair or ()]
-
-
 def _own(row: Row) -> bool:
     """Whether the row's measure is the one its protocol names first."""
     return row["measure"] == measures_of(row["protocol"])[0]
 
 
 def _write_numbers(
-    out: Path,
-    results: Sequence[Results],
-    compared: Sequence[Sequence[Comparison]],
-    pair: tuple[str, str] | None,
+    out: Path, results: Sequence[Results], compared: Sequence[Sequence[Comparison]], pair: tuple[str, str] | None
 ) -> dict[str, list[Row]]:
     """The rows of every CSV file, by its name; scores.json holds the comparisons as well."""
     rows = {

@@ -17,18 +17,10 @@ from rich.progress import track
 from transformers import PreTrainedTokenizerFast
 
 from cratescope.errors import UserError, first_line
-from cratescope.files import (
-    Shape,
-    read_json,
-    sha256,
-    stamp,
-    write_json,
-)
+from cratescope.files import Shape, read_json, sha256, stamp, write_json
 from cratescope.text.tokenizer import load_tokenizer
 
 _SHARD: Shape = {"file": str, "tokens": int, "sha256": str}
-
-
 DATA: Shape = {
     "identity?": {},
     "dtype?": str,
@@ -36,8 +28,6 @@ DATA: Shape = {
     "splits?": {str: {"documents": int, "tokens": int, "bytes": int, "shards": [_SHARD]}},
 }
 """What is read of manifest.json."""
-
-
 NPY_HEADER = 128
 """Bytes in front of the values in a file of one row written by numpy."""
 
@@ -171,7 +161,7 @@ def _damaged(file: Path, why: str) -> UserError:
     return UserError(f"{file}: damaged ({why}); delete it and run the same `cratescope prepare`")
 
 
-def seal(folder: Path, shard: dict[str, Any]) -> list[Any]:
+def shard_stamp(folder: Path, shard: dict[str, Any]) -> list[Any]:
     """A fingerprint that stays valid until a shard whose SHA-256 was right is touched."""
     return [shard["sha256"], *stamp(folder / shard["file"])]
 
@@ -185,14 +175,14 @@ def _verify(folder: Path, shards: Sequence[dict[str, Any]]) -> None:
     path, seals = folder / ".verified.json", {}
     with contextlib.suppress(UserError):
         seals = read_json(path, {})
-    new = [shard for shard in shards if seals.get(shard["file"]) != seal(folder, shard)]
+    new = [shard for shard in shards if seals.get(shard["file"]) != shard_stamp(folder, shard)]
     if not new:
         return
     try:
         for shard in track(new, escape(f"checking {folder}"), console=Console(stderr=True), transient=True):
             if sha256(folder / shard["file"]) != shard["sha256"]:
                 raise _damaged(folder / shard["file"], "SHA-256 differs")
-            seals[shard["file"]] = seal(folder, shard)
+            seals[shard["file"]] = shard_stamp(folder, shard)
     finally:
         with contextlib.suppress(OSError):  # a folder that cannot be written to is checked every time
             write_json(path, seals)

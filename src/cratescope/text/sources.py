@@ -1,6 +1,6 @@
 """Sources of documents: the offline corpus, text files in several formats, or a hub data set.
 
-A reader yields documents unchanged; bytes that cannot be decoded become lone surrogates (`run.encoding_of`), so
+A reader yields documents unchanged; bytes that cannot be decoded become lone surrogates (`files.encoding_of`), so
 that the caller can count and replace them in one place.
 """
 
@@ -28,13 +28,8 @@ from cratescope.errors import UserError, first_line
 from cratescope.files import encoding_of, parse_json, sha256
 from cratescope.text import offline
 
-SUFFIXES = (
-    ".txt",
-    ".md",
-    ".jsonl",
-    ".parquet",
-    *(kind + pack for pack in (".gz", ".zst") for kind in (".txt", ".md", ".jsonl")),
-)
+_PLAIN = (".txt", ".md", ".jsonl")
+SUFFIXES = (*_PLAIN, ".parquet", *(kind + pack for pack in (".gz", ".zst") for kind in _PLAIN))
 FORMATS = ", ".join(SUFFIXES)
 BLOCK = 1 << 20
 LONGEST_WINDOW = 1 << 31
@@ -139,25 +134,33 @@ def open_sources(source: str, report: Callable[[str], None]) -> tuple[dict[str, 
 
 
 def _files(path: Path) -> tuple[list[tuple[str, Path]], dict[str, str]]:
-    """(name relative to the folder, path) of every file to read, and name and reason of what is left out, by name."""
+    """What `files_below` gives, of a folder or a single file."""
     if path.is_file():
         if not path.name.lower().endswith(SUFFIXES):
             raise UserError(f"{path}: unknown kind of file; the known ones are {FORMATS}")
         return [(path.name, path)], {}
     if not path.is_dir():
         raise UserError(f"{path}: is a device or pipe; give a file or a folder")
+    found, left_out = files_below(path, SUFFIXES)
+    if not found:
+        but = f" ({name_some(left_out)})" if left_out else ""
+        raise UserError(f"{path}: no files of a known kind in this folder{but}; the known ones are {FORMATS}")
+    return found, left_out
+
+
+def files_below(top: Path, suffixes: tuple[str, ...]) -> tuple[list[tuple[str, Path]], dict[str, str]]:
+    """(name relative to the folder, path) of files with these suffixes, and reasons for what is left out, by name."""
     found: list[tuple[str, Path]] = []
     links: list[tuple[str, Path]] = []
     left_out: dict[str, str] = {}
-    root = Path(os.path.realpath(path))
 
     def unreadable(error: OSError) -> None:
-        left_out[os.path.relpath(error.filename, path)] = UNREADABLE
+        left_out[os.path.relpath(error.filename, top)] = UNREADABLE
 
-    for folder, folders, files in os.walk(path, onerror=unreadable):
+    for folder, folders, files in os.walk(top, onerror=unreadable):
         for entry in (Path(folder, name) for name in [*folders, *files]):
-            name = entry.relative_to(path).as_posix()
-            if reason := _reason(entry, root):
+            name = entry.relative_to(top).as_posix()
+            if reason := _reason(entry, Path(os.path.realpath(top)), suffixes):
                 left_out[name] = reason
             elif entry.is_file():
                 (links if entry.is_symlink() else found).append((name, entry))
@@ -169,14 +172,10 @@ def _files(path: Path) -> tuple[list[tuple[str, Path]], dict[str, str]]:
         else:
             known.add(target)
             found.append((name, file))
-    left_out = dict(sorted(left_out.items()))
-    if not found:
-        but = f" ({name_some(left_out)})" if left_out else ""
-        raise UserError(f"{path}: no files of a known kind in this folder{but}; the known ones are {FORMATS}")
-    return sorted(found), left_out
+    return sorted(found), dict(sorted(left_out.items()))
 
 
-def _reason(entry: Path, root: Path) -> str | None:
+def _reason(entry: Path, root: Path, suffixes: tuple[str, ...]) -> str | None:
     """Say why a file or folder below `root` is left out; links in foreign folders must not lead outside."""
     if entry.name.startswith("."):
         return "hidden"
@@ -186,7 +185,7 @@ def _reason(entry: Path, root: Path) -> str | None:
         return "a link that leads out of the folder"
     if entry.is_dir():
         return "a link to a folder" if entry.is_symlink() else None
-    if not entry.name.lower().endswith(SUFFIXES):
+    if not entry.name.lower().endswith(suffixes):
         return "unknown kind"
     if not entry.is_file():
         return "no regular file"
@@ -203,7 +202,7 @@ def name_some(left_out: dict[str, str]) -> str:
 def _file_source(name: str, path: Path) -> Source:
     packed = path.suffix.lower() in (".gz", ".zst")
     suffix = Path(path.stem if packed else path.name).suffix.lower()
-    read = {".jsonl": read_jsonl, ".parquet": read_parquet}.get(suffix, read_text)
+    read = {".jsonl": jsonl_documents, ".parquet": parquet_documents}.get(suffix, text_documents)
     size = path.stat().st_size * (3 if packed else 2 if suffix == ".parquet" else 1)
     documents = partial(Documents, partial(read, path))
     return Source(name, "not stated", str(path), size, documents, partial(sha256, path))
@@ -218,7 +217,7 @@ def as_document(value: Any) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def read_text(path: Path) -> Iterator[str]:
+def text_documents(path: Path) -> Iterator[str]:
     """Read a text file as one document; a long one is cut into several at blank lines (`offline.cut`)."""
     with _opened(path, newline="") as file:
         # readline with a limit: a file without line ends must not be read into memory whole.
@@ -316,7 +315,7 @@ def _zstd_blocks(path: Path) -> Generator[bytes]:
         raise UserError(f"{path}: the zstandard file is cut short; get it again")
 
 
-def read_jsonl(path: Path) -> Iterator[str]:
+def jsonl_documents(path: Path) -> Iterator[str]:
     """Read one JSON object with a `text` string per line, plain or compressed; null is an empty document."""
     with _opened(path, newline="\n") as file:
         for number, line in enumerate(file, 1):
@@ -335,7 +334,7 @@ def read_jsonl(path: Path) -> Iterator[str]:
             yield text
 
 
-def read_parquet(path: Path) -> Iterator[str]:
+def parquet_documents(path: Path) -> Iterator[str]:
     """The `text` column, row by row, of strings or of bytes that are UTF-8; missing values are empty documents."""
     try:
         with pq.ParquetFile(path) as file:
