@@ -256,7 +256,7 @@ def test_a_process_that_adopts_the_same_model_meanwhile_is_waited_for(data_folde
     source, run, data = str(tmp_path / "model"), Run(tmp_path / "run"), TokenData.open(data_folder)
     build(LlamaConfig(**SHAPE), 0).save_pretrained(source)
     data.tokenizer.save_pretrained(source)
-    holder = "import sys, time; from pathlib import Path; from cratescope.run import locked\n"
+    holder = "import sys, time; from pathlib import Path; from cratescope.locks import locked\n"
     holder += "with locked(Path(sys.argv[1]), 'adopt'): print('ready', flush=True); time.sleep(60)"
     other = subprocess.Popen([sys.executable, "-c", holder, run.root], stdout=subprocess.PIPE, text=True)
     assert other.stdout.readline() == "ready\n"

@@ -26,6 +26,7 @@ from cratescope.errors import UserError
 from cratescope.files import sha256
 from cratescope.text import offline
 from cratescope.text import prepare as data_module
+from cratescope.text import shards as shards_module
 from cratescope.text.config import PrepareConfig
 from cratescope.text.encoding import SPLITS
 from cratescope.text.prepare import prepare, shares
@@ -447,7 +448,7 @@ def test_a_shard_is_hashed_once_and_again_when_it_was_touched(tmp_path, monkeypa
     source = write_jsonl(tmp_path / "source.jsonl", documents(60))
     prepare(config(source, tmp_path / "data"))
     hashed = []
-    monkeypatch.setattr(data_module, "sha256", lambda path: (hashed.append(path.name), sha256(path))[1])
+    monkeypatch.setattr(shards_module, "sha256", lambda path: (hashed.append(path.name), sha256(path))[1])
     TokenData.open(tmp_path / "data").split("train")
     assert not hashed, "prepare has just hashed them all"
     (tmp_path / "data" / ".verified.json").unlink()

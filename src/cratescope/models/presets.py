@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedModel
+from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedConfig, PreTrainedModel
 
 from cratescope.errors import UserError, last_line
 from cratescope.models import CrateConfig
@@ -94,7 +94,7 @@ def _parse_bool(text: str) -> bool:
     return str(text).lower() == "true"
 
 
-def build(config: CrateConfig | GPT2Config, seed: int) -> PreTrainedModel:
+def build(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
     """Build a model with random weights that depend on `seed` alone; the caller's random state is untouched."""
     import torch
 
