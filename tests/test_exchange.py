@@ -22,6 +22,7 @@ from cratescope.exchange.export import export
 from cratescope.exchange.openai import IMPORTED, _tokenizer, import_records
 from cratescope.explain.controls import OWN
 from cratescope.explain.explain import explain
+from cratescope.explain.explained import Explained
 from cratescope.explain.simulate import simulate
 from cratescope.files import read_json
 from cratescope.llm.scripted import ScriptedLLM
@@ -44,7 +45,6 @@ from cratescope.score.scores import read_scores
 from cratescope.text.shards import TokenData
 from cratescope.text.tokenizer import EOS, load_tokenizer, token_strings
 from fake_run import fake_tokenizer
-from kept_files import read_explanations
 from test_explain import N_NEURONS, first_word, make_run, settings_for
 from test_simulate import config_for, knowing
 
@@ -124,7 +124,7 @@ def test_imported_records_are_explained_simulated_and_scored_like_their_original
         explain(settings_for(one), ScriptedLLM(first_word))
         simulate(config_for(one), knowing())
         site = "codes" if one is run else IMPORTED
-        found = read_explanations(one.explanations(site, "scripted", "top"))
+        found = dict(Explained(one, site, "scripted", "top").explanations.all())
         score(ScoreConfig(one.root, explainer="scripted"))
         rows = read_scores(one.scores(site, "scripted", "list-pmi"))
         results[site] = (

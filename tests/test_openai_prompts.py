@@ -29,7 +29,7 @@ EXPLANATION = "words about cats"
 
 THEIRS = """
 import json, sys
-from neuron_explainer.activations.activations import Window
+from neuron_explainer.activations.activations import ActivationRecord
 from neuron_explainer.explanations.explainer import TokenActivationPairExplainer
 from neuron_explainer.explanations.prompt_builder import PromptFormat
 from neuron_explainer.explanations.simulator import ExplanationNeuronSimulator
@@ -38,7 +38,7 @@ explainer = TokenActivationPairExplainer("none", prompt_format=PromptFormat.NONE
 explainer._prompt_is_too_long = lambda *_: False  # it would download a tokenizer
 simulator = ExplanationNeuronSimulator("none", explanation, prompt_format=PromptFormat.NONE)
 explained = explainer.make_explanation_prompt(
-    all_activation_records=[Window(**window) for window in windows],
+    all_activation_records=[ActivationRecord(**window) for window in windows],
     max_activation=1.0,
     max_tokens_for_completion=60,
 )

@@ -149,7 +149,7 @@ def test_the_neuron_table_has_every_neuron_with_its_scores(runs: tuple[Path, Pat
     for score in read_scores(Run(runs[0]).scores("codes", "offline", "list-pmi")):
         if score.measure == "pearson":
             cell = rows["crate", score.neuron.layer, score.neuron.index]
-            name = f"{score.protocol}_{'score' if score.control == 'none' else score.control}"
+            name = f"{score.protocol}_{'score' if score.control == OWN else score.control}"
             assert cell[name] == ("" if score.value is None else repr(score.value))
             if score.control == OWN:
                 assert cell[f"{score.protocol}_low"] == ("" if score.low is None else repr(score.low))

@@ -141,11 +141,10 @@ def _load_run(run: Run, explainer: str, simulator: str) -> Iterator[Results]:
     folders = _scored(run, explainer, simulator)
     evaluation = read_json(run.evaluation, EVALUATION, "`cratescope evaluate`") if run.manifest.exists() else UNKNOWN
     metrics = _metrics(run, manifest)
-    for folder in folders:
+    for site, folder in folders.items():
         about, scores = read_about(folder), Scores(read_scores(folder))
         if not scores.protocols or about["made_with"].keys() != set(scores.sets):
             raise UserError(f"{folder}: its scores.json is not of its scores; run `cratescope score` again")
-        site = about["site"]
         quality = run.quality(site)
         yield Results(
             run=run,
@@ -196,10 +195,10 @@ def _imported(run: Run) -> Row | None:
     return {"arm": arm.row(), "parameters": None, "n_layer": layers, "context": None, "data": data}
 
 
-def _scored(run: Run, explainer: str, simulator: str) -> list[Path]:
-    """The folder of scores of every site scored with the report's explainer and simulator."""
+def _scored(run: Run, explainer: str, simulator: str) -> dict[str, Path]:
+    """By site, the folder of scores of every site scored with the report's explainer and simulator."""
     folder, chosen = run.root / "scores", f"{slug(explainer)}/{slug(simulator)}"
-    found = sorted(path.parent for path in folder.glob(f"*/{chosen}/scores.json"))
+    found = {site.name: site / chosen for site in sorted(folder.glob("*")) if (site / chosen / "scores.json").exists()}
     if found:
         return found
     command = f"cratescope score {run.root} --explainer {explainer} --simulator {simulator}"
