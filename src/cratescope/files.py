@@ -68,11 +68,7 @@ def parse_json(text: str | bytes, where: str, fix: str) -> Any:
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder and those above it.
-
-    Raises:
-        UserError: there cannot be one; a full disk stays an OSError.
-    """
+    """Make a folder and those above it. Raises UserError where there cannot be one; a full disk stays an OSError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:

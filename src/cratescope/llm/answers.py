@@ -35,9 +35,7 @@ _FILTERED = {
     *("content_filter", "content_filtered", "safety", "recitation", "blocklist", "prohibited_content", "spii"),
     *("sensitive", "guardrail_intervened", "moderation"),
 }
-MORE_TOKENS = (
-    "give it more room with --llm-max-tokens (reasoning wants 2000 or more), or take a model without reasoning"
-)
+MORE_TOKENS = "give it more room with --llm-max-tokens (reasoning wants 2000), or take a model without reasoning"
 OTHER_MODEL = "take another model with --llm-model"
 Read = Callable[[Any], Any]
 

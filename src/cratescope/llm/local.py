@@ -195,11 +195,7 @@ class LocalLLM:
         return [_choice_logprobs(logits, begun, choices) for logits in self._logits(prefix, trees)]
 
     def _tried(self) -> Literal["shared", "copied", "reread"]:
-        """Find the fastest way to run prompts after a prefix that agrees with plain passes.
-
-        Raises:
-            UserError: no way does.
-        """
+        """Find the fastest way to run prompts after a prefix that agrees with plain passes. UserError if none does."""
         try:
             if looks_ahead(self.model, trial_tokens(self.model)):
                 raise UserError(f"--llm {self.name}: its logits depend on tokens behind; choose a causal model")

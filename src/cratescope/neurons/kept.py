@@ -50,9 +50,8 @@ class Kept(Generic[T]):
             UserError: the table is damaged, or made by another version.
         """
         rows = self.tables.read(layer, indices=indices).to_pylist()
-        return {
-            index: self._of_rows(list(group)) for index, group in itertools.groupby(rows, key=lambda row: row["index"])
-        }
+        groups = itertools.groupby(rows, key=lambda row: row["index"])
+        return {index: self._of_rows(list(group)) for index, group in groups}
 
     def all(self) -> Iterator[tuple[NeuronId, T]]:
         """Every item, in layer and index order."""

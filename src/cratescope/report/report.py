@@ -236,9 +236,8 @@ def _groups(item: Results, config: ReportConfig, decode: Decode) -> Iterator[Gro
         ranking = item.scores.ranking(protocol, layer)
         chosen = spread(ranking, config.cards)
         neurons = _neurons(item, config, layer, [index for _, index in chosen]) if chosen else []
-        cards = [
-            page_card(neuron, item.scores.sets, decode, rank) for neuron, (rank, _) in zip(neurons, chosen, strict=True)
-        ]
+        ranked = zip(neurons, chosen, strict=True)
+        cards = [page_card(neuron, item.scores.sets, decode, rank) for neuron, (rank, _) in ranked]
         mean, distinct = item.scores.mean(protocol, layer=layer), item.distinct(item.scores.sets[0], layer)
         yield Group(item, layer, mean, _unscored(item, protocol, layer), len(ranking), distinct, cards)
 
@@ -251,10 +250,8 @@ def _neurons(item: Results, config: ReportConfig, layer: int, indices: Sequence[
         for name in item.scores.sets:
             if name not in neuron.said or neuron.said[name].simulation is None:
                 folder = item.run.simulations(item.site, config.explainer, config.simulator, name)
-                path = layer_file(folder, layer)
-                raise UserError(
-                    f"{path}: has no neuron {neuron.id.index}; run `cratescope simulate {item.run.root}` first"
-                )
+                what = f"{layer_file(folder, layer)}: has no neuron {neuron.id.index}"
+                raise UserError(f"{what}; run `cratescope simulate {item.run.root}` first")
     return neurons
 
 

@@ -72,10 +72,8 @@ class HubDocuments:
             for row in self.rows:
                 text = as_document(row["text"]) if "text" in row else None
                 if text is None:
-                    columns = ", ".join(row)
-                    raise UserError(
-                        f"{self.name}: no `text` column of strings, only {columns}; use a data set with one"
-                    )
+                    what = f"no `text` column of strings, only {', '.join(row)}"
+                    raise UserError(f"{self.name}: {what}; use a data set with one")
                 yield text
         except UserError:
             raise
