@@ -183,11 +183,7 @@ def _checked(kind: type) -> Any:
 
 
 def _typed(value: Any, hint: Any) -> Any:
-    """A value of a TOML file as an option of this type has it; one value stands for a list of one.
-
-    Raises:
-        ValueError: it is of another type.
-    """
+    """A value of a TOML file as an option of this type has it, or ValueError; one value stands for a list of one."""
     origin, parts = get_origin(hint), get_args(hint)
     if origin is types.UnionType:  # with None, which TOML does not have
         return _typed(value, next(part for part in parts if part is not types.NoneType))

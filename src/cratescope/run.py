@@ -14,10 +14,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerFast
-
-    from cratescope.results.neuron import Neuron
 from cratescope.errors import UserError
 from cratescope.files import (
     Shape,
@@ -31,6 +27,11 @@ from cratescope.files import (
     sha256,
     slug,
 )
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+    from cratescope.results.neuron import Neuron
 
 
 def made_from(files: Iterable[Path], root: Path, **settings: Any) -> dict[str, str]:

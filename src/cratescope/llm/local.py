@@ -25,7 +25,6 @@ from cratescope.llm.prefix import (
     EXACT,
     PROMPT,
     ROUNDED,
-    UNFIT,
     SharedPrefix,
     apart,
     empty_prefix,
@@ -34,7 +33,7 @@ from cratescope.llm.prefix import (
     trial_prefix,
     trial_tokens,
 )
-from cratescope.lm.head import looks_ahead, plain_pass
+from cratescope.lm.head import UNFIT, looks_ahead, plain_pass
 from cratescope.models.folder import longest_context, model_config
 from cratescope.text.tokenizer import named_tokenizer
 from cratescope.workers import rank

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,13 +15,11 @@ from markupsafe import Markup, escape
 from cratescope.explain.explained import Simulation
 from cratescope.neurons.records import NeuronId, NeuronRecord, Window
 from cratescope.report import text
-from cratescope.report.text import visible
+from cratescope.report.text import Decode, visible
 from cratescope.results.neuron import Neuron, Said
 from cratescope.score.score import OWN
 from cratescope.score.scores import Score
 from cratescope.text.tokenizer import token_strings
-
-Decode = Callable[[Sequence[int]], list[str]]
 
 TOP_EXCERPTS = 3
 RANDOM_EXCERPTS = 1

@@ -21,7 +21,7 @@ from cratescope.neurons.records import layer_file
 from cratescope.report import text, verdict
 from cratescope.report.config import ReportConfig
 from cratescope.report.figures import arm_places, draw_figures
-from cratescope.report.html import Card, Decode, page_card, page_environment
+from cratescope.report.html import Card, page_card, page_environment
 from cratescope.results import compare, tables
 from cratescope.results.compare import DETECTABLE, UNTRAINED, Comparison, Quantity
 from cratescope.results.estimates import Estimate, finite
@@ -214,7 +214,7 @@ def _prompts(results: Sequence[Results]) -> dict[str, list[tuple[Results, dict[s
     return found
 
 
-def _decoder(item: Results, tokenizer: PreTrainedTokenizerFast | None) -> Decode:
+def _decoder(item: Results, tokenizer: PreTrainedTokenizerFast | None) -> text.Decode:
     from cratescope.text.tokenizer import load_tokenizer, token_strings
 
     if tokenizer is None and not item.run.model.is_dir():
@@ -229,7 +229,7 @@ def spread(ranking: Sequence[int], cards: int) -> list[tuple[int, int]]:
     return [(int(place) + 1, ranking[place]) for place in places]
 
 
-def _groups(item: Results, config: ReportConfig, decode: Decode) -> Iterator[Group]:
+def _groups(item: Results, config: ReportConfig, decode: text.Decode) -> Iterator[Group]:
     """The cards of every layer, chosen by the first protocol's ranking."""
     protocol = item.scores.protocols[0]
     for layer in sorted(item.scores.rows(protocol)):
