@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 from cratescope.errors import DISK_FULL, UNUSABLE, UserError, first_line, shown_path
 
 Shape = Any
-"""What a JSON value has to look like; see `misfit`."""
+"""Required shape of a JSON value; see `misfit`."""
 SURROGATES = re.compile("[\ud800-\udfff]")
 """Halves of surrogate pairs, which no UTF-8 has: JSON can hold them, and what cannot be decoded is read as such."""
 _MARKS = (

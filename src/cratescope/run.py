@@ -91,7 +91,7 @@ RUN: Shape = {
 }
 TRAINED: Shape = {"steps": int}
 BEFORE_ARMS: Shape = {"family": str, "preset": str, "seed": int, "tokens_trained": int}
-"""What later stages read in run.json, what of a run trained here, and what of one from before there were arms."""
+"""Entries of run.json that later stages read, those of a run trained here, and those of one older than arms."""
 METRICS: Shape = {"step": int, "tokens": int}
 METRICS |= dict.fromkeys(("loss?", "learning_rate?", "validation_loss?", "validation_standard_error?"), (float, None))
 """A line of metrics.jsonl."""

@@ -231,7 +231,7 @@ class LocalLLM:
         finally:
             self._bos = bos
             self._prefixes.clear()
-        # What is read anew has the logits of its own pass, which may depend on how many tokens are read (dots3).
+        # Text that is read again has the logits of its own pass, which may depend on how many tokens are read (dots3).
         first = plain_pass(self.model, tokens[:, :begun]).logits.float() if self.way == "reread" else own
         expected = torch.cat([first[:, prefix:begun].flatten(0, 1), own[1, begun:]])
         differences = apart(torch.cat([found, last]), expected)

@@ -31,7 +31,7 @@ where it is under 1e-5, and of narrower formats, where SmolLM2-135M in bfloat16 
 PREFIX, PROMPT, NEXT = 6, 5, 1
 """Tokens of a trial: those that rows share at least, those of a prompt, and the first one written."""
 WINDOWS = ("window", "local_attention", "chunk")
-"""What names of sizes have in them that configs state for attention of a limited reach."""
+"""Parts of the names under which configs state the reach of limited attention."""
 WINDOW = 1024
 """The prefix of a trial is longer than a window of up to so many tokens."""
 QUERIES = 1024

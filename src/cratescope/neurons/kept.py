@@ -1,4 +1,4 @@
-"""What explain, simulate, judge and score keep of neurons: one Parquet table per layer each (docs/records.md)."""
+"""Results of explain, simulate, judge and score: one Parquet table per layer each (docs/records.md)."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ BLOCK = 1 << 17
 CHUNK = 16
 """Tokens whose largest activation decides whether they are looked at one by one."""
 SUMS = ("n_tokens", "sums", "histogram", "token_sums")
-"""What adds up over shards."""
+"""Statistics that add up over shards."""
 
 
 @dataclass(frozen=True)

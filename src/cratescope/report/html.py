@@ -38,7 +38,7 @@ class Excerpt:
 
 @dataclass(frozen=True)
 class Entry:
-    """What one explanation set says of a neuron, as the card shows it, with the text that it was scored on."""
+    """One explanation of a neuron on the card, with the windows it was scored on."""
 
     explained: str
     text: str
@@ -68,7 +68,7 @@ def card_html(neuron: Neuron) -> str:
 
 
 def page_environment() -> Environment:
-    """What the templates of this folder are read with: all that they insert is escaped."""
+    """Environment of the templates in this folder, which escapes everything they insert."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,

@@ -256,7 +256,7 @@ def _neurons(item: Results, config: ReportConfig, layer: int, indices: Sequence[
 
 
 def _unscored(item: Results, protocol: str, layer: int) -> str:
-    """How many neurons of a layer have no score, and why, such as `2 without a score (2 dead neuron)`."""
+    """Number of neurons of a layer without a score, and why, such as `2 without a score (2 dead neuron)`."""
     found: Counter[str] = Counter()
     for reason, number in sorted(item.scores.reasons(protocol, layer).items()):
         found[re.split(r"[:(]", reason)[0].strip()] += number  # what follows are a server's words, another every time

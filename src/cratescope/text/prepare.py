@@ -142,7 +142,7 @@ def _finished(out: Path, identity: dict[str, Any]) -> bool:
 
 
 def _drop_claim(out: Path) -> None:
-    """Take back a claim without a block of work behind it, so that a mistake found early costs no folder."""
+    """Take back a claim before the first block is done, so that a mistake found early costs no folder."""
     path = out / "manifest.json"
     if "splits" not in read_json(path, DATA, "`cratescope prepare`") and not any((out / ".work").glob("*.npz")):
         path.unlink()

@@ -27,7 +27,7 @@ DATA: Shape = {
     "tokenizer?": {"vocab_size": int, "eos_id": int},
     "splits?": {str: {"documents": int, "tokens": int, "bytes": int, "shards": [_SHARD]}},
 }
-"""What is read of manifest.json."""
+"""The parts of manifest.json that are read."""
 NPY_HEADER = 128
 """Bytes in front of the values in a file of one row written by numpy."""
 

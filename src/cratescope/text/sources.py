@@ -128,7 +128,7 @@ def open_sources(source: str, report: Callable[[str], None]) -> tuple[dict[str, 
 
 
 def _files(path: Path) -> tuple[list[tuple[str, Path]], dict[str, str]]:
-    """What `files_below` gives, of a folder or a single file."""
+    """`files_below` of a folder, or a single file."""
     if path.is_file():
         if not path.name.lower().endswith(SUFFIXES):
             raise UserError(f"{path}: unknown kind of file; the known ones are {FORMATS}")
