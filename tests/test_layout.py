@@ -102,6 +102,29 @@ def test_help_loads_nothing_heavy():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
 
 
+def test_every_file_and_name_of_ours_in_the_docs_exists():
+    root = SOURCE.parent.parent
+    for page in (*root.glob("*.md"), *root.glob("docs/*.md")):
+        text = page.read_text()
+        for name in re.findall(r"[\w/.-]*/[\w-]+\.py\b|\btest_\w+\.py\b", text):
+            assert any((folder / name).is_file() for folder in (root, SOURCE, root / "tests")), f"{page.name}: {name}"
+        for name, file in re.findall(r"`(\w+)` in `([\w/]+\.py)`", text):
+            found = next(folder / file for folder in (root, SOURCE) if (folder / file).is_file())
+            assert name in defined(found), f"{page.name}: {name} in {file}"
+        for name in re.findall(r"\bcratescope((?:\.[a-z_]\w*)+)", text):
+            *rooms, last = name[1:].split(".")
+            file = SOURCE.joinpath(*rooms).with_suffix(".py") if rooms else SOURCE / "__init__.py"
+            is_module = any(SOURCE.joinpath(*rooms, end).exists() for end in (last, f"{last}.py"))
+            assert is_module or (file.exists() and last in defined(file)), f"{page.name}: cratescope{name}"
+
+
+def defined(path):
+    """Names of functions, classes and constants of a file."""
+    for node in ast.parse(path.read_text()).body:
+        yield from (target.id for target in getattr(node, "targets", ()) if isinstance(target, ast.Name))
+        yield getattr(node, "name", None) or getattr(getattr(node, "target", None), "id", None)
+
+
 def test_every_relative_link_of_the_docs_leads_somewhere():
     root = SOURCE.parent.parent
     for page in (*root.glob("*.md"), *root.glob("docs/*.md")):

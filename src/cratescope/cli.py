@@ -1,4 +1,4 @@
-"""The command line: what a stage prints, and how it ends. Heavy imports stay inside, so that --help is instant."""
+"""The command line: output, errors and exit codes. Heavy imports stay inside functions, so that --help is instant."""
 
 from __future__ import annotations
 
@@ -92,11 +92,11 @@ SAID: dict[str, Callable[[Any, Any], str]] = {
     "score": _scored,
     "show": _shown,
 }
-"""What is printed of the settings and the result of a stage; of all others the result, a path or several."""
+"""Output of a stage from its settings and result; other stages print the result, one or several paths."""
 
 
 def _do(name: str, config: Any) -> str:
-    """Run a stage and return what it says."""
+    """Run a stage and return its output."""
     result = STAGES[name].load()(config)
     if name in SAID:
         return SAID[name](config, result)
@@ -104,7 +104,7 @@ def _do(name: str, config: Any) -> str:
 
 
 def overview() -> str:
-    """What `cratescope --help` says."""
+    """The text of `cratescope --help`."""
     lines = [f"  {name:10} {stage.line}" for name, stage in STAGES.items()]
     before = "Train CRATE language models and GPT-2 twins, then explain and score their neurons with LLMs."
     after = "`cratescope COMMAND --help` explains the options of a command. Every command skips finished work, so\n"
@@ -206,7 +206,7 @@ def _disk_full(error: Exception) -> bool:
 
 
 def _fail(message: str, code: int = 2) -> NoReturn:
-    # Once a machine: what is wrong may be wrong on one of them only.
+    # Once per machine, since the problem may be on one of them only.
     if sys.stderr and os.environ.get("LOCAL_RANK", "0") == "0":
         # A stranger's file name or answer must not steer the terminal.
         said = re.sub("[\x00-\x1f\x7f-\x9f]", "?", " ".join(message.split()))

@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 from cratescope.errors import DISK_FULL, UNUSABLE, UserError, first_line, shown_path
 
 Shape = Any
-"""What a JSON value has to look like; see `misfit`."""
+"""Required shape of a JSON value; see `misfit`."""
 SURROGATES = re.compile("[\ud800-\udfff]")
 """Halves of surrogate pairs, which no UTF-8 has: JSON can hold them, and what cannot be decoded is read as such."""
 _MARKS = (
@@ -68,11 +68,7 @@ def parse_json(text: str | bytes, where: str, fix: str) -> Any:
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder and those above it.
-
-    Raises:
-        UserError: there cannot be one; a full disk stays an OSError.
-    """
+    """Make a folder and those above it. Raises UserError where there cannot be one; a full disk stays an OSError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:

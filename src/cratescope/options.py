@@ -19,7 +19,7 @@ from cratescope.workers import rank, worker_of
 Config = TypeVar("Config")
 LARGEST = 2**31 - 1
 LARGEST_SEED = 2**32 - 1
-"""What NumPy, PyTorch and transformers all take."""
+"""The largest that NumPy, PyTorch and transformers all accept."""
 LARGEST_BATCH = 65_536
 
 
@@ -33,7 +33,7 @@ class Range:
     below: bool
 
     def refusal(self, number: float) -> str | None:
-        """What a number that is not among them has to be."""
+        """The requirement that a number does not meet; None if it is in the range."""
         if not (number > self.low if self.above else number >= self.low):  # also when it is nan
             return f"more than {self.low}" if self.above else f"{self.low} or more"
         if not (number < self.high if self.below else number <= self.high):
@@ -41,7 +41,7 @@ class Range:
         return None
 
     def __call__(self, default: str) -> str:
-        """What --help says behind an option."""
+        """The note after an option in --help."""
         low = f"more than {self.low}" if self.above else f"{self.low} or more"
         high = f", {'less than ' if self.below else 'up to '}{self.high}" if self.high != LARGEST else ""
         return f"({low}{high}; default: {default})"
@@ -66,7 +66,7 @@ class Checked:
     """Settings that refuse what is out of its option's range, and text that no file can hold, when they are made."""
 
     budgets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
-    """What each value of an option `budget` changes of the others' defaults."""
+    """Changed defaults of the other options, by the value of an option `budget`."""
 
     def __post_init__(self) -> None:
         kind: Any = type(self)
@@ -87,7 +87,7 @@ class Checked:
 
     @classmethod
     def _flag(cls, name: str) -> str:
-        """What the option is called on the command line."""
+        """Name of the option on the command line."""
         positional = tyro.conf.Positional in get_args(get_type_hints(cls, include_extras=True)[name])
         return name if positional else f"--{name.replace('_', '-')}"
 
@@ -183,11 +183,7 @@ def _checked(kind: type) -> Any:
 
 
 def _typed(value: Any, hint: Any) -> Any:
-    """A value of a TOML file as an option of this type has it; one value stands for a list of one.
-
-    Raises:
-        ValueError: it is of another type.
-    """
+    """A value of a TOML file as an option of this type has it, or ValueError; one value stands for a list of one."""
     origin, parts = get_origin(hint), get_args(hint)
     if origin is types.UnionType:  # with None, which TOML does not have
         return _typed(value, next(part for part in parts if part is not types.NoneType))

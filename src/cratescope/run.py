@@ -14,10 +14,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerFast
-
-    from cratescope.results.neuron import Neuron
 from cratescope.errors import UserError
 from cratescope.files import (
     Shape,
@@ -31,6 +27,11 @@ from cratescope.files import (
     sha256,
     slug,
 )
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+    from cratescope.results.neuron import Neuron
 
 
 def made_from(files: Iterable[Path], root: Path, **settings: Any) -> dict[str, str]:
@@ -90,7 +91,7 @@ RUN: Shape = {
 }
 TRAINED: Shape = {"steps": int}
 BEFORE_ARMS: Shape = {"family": str, "preset": str, "seed": int, "tokens_trained": int}
-"""What later stages read in run.json, what of a run trained here, and what of one from before there were arms."""
+"""Entries of run.json that later stages read, those of a run trained here, and those of one older than arms."""
 METRICS: Shape = {"step": int, "tokens": int}
 METRICS |= dict.fromkeys(("loss?", "learning_rate?", "validation_loss?", "validation_standard_error?"), (float, None))
 """A line of metrics.jsonl."""

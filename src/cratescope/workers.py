@@ -36,11 +36,7 @@ def _from_environment(name: str, least: int) -> int:
 
 
 def worker_of(text: str) -> tuple[int, int]:
-    """Split i/n into (i, n); `auto` reads torchrun's environment variables.
-
-    Raises:
-        UserError: it is neither.
-    """
+    """Split i/n into (i, n); `auto` reads torchrun's environment variables. Raises UserError for anything else."""
     given = f"{rank()}/{processes()}" if text == "auto" else text
     found = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", given)
     if not found or int(found[1]) >= int(found[2]):

@@ -25,7 +25,6 @@ from cratescope.llm.prefix import (
     EXACT,
     PROMPT,
     ROUNDED,
-    UNFIT,
     SharedPrefix,
     apart,
     empty_prefix,
@@ -34,7 +33,7 @@ from cratescope.llm.prefix import (
     trial_prefix,
     trial_tokens,
 )
-from cratescope.lm.head import looks_ahead, plain_pass
+from cratescope.lm.head import UNFIT, looks_ahead, plain_pass
 from cratescope.models.folder import longest_context, model_config
 from cratescope.text.tokenizer import named_tokenizer
 from cratescope.workers import rank
@@ -195,11 +194,7 @@ class LocalLLM:
         return [_choice_logprobs(logits, begun, choices) for logits in self._logits(prefix, trees)]
 
     def _tried(self) -> Literal["shared", "copied", "reread"]:
-        """Find the fastest way to run prompts after a prefix that agrees with plain passes.
-
-        Raises:
-            UserError: no way does.
-        """
+        """Find the fastest way to run prompts after a prefix that agrees with plain passes. UserError if none does."""
         try:
             if looks_ahead(self.model, trial_tokens(self.model)):
                 raise UserError(f"--llm {self.name}: its logits depend on tokens behind; choose a causal model")
@@ -236,7 +231,7 @@ class LocalLLM:
         finally:
             self._bos = bos
             self._prefixes.clear()
-        # What is read anew has the logits of its own pass, which may depend on how many tokens are read (dots3).
+        # Text that is read again has the logits of its own pass, which may depend on how many tokens are read (dots3).
         first = plain_pass(self.model, tokens[:, :begun]).logits.float() if self.way == "reread" else own
         expected = torch.cat([first[:, prefix:begun].flatten(0, 1), own[1, begun:]])
         differences = apart(torch.cat([found, last]), expected)

@@ -63,7 +63,7 @@ LOGPROBS: tuple[dict[str, Any], ...] = (
 """Ways to ask for the likeliest tokens; the next one for a server that refuses one."""
 CONTINUE = "Continue the user's text. Write only what comes next, without repeating any of it, on one line."
 SPACES = ("\u2581", "\u0120")
-"""What stands for a space in pieces of vocabularies: SentencePiece's and GPT-2's."""
+"""Signs for a space in the pieces of SentencePiece's and GPT-2's vocabularies."""
 STDERR = Console(stderr=True)
 
 
@@ -203,7 +203,7 @@ class ServerLLM:
 
     @functools.cache  # noqa: B019 (there is one of these in a process)
     def _names(self, token: int) -> list[str]:
-        """What servers call a token: its id, its text between others, or its piece of the vocabulary."""
+        """Names that servers give a token: its id, its text between others, or its piece of the vocabulary."""
         tokenizer: Any = self._tokenizer
         text = token_strings(tokenizer, [token]) if isinstance(tokenizer, PreTrainedTokenizerFast) else []
         return [f"token_id:{token}", *text, *tokenizer.convert_ids_to_tokens([token])]

@@ -20,13 +20,11 @@ from cratescope.run import Run, versions
 from cratescope.text.shards import TokenData
 from cratescope.text.tokenizer import load_tokenizer, n_text_ids
 
+Opened = Callable[[Path], PreTrainedModel]
+
 
 def is_adopted(run: Run, source: str) -> bool:
-    """Whether `run` already holds the model `source`.
-
-    Raises:
-        UserError: it holds another model.
-    """
+    """Whether `run` already holds the model `source`. Raises UserError if it holds another model."""
     if not run.manifest.exists():
         return False
     if run.read_manifest().get("adopted") != source:
@@ -34,9 +32,7 @@ def is_adopted(run: Run, source: str) -> bool:
     return True
 
 
-def adopt(
-    run: Run, source: str, data: TokenData, site: str, opened: Callable[[Path], PreTrainedModel]
-) -> PreTrainedModel:
+def adopt(run: Run, source: str, data: TokenData, site: str, opened: Opened) -> PreTrainedModel:
     """Copy the causal LM `source` (a folder or a hub name) and its tokenizer into `run`; `site` is its native one.
 
     Returns what `opened` gives, which opens the copy and checks it; nothing stays where it refuses. Another process
@@ -50,9 +46,7 @@ def adopt(
         return opened(run.trained_model()) if is_adopted(run, source) else _adopt(run, source, data, site, opened)
 
 
-def _adopt(
-    run: Run, source: str, data: TokenData, site: str, opened: Callable[[Path], PreTrainedModel]
-) -> PreTrainedModel:
+def _adopt(run: Run, source: str, data: TokenData, site: str, opened: Opened) -> PreTrainedModel:
     tokenizer = load_tokenizer(source)
     if tokenizer.get_vocab() != data.tokenizer.get_vocab():
         raise UserError(
@@ -95,9 +89,8 @@ def _load(source: str) -> Any:
             source, dtype="auto", trust_remote_code=False, output_loading_info=True
         )
     except Exception as error:  # what is raised on damaged files, or for want of a package, depends on the model
-        raise UserError(
-            f"model {source}: cannot be loaded ({first_line(error)}); give a folder or a hub name"
-        ) from error
+        said = first_line(error)
+        raise UserError(f"model {source}: cannot be loaded ({said}); give a folder or a hub name") from error
     model, info = loaded
     if missing := sorted(info["missing_keys"]):
         raise UserError(
@@ -124,11 +117,7 @@ def _refuse_more_layers(model: Any, unexpected: Iterable[str], source: str) -> N
 
 
 def refuse_unless_causal(model: Any, source: str) -> None:
-    """Check by trial that no output before the last token depends on it.
-
-    Raises:
-        UserError: one does, as in BERT and other encoders.
-    """
+    """Refuse a model in which an output before the last token depends on it, as in BERT and other encoders."""
     if looks_ahead(model, torch.arange(1, 17, device=model.device)[None]):
         raise UserError(
             f"model {source}: its tokens see later ones, so it is not a causal language model; "

@@ -11,7 +11,7 @@ import tyro
 from cratescope.errors import UserError
 from cratescope.options import LARGEST_BATCH, LARGEST_SEED, Checked, PositionalPath, within
 
-# What a smaller budget changes: fewer tokens a step, and the higher learning rate that small models then take.
+# What a smaller budget changes: fewer tokens per step, and the higher learning rate that small models then take.
 _SMALL: dict[str, Any] = {
     **{"micro_batch": 16, "context": 256, "learning_rate": 2e-3, "min_learning_rate": 2e-4},
     **{"validate_every": 100, "save_every": 100},
@@ -82,7 +82,7 @@ class TrainConfig(Checked):
     seed: Annotated[int, within(0, LARGEST_SEED)] = 0
     """Seed of the initial weights and of the crops."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to train."""
+    """Device to train on."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """bfloat16 means autocast with float32 weights; auto uses it where the hardware supports it."""
 
@@ -123,7 +123,7 @@ class EvaluateConfig(Checked):
     batch_size: Annotated[int, within(1, LARGEST_BATCH)] = 8
     """Crops per forward pass; other text is batched to the same number of tokens."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to run the model."""
+    """Device to run the model on."""
 
     def task_names(self) -> list[str]:
         """List the tasks, which may be separated by spaces or commas."""

@@ -101,13 +101,8 @@ def _fit(
     watch = Watch(config, run, publish)
     validation = data.split("validation")
     n_crops = max(1, min(config.validation_crops, validation.n_tokens // config.context))
-    trainer = WatchedTrainer(
-        watch,
-        validation.spaced(n_crops, config.context),
-        model=fuse(model),
-        args=arguments,
-        train_dataset=_crops(config, data),
-    )
+    given: dict[str, Any] = {"model": fuse(model), "args": arguments, "train_dataset": _crops(config, data)}
+    trainer = WatchedTrainer(watch, validation.spaced(n_crops, config.context), **given)
     last = _resume(run, config) if rank() == 0 else None
     (last,) = broadcast_object_list([last])
     watch.last = last
@@ -150,13 +145,7 @@ def _crops(config: TrainConfig, data: TokenData) -> Crops:
 
 
 def _check(config: TrainConfig, data: TokenData, device: torch.device) -> None:
-    """Refuse inconsistent settings before anything is written.
-
-    Raises:
-        UserError: too little text; ids that the data's manifest does not count; batch_tokens not a multiple of what one
-            forward pass of all processes reads; a checkpoint would fall between two lines of the log; a package or
-            several processes are missing.
-    """
+    """Refuse settings that contradict each other, the data or this machine, before anything is written."""
     if (ids := n_ids(data.tokenizer)) > data.vocab_size:  # prepared when entries were counted instead
         raise UserError(f"{data.path}: its manifest does not count the ids up to {ids - 1}; prepare it again elsewhere")
     a_pass = config.micro_batch * config.context * processes()

@@ -83,9 +83,8 @@ class Watch(TrainerCallback):
         # Every process measures at the same time, so cores and memory are shared as they will be in training.
         self.peak = float(reduce(torch.tensor(peak, device=args.device), "sum"))
         self.flops = flops_per_token(model.config, self.config.context)
-        self.task = self.progress.add_task(
-            self.name, total=state.max_steps, completed=state.global_step, loss="-", speed=""
-        )
+        begun: dict[str, Any] = {"total": state.max_steps, "completed": state.global_step}
+        self.task = self.progress.add_task(self.name, **begun, loss="-", speed="")
         self.clock = time.monotonic()
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):

@@ -1,4 +1,4 @@
-"""What a model costs: parameters, FLOPs and bytes."""
+"""Cost of a model: parameters and FLOPs."""
 
 from __future__ import annotations
 

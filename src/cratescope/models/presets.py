@@ -25,13 +25,8 @@ class Size:
     n_layer: int
 
 
-SIZES = {
-    "1l": Size(128, 4, 1),
-    "2l": Size(128, 4, 2),
-    "3l": Size(128, 4, 3),
-    "s": Size(768, 12, 6),
-    "b": Size(768, 12, 12),
-}
+SIZES = {f"{layers}l": Size(128, 4, layers) for layers in (1, 2, 3)}
+SIZES |= {"s": Size(768, 12, 6), "b": Size(768, 12, 12)}
 FAMILIES = ("crate", "gpt2")
 _BOOLS = {"true": True, "false": False}
 PRESETS = tuple(f"{family}-{size}" for family in FAMILIES for size in SIZES)

@@ -1,4 +1,4 @@
-"""What explain, simulate, judge and score keep of neurons: one Parquet table per layer each (docs/records.md)."""
+"""Results of explain, simulate, judge and score: one Parquet table per layer each (docs/records.md)."""
 
 from __future__ import annotations
 
@@ -50,9 +50,8 @@ class Kept(Generic[T]):
             UserError: the table is damaged, or made by another version.
         """
         rows = self.tables.read(layer, indices=indices).to_pylist()
-        return {
-            index: self._of_rows(list(group)) for index, group in itertools.groupby(rows, key=lambda row: row["index"])
-        }
+        groups = itertools.groupby(rows, key=lambda row: row["index"])
+        return {index: self._of_rows(list(group)) for index, group in groups}
 
     def all(self) -> Iterator[tuple[NeuronId, T]]:
         """Every item, in layer and index order."""

@@ -1,4 +1,4 @@
-"""What a neuron does on text: its windows, moments, histogram and tokens; and the files of these records.
+"""Records of neurons on text (windows, moments, histogram, tokens), and their files.
 
 Rows are keyed by NeuronId, never by their place in a list. Imports nothing else of neurons.
 """
@@ -124,7 +124,7 @@ class TokenMean:
 
 @dataclass(frozen=True)
 class NeuronRecord:
-    """What one neuron does on the collected text.
+    """Behaviour of one neuron on the collected text.
 
     top: windows of the highest activations, highest first. random: windows of uniformly drawn positions.
     density: fraction of tokens with a non-zero activation.
@@ -201,7 +201,7 @@ def window_array(
 
 
 def write_table(path: Path, columns: dict[str, Any]) -> None:
-    """Write one layer's columns (SCHEMA) to a Parquet file, atomically, one row a neuron."""
+    """Write one layer's columns (SCHEMA) to a Parquet file, atomically, one row per neuron."""
     arrays = [pa.array(columns[field.name], field.type) for field in SCHEMA]
     with atomic_path(path) as temporary:
         table = pa.Table.from_arrays(arrays, schema=SCHEMA)
@@ -218,7 +218,7 @@ def write_table(path: Path, columns: dict[str, Any]) -> None:
 
 
 def write_records(path: Path, records: Sequence[NeuronRecord]) -> None:
-    """Write one layer's neuron records to a Parquet file, atomically, one row a neuron."""
+    """Write one layer's neuron records to a Parquet file, atomically, one row per neuron."""
 
     def column(name: str) -> list[Any]:
         return [getattr(record, name) for record in records]

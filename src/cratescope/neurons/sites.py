@@ -1,8 +1,8 @@
-"""Where neurons live: a module of any Hugging Face causal LM whose activations hooks read or edit.
+"""Sites of neurons: modules of any Hugging Face causal LM whose activations hooks read or edit.
 
 A site is a module path with {layer} in it, such as `transformer.h.{layer}.mlp.act`; what the module gives is (b, t, h)
 and its last axis are the neurons. Modules that see batch and tokens as one axis, (b t, h), are read alike, and residual
-streams side by side, (b, t, n, h), are one row of neurons. With `:input` behind the path it is what the module is
+streams side by side, (b, t, n, h), are one row of neurons. With `:input` after the path it is what the module is
 given, with `:neurons` what is inside of a mixture of experts.
 """
 
@@ -122,7 +122,7 @@ def _is_experts(module: nn.Module) -> bool:
 
 
 def _neurons(experts: Any, tokens: Tensor, chosen: Tensor) -> Tensor:
-    """What the last projections of all experts are given, (t, experts x width), of tokens (t, d) and experts (t, k).
+    """Inputs (t, experts x width) of all experts' last projections, from tokens (t, d) and chosen experts (t, k).
 
     Zero where a token does not go to an expert. This is computed besides the pass, since the pass itself sorts the
     tokens in ways of its own.

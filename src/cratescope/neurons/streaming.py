@@ -22,7 +22,7 @@ BLOCK = 1 << 17
 CHUNK = 16
 """Tokens whose largest activation decides whether they are looked at one by one."""
 SUMS = ("n_tokens", "sums", "histogram", "token_sums")
-"""What adds up over shards."""
+"""Statistics that add up over shards."""
 
 
 @dataclass(frozen=True)
@@ -160,11 +160,7 @@ class LayerStatistics:
         self._half = torch.empty(rows, h, dtype=torch.float16)
 
     def update(self, activations: Float[Tensor, "b t h"], tokens: Int64[Tensor, "b t"], first_excerpt: int) -> None:
-        """Add the next excerpts, numbered from `first_excerpt` on.
-
-        Raises:
-            UserError: an activation is NaN or infinite; says which.
-        """
+        """Add the next excerpts, numbered from `first_excerpt` on. UserError names an activation that is not finite."""
         activations = activations.detach().float().cpu().contiguous()
         flat = activations.flatten(0, 1)
         highest = self._add_sums(activations, first_excerpt)

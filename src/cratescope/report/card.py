@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from rich import box
 from rich.console import Console, Group, RenderableType
@@ -15,13 +15,11 @@ from rich.text import Text
 
 from cratescope.neurons.records import NeuronRecord, TokenMean, Window
 from cratescope.report.config import ShowConfig
-from cratescope.report.text import number, percent, sparkline, visible
+from cratescope.report.text import Decode, number, percent, sparkline, visible
 from cratescope.results.neuron import Neuron, read_neuron
 from cratescope.run import Run
 from cratescope.score.scores import Score
 from cratescope.text.tokenizer import token_strings
-
-Decode = Callable[[Sequence[int]], list[str]]
 
 TOP, RANDOM, STRATUM = 5, 3, 1
 """Windows shown of each kind; of every stratum by quantile."""

@@ -23,7 +23,7 @@ from cratescope.neurons.records import layer_file
 from cratescope.report import text, verdict
 from cratescope.report.config import ReportConfig
 from cratescope.report.figures import arm_places, draw_figures
-from cratescope.report.html import Card, Decode, page_card, page_environment
+from cratescope.report.html import Card, page_card, page_environment
 from cratescope.results import compare, tables
 from cratescope.results.compare import DETECTABLE, UNTRAINED, Comparison, Quantity
 from cratescope.results.estimates import Estimate, finite
@@ -215,7 +215,7 @@ def _prompts(results: Sequence[Results]) -> dict[str, list[tuple[Results, dict[s
     return found
 
 
-def _decoder(item: Results, tokenizer: PreTrainedTokenizerFast | None) -> Decode:
+def _decoder(item: Results, tokenizer: PreTrainedTokenizerFast | None) -> text.Decode:
     from cratescope.text.tokenizer import load_tokenizer, token_strings
 
     if tokenizer is None and not item.run.model.is_dir():
@@ -230,16 +230,15 @@ def spread(ranking: Sequence[int], cards: int) -> list[tuple[int, int]]:
     return [(int(place) + 1, ranking[place]) for place in places]
 
 
-def _groups(item: Results, config: ReportConfig, decode: Decode) -> Iterator[Group]:
+def _groups(item: Results, config: ReportConfig, decode: text.Decode) -> Iterator[Group]:
     """The cards of every layer, chosen by the first protocol's ranking."""
     protocol = item.scores.protocols[0]
     for layer in sorted(item.scores.rows(protocol)):
         ranking = item.scores.ranking(protocol, layer)
         chosen = spread(ranking, config.cards)
         neurons = _neurons(item, config, layer, [index for _, index in chosen]) if chosen else []
-        cards = [
-            page_card(neuron, item.scores.sets, decode, rank) for neuron, (rank, _) in zip(neurons, chosen, strict=True)
-        ]
+        ranked = zip(neurons, chosen, strict=True)
+        cards = [page_card(neuron, item.scores.sets, decode, rank) for neuron, (rank, _) in ranked]
         mean, distinct = item.scores.mean(protocol, layer=layer), item.distinct(item.scores.sets[0], layer)
         yield Group(item, layer, mean, _unscored(item, protocol, layer), len(ranking), distinct, cards)
 
@@ -251,16 +250,14 @@ def _neurons(item: Results, config: ReportConfig, layer: int, indices: Sequence[
     for neuron in neurons:
         for name in item.scores.sets:
             if name not in neuron.said or neuron.said[name].simulation is None:
-                explained = Explained(item.run, item.site, config.explainer, name)
-                path = layer_file(explained.simulations(config.simulator).folder, layer)
-                raise UserError(
-                    f"{path}: has no neuron {neuron.id.index}; run `cratescope simulate {item.run.root}` first"
-                )
+                folder = Explained(item.run, item.site, config.explainer, name).simulations(config.simulator).folder
+                what = f"{layer_file(folder, layer)}: has no neuron {neuron.id.index}"
+                raise UserError(f"{what}; run `cratescope simulate {item.run.root}` first")
     return neurons
 
 
 def _unscored(item: Results, protocol: str, layer: int) -> str:
-    """How many neurons of a layer have no score, and why, such as `2 without a score (2 dead neuron)`."""
+    """Number of neurons of a layer without a score, and why, such as `2 without a score (2 dead neuron)`."""
     found: Counter[str] = Counter()
     for reason, number in sorted(item.scores.reasons(protocol, layer).items()):
         found[re.split(r"[:(]", reason)[0].strip()] += number  # what follows are a server's words, another every time

@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 from cratescope.errors import UserError
 from cratescope.text.shards import TokenSplit
 
+Sampling = Literal["random", "packed"]
 ROUNDS = 4
 """Rounds of the Feistel network in `shuffled`; four of a good hash make a strong permutation (Luby and Rackoff)."""
 
@@ -30,9 +31,7 @@ class Crops(Dataset):
         UserError: the split is shorter than one crop.
     """
 
-    def __init__(
-        self, sampling: Literal["random", "packed"], split: TokenSplit, context: int, seed: int, length: int
-    ) -> None:
+    def __init__(self, sampling: Sampling, split: TokenSplit, context: int, seed: int, length: int) -> None:
         if split.n_tokens < context:
             raise UserError(
                 f"the {split.name} split has {split.n_tokens} tokens, fewer than one crop of {context}; "

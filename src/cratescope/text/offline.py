@@ -344,9 +344,8 @@ e091cc3e99d2141a0ba2847328f5479b05d94a6635cb96148ccb3f34671bd8f5  sympy-1.14.0-p
 8559f654d01a54a8c3efe66d533d43f383531ebf8d81d9f9ab4769d91ca15df7  twisted-25.5.0-py3-none-any.whl
 """
 """As `sha256sum` prints them."""
-ARCHIVES = {
-    archive.name: archive for archive in (Archive(*reversed(line.split())) for line in _PINNED.strip().splitlines())
-}
+_ARCHIVES = (Archive(*reversed(line.split())) for line in _PINNED.strip().splitlines())
+ARCHIVES = {archive.name: archive for archive in _ARCHIVES}
 CORPUS = (
     Part(
         "legal",

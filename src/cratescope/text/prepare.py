@@ -142,7 +142,7 @@ def _finished(out: Path, identity: dict[str, Any]) -> bool:
 
 
 def _drop_claim(out: Path) -> None:
-    """Take back a claim without a block of work behind it, so that a mistake found early costs no folder."""
+    """Take back a claim before the first block is done, so that a mistake found early costs no folder."""
     path = out / "manifest.json"
     if "splits" not in read_json(path, DATA, "`cratescope prepare`") and not any((out / ".work").glob("*.npz")):
         path.unlink()
@@ -298,9 +298,8 @@ def _check_splits(config: PrepareConfig, tally: Counter[str]) -> None:
     for name in SPLITS:
         if not tally[f"{name} documents"]:
             fix = "smaller --validation and --heldout" if name == "train" else f"a larger --{name}"
-            raise UserError(
-                f"split {name} is empty: none of {documents} documents fell into it; give more text or {fix}"
-            )
+            what = f"split {name} is empty: none of {documents} documents fell into it"
+            raise UserError(f"{what}; give more text or {fix}")
 
 
 def _n_workers(config: PrepareConfig, sources: Sequence[Source]) -> int:
@@ -313,11 +312,7 @@ def _n_workers(config: PrepareConfig, sources: Sequence[Source]) -> int:
 def _encode_blocks(
     blocks: Iterator[Block], past: Past, work: Path, encoder: Encoder, n_workers: int, console: Console
 ) -> None:
-    """Encode blocks into files of `work`, several at once, while the next ones are read.
-
-    Raises:
-        UserError: a worker process was ended from outside.
-    """
+    """Encode blocks into files of `work`, several at once, while the next ones are read."""
     writing: deque[Future[None]] = deque()
     columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
     with Progress(*columns, console=console, transient=True) as progress, open_workers(encoder, n_workers) as pool:
@@ -333,9 +328,8 @@ def _encode_blocks(
             for future in writing:
                 future.result()
         except BrokenProcessPool as error:
-            raise UserError(
-                "a process that encoded text was killed (out of memory?); the same command resumes from there"
-            ) from error
+            what = "a process that encoded text was killed (out of memory?)"
+            raise UserError(f"{what}; the same command resumes from there") from error
 
 
 def _write_split(config: PrepareConfig, name: str, past: Past) -> dict[str, Any]:

@@ -27,7 +27,7 @@ DATA: Shape = {
     "tokenizer?": {"vocab_size": int, "eos_id": int},
     "splits?": {str: {"documents": int, "tokens": int, "bytes": int, "shards": [_SHARD]}},
 }
-"""What is read of manifest.json."""
+"""The parts of manifest.json that are read."""
 NPY_HEADER = 128
 """Bytes in front of the values in a file of one row written by numpy."""
 
@@ -56,9 +56,7 @@ class TokenSplit:
     def window(self, start: int, length: int) -> Int64[np.ndarray, " length"]:
         """`length` tokens from position `start` on, across shards. Raises IndexError past the end."""
         if start < 0 or length < 0 or start + length > self.n_tokens:
-            raise IndexError(
-                f"window {start}..{start + length} is not within the {self.n_tokens} tokens of {self.name}"
-            )
+            raise IndexError(f"{start}..{start + length} is not within the {self.n_tokens} tokens of {self.name}")
         window = np.empty(length, dtype=np.int64)
         index = int(np.searchsorted(self.starts, start, side="right")) - 1
         filled = 0
@@ -70,11 +68,7 @@ class TokenSplit:
         return window
 
     def spaced(self, n: int, length: int) -> Int64[np.ndarray, "n length"]:
-        """`n` windows of `length` tokens that share no token, evenly spaced over the split.
-
-        Raises:
-            UserError: the split is too short.
-        """
+        """`n` windows of `length` tokens that share no token, evenly spaced; UserError if the split is too short."""
         if n < 1 or length < 1 or n * length > self.n_tokens:
             room = self.n_tokens // max(length, 1)
             raise UserError(
@@ -85,11 +79,8 @@ class TokenSplit:
 
 
 def _reopen(name: str, shards: tuple[Any, ...], n_bytes: int) -> TokenSplit:
-    opened = (
-        shard if isinstance(shard, np.ndarray) else np.load(shard, mmap_mode="r", allow_pickle=False)
-        for shard in shards
-    )
-    return TokenSplit(name, tuple(opened), n_bytes)
+    opened = tuple(one if isinstance(one, np.ndarray) else np.load(one, "r", allow_pickle=False) for one in shards)
+    return TokenSplit(name, opened, n_bytes)
 
 
 @dataclass(frozen=True)
@@ -167,11 +158,7 @@ def shard_stamp(folder: Path, shard: dict[str, Any]) -> list[Any]:
 
 
 def _verify(folder: Path, shards: Sequence[dict[str, Any]]) -> None:
-    """Compare shards with their SHA-256, unless that was done since they were written (`.verified.json`).
-
-    Raises:
-        UserError: a shard differs.
-    """
+    """Compare shards with their SHA-256, unless that was done since they were written (`.verified.json`)."""
     path, seals = folder / ".verified.json", {}
     with contextlib.suppress(UserError):
         seals = read_json(path, {})

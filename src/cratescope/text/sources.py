@@ -72,10 +72,8 @@ class HubDocuments:
             for row in self.rows:
                 text = as_document(row["text"]) if "text" in row else None
                 if text is None:
-                    columns = ", ".join(row)
-                    raise UserError(
-                        f"{self.name}: no `text` column of strings, only {columns}; use a data set with one"
-                    )
+                    what = f"no `text` column of strings, only {', '.join(row)}"
+                    raise UserError(f"{self.name}: {what}; use a data set with one")
                 yield text
         except UserError:
             raise
@@ -111,14 +109,10 @@ def open_sources(source: str, report: Callable[[str], None]) -> tuple[dict[str, 
     path, left_out = Path(os.path.expanduser(source)), dict[str, str]()  # Path.expanduser raises for unknown names
     if source == "offline":
         offline.fetch_all((name for part in offline.CORPUS for name in part.archives), report)
-        sources = [
-            Source(
-                *(part.name, part.licence, part.origin, part.size),
-                documents=partial(Documents, part.documents),
-                sha256=partial(str, part.sha256),
-            )
-            for part in offline.CORPUS
-        ]
+        sources = []
+        for part in offline.CORPUS:
+            read, digest = partial(Documents, part.documents), partial(str, part.sha256)
+            sources.append(Source(part.name, part.licence, part.origin, part.size, read, digest))
         listing = [part.sha256 for part in offline.CORPUS]
     elif path.exists():
         files, left_out = _files(path)
@@ -128,13 +122,13 @@ def open_sources(source: str, report: Callable[[str], None]) -> tuple[dict[str, 
         listing = [f"{name} {file.stat().st_size}" for name, file in files]
     else:
         return {"source": source}, [_hub(source)], {}
-    digest = hashlib.sha256("\n".join(listing).encode("utf-8", "surrogateescape")).hexdigest()
+    together = hashlib.sha256("\n".join(listing).encode("utf-8", "surrogateescape")).hexdigest()
     name = source if source == "offline" else path.resolve().name
-    return {"source": name, "source_files": digest}, sources, left_out
+    return {"source": name, "source_files": together}, sources, left_out
 
 
 def _files(path: Path) -> tuple[list[tuple[str, Path]], dict[str, str]]:
-    """What `files_below` gives, of a folder or a single file."""
+    """`files_below` of a folder, or a single file."""
     if path.is_file():
         if not path.name.lower().endswith(SUFFIXES):
             raise UserError(f"{path}: unknown kind of file; the known ones are {FORMATS}")
@@ -248,11 +242,7 @@ def _not_utf8(where: str) -> UserError:
 
 @contextlib.contextmanager
 def _opened(path: Path, newline: str) -> Iterator[TextIO]:
-    """The text of a file, unpacked by its suffix and decoded by its byte-order mark.
-
-    Raises:
-        UserError: unreadable, damaged or cut short.
-    """
+    """The text of a file, unpacked by its suffix and decoded by its byte-order mark; UserError if it is damaged."""
     try:
         with _unpacked(path) as start:
             encoding, errors = encoding_of(start.read(4))
