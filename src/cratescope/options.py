@@ -16,7 +16,7 @@ import tyro
 from cratescope.errors import UserError
 from cratescope.workers import rank, worker_of
 
-Config = TypeVar("Config")
+Config = TypeVar("Config", bound="Checked")
 LARGEST = 2**31 - 1
 LARGEST_SEED = 2**32 - 1
 """The largest that NumPy, PyTorch and transformers all accept."""
@@ -62,6 +62,7 @@ def ranges(kind: type) -> dict[str, Range]:
     return {name: part for name, parts in found.items() for part in parts if isinstance(part, Range)}
 
 
+@dataclass(frozen=True)
 class Checked:
     """Settings that refuse what is out of its option's range, and text that no file can hold, when they are made."""
 
@@ -127,8 +128,8 @@ def parse(kind: type[Config], arguments: list[str], prog: str | None = None) -> 
     words = [word for argument in arguments for word in argument.split("=", 1 if argument[:9] == "--budget=" else 0)]
     if "--budget" in words[:-1]:
         budget = words[len(words) - words[::-1].index("--budget")]
-        if changed := _checked(kind).budgets.get(budget):
-            default = _checked(kind)(**dict.fromkeys(_required(kind), tyro.MISSING), budget=budget, **changed)
+        if changed := kind.budgets.get(budget):
+            default = kind(**dict.fromkeys(_required(kind), tyro.MISSING), **changed, **{"budget": budget})
     return tyro.cli(kind, prog=prog, args=arguments, default=default)
 
 
@@ -149,7 +150,7 @@ def from_table(kind: type[Config], table: Mapping[str, Any], where: str) -> Conf
             raise UserError(f"{where} {name} = {value!r:.60} is not a value it takes") from error
     if missing := [name for name in _required(kind) if name not in values]:
         raise UserError(f"{where} {missing[0]} is missing")
-    values = {**_checked(kind).budgets.get(values.get("budget", ""), {}), **values}
+    values = {**kind.budgets.get(values.get("budget", ""), {}), **values}
     try:
         for name, group in _nested(kind).items():
             of_group = [option.name for option in fields(group) if option.name in values]
@@ -159,10 +160,10 @@ def from_table(kind: type[Config], table: Mapping[str, Any], where: str) -> Conf
         raise UserError(f"{where} {error}") from error
 
 
-def option_types(kind: type) -> dict[str, Any]:
+def option_types(kind: type[Checked]) -> dict[str, Any]:
     """Type of every option of a class of settings, those of settings nested in it among them."""
     hints, nested = get_type_hints(kind), _nested(kind)
-    found = {option.name: hints[option.name] for option in fields(_checked(kind)) if option.name not in nested}
+    found = {option.name: hints[option.name] for option in fields(kind) if option.name not in nested}
     for group in nested.values():
         found |= option_types(group)
     return found
@@ -172,14 +173,8 @@ def _nested(kind: type) -> dict[str, Any]:
     return {name: hint for name, hint in get_type_hints(kind).items() if dataclasses.is_dataclass(hint)}
 
 
-def _required(kind: type) -> list[str]:
-    options = fields(_checked(kind))
-    return [option.name for option in options if option.default is option.default_factory is MISSING]
-
-
-def _checked(kind: type) -> Any:
-    """The same class; type checkers cannot know that settings are a dataclass with budgets."""
-    return kind
+def _required(kind: type[Checked]) -> list[str]:
+    return [option.name for option in fields(kind) if option.default is option.default_factory is MISSING]
 
 
 def _typed(value: Any, hint: Any) -> Any:

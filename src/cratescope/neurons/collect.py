@@ -38,7 +38,7 @@ from cratescope.neurons.records import write_table
 from cratescope.neurons.sites import Site, check_site, partial_pass, site_named
 from cratescope.neurons.strata import Pilot
 from cratescope.neurons.streaming import LayerStatistics, Plan, refuse_not_finite
-from cratescope.neurons.tensors import load_tensors, save_first, save_tensors
+from cratescope.neurons.tensors import load_tensors, save_tensors
 from cratescope.parts import layer_file, parts_folder, remove_parts
 from cratescope.run import Run, claim
 from cratescope.text.shards import TokenData
@@ -186,7 +186,7 @@ class Pass:
         paths = {layer: self._file(layer, "pilot") for layer in self.layers}
         if any(load_tensors(path) is None for path in paths.values()):
             for layer, pilot in self._pilots().items():
-                save_first(paths[layer], vars(pilot))
+                save_tensors(paths[layer], vars(pilot), first=True)
         loaded = {layer: load_tensors(path) or {} for layer, path in paths.items()}
         return {layer: Plan.of(self.config, layer, Pilot(**loaded[layer]), self.excerpts) for layer in self.layers}
 
