@@ -110,7 +110,7 @@ def test_a_neuron_that_is_written_again_replaces_all_its_rows(tables: Tables) ->
         assert tables.read(0).num_rows == 5
         tables.fold(0)
     tables.write_part(0, rows_of(5))
-    tables.replace(0, rows_of(6))
+    tables.replace(0, [rows_of(6)])
     assert tables.done(0) == {6} and files_in(tables.folder) == ["layer-00.parquet"]
 
 
@@ -166,7 +166,7 @@ def test_no_flipped_bit_of_a_table_or_a_part_gives_other_numbers(tables: Tables,
 def test_a_table_with_other_columns_is_refused_by_name(tables: Tables, other: dict, sealed: bool) -> None:
     path = layer_file(tables.folder, 0)
     if sealed:
-        tables.write(path, pa.table(other))
+        Tables(tables.folder, pa.table(other).schema.with_metadata(CHECKED), "x").write(path, [pa.table(other)])
     else:
         pq.write_table(pa.table(other), path)
     with pytest.raises(UserError, match=r"layer-00\.parquet: made by another version of cratescope; delete it and run"):

@@ -47,9 +47,8 @@ def _loss(name: str, row: dict[str, Any]) -> str:
 def _scored(_config: Any, folder: Path) -> str:
     from cratescope.files import read_json
     from cratescope.results.scores import Scores
-    from cratescope.score.scores import read_scores
 
-    scores = Scores(read_scores(folder))
+    scores = Scores.read(folder)
     lines = [_score_line(scores, name) for name in scores.protocols]
     verdicts = read_json(folder / "scores.json")["sanity"]
     for passes in (True, False):

@@ -49,14 +49,17 @@ class Kept(Generic[T]):
         Raises:
             UserError: the table is damaged, or made by another version.
         """
-        rows = self.tables.read(layer, indices=indices).to_pylist()
-        groups = itertools.groupby(rows, key=lambda row: row["index"])
-        return {index: self._of_rows(list(group)) for index, group in groups}
+        return dict(self._items(layer, indices))
+
+    def _items(self, layer: int, indices: Sequence[int] | None = None) -> Iterator[tuple[int, T]]:
+        for table in self.tables.batches(layer, indices=indices):
+            for index, rows in itertools.groupby(table.to_pylist(), key=lambda row: row["index"]):
+                yield index, self._of_rows(list(rows))
 
     def all(self) -> Iterator[tuple[NeuronId, T]]:
         """Every item, in layer and index order."""
         for layer in self.layers:
-            for item in self.read(layer).values():
+            for _, item in self._items(layer):
                 yield _neuron_of(item), item
 
     @contextlib.contextmanager
@@ -66,8 +69,8 @@ class Kept(Generic[T]):
             yield lambda item: writer.add(_neuron_of(item).layer, self._to_rows(item))
 
     def replace(self, layer: int, items: Iterable[T]) -> None:
-        """Make the table of a layer hold these items and no others."""
-        self.tables.replace(layer, (row for item in items for row in self._to_rows(item)))
+        """Make the table of a layer hold these items, in index order, and no others."""
+        self.tables.replace(layer, map(self._to_rows, items))
 
     def write(self, items: Iterable[T]) -> None:
         """Keep some items at once."""

@@ -186,7 +186,9 @@ def _grid(n: int, columns: int, height: Callable[[int], float], **shared: Any) -
 def _layer_lines(axes: Any, item: Results, protocol: str, style: Style) -> None:
     for control, fill in ((OWN, style.colour), (SHUFFLED, "none")):
         own = control == OWN
-        found = {layer: item.scores.mean(protocol, None, control, layer=layer) for layer in item.scores.rows(protocol)}
+        found = {
+            layer: item.scores.mean(protocol, None, control, layer=layer) for layer in item.scores.columns(protocol)
+        }
         means = {layer: found[layer] for layer in sorted(found) if found[layer].mean is not None}
         axes.errorbar(
             [layer + style.dodge for layer in means],

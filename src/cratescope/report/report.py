@@ -120,18 +120,18 @@ def _own(row: Row) -> bool:
 def _write_numbers(
     out: Path, results: Sequence[Results], compared: Sequence[Sequence[Comparison]], pair: tuple[str, str] | None
 ) -> dict[str, list[Row]]:
-    """The rows of every CSV file, by its name; scores.json holds the comparisons as well."""
+    """Write every CSV file; return the rows of all but neurons.csv, by name. scores.json has the comparisons too."""
     rows = {
         "scores": tables.score_rows(results),
-        "neurons": tables.neuron_rows(results),
         "losses": tables.loss_rows(results),
         "activity": tables.activity_rows(results),
         "quality": tables.quality_rows(results),
         "matched": tables.matched_rows(results, pair),
         "sanity": tables.sanity_rows(results),
     }
-    for name in CSV:
-        tables.write_csv(out / f"{name}.csv", rows[name])
+    tables.write_csv(out / "neurons.csv", lambda: tables.neuron_rows(results))
+    for name, found in rows.items():
+        tables.write_csv(out / f"{name}.csv", found.__iter__)
     pairs = [tables.comparison_row(pair) for group in compared for pair in group]
     kept = ("scores", "activity", "quality", "matched", "sanity")
     write_json(out / "scores.json", {name: rows[name] for name in kept} | {"comparisons": pairs})
@@ -233,7 +233,7 @@ def spread(ranking: Sequence[int], cards: int) -> list[tuple[int, int]]:
 def _groups(item: Results, config: ReportConfig, decode: text.Decode) -> Iterator[Group]:
     """The cards of every layer, chosen by the first protocol's ranking."""
     protocol = item.scores.protocols[0]
-    for layer in sorted(item.scores.rows(protocol)):
+    for layer in sorted(item.scores.columns(protocol)):
         ranking = item.scores.ranking(protocol, layer)
         chosen = spread(ranking, config.cards)
         neurons = _neurons(item, config, layer, [index for _, index in chosen]) if chosen else []

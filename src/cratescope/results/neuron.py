@@ -18,7 +18,6 @@ from cratescope.neurons.sample import find_site, record_files
 from cratescope.results.scores import Scores
 from cratescope.run import Run
 from cratescope.score.scores import Score
-from cratescope.score.scores import scores as scores_in
 
 Item = TypeVar("Item")
 
@@ -134,8 +133,7 @@ def read_neurons(
         raise UserError(f"layer {layer}: no such layer; {run.records(site)} has layers {known}")
     records = read_records(files[layer], indices)
     if scores is None:
-        found = scores_in(run.scores(site, explainer, simulator)).read(layer, indices)
-        scores = Scores(row for rows in found.values() for row in rows)
+        scores = Scores.read(run.scores(site, explainer, simulator), [layer], indices)
     ids = [record.neuron for record in records.values()]
     said: dict[NeuronId, dict[str, Said]] = {neuron: {} for neuron in ids}
     names = {*(one.set for one in Explained.every(run, site, explainer)), *scores.sets}

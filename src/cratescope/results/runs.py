@@ -8,16 +8,19 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from jaxtyping import Float, Int
+
 from cratescope.arm import Arm
 from cratescope.errors import UserError
 from cratescope.explain.explained import Explained, Explanation
 from cratescope.files import Shape, read_json, read_jsonl, slug
+from cratescope.neurons.kept import Kept
 from cratescope.neurons.records import NeuronId, layer_file, read_columns
-from cratescope.results.scores import Scores
+from cratescope.results.scores import Scores, numbers_at
 from cratescope.run import IDENTITY, METRICS, Run
 from cratescope.score.quality import read_quality
 from cratescope.score.score import read_about
-from cratescope.score.scores import read_scores
 
 Row = dict[str, Any]
 EVALUATION: Shape = {
@@ -30,12 +33,17 @@ UNKNOWN["unigram_entropy"] = None
 """The same of imported records, which come without a model."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Activity:
-    """How often (fraction of tokens) and how strongly a neuron was active on the collected text."""
+    """How often (fraction of tokens) and how strongly each neuron of a layer was active on the collected text."""
 
-    density: float
-    maximum: float
+    index: Int[np.ndarray, " n"]
+    density: Float[np.ndarray, " n"]
+    maximum: Float[np.ndarray, " n"]
+
+    def at(self, indices: Int[np.ndarray, " m"], name: str) -> list[float | None]:
+        """A number of each neuron, None where there is none."""
+        return numbers_at(indices, self.index, getattr(self, name))
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +51,8 @@ class Results:
     """All measurements of one run at one site, except the windows of text.
 
     about: what `score` says of itself (explainer, simulator, sanity verdicts, what each explanation set was made with).
-    explanations: by explanation set and neuron. quality: what `score` says of activation quality, if it does.
+    explanations: texts by explanation set, layer and index. activity: by layer.
+    quality: what `score` says of activation quality, if it does.
     """
 
     run: Run
@@ -55,8 +64,8 @@ class Results:
     metrics: list[Row]
     about: Row
     scores: Scores
-    explanations: dict[str, dict[NeuronId, Explanation]]
-    activity: dict[NeuronId, Activity]
+    explanations: dict[str, dict[int, dict[int, str]]]
+    activity: dict[int, Activity]
     quality: Row | None
 
     @cached_property
@@ -68,6 +77,11 @@ class Results:
     def plain(self) -> bool:
         """Whether the run is the paper's preset, read at its native site."""
         return self.site == self.arm.site and not self.arm.variant
+
+    @property
+    def width(self) -> int:
+        """Neurons per layer."""
+        return sum(len(activity.index) for activity in self.activity.values()) // len(self.activity)
 
     @cached_property
     def matter(self) -> tuple[Any, ...]:
@@ -84,13 +98,13 @@ class Results:
 
     def text(self, neuron: NeuronId, name: str) -> str | None:
         """A neuron's explanation in the set `name`; None if it was not explained."""
-        found = self.explanations.get(name, {}).get(neuron)
-        return found.text if found else None
+        return self.explanations.get(name, {}).get(neuron.layer, {}).get(neuron.index)
 
     def distinct(self, name: str, layer: int) -> int:
         """Number of different texts in the explanation set among the scored neurons of a layer."""
-        scored = {index for protocol in self._protocols_of(name) for index in self.scores.rows(protocol).get(layer, ())}
-        texts = (item.text for neuron, item in self.explanations[name].items() if _among(neuron, layer, scored))
+        columns = (self.scores.columns(protocol).get(layer) for protocol in self._protocols_of(name))
+        scored = {index for column in columns if column is not None for index in column.index.tolist()}
+        texts = (text for index, text in self.explanations[name].get(layer, {}).items() if index in scored)
         return len({*texts} - {""})
 
     def _protocols_of(self, name: str) -> list[str]:
@@ -98,11 +112,7 @@ class Results:
 
     def densities(self, layer: int) -> list[float]:
         """Fraction of tokens on which each neuron of a layer is not zero, in index order."""
-        return [self.activity[neuron].density for neuron in sorted(self.activity) if neuron.layer == layer]
-
-
-def _among(neuron: NeuronId, layer: int, indices: set[int]) -> bool:
-    return neuron.layer == layer and neuron.index in indices
+        return self.activity[layer].density.tolist()
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -142,7 +152,7 @@ def _load_run(run: Run, explainer: str, simulator: str) -> Iterator[Results]:
     evaluation = read_json(run.evaluation, EVALUATION, "`cratescope evaluate`") if run.manifest.exists() else UNKNOWN
     metrics = _metrics(run, manifest)
     for site, folder in folders.items():
-        about, scores = read_about(folder), Scores(read_scores(folder))
+        about, scores = read_about(folder), Scores.read(folder)
         if not scores.protocols or about["made_with"].keys() != set(scores.sets):
             raise UserError(f"{folder}: its scores.json is not of its scores; run `cratescope score` again")
         quality = run.quality(site)
@@ -156,7 +166,7 @@ def _load_run(run: Run, explainer: str, simulator: str) -> Iterator[Results]:
             metrics=metrics,
             about=about,
             scores=scores,
-            explanations={name: dict(Explained(run, site, explainer, name).explanations.all()) for name in scores.sets},
+            explanations={name: _texts(Explained(run, site, explainer, name).explanations) for name in scores.sets},
             activity=_read_activity(run.records(site), scores.layers),
             quality=read_quality(quality) if quality.exists() else None,
         )
@@ -209,14 +219,21 @@ def _scored(run: Run, explainer: str, simulator: str) -> dict[str, Path]:
     raise UserError(f"{folder}/*/{chosen}/scores.json: no such file; run `{command}` first{hint}")
 
 
-def _read_activity(folder: Path, layers: Iterable[int]) -> dict[NeuronId, Activity]:
+def _texts(kept: Kept[Explanation]) -> dict[int, dict[int, str]]:
+    """The text of every explanation, by layer and index."""
+    found = {}
+    for layer in kept.layers:
+        table = kept.tables.read(layer, ["text"])
+        found[layer] = dict(zip(*(table.column(name).to_pylist() for name in ("index", "text")), strict=True))
+    return found
+
+
+def _read_activity(folder: Path, layers: Iterable[int]) -> dict[int, Activity]:
     """Density and maximum of every neuron; only these columns are read, the windows are a thousand times larger."""
-    found: dict[NeuronId, Activity] = {}
-    for path in (layer_file(folder, layer) for layer in layers):
-        table = read_columns(path, ["model", "site", "layer", "index", "density", "maximum"])
-        for row in table.to_pylist():
-            activity = Activity(row.pop("density"), row.pop("maximum"))
-            found[NeuronId(**row)] = activity
+    found = {}
+    for layer in layers:
+        table = read_columns(layer_file(folder, layer), ["index", "density", "maximum"]).sort_by("index")
+        found[layer] = Activity(*(table.column(name).to_numpy() for name in ("index", "density", "maximum")))
     return found
 
 

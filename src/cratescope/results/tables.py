@@ -6,14 +6,16 @@ import csv
 import functools
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from jaxtyping import Int
+
 from cratescope.explain.controls import CONTROLS
 from cratescope.files import atomic_path
-from cratescope.neurons.records import NeuronId
 from cratescope.results.compare import DETECTABLE, UNTRAINED, Comparison
 from cratescope.results.estimates import NOTHING, Estimate, finite, over
 from cratescope.results.runs import Results, Row, one_per_run, protocols, untrained_copy
@@ -53,7 +55,7 @@ def score_rows(results: Sequence[Results]) -> list[Row]:
         for copy in [untrained_copy(item, results)]
         for protocol in item.scores.protocols
         for measure in item.scores.measures(protocol)
-        for layer in [*sorted(item.scores.rows(protocol, measure)), None]
+        for layer in [*sorted(item.scores.columns(protocol, measure)), None]
     ]
 
 
@@ -96,45 +98,54 @@ def _beside(name: str, score: Estimate, gain: Estimate) -> Row:
     }
 
 
-def neuron_rows(results: Sequence[Results]) -> list[Row]:
+def neuron_rows(results: Sequence[Results]) -> Iterator[Row]:
     """One row per neuron and explanation set: the explanation, and the scores that were made from it.
 
     Each protocol's own measure, its interval and its controls; empty for a protocol of another explanation set.
     """
     names = protocols(results)
-    return [
-        _neuron_row(item, neuron, explained, names)
-        for item in results
-        for neuron in _neurons(item)
-        for explained in item.scores.sets
-    ]
+    for item in results:
+        layers = [layers.keys() for layers in item.explanations.values()]
+        for layer in sorted({*item.scores.layers}.union(*layers)):
+            yield from _neuron_rows(item, layer, names)
 
 
-def _neurons(item: Results) -> list[NeuronId]:
-    scored = {
-        row.neuron
-        for name in item.scores.protocols
-        for rows in item.scores.rows(name).values()
-        for row in rows.values()
-    }
-    return sorted(scored.union(*item.explanations.values()))
+def _neuron_rows(item: Results, layer: int, names: Sequence[str]) -> Iterator[Row]:
+    """Those of one layer, made column by column: the rows of an explanation set are every so-manieth."""
+    indices = np.array(_neurons(item, layer), dtype=np.int64)
+    columns = [_neuron_columns(item, layer, indices, explained, names) for explained in item.scores.sets]
+    start = {"model": item.label, "site": item.site, "layer": layer}
+    for place, index in enumerate(indices.tolist()):
+        for one in columns:
+            yield start | {"index": index} | {name: values[place] for name, values in one.items()}
 
 
-def _neuron_row(item: Results, neuron: NeuronId, explained: str, names: Sequence[str]) -> Row:
-    row: Row = {"model": item.label, "site": item.site, "layer": neuron.layer, "index": neuron.index}
-    row |= {"explanation_set": explained, "explanation": item.text(neuron, explained)}
+def _neurons(item: Results, layer: int) -> list[int]:
+    """Neurons of a layer that have a score or an explanation."""
+    columns = (item.scores.columns(name).get(layer) for name in item.scores.protocols)
+    scored = {index for column in columns if column is not None for index in column.index.tolist()}
+    return sorted(scored.union(*(texts.get(layer, {}) for texts in item.explanations.values())))
+
+
+def _neuron_columns(
+    item: Results, layer: int, indices: Int[np.ndarray, " n"], explained: str, names: Sequence[str]
+) -> dict[str, Sequence[Any]]:
+    """What neurons.csv says of some neurons, beside their names."""
+    texts, nothing = item.explanations.get(explained, {}).get(layer, {}), [None] * len(indices)
+    columns: dict[str, Sequence[Any]] = {"explanation_set": [explained] * len(indices)}
+    columns["explanation"] = [texts.get(index) for index in indices.tolist()]
     for name in names:
         ours = name in item.scores.protocols and item.scores.set_of(name) == explained
-        score = item.scores.of(neuron, name) if ours else None
-        row |= {f"{name}_score": score and score.value, f"{name}_low": score and score.low}
-        row[f"{name}_high"] = score and score.high
+        own = item.scores.columns(name).get(layer) if ours else None
+        for suffix, number in (("score", "value"), ("low", "low"), ("high", "high")):
+            columns[f"{name}_{suffix}"] = own.at(indices, number) if own else nothing
         for control in CONTROLS:
-            score = item.scores.of(neuron, name, control) if ours else None
-            row[f"{name}_{control}"] = score and score.value
-    activity = item.activity.get(neuron)
-    row["density"] = finite(activity.density) if activity else None
-    row["maximum"] = finite(activity.maximum) if activity else None
-    return row
+            null = item.scores.columns(name, None, control).get(layer) if ours else None
+            columns[f"{name}_{control}"] = null.at(indices) if null else nothing
+    activity = item.activity.get(layer)
+    for name in ("density", "maximum"):
+        columns[name] = [finite(value) for value in activity.at(indices, name)] if activity else nothing
+    return columns
 
 
 def activity_rows(results: Sequence[Results]) -> list[Row]:
@@ -261,14 +272,28 @@ def csv_cell(value: Any) -> Any:
     return f"'{value}" if isinstance(value, str) and value.startswith(FORMULA) else value
 
 
-def write_csv(path: Path, rows: Sequence[Row]) -> None:
-    """Write rows of equal keys with full precision; a missing number is an empty cell. See `csv_cell` for texts."""
-    cells = [{name: csv_cell(value) for name, value in row.items()} for row in rows]
-    # The library quotes no carriage return, at which readers then end the row.
-    returns = any(isinstance(value, str) and "\r" in value for row in cells for value in row.values())
-    quoting: Any = csv.QUOTE_ALL if returns else csv.QUOTE_MINIMAL
-    with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
-        names = list(rows[0]) if rows else []
-        writer = csv.DictWriter(file, fieldnames=names, lineterminator="\n", quoting=quoting)
-        writer.writeheader()
-        writer.writerows(cells)
+def write_csv(path: Path, rows: Callable[[], Iterable[Row]]) -> None:
+    """Write rows of equal keys with full precision; a missing number is an empty cell. See `csv_cell` for texts.
+
+    rows: called again where a text has a carriage return, for which the library has no quotes and readers end the row,
+    so that all cells get quotes.
+    """
+    with atomic_path(path) as temporary:
+        if not _write_cells(temporary, rows(), csv.QUOTE_MINIMAL):
+            _write_cells(temporary, rows(), csv.QUOTE_ALL)
+
+
+def _write_cells(path: Path, rows: Iterable[Row], quoting: Any) -> bool:
+    """Whether it was done: without quotes not beyond a carriage return."""
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n", quoting=quoting)
+        for place, row in enumerate(rows):
+            cells = [csv_cell(value) for value in row.values()]
+            if quoting == csv.QUOTE_MINIMAL and any(isinstance(value, str) and "\r" in value for value in cells):
+                return False
+            if place == 0:
+                writer.writerow(row)
+            writer.writerow(cells)
+        if file.tell() == 0:
+            file.write("\n")
+    return True

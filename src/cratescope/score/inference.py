@@ -15,6 +15,11 @@ from cratescope.score.measures import COVERAGE, RESAMPLES
 POWER = 0.8
 """Chance to find a difference that is there, in how many neurons or seeds are needed."""
 
+MANY = 20_000
+"""Values of a layer; of more, no resamples are drawn one by one."""
+_AT_ONCE = 2**23
+"""Counts of resamples in memory at a time."""
+
 
 class Mean(NamedTuple):
     """A mean, its standard error and the sample's standard deviation; None where there are too few values."""
@@ -63,6 +68,11 @@ def interval(
 
     A neuron's score already contains the luck of its windows, so drawing neurons covers both. None if a layer has
     fewer than two values.
+
+    In a layer of more than `MANY` values the means of the resamples are drawn from the normal distribution that they
+    tend to, which has the bootstrap's own mean and variance (of the values, over n). By Berry and Esseen's theorem its
+    distribution function is off by at most 0.47 r / sqrt(n), where r is the mean of |x - mean|^3 over sd^3: 0.5 % for
+    r = 1.6 (a normal distribution's) and n = 20,000.
     """
     found = [np.asarray(values, dtype=np.float64) for values in layers if len(values)]
     if not found or min(map(len, found)) < 2:
@@ -74,8 +84,14 @@ def interval(
 
 
 def _resampled(values: Float[np.ndarray, " n"], rng: np.random.Generator, resamples: int) -> Float[np.ndarray, " r"]:
-    counts = rng.multinomial(len(values), np.full(len(values), 1 / len(values)), size=resamples)
-    return counts @ values / len(values)
+    """Means of resamples of the values."""
+    n = len(values)
+    if n > MANY:
+        return rng.normal(values.mean(), values.std() / math.sqrt(n), resamples)
+    rows = max(_AT_ONCE // n, 1)
+    chances = np.full(n, 1 / n)
+    steps = [min(rows, resamples - start) for start in range(0, resamples, rows)]
+    return np.concatenate([rng.multinomial(n, chances, size=step) @ values / n for step in steps])
 
 
 class Difference(NamedTuple):
