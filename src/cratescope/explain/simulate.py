@@ -23,8 +23,8 @@ from cratescope.llm.interface import LanguageModel, RefusedError
 from cratescope.llm.open import llm_identity, open_llm
 from cratescope.locks import locked
 from cratescope.neurons.kept import Kept
-from cratescope.neurons.records import NeuronId, NeuronRecord, Window, layer_file, read_records
-from cratescope.neurons.sample import AT_ONCE, UNDECODABLE, find_site, undecodable
+from cratescope.neurons.records import NeuronId, NeuronRecord, Window, layer_file
+from cratescope.neurons.sample import AT_ONCE, UNDECODABLE, find_site, undecodable, with_records
 from cratescope.progress import progress
 from cratescope.run import Run, claim
 from cratescope.text.tokenizer import vocabulary_strings
@@ -99,11 +99,12 @@ def _tasks(
     layer: int,
 ) -> Iterator[Task]:
     """What is left to do of a worker's share of a layer, whose records are at `path`."""
-    for start in range(0, len(mine), AT_ONCE):
-        chunk = {told.explanation.neuron.index: told for told in mine[start : start + AT_ONCE]}
-        records, found = read_records(path, [*chunk]), kept.read(layer, [*chunk])
-        for index, told in chunk.items():
-            task = Task.of(told, records[index], chosen, protocols, vocabulary, found.get(index))
+    by_index = {told.explanation.neuron.index: told for told in mine}
+    chunks = [[*by_index][start : start + AT_ONCE] for start in range(0, len(mine), AT_ONCE)]
+    for chunk, records in with_records(path, chunks, 1):
+        found = kept.read(layer, chunk)
+        for index in chunk:
+            task = Task.of(by_index[index], records[index], chosen, protocols, vocabulary, found.get(index))
             if not task.done:
                 yield task
 

@@ -120,7 +120,7 @@ def _own(row: Row) -> bool:
 def _write_numbers(
     out: Path, results: Sequence[Results], compared: Sequence[Sequence[Comparison]], pair: tuple[str, str] | None
 ) -> dict[str, list[Row]]:
-    """Write every CSV file; return the rows of all but neurons.csv, by name. scores.json has the comparisons too."""
+    """Write every CSV file, and scores.json with the comparisons; return the rows of all but neurons.csv, by name."""
     rows = {
         "scores": tables.score_rows(results),
         "losses": tables.loss_rows(results),
