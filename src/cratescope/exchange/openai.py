@@ -21,15 +21,7 @@ from transformers import PreTrainedTokenizerFast
 
 from cratescope.errors import UserError
 from cratescope.exchange.config import ExportConfig, ImportConfig
-from cratescope.files import (
-    SURROGATES,
-    atomic_folder,
-    decode_text,
-    mark_whole,
-    parse_json,
-    write_json,
-    write_text,
-)
+from cratescope.files import SURROGATES, atomic_folder, decode_text, mark_whole, parse_json, write_json, write_text
 from cratescope.locks import locked
 from cratescope.neurons.records import (
     Moments,

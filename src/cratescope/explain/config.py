@@ -27,8 +27,6 @@ SIMULATORS: dict[str, Simulates] = {
     "list-in-context": Simulates("simulators.list_in_context:ListInContext", "whole vocabulary"),
     "all-at-once": Simulates("simulators.all_at_once:AllAtOnce", "likeliest tokens", worded=True),
 }
-
-
 Scorer = Literal["detection", "fuzzing", "intruder"]
 SCORERS: dict[str, str] = {
     "detection": "judges.yes_no:DETECTION",

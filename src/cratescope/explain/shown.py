@@ -10,15 +10,9 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 LEVELS = 10
-
-
 MIN_LEVEL = 4
 """Tokens at this level or above are shown to the explainer."""
-
-
 MAX_WORDS = 8
-
-
 UNREADABLE = "\N{REPLACEMENT CHARACTER}"
 
 

@@ -38,8 +38,6 @@ VERSION = 2
 AGAIN = "delete the file and run `cratescope simulate` again"
 SANITY_NEURONS = 64
 """At most so many neurons a layer in the sanity tests of the measures."""
-
-
 ABOUT: Shape = {
     "explainer": str,
     "simulator": str,
