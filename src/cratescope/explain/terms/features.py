@@ -6,7 +6,8 @@ as rows of it (`Block`): sums over tokens become products of sparse matrices.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -15,7 +16,6 @@ import scipy.sparse as sp
 from jaxtyping import Bool, Float, Int
 
 from cratescope.explain.terms.language import (
-    LONGER,
     Among,
     Back,
     First,
@@ -25,6 +25,8 @@ from cratescope.explain.terms.language import (
     Repeated,
     Rest,
     Start,
+    begins_with,
+    ends_in,
 )
 from cratescope.explain.terms.phrases import Term, What, Where
 from cratescope.explain.terms.texts import Texts
@@ -56,56 +58,43 @@ class Block:
         return self._columns[:, terms].toarray()[self.rows[tokens]]
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
 class Lexicon:
-    """What a language says of words; the words of any texts share it, as do all neurons, layers and runs."""
+    """What a language says of single words, remembered; all neurons, layers and runs of any tokenizer share one."""
 
     language: Language
-    _known: dict[str, list[int]] = field(default_factory=dict)
+    _rows: dict[str, list[int]] = field(default_factory=dict)
 
     @cached_property
     def named(self) -> list[What]:
         """All that a word may be that has a name: classes, endings, beginnings."""
         language = self.language
-        kinds = (("class", language.classes), ("ending", language.endings), ("beginning", language.beginnings))
-        return [What(kind, text) for kind, texts in kinds for text in texts]
+        return [
+            *(What("class", name) for name in language.classes),
+            *(What("ending", text) for text in language.endings),
+            *(What("beginning", text) for text in language.beginnings),
+        ]
 
     @cached_property
-    def _column(self) -> dict[What, int]:
+    def column(self) -> dict[What, int]:
+        """The place of each in `named`."""
         return {what: column for column, what in enumerate(self.named)}
 
     def table(self, words: Sequence[str]) -> sp.csr_array:
         """1 for each word (row) and each of `named` that it is; a last row of zeros stands for no word."""
         rows = [self._row(word) for word in words]
         starts = np.cumsum([0, *map(len, rows), 0])
-        columns = np.fromiter((column for row in rows for column in row), np.int64, starts[-1])
+        columns = np.fromiter(itertools.chain.from_iterable(rows), np.int64, starts[-1])
         return sp.csr_array((np.ones(len(columns)), columns, starts), (len(words) + 1, len(self.named)))
 
     def _row(self, word: str) -> list[int]:
-        if word not in self._known:
-            named = (What("class", name) for name in self.language.classes_of(word))
+        if word not in self._rows:
             language = self.language
-            parts = (("ending", language.endings), ("beginning", language.beginnings))
-            also = (What(kind, text) for kind, texts in parts for text in texts if is_part(kind, text, word))
-            self._known[word] = sorted(self._column[what] for what in (*named, *also))
-        return self._known[word]
-
-    def spelled(self, what: What, words: Sequence[str]) -> Float[np.ndarray, " words"]:
-        """1 for each word that is `what`, by its spelling alone."""
-        if what.kind == "class":
-            column = self._column[what]
-            return np.array([column in self._row(word) for word in words], dtype=np.float64)
-        if what.kind == "word":
-            return np.array([word.lower() == what.text for word in words], dtype=np.float64)
-        return np.array([is_part(what.kind, what.text, word) for word in words], dtype=np.float64)
-
-
-def is_part(kind: str, part: str, word: str) -> bool:
-    """Does a word of letters end or begin with `part`, with letters to spare?"""
-    if len(word) < len(part) + LONGER[f"{kind}s"] or not word.isalpha():
-        return False
-    lower = word.lower()
-    return lower.endswith(part) if kind == "ending" else lower.startswith(part)
+            found = [What("class", name) for name in language.classes_of(word)]
+            found += [What("ending", text) for text in language.endings_of(word)]
+            found += [What("beginning", text) for text in language.beginnings_of(word)]
+            self._rows[word] = [self.column[what] for what in found]
+        return self._rows[word]
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,17 +115,40 @@ class Features:
         texts = self.texts
         if what.kind == "piece":
             return (self._pieces == what.text).astype(np.float64)
-        return self.lexicon.spelled(what, texts.distinct)[texts.spelling][texts.word]
+        return self._spelled(what)[texts.spelling][texts.word]
+
+    def _place(self, place: Place) -> Float[np.ndarray, " n"]:
+        """The value of a place that stands by itself."""
+        match place:
+            case First(after):
+                return self._first(after)
+            case Inside():
+                return self._inside(place)
+            case Repeated(letters):
+                return self._repeated(letters)
+            case Start():
+                return self._start(place)
+            case Rest():
+                return self._rest()
+        raise AssertionError(f"{place} needs another word")
+
+    def _spelled(self, what: What) -> Float[np.ndarray, " d+1"]:
+        """1 for each distinct word that is `what`, by its spelling alone, and 0 for no word."""
+        if (column := self.lexicon.column.get(what)) is not None:
+            return self._columns[:, [column]].toarray()[:, 0]
+        words = [word.lower() for word in self.texts.distinct]
+        is_it = {"word": str.__eq__, "ending": ends_in, "beginning": begins_with}[what.kind]
+        return np.array([*(is_it(word, what.text) for word in words), False], dtype=np.float64)
 
     def _where(self, where: Where) -> Float[np.ndarray, " n"]:
         place = self.lexicon.language.places[where.place]
         if where.other is None:
-            return PLACED[type(place)](self, place)
-        spelled = self.lexicon.spelled(where.other, self.texts.distinct)
+            return self._place(place)
+        spelled = self._spelled(where.other)
         if isinstance(place, Among):
             return self._shares(sp.csr_array(spelled[:, None]), place.last)[self.texts.word, 0]
         assert isinstance(place, Back)
-        return np.append(spelled, 0)[self._behind(place)]
+        return spelled[self._behind(place)]
 
     # Blocks of candidates.
 
@@ -152,10 +164,10 @@ class Features:
             if isinstance(place, Back):
                 yield Block(terms, self._behind(place), near)
             if isinstance(place, Among):
-                yield Block(terms, texts.word, sp.csr_array(self._shares(near[:-1], place.last)))
+                yield Block(terms, texts.word, sp.csr_array(self._shares(near, place.last)))
         plain = {phrase: place for phrase, place in places.items() if not isinstance(place, Back | Among)}
         if plain:
-            values = np.stack([PLACED[type(place)](self, place) for place in plain.values()], 1)
+            values = np.stack([self._place(place) for place in plain.values()], 1)
             yield Block([(None, Where(phrase)) for phrase in plain], np.arange(len(values)), sp.csr_array(values))
         if not named_only:
             yield from self._quoted_blocks()
@@ -177,6 +189,10 @@ class Features:
     def _table(self) -> sp.csr_array:
         return self.lexicon.table(self.texts.distinct)
 
+    @cached_property
+    def _columns(self) -> sp.csc_array:
+        return self._table.tocsc()
+
     # Where words stand.
 
     def _behind(self, place: Back) -> Int[np.ndarray, " n"]:
@@ -186,8 +202,7 @@ class Features:
 
     def _is(self, name: str) -> Bool[np.ndarray, " u"]:
         """Whether each word is of a class."""
-        spelled = self.lexicon.spelled(What("class", name), self.texts.distinct)
-        return (spelled > 0)[self.texts.spelling]
+        return (self._spelled(What("class", name)) > 0)[self.texts.spelling]
 
     def _shares(self, table: sp.csr_array, last: int) -> Float[np.ndarray, "u c"]:
         """For every word, the share of each column of a table of distinct words among the words before it."""
@@ -198,20 +213,20 @@ class Features:
         start = np.maximum(texts.before - last, texts.starts)
         return (counts[texts.before] - counts[start]) / np.maximum(texts.before - start, FEWEST)[:, None]
 
-    def _first(self, place: First) -> Float[np.ndarray, " n"]:
+    def _first(self, after: str) -> Float[np.ndarray, " n"]:
         back = self.texts.back(1)
-        return ((back >= 0) & self._is(place.after)[back]).astype(np.float64)[self.texts.word]
+        return ((back >= 0) & self._is(after)[back]).astype(np.float64)[self.texts.word]
 
-    def _rest(self, place: Rest) -> Float[np.ndarray, " n"]:
+    def _rest(self) -> Float[np.ndarray, " n"]:
         found = np.ones(len(self.texts.tokens))
         found[self.texts.first] = 0
         return found
 
-    def _repeated(self, place: Repeated) -> Float[np.ndarray, " n"]:
+    def _repeated(self, letters: int) -> Float[np.ndarray, " n"]:
         texts = self.texts
         places: dict[str, int] = {}
         lower = np.array([places.setdefault(word.lower(), len(places)) for word in texts.distinct], dtype=np.int64)
-        long = np.array([len(word) >= place.repeated and word.isalpha() for word in texts.distinct], dtype=bool)
+        long = np.array([len(word) >= letters and word.isalpha() for word in texts.distinct], dtype=bool)
         _, first = np.unique(texts.window * (len(places) + 1) + lower[texts.spelling], return_index=True)
         found = long[texts.spelling].astype(np.float64)
         found[first] = 0
@@ -250,15 +265,6 @@ class Features:
         ids, rows = np.unique(self.texts.tokens, return_inverse=True)
         strings = np.array([self.texts.vocabulary.strings[token].strip() for token in ids.tolist()], dtype=object)
         return np.where(self._in_pieces, strings[rows] if len(ids) else "", "")
-
-
-PLACED: dict[type[Place], Callable[[Features, Place], Float[np.ndarray, " n"]]] = {
-    First: Features._first,
-    Inside: Features._inside,
-    Repeated: Features._repeated,
-    Rest: Features._rest,
-    Start: Features._start,
-}  # type: ignore[assignment]
 
 
 def _since(steps: Int[np.ndarray, " n"], stretch: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:

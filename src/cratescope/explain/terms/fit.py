@@ -15,14 +15,16 @@ every sum over its tokens is taken in their order.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
 from jaxtyping import Bool, Float, Int
 
 from cratescope.explain.terms.features import Block, Features, Lexicon, Parts
+from cratescope.explain.terms.language import Language
 from cratescope.explain.terms.phrases import LARGEST, Term, Terms
 from cratescope.explain.terms.selection import Selected, selected
 from cratescope.explain.terms.texts import Texts, Vocabulary
@@ -40,6 +42,8 @@ TIED = 1e-9
 BEST_WHAT, BEST_WHERE = 24, 32
 """Joints are made of so many of the best terms of either kind."""
 LEAST_TOKENS = 256
+VERSION = 1
+"""Of how terms are chosen: raise it when the same records give other explanations."""
 AT_ONCE = 16
 """Neurons fitted together; it affects time and memory alone."""
 DEAD = "dead neuron"
@@ -54,6 +58,10 @@ class Options:
     terms: int = 3
     named_only: bool = True
     joints: bool = False
+
+    def identity(self, language: Language) -> dict[str, Any]:
+        """What decides the explanations of given records."""
+        return {"terms_version": VERSION} | asdict(self) | language.identity
 
 
 @dataclass(frozen=True)
@@ -120,11 +128,11 @@ class _Data:
         weights = weights / blank.spread(blank.sum(weights))
         return cls(weights, activations - blank.spread(blank.sum(weights * activations)), bounds)
 
-    def sum(self, values: Float[np.ndarray, "n *k"]) -> Float[np.ndarray, "h *k"]:
+    def sum(self, values: Float[np.ndarray, "n ..."]) -> Float[np.ndarray, "h ..."]:
         """Over the tokens of each neuron, in their order."""
         return np.add.reduceat(values, self.bounds[:-1])
 
-    def spread(self, values: Float[np.ndarray, "h *k"]) -> Float[np.ndarray, "n *k"]:
+    def spread(self, values: Float[np.ndarray, "h ..."]) -> Float[np.ndarray, "n ..."]:
         """The value of each token's neuron."""
         return np.repeat(values, self.size, axis=0)
 
@@ -172,7 +180,7 @@ class _Candidates:
         block_of = np.searchsorted(self._starts, terms, side="right") - 1
         for number in np.unique(block_of):
             chosen = np.flatnonzero(block_of == number)
-            inside = [terms[place] - int(self._starts[number]) for place in chosen]
+            inside = [terms[place] - int(self._starts[number]) for place in chosen.tolist()]
             columns[:, chosen] = self.blocks[number].values(inside, self.data.tokens(neuron))
         return columns
 
@@ -273,9 +281,12 @@ class _Search:
         weights = self._weights[neuron]
         largest = np.abs(weights).max(initial=0)
         rounded = np.round(weights / largest * LARGEST) if largest > 0 else weights
-        order = np.argsort(-np.abs(rounded), kind="stable").tolist()
-        chosen = ((self._parts[neuron][place], int(rounded[place])) for place in order)
-        return tuple(Term(*parts, weight) for parts, weight in chosen if parts is not None and weight)
+        found = []
+        for place in np.argsort(-np.abs(rounded), kind="stable").tolist():
+            parts, weight = self._parts[neuron][place], int(rounded[place])
+            if parts is not None and weight:
+                found.append(Term(parts[0], parts[1], weight))
+        return tuple(found)
 
 
 def _highest(scores: Float[np.ndarray, " t"], parts: Sequence[Parts], known: set[Parts | None]) -> tuple[int, float]:

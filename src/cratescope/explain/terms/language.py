@@ -11,7 +11,7 @@ import tomllib
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,8 +21,6 @@ PACKAGED = Path(__file__).with_name("language.toml")
 SECTIONS = ("lists", "spellings", "shapes", "parts", "places", "joints")
 PARTS = ("endings", "beginnings")
 JOINTS = ("places",)
-LONGER = {"endings": 2, "beginnings": 3}
-"""So many letters more than its ending or beginning a word has to have."""
 FIX = "`cratescope terms` prints the packaged language as an example"
 
 
@@ -142,6 +140,27 @@ class Language:
             *(name for name, pattern in self.shapes.items() if pattern.fullmatch(form)),
         ]
 
+    @cached_property
+    def _by_length(self) -> tuple[dict[int, set[str]], dict[int, set[str]]]:
+        """Endings and beginnings by their number of letters."""
+        found: tuple[dict[int, set[str]], dict[int, set[str]]] = {}, {}
+        for by_length, parts in zip(found, (self.endings, self.beginnings), strict=True):
+            for part in parts:
+                by_length.setdefault(len(part), set()).add(part)
+        return found
+
+    def endings_of(self, word: str) -> list[str]:
+        """The listed endings that a word has."""
+        lower = word.lower()
+        found = (lower[-n:] for n, parts in self._by_length[0].items() if lower[-n:] in parts)
+        return [part for part in found if ends_in(lower, part)]
+
+    def beginnings_of(self, word: str) -> list[str]:
+        """The listed beginnings that a word has."""
+        lower = word.lower()
+        found = (lower[:n] for n, parts in self._by_length[1].items() if lower[:n] in parts)
+        return [part for part in found if begins_with(lower, part)]
+
     def listing(self) -> Iterator[str]:
         """All of it, a line for each class, part and place."""
         yield f"language {self.name}, version {self.version}, sha256 {self.sha256[:12]}"
@@ -156,7 +175,16 @@ class Language:
             yield f"{phrase}{' ...' * isinstance(place, Back | Among)}: {place}{more}"
 
 
-@cache
+def ends_in(word: str, ending: str) -> bool:
+    """Does a word of letters, in lower case, end in `ending` and have two letters more?"""
+    return word.endswith(ending) and len(word) >= len(ending) + 2 and word.isalpha()
+
+
+def begins_with(word: str, beginning: str) -> bool:
+    """Does a word of letters, in lower case, begin with `beginning` and have three letters more?"""
+    return word.startswith(beginning) and len(word) >= len(beginning) + 3 and word.isalpha()
+
+
 def shape(word: str) -> str:
     """A word with A for capital letters, a for small ones, x for letters of neither kind and 0 for digits."""
     return "".join(_shape(character) for character in word)
@@ -215,13 +243,13 @@ class _Reader:
         self._known("parts.", sections["parts"], PARTS)
         self._known("joints.", sections["joints"], JOINTS)
         self._check_names(sections)
-        patterns = {
-            section: self._each(section, sections[section], self._pattern) for section in ("spellings", "shapes")
-        }
+        spellings, shapes = (
+            self._each(section, sections[section], self._pattern) for section in ("spellings", "shapes")
+        )
         lists = self._each("lists", sections["lists"], self._words)
-        parts = {key: self._parts(key, sections["parts"]) for key in PARTS}
+        endings, beginnings = (self._parts(key, sections["parts"]) for key in PARTS)
         places = self._each("places", sections["places"], self._place)
-        classes = {*lists, *patterns["spellings"], *patterns["shapes"]}
+        classes = {*lists, *spellings, *shapes}
         for phrase, place in places.items():
             self._check_class(f"places.{phrase}", place, classes)
         joints = self._joints(sections["joints"], places)
@@ -230,8 +258,10 @@ class _Reader:
             version=version,
             sha256=sha256,
             lists={name: frozenset(word.lower() for word in words) for name, words in lists.items()},
-            **patterns,
-            **parts,
+            spellings=spellings,
+            shapes=shapes,
+            endings=endings,
+            beginnings=beginnings,
             places=places,
             joints=joints,
         )
@@ -324,4 +354,6 @@ class _Reader:
                 # "numbers two words" and "after" would read as "numbers" and "two words after".
                 for longer in sections["places"]:
                     if longer.endswith(f" {phrase}") and f" {name}".endswith(f" {longer.removesuffix(f' {phrase}')}"):
-                        self._refuse(f"{section}.{name}", f"ends as {longer!r} begins, so it cannot be read back; rename")
+                        self._refuse(
+                            f"{section}.{name}", f"ends as {longer!r} begins, so it cannot be read back; rename"
+                        )

@@ -12,9 +12,12 @@ from cratescope.explain.terms.phrases import Terms, Unreadable, read
 from cratescope.explain.terms.texts import Texts, Vocabulary
 from cratescope.neurons.records import ActivationRecord
 
+VERSION = 1
+"""Of what a text predicts: raise it when the same text and tokens give other numbers."""
+
 
 class TermsSimulator:
-    """The weighted sum of the terms' values on each token; where it is below 0, 0.
+    """The weighted sum of the terms' values on each token; it may be negative.
 
     The windows of the last call are kept: the texts of one neuron are asked for on the same ones, one after another.
     """
@@ -43,4 +46,4 @@ def predict(terms: Terms, features: Features) -> Float[np.ndarray, " n"]:
     total = np.zeros(len(features.texts.tokens))
     for term in terms:
         total += term.weight * features.value(term)
-    return np.maximum(total, 0)
+    return total

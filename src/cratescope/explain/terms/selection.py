@@ -38,17 +38,18 @@ def selected(record: NeuronRecord, protocols: Iterable[Protocol] = tuple(PROTOCO
     weighs as much as its stratum's share of all text says, relative to the mean of the windows, and at most 1.
 
     Raises:
-        UserError: the record has no windows by quantile.
+        UserError: the record has no windows by quantile, or of other quantiles than `collect` takes.
     """
-    if not record.by_quantile:
-        neuron = record.neuron
+    if len(record.by_quantile) != len(QUANTILES) - 1:
+        neuron, n = record.neuron, len(record.by_quantile)
         raise UserError(
-            f"layer {neuron.layer} neuron {neuron.index} of {neuron.model}: records have no windows by_quantile, which "
-            "terms are chosen on; run `cratescope collect --strata`, or use another explainer"
+            f"layer {neuron.layer} neuron {neuron.index} of {neuron.model}: records have {n or 'no'} samples "
+            f"by_quantile, and terms are chosen on {len(QUANTILES) - 1}; run `cratescope collect --strata`, or use "
+            "another explainer"
         )
     picks = list(_picks(protocols, record))
     used = _Used.of([window for pick in picks for window in pick.windows(record)])
-    ranks = {rank for pick in picks if pick.source == "top" for rank in pick.ranks or range(len(record.top))}
+    ranks = {rank for pick in picks if pick.source == "top" for rank in _ranks(pick, record)}
     spare = [window for rank, window in enumerate(record.top) if rank not in ranks]
     found = [(window, 1.0, weight) for window, weight in _by_quantile(record)]
     found += [(window, TOP, TOP_PEAK) for window in spare]
@@ -59,6 +60,10 @@ def _picks(protocols: Iterable[Protocol], record: NeuronRecord) -> Iterable[Pick
     """What the protocols show and score, where the record has it."""
     for protocol in protocols:
         yield from (pick for pick in (*protocol.explain, *protocol.score) if getattr(record, pick.source))
+
+
+def _ranks(pick: Pick, record: NeuronRecord) -> Iterable[int]:
+    return range(len(record.top)) if pick.ranks is None else pick.ranks
 
 
 def _by_quantile(record: NeuronRecord) -> list[tuple[ActivationRecord, float]]:

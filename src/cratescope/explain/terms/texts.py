@@ -53,7 +53,10 @@ class Vocabulary:
         places: dict[str, int] = {}
         first, last = (
             np.array([places.setdefault(text[end], len(places)) for text in padded], dtype=np.int64)
-            for padded, end in (([text or " " for text in self.strings], 0), ([text or " " for text in self.strings], -1))
+            for padded, end in (
+                ([text or " " for text in self.strings], 0),
+                ([text or " " for text in self.strings], -1),
+            )
         )
         return first, last, list(places)
 
@@ -61,7 +64,9 @@ class Vocabulary:
         """Whether each token of `after` goes on with the word that the token of `before` ends in."""
         first, last, characters = self._ends
         pairs, place = np.unique(last[before] * len(characters) + first[after], return_inverse=True)
-        known = [together(characters[i], characters[j]) for i, j in zip(*np.divmod(pairs, len(characters)), strict=True)]
+        known = [
+            together(characters[i], characters[j]) for i, j in zip(*np.divmod(pairs, len(characters)), strict=True)
+        ]
         return np.array(known, dtype=bool)[place]
 
 
