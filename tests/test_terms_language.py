@@ -49,7 +49,9 @@ def test_a_file_of_the_users_replaces_the_packaged_language(written):
 
 
 def test_a_file_that_extends_adds_to_the_packaged_language_and_replaces_entries_of_the_same_name(written):
-    more = 'name = "chemistry"\nversion = 1\nextends = "english"\n[lists]\n"elements" = "iron zinc"\n"articles" = "der"\n'
+    more = (
+        'name = "chemistry"\nversion = 1\nextends = "english"\n[lists]\n"elements" = "iron zinc"\n"articles" = "der"\n'
+    )
     language, packaged = load_language(written(more)), load_language()
     assert {*language.classes} == {*packaged.classes, "elements"}
     assert language.classes_of("zinc")[0] == "elements"
@@ -140,7 +142,8 @@ def test_a_file_that_is_missing_or_no_text_is_told_in_one_line(tmp_path):
 def test_every_class_of_the_packaged_language_is_of_some_word():
     language = load_language()
     words = [word for words in language.lists.values() for word in words]
-    words += "1995 , . ?! ; ' 's ( ] \" -- ... // + $ \n \n\n <|endoftext|> ==== IV 3 17 365 b2b , ); foo Foo FOO".split(" ")
+    more = "1995 , . ?! ; ' 's ( ] \" -- ... // + $ \n \n\n <|endoftext|> ==== IV 3 17 365 b2b , ); foo Foo FOO"
+    words += more.split(" ")
     words += ["    ", "McCall", "x", "X", "internationalisation", "of", "\u6f22"]
     assert {name for word in words for name in language.classes_of(word)} == {*language.classes}
 

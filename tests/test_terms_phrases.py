@@ -12,7 +12,21 @@ from cratescope.explain.terms.phrases import Term, Unreadable, What, Where, read
 LANGUAGE = load_language()
 named = st.sampled_from(LANGUAGE.classes).map(lambda name: What("class", name))
 texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12) | st.sampled_from(
-    ['"', "\\", "\n", "\u2028", "a, b (+3)", '", the word "', "(", ")", "漢", "\U0001f44d\U0001f3fd", " ", "after", "(+10)"]
+    [
+        '"',
+        "\\",
+        "\n",
+        "\u2028",
+        "a, b (+3)",
+        '", the word "',
+        "(",
+        ")",
+        "漢",
+        "\U0001f44d\U0001f3fd",
+        " ",
+        "after",
+        "(+10)",
+    ]
 )
 quoted = st.builds(What, st.sampled_from(["word", "ending", "beginning"]), texts)
 pieces = st.builds(What, st.just("piece"), texts)

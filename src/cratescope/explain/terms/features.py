@@ -132,7 +132,7 @@ class Features:
                 return self._rest()
         raise AssertionError(f"{place} needs another word")
 
-    def _spelled(self, what: What) -> Float[np.ndarray, " d+1"]:
+    def _spelled(self, what: What) -> Float[np.ndarray, " words"]:
         """1 for each distinct word that is `what`, by its spelling alone, and 0 for no word."""
         if (column := self.lexicon.column.get(what)) is not None:
             return self._columns[:, [column]].toarray()[:, 0]

@@ -116,7 +116,7 @@ class _Data:
 
     weights: Float[np.ndarray, " n"]
     activations: Float[np.ndarray, " n"]
-    bounds: Int[np.ndarray, " h+1"]
+    bounds: Int[np.ndarray, " bounds"]
 
     @classmethod
     def of(cls, samples: Sequence[Sequence[Selected]]) -> _Data:
@@ -156,7 +156,7 @@ class _Candidates:
         return [parts for block in self.blocks for parts in block.terms]
 
     @cached_property
-    def _starts(self) -> Int[np.ndarray, " b+1"]:
+    def _starts(self) -> Int[np.ndarray, " bounds"]:
         return np.cumsum([0, *(len(block.terms) for block in self.blocks)])
 
     def sums(self, values: Float[np.ndarray, " n"], squared: bool = False) -> Float[np.ndarray, "h t"]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -32,7 +33,8 @@ class TermsSimulator:
         if isinstance(terms, Unreadable):
             return terms
         features = self._of(windows)
-        return np.split(predict(terms, features), features.texts.bounds[1:-1])
+        values, bounds = predict(terms, features), features.texts.bounds
+        return [values[start:end] for start, end in itertools.pairwise(bounds)]
 
     def _of(self, windows: Sequence[ActivationRecord]) -> Features:
         key = [(window.tokens.tobytes(), window.start == 0) for window in windows]

@@ -95,8 +95,8 @@ class Texts:
 
     vocabulary: Vocabulary
     tokens: Int[np.ndarray, " n"]
-    bounds: Int[np.ndarray, " w+1"]
     opens: Bool[np.ndarray, " w"]
+    bounds: Int[np.ndarray, " w+1"]
     word: Int[np.ndarray, " n"]
     first: Int[np.ndarray, " u"]
     window: Int[np.ndarray, " u"]
@@ -121,7 +121,7 @@ class Texts:
         spelling, distinct = _spellings(tokens, first, vocabulary.strings)
         opens = np.array([window.start == 0 for window in windows], dtype=bool)
         word = np.cumsum(begins) - 1
-        return cls(vocabulary, tokens, bounds, opens, word, first, number[first], spelling, distinct)
+        return cls(vocabulary, tokens, opens, bounds, word, first, number[first], spelling, distinct)
 
     @cached_property
     def last(self) -> Int[np.ndarray, " u"]:
