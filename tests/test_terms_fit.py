@@ -29,6 +29,7 @@ PIECES = (
 )
 STRINGS = PIECES.split("|")
 VOCABULARY, LEXICON = Vocabulary.of(STRINGS), Lexicon(load_language())
+EVERY = tuple(PROTOCOLS.values())
 EXCERPTS, LENGTH = 400, 128
 RULES = {
     "numbers": "numbers (+10)",
@@ -124,7 +125,7 @@ def test_what_is_found_for_a_neuron_does_not_depend_on_those_beside_it(records, 
 
 def test_weights_are_the_same_to_the_last_bit_beside_any_other_neurons(records):
     def search(chosen):
-        samples = [selected(one) for one in chosen]
+        samples = [selected(one, EVERY) for one in chosen]
         texts = Texts.of([one.window for sample in samples for one in sample], VOCABULARY)
         data = fit._Data.of(samples)
         found = fit._Search(data, fit._Candidates(data, tuple(Features(texts, LEXICON).blocks(True))))
@@ -158,7 +159,7 @@ def all_texts():
 def test_the_terms_are_those_of_plain_forward_selection(records):
     """The formulas of the module, on a dense matrix of all candidates of one neuron."""
     for one in records:
-        sample = selected(one)
+        sample = selected(one, EVERY)
         texts = Texts.of([part.window for part in sample], VOCABULARY)
         features = Features(texts, LEXICON)
         blocks = list(features.blocks(named_only=True))
@@ -168,7 +169,7 @@ def test_the_terms_are_those_of_plain_forward_selection(records):
         w = w / w.sum()
         y = np.concatenate([part.window.activations for part in sample]).astype(np.float64)
         y = y - w @ y
-        support, variance = (w @ x**2) * len(w), w @ x**2 - (w @ x) ** 2
+        support, variance = (w > 0) @ x**2, w @ x**2 - (w @ x) ** 2
         chosen, residual = [], y
         for _ in range(3):
             cov = np.abs((w * residual) @ x)
@@ -188,7 +189,7 @@ def test_the_terms_are_those_of_plain_forward_selection(records):
 
 
 def test_the_text_alone_predicts_what_was_fitted(records):
-    sample = selected(records[0])
+    sample = selected(records[0], EVERY)
     windows = [one.window for one in sample]
     (found,) = explain([records[0]], VOCABULARY, LEXICON, Options(5, named_only=False, joints=True))
     features = Features(Texts.of(windows, VOCABULARY), LEXICON)
@@ -214,11 +215,11 @@ def looked_at(sample):
 def test_no_protocol_shows_or_scores_a_token_that_terms_are_chosen_on(records, protocol):
     for one in records:
         used = tokens_of([*protocol.explain_records(one), *protocol.score_records(one)])
-        assert looked_at(selected(one)).isdisjoint(used)
+        assert looked_at(selected(one, EVERY)).isdisjoint(used)
 
 
 def test_the_windows_of_these_tests_do_share_tokens_with_scored_ones(records):
-    sample = selected(records[0])
+    sample = selected(records[0], EVERY)
     assert any((one.weights == 0).any() and one.weights.any() for one in sample)
 
 
@@ -226,9 +227,15 @@ def test_windows_that_a_new_protocol_uses_are_not_looked_at(records):
     for pick in (Pick("by_quantile", None), Pick("top", None)):
         new = Protocol("new", "new", (), (pick,), ("pearson",), "nobody")
         used = tokens_of(new.score_records(records[0]))
-        assert looked_at(selected(records[0], (*PROTOCOLS.values(), new))).isdisjoint(used)
+        assert looked_at(selected(records[0], (*EVERY, new))).isdisjoint(used)
     every = [Protocol("new", "new", (), (Pick(name, None),), ("pearson",), "nobody") for name in ("top", "by_quantile")]
     assert not looked_at(selected(records[0], every))
+
+
+def test_every_protocol_is_spared_unless_one_names_fewer(records):
+    assert Options().protocols == tuple(PROTOCOLS)
+    few = [PROTOCOLS[name] for name in ("uniform", "top-and-random")]
+    assert looked_at(selected(records[0], EVERY)) < looked_at(selected(records[0], few))
 
 
 def test_what_a_neuron_does_on_scored_tokens_changes_nothing(records):
@@ -295,6 +302,6 @@ def test_activations_of_any_scale_give_the_same_terms():
 
 def test_what_decides_an_explanation_is_in_its_identity():
     language = load_language()
-    identities = [options.identity(language) for options in (Options(), Options(4), Options(joints=True))]
+    identities = [options.identity(language) for options in (Options(), Options(4), Options(protocols=("uniform",)))]
     assert len({str(one) for one in identities}) == 3
     assert identities[0] | language.identity == identities[0]

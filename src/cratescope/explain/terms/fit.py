@@ -1,7 +1,7 @@
 """Choose the terms of neurons: forward selection by weighted least squares, many neurons at once.
 
 With w the weights of a neuron's tokens, adding up to 1, y its activations and r what the terms chosen so far leave of
-them, a term x of support s = n sum(w x^2) scores
+them, a term x of support s = sum(x^2), over tokens that have a weight, scores
 
     |cov_w(x, r)| / sd_w(x)  sqrt(s / (s + SHRINK)),     s >= SUPPORT
 
@@ -28,6 +28,7 @@ from cratescope.explain.terms.language import Language
 from cratescope.explain.terms.phrases import LARGEST, Term, Terms
 from cratescope.explain.terms.selection import Selected, selected
 from cratescope.explain.terms.texts import Texts, Vocabulary
+from cratescope.neurons.protocols import PROTOCOLS
 from cratescope.neurons.records import NeuronRecord
 
 SUPPORT = 6.0
@@ -48,16 +49,20 @@ AT_ONCE = 16
 """Neurons fitted together; it affects time and memory alone."""
 DEAD = "dead neuron"
 TOO_FEW = f"fewer than {LEAST_TOKENS} tokens that no protocol shows or scores"
-NOTHING = "no term follows it"
+NOTHING = "no term follows it on the tokens that no protocol shows or scores"
 
 
 @dataclass(frozen=True)
 class Options:
-    """terms: at most so many. named_only: no words and pieces in quotation marks. joints: "numbers after commas"."""
+    """terms: at most so many. named_only: no words and pieces in quotation marks. joints: "numbers after commas".
+
+    protocols: terms are chosen on tokens that none of these shows or scores; all, unless windows are too few.
+    """
 
     terms: int = 3
     named_only: bool = True
     joints: bool = False
+    protocols: tuple[str, ...] = tuple(PROTOCOLS)
 
     def identity(self, language: Language) -> dict[str, Any]:
         """What decides the explanations of given records."""
@@ -74,7 +79,7 @@ class Skipped:
 def explain(
     records: Sequence[NeuronRecord], vocabulary: Vocabulary, lexicon: Lexicon, options: Options
 ) -> list[Terms | Skipped]:
-    """The terms of each neuron, chosen on the tokens that no protocol shows or scores.
+    """The terms of each neuron, chosen on the tokens that no protocol of the options shows or scores.
 
     Raises:
         UserError: a record has no windows by quantile.
@@ -82,7 +87,8 @@ def explain(
     found: list[Terms | Skipped] = []
     for start in range(0, len(records), AT_ONCE):
         chunk = records[start : start + AT_ONCE]
-        windows = [[] if record.dead else selected(record) for record in chunk]
+        protocols = [PROTOCOLS[name] for name in options.protocols]
+        windows = [[] if record.dead else selected(record, protocols) for record in chunk]
         enough = [sum(np.count_nonzero(one.weights) for one in of_one) >= LEAST_TOKENS for of_one in windows]
         samples = [of_one for of_one, is_enough in zip(windows, enough, strict=True) if is_enough]
         terms = iter(fit(samples, vocabulary, lexicon, options))
@@ -137,6 +143,11 @@ class _Data:
         return np.repeat(values, self.size, axis=0)
 
     @cached_property
+    def seen(self) -> Float[np.ndarray, " n"]:
+        """1 for each token that has any weight."""
+        return (self.weights > 0).astype(np.float64)
+
+    @cached_property
     def size(self) -> Int[np.ndarray, " h"]:
         return np.diff(self.bounds)
 
@@ -171,8 +182,9 @@ class _Candidates:
     @cached_property
     def scale(self) -> Float[np.ndarray, "h t"]:
         """What a covariance is multiplied with to give a score; 0 for a term of too little support."""
+        support = self.sums(self.data.seen, squared=True)
         squares, means = self.sums(self.data.weights, squared=True), self.sums(self.data.weights)
-        return _scale(squares, means, self.data.size[:, None], SHRINK)
+        return _scale(squares - means**2, support, SHRINK)
 
     def values(self, neuron: int, terms: Sequence[int]) -> Float[np.ndarray, "m j"]:
         """Of some terms on the m tokens of a neuron."""
@@ -186,12 +198,11 @@ class _Candidates:
 
 
 def _scale(
-    squares: Float[np.ndarray, "*t"], means: Float[np.ndarray, "*t"], size: int | np.ndarray, shrink: float
+    variances: Float[np.ndarray, "*t"], support: Float[np.ndarray, "*t"], shrink: float
 ) -> Float[np.ndarray, "*t"]:
-    variances, support = squares - means**2, squares * size
     usable = (support >= SUPPORT) & (variances > 1e-9)
     damping = np.sqrt(support / (support + shrink))
-    return np.divide(damping, np.sqrt(np.where(usable, variances, 1)), where=usable, out=np.zeros_like(squares))
+    return np.divide(damping, np.sqrt(np.where(usable, variances, 1)), where=usable, out=np.zeros_like(support))
 
 
 @dataclass(frozen=True, eq=False)
@@ -266,7 +277,7 @@ class _Search:
     def _refit(self) -> None:
         """Weighted least squares for each neuron; a column of zeros gets the weight 0."""
         data, w = self.data, self.data.weights[:, None]
-        support = data.sum(w * self._columns**2) * data.size[:, None]
+        support = data.sum(data.seen[:, None] * self._columns**2)
         centred = self._columns - data.spread(data.sum(w * self._columns))
         k = centred.shape[1]
         gram = data.sum((w * centred)[:, :, None] * centred[:, None, :])
@@ -309,11 +320,11 @@ def _joints(search: _Search, neuron: int, lexicon: Lexicon) -> _Joints | None:
     if not left or not right:
         return None
     what, where = (sp.csr_array(search.candidates.values(neuron, terms)) for terms in (left, right))
-    weights, size = search.data.weights[search.data.tokens(neuron)], int(search.data.size[neuron])
-    means = _products(what, where, weights)
-    squares = _products(what.multiply(what).tocsr(), where.multiply(where).tocsr(), weights)
+    weights, seen = (of_all[search.data.tokens(neuron)] for of_all in (search.data.weights, search.data.seen))
+    squared = what.multiply(what).tocsr(), where.multiply(where).tocsr()
+    variances = _products(*squared, weights) - _products(what, where, weights) ** 2
     pairs = [(parts[i][0], parts[j][1]) for i in left for j in right]
-    return _Joints(what, where, pairs, _scale(squares, means, size, JOINT_SHRINK))
+    return _Joints(what, where, pairs, _scale(variances, _products(*squared, seen), JOINT_SHRINK))
 
 
 def _top(scores: Float[np.ndarray, " t"], among: Bool[np.ndarray, " t"], n: int) -> list[int]:

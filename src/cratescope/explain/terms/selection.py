@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from cratescope.neurons.protocols import PROTOCOLS, Pick, Protocol
+from cratescope.neurons.protocols import Pick, Protocol
 from cratescope.neurons.records import ActivationRecord, NeuronRecord
 from cratescope.neurons.strata import QUANTILES
 from cratescope.run import UserError
@@ -31,7 +31,7 @@ class Selected:
     weights: Float[np.ndarray, " w"]
 
 
-def selected(record: NeuronRecord, protocols: Iterable[Protocol] = tuple(PROTOCOLS.values())) -> list[Selected]:
+def selected(record: NeuronRecord, protocols: Sequence[Protocol]) -> list[Selected]:
     """The windows of a neuron that none of `protocols` shows or scores, weighted so as to stand for uniform text.
 
     A window is drawn for its peak, and the tokens around that are as good as drawn uniformly: they weigh 1. A peak
