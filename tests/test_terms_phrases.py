@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from cratescope.explain.terms.language import Among, Back, load_language
@@ -41,6 +41,7 @@ terms = (
 )
 
 
+@settings(deadline=None)
 @given(st.lists(terms, min_size=1, max_size=6).map(tuple))
 @example((Term(What("word", 'the word "x" (+3), '), Where("after", What("word", '"')), -10),))
 def test_every_explanation_is_read_back_as_it_was_written(explanation):
@@ -91,6 +92,7 @@ def test_what_is_no_explanation_has_a_reason_of_one_line_and_no_exception(text):
     assert found.reason.isprintable()
 
 
+@settings(deadline=None)
 @given(st.text(max_size=60))
 def test_any_text_is_read_or_has_a_reason(text):
     found = read(text, LANGUAGE)
