@@ -1,0 +1,51 @@
+"""Predict activations from the text of an explanation and the tokens, and from nothing else."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Float
+
+from cratescope.explain.terms.features import Features, Lexicon
+from cratescope.explain.terms.phrases import Terms, Unreadable, read
+from cratescope.explain.terms.texts import Texts, Vocabulary
+from cratescope.neurons.records import ActivationRecord
+
+VERSION = 1
+"""Of what a text predicts: raise it when the same text and tokens give other numbers."""
+
+
+class TermsSimulator:
+    """The weighted sum of the terms' values on each token; it may be negative.
+
+    The windows of the last call are kept: the texts of one neuron are asked for on the same ones, one after another.
+    """
+
+    def __init__(self, vocabulary: Vocabulary, lexicon: Lexicon) -> None:
+        self._vocabulary, self._lexicon = vocabulary, lexicon
+        self._features: tuple[list[tuple[bytes, bool]], Features] | None = None
+
+    def __call__(self, text: str, windows: Sequence[ActivationRecord]) -> list[Float[np.ndarray, " w"]] | Unreadable:
+        """A value for every token of every window; why there is none for a text that is not in the language."""
+        terms = read(text, self._lexicon.language)
+        if isinstance(terms, Unreadable):
+            return terms
+        features = self._of(windows)
+        values, bounds = predict(terms, features), features.texts.bounds
+        return [values[start:end] for start, end in itertools.pairwise(bounds)]
+
+    def _of(self, windows: Sequence[ActivationRecord]) -> Features:
+        key = [(window.tokens.tobytes(), window.start == 0) for window in windows]
+        if self._features is None or self._features[0] != key:
+            self._features = key, Features(Texts.of(windows, self._vocabulary), self._lexicon)
+        return self._features[1]
+
+
+def predict(terms: Terms, features: Features) -> Float[np.ndarray, " n"]:
+    """The value of an explanation on every token."""
+    total = np.zeros(len(features.texts.tokens))
+    for term in terms:
+        total += term.weight * features.value(term)
+    return total
