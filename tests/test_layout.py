@@ -32,6 +32,10 @@ HOUSE = {
         "simulate",
         *(f"judges.{name}" for name in ("__init__", "yes_no", "intruder")),
         "judge",
+        *(
+            f"terms.{name}"
+            for name in ("__init__", "language", "phrases", "texts", "features", "predict", "selection", "fit")
+        ),
     ),
     "score": ("config", "measures", "inference", "sanity", "quality", "scores", "score"),
     "results": ("estimates", "scores", "runs", "neuron", "compare", "tables"),

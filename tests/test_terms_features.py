@@ -9,14 +9,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cratescope.errors import UserError
 from cratescope.explain.terms.features import Features, Lexicon
 from cratescope.explain.terms.language import load_language
 from cratescope.explain.terms.phrases import Term, What, Where, read
 from cratescope.explain.terms.predict import TermsSimulator
 from cratescope.explain.terms.texts import Texts, Vocabulary, together
-from cratescope.lm.tokenizer import encode, vocabulary_strings
-from cratescope.neurons.records import ActivationRecord
-from cratescope.run import UserError
+from cratescope.neurons.records import Window
+from cratescope.text.tokenizer import encode, vocabulary_strings
 from token_kinds import KINDS
 
 LEXICON = Lexicon(load_language())
@@ -28,7 +28,7 @@ STRINGS = [piece.replace("@", "|") for piece in PIECES.split("|")]
 
 
 def window(tokens, start=1):
-    return ActivationRecord(np.array(tokens, dtype=np.int64), np.zeros(len(tokens), np.float32), 0, start, 0)
+    return Window(np.array(tokens, dtype=np.int64), np.zeros(len(tokens), np.float32), 0, start, 0)
 
 
 def windows_of(pieces, start=1):
@@ -215,7 +215,7 @@ def test_the_simulator_reads_tokens_and_nothing_else_of_a_window():
     simulator = TermsSimulator(Vocabulary.of(STRINGS), LEXICON)
     tokens = np.arange(len(STRINGS))
     text = "articles (+10), after articles (-3), among punctuation (+7)"
-    quiet = simulator(text, [ActivationRecord(tokens, np.zeros(len(tokens), np.float32), 3, 5, 1)])
-    loud = simulator(text, [ActivationRecord(tokens, np.arange(len(tokens), dtype=np.float32), 8, 9, 2)])
+    quiet = simulator(text, [Window(tokens, np.zeros(len(tokens), np.float32), 3, 5, 1)])
+    loud = simulator(text, [Window(tokens, np.arange(len(tokens), dtype=np.float32), 8, 9, 2)])
     np.testing.assert_array_equal(quiet[0], loud[0])
     assert quiet[0].any()

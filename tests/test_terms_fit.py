@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cratescope.errors import UserError
+from cratescope.explain.protocols import PROTOCOLS, ExplanationSet, Pick, Protocol
 from cratescope.explain.terms import fit
 from cratescope.explain.terms.features import Features, Lexicon
 from cratescope.explain.terms.fit import DEAD, NOTHING, TOO_FEW, Options, Skipped, explain
@@ -19,9 +21,7 @@ from cratescope.explain.terms.phrases import read, written
 from cratescope.explain.terms.predict import TermsSimulator, predict
 from cratescope.explain.terms.selection import selected
 from cratescope.explain.terms.texts import Texts, Vocabulary
-from cratescope.neurons.protocols import PROTOCOLS, Pick, Protocol
-from cratescope.neurons.records import ActivationRecord, Moments, NeuronId, NeuronRecord, Stratum
-from cratescope.run import UserError
+from cratescope.neurons.records import Moments, NeuronId, NeuronRecord, Stratum, Window
 
 PIECES = (
     " the| of| cat| river|,|.| (|)| 12| 1995| red| blue| Paris| army| soldiers| run|ning|\n| he| they| said| and"
@@ -58,7 +58,7 @@ def record(activations, index=0, seed=0, tokens=None):
     def window(excerpt, place, width=64):
         start = min(max(place - width // 2, 0), LENGTH - width)
         inside = slice(start, start + width)
-        return ActivationRecord(tokens[excerpt, inside], activations[excerpt, inside], excerpt, start, place - start)
+        return Window(tokens[excerpt, inside], activations[excerpt, inside], excerpt, start, place - start)
 
     def drawn(low, high, n, excerpts, width=64):
         return tuple(window(excerpt, int(rng.integers(LENGTH)), width) for excerpt in rng.choice(excerpts, n).tolist())
@@ -77,7 +77,7 @@ def record(activations, index=0, seed=0, tokens=None):
 
 def activations_of(text, noise=0.03, seed=0):
     tokens = corpus()
-    rows = [ActivationRecord(row, np.zeros(LENGTH, np.float32), 0, 0, 0) for row in tokens]
+    rows = [Window(row, np.zeros(LENGTH, np.float32), 0, 0, 0) for row in tokens]
     values = np.array(TermsSimulator(VOCABULARY, LEXICON)(text, rows)) / 10
     return (values + noise * np.random.default_rng(seed).standard_normal(values.shape)).astype(np.float32)
 
@@ -95,7 +95,7 @@ def texts_of(found):
 def test_a_rule_that_the_language_has_a_word_for_is_found(records, name):
     place = list(RULES).index(name)
     (found,) = explain([records[place]], VOCABULARY, LEXICON, Options())
-    windows = PROTOCOLS["uniform"].score_records(records[place])
+    windows = PROTOCOLS["uniform"].windows(records[place])
     truth = np.concatenate([window.activations for window in windows])
     simulated = np.concatenate(TermsSimulator(VOCABULARY, LEXICON)(written(found), windows))
     assert np.corrcoef(truth, simulated)[0, 1] > 0.75  # what stands before a window is not known
@@ -214,7 +214,7 @@ def looked_at(sample):
 @pytest.mark.parametrize("protocol", PROTOCOLS.values(), ids=list(PROTOCOLS))
 def test_no_protocol_shows_or_scores_a_token_that_terms_are_chosen_on(records, protocol):
     for one in records:
-        used = tokens_of([*protocol.explain_records(one), *protocol.score_records(one)])
+        used = tokens_of([*protocol.set.windows(one), *protocol.windows(one)])
         assert looked_at(selected(one, EVERY)).isdisjoint(used)
 
 
@@ -225,10 +225,13 @@ def test_the_windows_of_these_tests_do_share_tokens_with_scored_ones(records):
 
 def test_windows_that_a_new_protocol_uses_are_not_looked_at(records):
     for pick in (Pick("by_quantile", None), Pick("top", None)):
-        new = Protocol("new", "new", (), (pick,), ("pearson",), "nobody")
-        used = tokens_of(new.score_records(records[0]))
+        new = Protocol("new", ExplanationSet("new", ()), (pick,), ("pearson",), "nobody")
+        used = tokens_of(new.windows(records[0]))
         assert looked_at(selected(records[0], (*EVERY, new))).isdisjoint(used)
-    every = [Protocol("new", "new", (), (Pick(name, None),), ("pearson",), "nobody") for name in ("top", "by_quantile")]
+    every = [
+        Protocol("new", ExplanationSet("new", ()), (Pick(name, None),), ("pearson",), "nobody")
+        for name in ("top", "by_quantile")
+    ]
     assert not looked_at(selected(records[0], every))
 
 
@@ -240,7 +243,7 @@ def test_every_protocol_is_spared_unless_one_names_fewer(records):
 
 def test_what_a_neuron_does_on_scored_tokens_changes_nothing(records):
     one = records[3]
-    used = set().union(*(tokens_of([*p.explain_records(one), *p.score_records(one)]) for p in PROTOCOLS.values()))
+    used = set().union(*(tokens_of([*p.set.windows(one), *p.windows(one)]) for p in PROTOCOLS.values()))
 
     def spoilt(window):
         places = [(window.excerpt, window.start + place) in used for place in range(len(window.tokens))]

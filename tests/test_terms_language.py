@@ -6,8 +6,8 @@ import re
 
 import pytest
 
+from cratescope.errors import UserError
 from cratescope.explain.terms.language import PACKAGED, load_language, shape
-from cratescope.run import UserError
 
 SMALL = """
 name = "small"

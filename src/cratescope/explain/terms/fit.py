@@ -23,12 +23,12 @@ import numpy as np
 import scipy.sparse as sp
 from jaxtyping import Bool, Float, Int
 
+from cratescope.explain.protocols import PROTOCOLS
 from cratescope.explain.terms.features import Block, Features, Lexicon, Parts
 from cratescope.explain.terms.language import Language
 from cratescope.explain.terms.phrases import LARGEST, Term, Terms
 from cratescope.explain.terms.selection import Selected, selected
 from cratescope.explain.terms.texts import Texts, Vocabulary
-from cratescope.neurons.protocols import PROTOCOLS
 from cratescope.neurons.records import NeuronRecord
 
 SUPPORT = 6.0

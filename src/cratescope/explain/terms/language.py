@@ -15,7 +15,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
 
-from cratescope.run import UserError, decode_text, first_line
+from cratescope.errors import UserError, first_line
+from cratescope.files import decode_text
 
 PACKAGED = Path(__file__).with_name("language.toml")
 SECTIONS = ("lists", "spellings", "shapes", "parts", "places", "joints")

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from cratescope.explain.terms.features import Features, Lexicon
 from cratescope.explain.terms.phrases import Terms, Unreadable, read
 from cratescope.explain.terms.texts import Texts, Vocabulary
-from cratescope.neurons.records import ActivationRecord
+from cratescope.neurons.records import Window
 
 VERSION = 1
 """Of what a text predicts: raise it when the same text and tokens give other numbers."""
@@ -27,7 +27,7 @@ class TermsSimulator:
         self._vocabulary, self._lexicon = vocabulary, lexicon
         self._features: tuple[list[tuple[bytes, bool]], Features] | None = None
 
-    def __call__(self, text: str, windows: Sequence[ActivationRecord]) -> list[Float[np.ndarray, " w"]] | Unreadable:
+    def __call__(self, text: str, windows: Sequence[Window]) -> list[Float[np.ndarray, " w"]] | Unreadable:
         """A value for every token of every window; why there is none for a text that is not in the language."""
         terms = read(text, self._lexicon.language)
         if isinstance(terms, Unreadable):
@@ -36,7 +36,7 @@ class TermsSimulator:
         values, bounds = predict(terms, features), features.texts.bounds
         return [values[start:end] for start, end in itertools.pairwise(bounds)]
 
-    def _of(self, windows: Sequence[ActivationRecord]) -> Features:
+    def _of(self, windows: Sequence[Window]) -> Features:
         key = [(window.tokens.tobytes(), window.start == 0) for window in windows]
         if self._features is None or self._features[0] != key:
             self._features = key, Features(Texts.of(windows, self._vocabulary), self._lexicon)

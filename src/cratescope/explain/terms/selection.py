@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from cratescope.neurons.protocols import Pick, Protocol
-from cratescope.neurons.records import ActivationRecord, NeuronRecord
+from cratescope.errors import UserError
+from cratescope.explain.protocols import Pick, Protocol
+from cratescope.neurons.records import NeuronRecord, Window
 from cratescope.neurons.strata import QUANTILES
-from cratescope.run import UserError
 
 TOP = 0.5
 """Weight of a token of a top window, beside 1 in a stratum."""
@@ -27,7 +27,7 @@ TOP_PEAK = 0.01
 class Selected:
     """A window to select terms on, with a weight (w,) for each token; 0 for those that a protocol shows or scores."""
 
-    window: ActivationRecord
+    window: Window
     weights: Float[np.ndarray, " w"]
 
 
@@ -59,14 +59,14 @@ def selected(record: NeuronRecord, protocols: Sequence[Protocol]) -> list[Select
 def _picks(protocols: Iterable[Protocol], record: NeuronRecord) -> Iterable[Pick]:
     """What the protocols show and score, where the record has it."""
     for protocol in protocols:
-        yield from (pick for pick in (*protocol.explain, *protocol.score) if getattr(record, pick.source))
+        yield from (pick for pick in (*protocol.set.picks, *protocol.picks) if getattr(record, pick.source))
 
 
 def _ranks(pick: Pick, record: NeuronRecord) -> Iterable[int]:
     return range(len(record.top)) if pick.ranks is None else pick.ranks
 
 
-def _by_quantile(record: NeuronRecord) -> list[tuple[ActivationRecord, float]]:
+def _by_quantile(record: NeuronRecord) -> list[tuple[Window, float]]:
     """Windows of the strata with the weights of their peaks."""
     masses = np.diff(QUANTILES)
     shares = [
@@ -78,7 +78,7 @@ def _by_quantile(record: NeuronRecord) -> list[tuple[ActivationRecord, float]]:
     return [(window, min(float(share / mean), 1.0)) for window, share in shares]
 
 
-def _weighted(window: ActivationRecord, weight: float, peak: float, used: _Used) -> Selected:
+def _weighted(window: Window, weight: float, peak: float, used: _Used) -> Selected:
     weights = np.full(len(window.tokens), weight)
     weights[window.peak] = peak
     weights[used.tokens(window)] = 0
@@ -94,11 +94,11 @@ class _Used:
     end: Int[np.ndarray, " m"]
 
     @classmethod
-    def of(cls, windows: Sequence[ActivationRecord]) -> _Used:
+    def of(cls, windows: Sequence[Window]) -> _Used:
         keys = np.array(sorted({window.key for window in windows}), dtype=np.int64).reshape(-1, 3)
         return cls(keys[:, 0], keys[:, 1], keys[:, 1] + keys[:, 2])
 
-    def tokens(self, window: ActivationRecord) -> Bool[np.ndarray, " w"]:
+    def tokens(self, window: Window) -> Bool[np.ndarray, " w"]:
         """Which tokens of a window are in one of these."""
         found = np.zeros(len(window.tokens), dtype=bool)
         first, last = window.start, window.start + len(window.tokens)

@@ -13,8 +13,8 @@ from functools import cached_property
 import numpy as np
 from jaxtyping import Bool, Int
 
-from cratescope.neurons.records import ActivationRecord
-from cratescope.run import UserError
+from cratescope.errors import UserError
+from cratescope.neurons.records import Window
 
 _UNSPACED = ("CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR")
 """Beginnings of the names of letters that are written without spaces between words: there each token is a word."""
@@ -104,7 +104,7 @@ class Texts:
     distinct: list[str]
 
     @classmethod
-    def of(cls, windows: Sequence[ActivationRecord], vocabulary: Vocabulary) -> Texts:
+    def of(cls, windows: Sequence[Window], vocabulary: Vocabulary) -> Texts:
         """Of the tokens of windows, and of whether they are at the start of what the model read; of nothing else.
 
         Ids that the tokenizer does not have are empty texts.
