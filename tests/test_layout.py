@@ -29,7 +29,7 @@ HOUSE = {
         *("config", "protocols", "shown", "phrase", "slots", "openai_wording", "wording", "prompts"),
         *("explained", "explain", "simulate", "judge"),
     ),
-    "score": ("config", "measures", "inference", "sanity", "quality", "scores", "score"),
+    "score": ("config", "words", "measures", "inference", "sanity", "quality", "scores", "score"),
     "results": ("estimates", "scores", "runs", "neuron", "compare", "tables"),
     "report": ("config", "text", "html", "card", "figures", "verdict", "report"),
     "exchange": ("config", "reference", "records"),
