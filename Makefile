@@ -46,7 +46,7 @@ bench: $(VENV)/installed ## speed and memory, side by side: training, collecting
 	$(BIN)/python benchmarks/score.py
 	$(BIN)/python benchmarks/prepare.py
 
-bench-quality: $(VENV)/installed ## planted neurons: how well simulators, judges and the explainer do
+bench-quality: $(VENV)/installed ## planted neurons: how well the explainer, list-pmi and the measures do (at most 10 minutes)
 	$(BIN)/cratescope prepare offline --out $(OUT)/data --tokenizer bpe:4096 --max-megabytes 16 --validation 0.04 --heldout 0.12
 	$(BIN)/python benchmarks/quality.py --data $(OUT)/data --out $(OUT)/quality
 

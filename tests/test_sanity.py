@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from cratescope.explain.protocols import PROTOCOLS
+from cratescope.explain.protocols import PROTOCOLS, Protocol
 from cratescope.neurons.records import Histogram, Moments, NeuronId, NeuronRecord, Window
+from cratescope.score.measures import MEASURES
 from cratescope.score.sanity import SYNTHETIC_ACTIVE, Case, Verdict, on_records, on_synthetic, verdict
+from cratescope.score.words import Words
 
 DOCS = Path(__file__).parent.parent / "docs" / "evaluation.md"
 
@@ -27,13 +30,14 @@ def passing(found: list[Verdict], sample: str) -> set[str]:
 
 
 def test_on_uniform_text_the_measures_of_the_source_pass(synthetic: list[Verdict]) -> None:
-    assert passing(synthetic, "uniform") >= {"pearson", "cosine", "auprc", "f1", "iou"}
+    assert passing(synthetic, "uniform") >= {"pearson", "cosine", "auprc", "f1", "iou", "balanced", "specific"}
     assert not passing(synthetic, "uniform") & {"auroc", "accuracy"}
+    assert {item.measure for item in synthetic} == {*MEASURES}
 
 
 def test_nothing_passes_on_chosen_windows_when_activity_is_rare(synthetic: list[Verdict]) -> None:
     assert passing(synthetic, "top-and-random") == set()
-    rare = [item for item in synthetic if item.sample.startswith("top-and-random, 0.1%")]
+    rare = [item for item in synthetic if item.sample.startswith("top-and-random, 0.1%") and item.measure != "unseen"]
     assert all(item.missing > 0.9 and item.extra < 0.9 for item in rare), "too broad an explanation is not noticed"
 
 
@@ -67,7 +71,7 @@ def test_a_measure_that_does_not_look_fails() -> None:
     assert not verdict("x", "accuracy", []).passes
 
 
-def test_real_neurons_are_tested_on_the_windows_of_each_protocol() -> None:
+def graded() -> NeuronRecord:
     """A neuron with lexical activity of graded strength: 1 % of all tokens are what a right explanation names."""
     rng = np.random.default_rng(0)
     tokens = 64
@@ -76,11 +80,29 @@ def test_real_neurons_are_tested_on_the_windows_of_each_protocol() -> None:
     edges = np.append(0, np.quantile(activations[activations > 0], np.linspace(0, 0.999, 40)))
     count = np.histogram(activations, np.append(edges, 2.0))[0]
     histogram = Histogram(edges, np.append(edges[1:], 2.0), count)
-    record = NeuronRecord(
+    return NeuronRecord(
         NeuronId("m", "mlp", 0, 0), tuple(windows[:10]), tuple(windows[10:]), Moments(9, 0, 1, 0, 0, 1), 0.05,
         histogram=histogram,
     )  # fmt: skip
+
+
+def test_real_neurons_are_tested_on_the_windows_of_each_protocol() -> None:
+    record = graded()
     found = {(item.sample, item.measure): item for item in on_records([PROTOCOLS["uniform"]], [record] * 8)}
     assert found["uniform", "f1"].passes and found["uniform", "pearson"].passes
     assert {item.n_neurons for item in found.values()} == {8}
     assert on_records([PROTOCOLS["uniform"]], [])[0].n_neurons == 0
+
+
+def test_measures_that_look_at_words_are_tested_with_the_words_of_each_neuron() -> None:
+    protocol = dataclasses.replace(PROTOCOLS["uniform"], measures=("pearson", "balanced", "unseen", "specific"))
+    vocabulary = [f" w{number % 40}" for number in range(64)]
+
+    def words(protocol: Protocol, record: NeuronRecord) -> Words:
+        return Words.of(protocol.score_records(record), {"w1", "w2"}, vocabulary)
+
+    found = {item.measure: item for item in on_records([protocol], [graded()] * 20, words)}
+    assert list(found) == list(protocol.measures) and all(item.passes for item in found.values())
+    assert found["balanced"] != found["pearson"]
+    without = on_records([protocol], [graded()] * 2)
+    assert [item.measure for item in without] == ["pearson", "specific"]

@@ -49,15 +49,18 @@ def display(token: str) -> str:
 def whole_word(tokens: Sequence[str], place: int) -> str:
     """The word that `tokens[place]` is part of; the token itself when it is no part of a word."""
     first = last = place
-    while first > 0 and _together(tokens[first - 1][-1:], tokens[first][:1]):
+    while first > 0 and same_word(tokens[first - 1][-1:], tokens[first][:1]):
         first -= 1
-    while last + 1 < len(tokens) and _together(tokens[last][-1:], tokens[last + 1][:1]):
+    while last + 1 < len(tokens) and same_word(tokens[last][-1:], tokens[last + 1][:1]):
         last += 1
     return "".join(tokens[first : last + 1])
 
 
-def _together(before: str, after: str) -> bool:
-    """Are these two characters of one word? Vowel signs and accents of their own belong to what they stand on."""
+def same_word(before: str, after: str) -> bool:
+    """Are these two characters of one word? Vowel signs and accents of their own belong to what they stand on.
+
+    Each is a character, or empty: the last of a token and the first of the next.
+    """
     if before == "\u200d":  # joins what is around it, as in emoji
         return bool(after) and not after.isspace()
     if _is_mark(after):

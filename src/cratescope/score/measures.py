@@ -5,6 +5,9 @@ counts `weight` times. So one definition serves for the value (weights of 1) and
 window was drawn), and repeating tokens or weighting them is the same thing. Where a measure does not exist it is NaN
 here, and None for whoever calls `measure`.
 
+Two measures look at words and weight the tokens by them (WEIGHERS): `balanced`, where every different word weighs
+alike, and `unseen`, on words that the explanation was not made from.
+
 What "active" means to the measures that need it (Oikarinen et al. 2025, arXiv 2506.05774, and its code): the truth is
 cut at its highest 1 % of tokens, the simulation, whose scale is arbitrary, at half of its own largest value (there: a
 probability of 1/2). A token of activation 0 or less is never active. Both cuts are made once, not in every resample.
@@ -15,27 +18,75 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Num
+
+from cratescope.score.words import Words
 
 ACTIVE = 0.01
 """Fraction of the tokens, those of the highest activation, that count as active (Oikarinen et al. 2025)."""
 RESAMPLES = 1000
+WIDTH = 0.75
+"""How much the width of an explanation counts in `specific`, between 0 (not) and 1."""
 COVERAGE = 0.95
 """Of every interval."""
 _CHUNK = 2**21
 """Weights in memory at a time."""
+NO_WINDOWS = "no windows to score"
+NO_UNSEEN_WORD = "no unseen word"
+CONSTANT_TRUTH = "constant truth"
+CONSTANT_SIMULATION = "constant simulation"
+NO_ACTIVE_TOKEN = "no active token"
 
 Measure = Callable[
     [Float[np.ndarray, " n"], Float[np.ndarray, " n"], Float[np.ndarray, "b n"]], Float[np.ndarray, " b"]
 ]
 
 
-def measure(name: str, truth: Float[np.ndarray, " n"], simulated: Float[np.ndarray, " n"]) -> float | None:
-    """The value of MEASURES[name], or None where it does not exist (a constant side, no active token, no tokens)."""
+Weigher = Callable[[Float[np.ndarray, "b n"], Words], Float[np.ndarray, "b n"]]
+
+
+def measure(
+    name: str, truth: Float[np.ndarray, " n"], simulated: Float[np.ndarray, " n"], words: Words | None = None
+) -> float | None:
+    """The value of MEASURES[name], or None where it does not exist, for a `reason`. WEIGHERS need the words."""
     if len(truth) < 2:
         return None
-    value = MEASURES[name](_scaled(truth), _scaled(simulated), np.ones((1, len(truth))))[0]
+    value = _values(name, _scaled(truth), _scaled(simulated), np.ones((1, len(truth))), words)[0]
     return float(value) if np.isfinite(value) else None
+
+
+def reason(
+    name: str, truth: Float[np.ndarray, " n"], simulated: Float[np.ndarray, " n"], words: Words | None = None
+) -> str:
+    """Why `measure` found None of the same."""
+    if not len(truth):
+        return NO_WINDOWS
+    if name in WEIGHERS:
+        counts = WEIGHERS[name](np.ones((1, len(truth))), _needed(name, words))[0] > 0
+        truth, simulated = truth[counts], simulated[counts]
+    if not len(truth):
+        return NO_UNSEEN_WORD
+    if is_constant(truth):
+        return CONSTANT_TRUTH
+    return CONSTANT_SIMULATION if is_constant(simulated) else NO_ACTIVE_TOKEN
+
+
+def _values(
+    name: str,
+    truth: Float[np.ndarray, " n"],
+    simulated: Float[np.ndarray, " n"],
+    weights: Float[np.ndarray, "b n"],
+    words: Words | None,
+) -> Float[np.ndarray, " b"]:
+    if name in WEIGHERS:
+        weights = WEIGHERS[name](weights, _needed(name, words))
+    return MEASURES[name](truth, simulated, weights)
+
+
+def _needed(name: str, words: Words | None) -> Words:
+    if words is None:
+        raise ValueError(f"measure {name} needs the words of the tokens")
+    return words
 
 
 def bootstrap(
@@ -45,6 +96,7 @@ def bootstrap(
     window: Int[np.ndarray, " n"],
     seed: tuple[int, ...],
     resamples: int = RESAMPLES,
+    words: Words | None = None,
 ) -> tuple[float, float] | None:
     """Percentile interval of a measure over resampled windows of text (`window`: the number of each token's, from 0).
 
@@ -58,7 +110,8 @@ def bootstrap(
     counts = rng.multinomial(n_windows, np.full(n_windows, 1 / n_windows), size=resamples).astype(np.float64)
     rows = max(_CHUNK // len(truth), 1)
     sides = _scaled(truth), _scaled(simulated)
-    found = [MEASURES[name](*sides, counts[start : start + rows, window]) for start in range(0, resamples, rows)]
+    parts = (counts[start : start + rows, window] for start in range(0, resamples, rows))
+    found = [_values(name, *sides, part, words) for part in parts]
     values = np.concatenate(found)
     values = values[np.isfinite(values)]
     if len(values) < resamples / 2:
@@ -100,9 +153,15 @@ def pearson(
 ) -> Float[np.ndarray, " b"]:
     """Pearson correlation over all tokens joined together; NaN for a constant side."""
     x, y = truth - truth.mean(), simulated - simulated.mean()  # or the differences below would cancel
-    share = weights / weights.sum(1, keepdims=True)
+    share = _shares(weights)
     mean_x, mean_y, xx, yy, xy = (share @ np.stack([x, y, x * x, y * y, x * y], 1)).T
     return _correlation(xy - mean_x * mean_y, (xx, mean_x), (yy, mean_y))
+
+
+def _shares(weights: Float[np.ndarray, "b n"]) -> Float[np.ndarray, "b n"]:
+    """Adding up to 1 in every sample; all 0 in a sample without any weight."""
+    total = weights.sum(1, keepdims=True)
+    return np.divide(weights, total, out=np.zeros_like(weights), where=total > 0)
 
 
 def _correlation(covariance: Float[np.ndarray, " b"], *sides: tuple[np.ndarray, np.ndarray]) -> Float[np.ndarray, " b"]:
@@ -113,11 +172,54 @@ def _correlation(covariance: Float[np.ndarray, " b"], *sides: tuple[np.ndarray, 
     return np.clip(_ratio(covariance, np.sqrt(variances[0] * variances[1])), -1, 1)
 
 
+def every_word_alike(weights: Float[np.ndarray, "b n"], words: Words) -> Float[np.ndarray, "b n"]:
+    """The weights of the tokens of each word scaled to add up to 1, so that every different word counts once."""
+    place, by_word = _by_value(words.number, weights)
+    total = by_word[:, place]
+    return np.divide(weights, total, out=np.zeros_like(weights), where=total > 0)
+
+
+def unseen_words(weights: Float[np.ndarray, "b n"], words: Words) -> Float[np.ndarray, "b n"]:
+    """The weights of the tokens of words that the explanation was not made from; 0 for the others."""
+    return weights * words.unseen
+
+
+def specific(
+    truth: Float[np.ndarray, " n"], simulated: Float[np.ndarray, " n"], weights: Float[np.ndarray, "b n"]
+) -> Float[np.ndarray, " b"]:
+    """Pearson correlation times (the smaller over the larger width of the two sides) to the power of 3/4.
+
+    Each side is cut in two (`split`) once, not in every resample, the truth without what is below 0. With a share p of
+    the tokens above the cut a side's width is sqrt(p (1 - p)). Why, and why 3/4: docs/evaluation.md. NaN for a constant
+    side and for a truth without an active token.
+    """
+    share = _shares(weights)
+    above = [share @ split(side).astype(float) for side in (np.maximum(truth, 0), simulated)]
+    widths = np.sqrt([part * (1 - part).clip(min=0) for part in above])
+    alike = _ratio(widths.min(0), widths.max(0))
+    return pearson(truth, simulated, weights) * np.where(alike > 0, alike, np.nan) ** WIDTH
+
+
+def split(values: Float[np.ndarray, " n"]) -> Bool[np.ndarray, " n"]:
+    """The values above the cut into two groups that explains most of their variance (Otsu 1979); none if constant.
+
+    Of several such cuts the lowest. Scale and offset do not matter.
+    """
+    ordered = np.sort(values)
+    below = np.arange(1, len(values))
+    between = np.cumsum(ordered - values.mean())[:-1] ** 2 / (below * (len(values) - below))  # up to a factor
+    between[ordered[1:] == ordered[:-1]] = -1  # equal values are on one side
+    if between.max(initial=-1) < 0:
+        return np.zeros(len(values), dtype=bool)
+    last = ordered[between.argmax()]
+    return values > last
+
+
 def spearman(
     truth: Float[np.ndarray, " n"], simulated: Float[np.ndarray, " n"], weights: Float[np.ndarray, "b n"]
 ) -> Float[np.ndarray, " b"]:
     """Pearson correlation of the ranks, ties sharing their mean rank."""
-    share = weights / weights.sum(1, keepdims=True)
+    share = _shares(weights)
     x, y = (_ranks(side, share) - 0.5 for side in (truth, simulated))  # the mean rank of all is 1/2
     zero = np.zeros(len(weights))
     return _correlation((share * x * y).sum(1), *(((share * side**2).sum(1), zero) for side in (x, y)))
@@ -130,7 +232,7 @@ def _ranks(values: Float[np.ndarray, " n"], share: Float[np.ndarray, "b n"]) -> 
 
 
 def _by_value(
-    values: Float[np.ndarray, " n"], weights: Float[np.ndarray, "b n"]
+    values: Num[np.ndarray, " n"], weights: Float[np.ndarray, "b n"]
 ) -> tuple[Int[np.ndarray, " n"], Float[np.ndarray, "b v"]]:
     """Index of each token among the distinct values in rising order, and the weight of each value."""
     distinct, place = np.unique(values, return_inverse=True)
@@ -226,7 +328,12 @@ MEASURES: dict[str, Measure] = {
     "iou": iou,
     "auroc": auroc,
     "accuracy": accuracy,
+    "specific": specific,
+    "balanced": pearson,
+    "unseen": pearson,
 }
+WEIGHERS: dict[str, Weigher] = {"balanced": every_word_alike, "unseen": unseen_words}
+"""How the measures that look at words weight the tokens."""
 
 
 def judged(name: str, labels: Bool[np.ndarray, " n"], probabilities: Float[np.ndarray, " n"]) -> float | None:

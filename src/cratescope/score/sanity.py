@@ -7,7 +7,7 @@ not fall says nothing about explanations that are too narrow, or too broad.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,7 +16,8 @@ from jaxtyping import Bool, Float
 
 from cratescope.explain.protocols import Protocol
 from cratescope.neurons.records import NeuronRecord
-from cratescope.score.measures import ACTIVE, MEASURES, measure
+from cratescope.score.measures import ACTIVE, MEASURES, WEIGHERS, measure
+from cratescope.score.words import Words
 
 FALL = 0.001
 """A score has fallen when it is lower by more than this (the source's epsilon)."""
@@ -25,6 +26,10 @@ PASS = 0.9
 SYNTHETIC_ACTIVE = (0.1, 0.01, 0.001)
 """How often the synthetic neurons are active; the source has 0.5 and 0.0001 as well."""
 SYNTHETIC_NEURONS = 20
+SYNTHETIC_WORDS = 1000
+"""Different words in the text of synthetic neurons; the n-th is the n-th most common, by Zipf's law."""
+
+WordsOf = Callable[[Protocol, NeuronRecord], Words]
 
 
 @dataclass(frozen=True)
@@ -49,12 +54,14 @@ class Verdict:
 class Case:
     """A neuron on the tokens that are scored.
 
-    labels: those that the right explanation names. rate: the fraction of all text that it names.
+    labels: those that the right explanation names. rate: the fraction of all text that it names. words: of the
+    tokens, where a measure looks at them.
     """
 
     truth: Float[np.ndarray, " n"]
     labels: Bool[np.ndarray, " n"]
     rate: float
+    words: Words | None = None
 
     def missing(self, rng: np.random.Generator) -> Bool[np.ndarray, " n"]:
         return self.labels & (rng.random(len(self.labels)) < 0.5)
@@ -70,7 +77,7 @@ def verdict(sample: str, name: str, cases: Sequence[Case], seed: int = 0) -> Ver
     for number, case in enumerate(cases):
         rng = np.random.default_rng([seed, number])
         right, *spoilt = (
-            measure(name, case.truth, labels.astype(np.float64))
+            measure(name, case.truth, labels.astype(np.float64), case.words)
             for labels in (case.labels, case.missing(rng), case.extra(rng))
         )
         if right is not None:
@@ -80,16 +87,22 @@ def verdict(sample: str, name: str, cases: Sequence[Case], seed: int = 0) -> Ver
     return Verdict(sample, name, missing, extra, len(fallen))
 
 
-def on_records(protocols: Iterable[Protocol], records: Sequence[NeuronRecord]) -> list[Verdict]:
-    """Every measure of every protocol on real neurons; the right explanation names their highest 1 % of all tokens."""
+def on_records(
+    protocols: Iterable[Protocol], records: Sequence[NeuronRecord], words: WordsOf | None = None
+) -> list[Verdict]:
+    """Every measure of every protocol on real neurons; the right explanation names their highest 1 % of all tokens.
+
+    words: of a protocol's scored tokens; without it, measures that look at words are passed over.
+    """
     found = []
     for protocol in protocols:
-        cases = [case for record in records if (case := _case(protocol, record)) is not None]
-        found += [verdict(protocol.name, name, cases) for name in protocol.measures]
+        cases = [case for record in records if (case := _case(protocol, record, words)) is not None]
+        names = [name for name in protocol.measures if words or name not in WEIGHERS]
+        found += [verdict(protocol.name, name, cases) for name in names]
     return found
 
 
-def _case(protocol: Protocol, record: NeuronRecord) -> Case | None:
+def _case(protocol: Protocol, record: NeuronRecord, words: WordsOf | None) -> Case | None:
     """None for a neuron that is dead, has no histogram, or no active token among the protocol's windows."""
     windows = protocol.windows(record)
     if record.dead or record.histogram is None or not windows:
@@ -99,7 +112,9 @@ def _case(protocol: Protocol, record: NeuronRecord) -> Case | None:
     truth = np.concatenate([window.activations for window in windows]).astype(np.float64)
     labels = (truth >= threshold) & (truth > 0)
     rate = float(above[record.histogram.low >= max(threshold, 0)].max(initial=0) / above[0])
-    return Case(truth, labels, rate) if labels.any() and rate < 0.5 else None
+    if not labels.any() or rate >= 0.5:
+        return None
+    return Case(truth, labels, rate, words(protocol, record) if words else None)
 
 
 def on_synthetic(neurons: int = SYNTHETIC_NEURONS) -> list[Verdict]:
@@ -113,11 +128,18 @@ def on_synthetic(neurons: int = SYNTHETIC_NEURONS) -> list[Verdict]:
     ]
 
 
+def _synthetic_words(n: int, number: int) -> Words:
+    """Of n tokens; an explanation has seen every other word."""
+    chance = 1 / np.arange(1, SYNTHETIC_WORDS + 1)
+    words = np.random.default_rng([number, 3]).choice(SYNTHETIC_WORDS, n, p=chance / chance.sum())
+    return Words(words, words % 2 == 1)
+
+
 def _uniform(rate: float, neurons: int) -> Iterator[Case]:
     """10,000 tokens of text."""
     for number in range(neurons):
         labels = np.random.default_rng([number, 1]).random(10_000) < rate
-        yield Case(labels.astype(np.float64), labels, rate)
+        yield Case(labels.astype(np.float64), labels, rate, _synthetic_words(labels.size, number))
 
 
 def _top_and_random(rate: float, neurons: int) -> Iterator[Case]:
@@ -125,4 +147,5 @@ def _top_and_random(rate: float, neurons: int) -> Iterator[Case]:
     for number in range(neurons):
         labels = np.random.default_rng([number, 2]).random((10, 64)) < rate
         labels[:5, 32] = True
-        yield Case(labels.reshape(-1).astype(np.float64), labels.reshape(-1), rate)
+        labels = labels.reshape(-1)
+        yield Case(labels.astype(np.float64), labels, rate, _synthetic_words(labels.size, number))
