@@ -99,7 +99,7 @@ def test_measures_that_look_at_words_are_tested_with_the_words_of_each_neuron() 
     vocabulary = [f" w{number % 40}" for number in range(64)]
 
     def words(protocol: Protocol, record: NeuronRecord) -> Words:
-        return Words.of(protocol.score_records(record), {"w1", "w2"}, vocabulary)
+        return Words.of(protocol.windows(record), {"w1", "w2"}, vocabulary)
 
     found = {item.measure: item for item in on_records([protocol], [graded()] * 20, words)}
     assert list(found) == list(protocol.measures) and all(item.passes for item in found.values())
