@@ -111,8 +111,8 @@ class Results:
         return [protocol for protocol in self.scores.protocols if self.scores.set_of(protocol) == name]
 
     def densities(self, layer: int) -> list[float]:
-        """Fraction of tokens on which each neuron of a layer is not zero, in index order."""
-        return self.activity[layer].density.tolist()
+        """Fraction of tokens on which each neuron of a layer is not zero, in index order; none of an unscored layer."""
+        return self.activity[layer].density.tolist() if layer in self.activity else []
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
