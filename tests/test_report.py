@@ -231,6 +231,14 @@ def test_the_same_inputs_give_the_same_bytes(runs: tuple[Path, Path], written: P
     assert [name for name in names if (written / name).read_bytes() != (again / name).read_bytes()] == []
 
 
+def test_a_run_of_which_one_layer_is_scored_has_a_report(tmp_path: Path) -> None:
+    run = fake_run(tmp_path / "half", Fake(layers=2, size="2l", neurons=5))
+    folder = run.scores("codes", "offline", "list-pmi")
+    (folder / "layer-00.parquet").unlink()
+    edit(folder / "scores.json", layers=[1])
+    assert report(ReportConfig(runs=(run.root,), out=tmp_path / "out"), tokenizer=fake_tokenizer()).exists()
+
+
 def test_a_missing_number_is_a_dash_with_its_count_and_never_nan(tmp_path: Path) -> None:
     """A layer without any score, as an untrained or collapsed model may have, still makes a whole report."""
     run = fake_run(tmp_path / "silent", Fake(layers=1, size="1l", neurons=5, dead=(2, 3, 4), flat=()))
