@@ -28,7 +28,7 @@ import tyro
 
 from cratescope.files import write_json, write_text
 from cratescope.neurons.records import Window
-from cratescope.score.measures import measure, split
+from cratescope.score.measures import every_word_alike, measure, specific, split
 from cratescope.score.words import Words
 from cratescope.text.shards import TokenData
 from cratescope.text.tokenizer import vocabulary_strings
@@ -235,6 +235,12 @@ def ranks(values: Row) -> Row:
     return (np.cumsum(count) - count / 2)[place] / len(values)
 
 
+def balanced_specific(case: Case, said: Row) -> float:
+    """`specific` with every different word weighing alike."""
+    weights = every_word_alike(np.ones((1, len(said))), case.words)
+    return float(specific(case.truth, said, weights)[0])
+
+
 def full_width(case: Case, said: Row) -> float:
     """As `specific`, with the width's whole weight."""
     widths = [side.std() for side in (is_on(case), split(said))]
@@ -256,6 +262,7 @@ CANDIDATES: dict[str, Callable[[Case, Row], float]] = {
     "r at one density": at_one_density,
     "matched values": matched_values,
     "smaller Gini": smaller_gini,
+    "balanced specific": balanced_specific,
     "full width": full_width,
     "even width": even_width,
 }

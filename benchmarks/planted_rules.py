@@ -1,7 +1,8 @@
 """Planted rules taken from what published neurons and features are said to do.
 
 They were written by someone who had not read the lists of the language `terms`, so for it they are blind. A source says
-where such a neuron or feature is described, not that it is the same one: patterns and explanations are ours.
+where such a neuron or feature is described (from memory), not that it is the same one: patterns and explanations are
+ours.
 """
 
 from __future__ import annotations
