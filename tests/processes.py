@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 from cratescope.cli import run_and_exit
 
@@ -42,3 +43,33 @@ def _command(arguments: list[str], environment: dict[str, str], stderr: str) -> 
     os.environ.update(environment)
     with open(os.devnull, "w") as sys.stdout, Path(stderr).open("w") as sys.stderr:
         run_and_exit(arguments)
+
+
+def killed_before(change: int, work: Callable[[], object]) -> int:
+    """Do `work` in a fork that is killed with SIGKILL right before its change number `change` (from 0) of the disk.
+
+    A change is a file or folder that is put in place or removed. Returns how many there were before that.
+    """
+    context = multiprocessing.get_context("fork")
+    seen = context.Value("i", 0)
+    process = context.Process(target=_dying, args=(change, work, seen))
+    process.start()
+    process.join()
+    assert process.exitcode == (-signal.SIGKILL if seen.value > change else 0), "it failed by itself"
+    return seen.value
+
+
+def _dying(change: int, work: Callable[[], object], seen: Any) -> None:
+    def counted(function: Callable[..., object]) -> Callable[..., object]:
+        def call(*arguments: object, **named: object) -> object:
+            seen.value += 1
+            if seen.value > change:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*arguments, **named)
+
+        return call
+
+    for name in ("replace", "rename", "link", "unlink", "remove", "rmdir"):
+        setattr(os, name, counted(getattr(os, name)))
+    with open(os.devnull, "w") as sys.stdout, open(os.devnull, "w") as sys.stderr:
+        work()

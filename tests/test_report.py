@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import html
 import json
+import operator
 import re
 import shutil
 from pathlib import Path
@@ -460,7 +461,7 @@ def test_two_explanation_sets_are_shown_each_with_its_own_scores(runs: tuple[Pat
             [dataclasses.replace(one, protocol="openai", set="openai") for one in item if one.protocol == "random-only"]
             for item in items
         ]
-        scores.replace(layer, [*items, *moved])
+        scores.replace(layer, map(operator.add, items, moved))
     made_with = read_json(folder / "scores.json")["made_with"]
     edit(folder / "scores.json", made_with=made_with | {"openai": made_with["top"] | {"llm": "other"}})
     results = load_results((run.root,))
@@ -537,7 +538,7 @@ FORMULAS = ["=HYPERLINK(0)", "+1", "-1", "@SUM(A1)", "\t=1", "\r=1", "\n=1", "\u
 def test_no_spreadsheet_runs_a_text_of_a_csv_file_and_numbers_stay_numbers(tmp_path: Path) -> None:
     plain = ["a = b", " =1", "", 'words, "quoted"; more']
     rows: list[dict[str, Any]] = [{"text": text, "number": -1.5} for text in FORMULAS + plain]
-    write_csv(tmp_path / "a.csv", rows)
+    write_csv(tmp_path / "a.csv", lambda: rows)
     found = rows_of(tmp_path / "a.csv")
     cells = [row["text"] for row in found]
     assert not [cell for cell in cells if cell.startswith(FORMULA[:-1])]

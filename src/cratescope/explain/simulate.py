@@ -30,7 +30,7 @@ from cratescope.llm.interface import LanguageModel, RefusedError
 from cratescope.llm.open import llm_identity, open_llm
 from cratescope.locks import locked
 from cratescope.neurons.kept import Kept
-from cratescope.neurons.records import NeuronId, NeuronRecord, Window, layer_file, read_records
+from cratescope.neurons.records import NeuronId, NeuronRecord, Window, layer_file
 from cratescope.neurons.sample import (
     AT_ONCE,
     UNDECODABLE,
@@ -39,6 +39,7 @@ from cratescope.neurons.sample import (
     find_site,
     records_identity,
     undecodable,
+    with_records,
 )
 from cratescope.run import Run, claim
 from cratescope.text.tokenizer import load_tokenizer, vocabulary_strings
@@ -311,12 +312,12 @@ def _tasks(
     layer: int,
 ) -> Iterator[Task]:
     """What is left to do of a worker's share of a layer, whose records are at `path`."""
-    for start in range(0, len(pairs), AT_ONCE):
-        chunk = pairs[start : start + AT_ONCE]
-        indices = [own.neuron.index for own, _ in chunk]
-        records, found = read_records(path, indices), kept.read(layer, indices)
-        for own, null in chunk:
-            index = own.neuron.index
+    by_index = {own.neuron.index: (own, null) for own, null in pairs}
+    chunks = [[*by_index][start : start + AT_ONCE] for start in range(0, len(pairs), AT_ONCE)]
+    for chunk, records in with_records(path, chunks, 1):
+        found = kept.read(layer, chunk)
+        for index in chunk:
+            own, null = by_index[index]
             task = Task.of(own, null, records[index], protocols, vocabulary, found.get(index))
             if not task.done:
                 yield task

@@ -310,7 +310,15 @@ def read_records(path: Path, indices: Sequence[int] | None = None, strata: bool 
         UserError: the file is missing or damaged, or an index is not in it.
     """
     names = [name for name in SCHEMA.names if strata or name not in STRATIFICATIONS]
-    table = read_columns(path, names, indices)
+    return records_of(path, read_columns(path, names, indices), indices)
+
+
+def records_of(path: Path, table: pa.Table, indices: Sequence[int] | None = None) -> dict[int, NeuronRecord]:
+    """The records in some rows of the file at `path`; only `indices` when given, in this order.
+
+    Raises:
+        UserError: an index is not in it.
+    """
     if indices is not None:
         rows = {index: row for row, index in enumerate(table.column("index").to_pylist())}
         missing = [index for index in indices if index not in rows]
@@ -329,7 +337,7 @@ def read_columns(path: Path, columns: Sequence[str], indices: Sequence[int] | No
     """
     if not path.exists():
         raise UserError(f"{path}: no such file; run `cratescope collect` first, or check the layer")
-    chosen = None if indices is None else pc.field("index").isin(list(indices))
+    chosen = None if indices is None else _among(indices)
     try:
         sealed = is_sealed(path)
         schema = pq.read_schema(path)
@@ -343,6 +351,26 @@ def read_columns(path: Path, columns: Sequence[str], indices: Sequence[int] | No
     except (OSError, ValueError, pa.ArrowException) as error:
         said = first_line(error)
         raise UserError(f"{path}: damaged Parquet file ({said}); delete it and run `cratescope collect`") from error
+
+
+def bytes_per_row(path: Path) -> int:
+    """How much of memory the columns of one neuron take, at least 1.
+
+    Raises:
+        UserError: the file is missing, damaged or of another version.
+    """
+    read_columns(path, ["index"], [])
+    about = pq.read_metadata(path)
+    size = sum(about.row_group(number).total_byte_size for number in range(about.num_row_groups))
+    return size // max(about.num_rows, 1) + 1
+
+
+def _among(indices: Sequence[int]) -> pc.Expression:
+    """Rows of some neurons; the bounds are what row groups can be left out by."""
+    index = pc.field("index")
+    if not len(indices):
+        return index.isin([])
+    return (index >= min(indices)) & (index <= max(indices)) & index.isin(list(indices))
 
 
 def _records(batch: pa.RecordBatch) -> list[NeuronRecord]:

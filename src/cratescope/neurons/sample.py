@@ -13,7 +13,7 @@ from jaxtyping import Int
 from cratescope.arm import Arm
 from cratescope.errors import UserError
 from cratescope.files import read_json
-from cratescope.neurons.records import NeuronRecord, Window, read_columns, read_records
+from cratescope.neurons.records import SCHEMA, NeuronRecord, Window, bytes_per_row, read_columns, records_of
 from cratescope.run import IDENTITY, Run, claim
 
 FORMAT = 2
@@ -22,6 +22,8 @@ FORMAT = 2
 
 AT_ONCE = 512
 """Records held in memory at once."""
+HELD = 1 << 29
+"""Bytes of records that are held as columns, which take a fraction of the room."""
 
 
 DEAD = "dead neuron"
@@ -106,12 +108,27 @@ def record_files(folder: Path, layers: Sequence[int] | None = None) -> dict[int,
 def with_records(
     path: Path, chunks: Iterable[Sequence[int]], together: int
 ) -> Iterator[tuple[Sequence[int], dict[int, NeuronRecord]]]:
-    """Chunks of neuron indices with their records, which are read for `together` chunks at once."""
-    waiting = iter(chunks)
-    while group := list(itertools.islice(waiting, together)):
-        records = read_records(path, sorted({index for chunk in group for index in chunk}))
-        for chunk in group:
-            yield chunk, records
+    """Chunks of neuron indices with their records, which are made for `together` chunks at once.
+
+    Neurons are drawn from all over a file, so it is read for as many of them as `HELD` bytes hold: once or a few times.
+    """
+    waiting, size = iter(chunks), bytes_per_row(path)
+    while groups := _groups(waiting, together, HELD // size):
+        table = read_columns(path, SCHEMA.names, sorted({index for group in groups for one in group for index in one}))
+        for group in groups:
+            records = records_of(path, table, sorted({index for chunk in group for index in chunk}))
+            for chunk in group:
+                yield chunk, records
+
+
+def _groups(waiting: Iterator[Sequence[int]], together: int, most: int) -> list[list[Sequence[int]]]:
+    """Groups of `together` chunks, until there are `most` neurons."""
+    groups: list[list[Sequence[int]]] = []
+    while sum(len(chunk) for group in groups for chunk in group) < most or not groups:
+        if not (group := list(itertools.islice(waiting, together))):
+            break
+        groups.append(group)
+    return groups
 
 
 def undecodable(windows: Iterable[Window], n_ids: int) -> bool:

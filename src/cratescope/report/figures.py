@@ -189,7 +189,8 @@ def layer_figure(results: Sequence[Results]) -> Figure:
 def _layer_lines(axes: Any, item: Results, protocol: str, style: Style) -> None:
     for control, fill in ((OWN, style.colour), ("shuffled", "none")):
         own = control == OWN
-        found = {layer: item.scores.mean(protocol, None, control, layer=layer) for layer in item.scores.columns(protocol)}
+        layers = item.scores.columns(protocol)
+        found = {layer: item.scores.mean(protocol, None, control, layer=layer) for layer in layers}
         means = {layer: found[layer] for layer in sorted(found) if found[layer].mean is not None}
         axes.errorbar(
             [layer + style.dodge for layer in means],

@@ -128,7 +128,7 @@ def _write_numbers(
     compared: Sequence[Sequence[Comparison]],
     pair: tuple[str, str] | None,
 ) -> dict[str, list[Row]]:
-    """Write every CSV file; return the rows of all but neurons.csv, by name. scores.json holds the comparisons as well."""
+    """Write every CSV file, and scores.json with the comparisons; return the rows of all but neurons.csv, by name."""
     rows = {
         "scores": tables.score_rows(results),
         "losses": tables.loss_rows(results),

@@ -51,7 +51,8 @@ class Results:
     """All measurements of one run at one site, except the windows of text.
 
     about: what `score` says of itself (explainer, simulator, sanity verdicts, what each explanation set was made with).
-    explanations: texts by explanation set, layer and index. activity: by layer. quality: what `score` says of activation quality, if it does.
+    explanations: texts by explanation set, layer and index. activity: by layer.
+    quality: what `score` says of activation quality, if it does.
     """
 
     run: Run

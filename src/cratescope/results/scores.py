@@ -213,7 +213,8 @@ class Scores:
         if column is None:
             return Counter()
         missing = column.reason[np.isnan(column.value)]
-        return Counter({column.names[code]: int((missing == code).sum()) for code in np.unique(missing).tolist()})
+        names = [*column.names, "no reason given"]  # the last for -1
+        return Counter({names[code]: int((missing == code).sum()) for code in np.unique(missing).tolist()})
 
     def counts(self, protocol: str, layer: int | None, measure: str | None = None) -> dict[str, int]:
         """Neurons scored, without a score, dead among these, and all; of a layer or of all layers."""
