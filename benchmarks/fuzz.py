@@ -51,7 +51,8 @@ from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 from rich.table import Table
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-import cratescope.exchange.records
+import cratescope.exchange.export
+import cratescope.exchange.openai
 import cratescope.explain.judge
 import cratescope.llm.local
 import cratescope.llm.server

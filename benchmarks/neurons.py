@@ -184,7 +184,7 @@ def words() -> list[str]:
 
 
 def write_layer(run: Any, layer: int, n: int, width: int, random: np.random.Generator) -> None:
-    """Records of n neurons, column by column: a top window holds a word of its neuron, a random one seldom does."""
+    """Records of n neurons, column by column: windows hold one of the neuron's words, random ones seldom."""
     import pyarrow as pa
 
     from cratescope.neurons import records

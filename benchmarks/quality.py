@@ -29,12 +29,14 @@ from rich.console import Console
 from rich.progress import track
 
 from cratescope.explain.config import SimulateConfig
+from cratescope.explain.controls import EMPTY_EXPLANATION, OWN, SHUFFLED
 from cratescope.explain.explain import Asking
-from cratescope.explain.explained import INTRUDER_GROUP, Explanation, Judgement
+from cratescope.explain.explained import Explanation, Judgement, Told
 from cratescope.explain.judge import Judge
-from cratescope.explain.prompts import EMPTY_EXPLANATION, GENERIC_EXPLANATIONS
+from cratescope.explain.judges import question_named
 from cratescope.explain.protocols import PROTOCOLS
-from cratescope.explain.simulate import Simulator, make_simulator
+from cratescope.explain.simulators import Simulator, simulator_named
+from cratescope.explain.simulators.list_pmi import GENERIC_EXPLANATIONS
 from cratescope.explain.wording import wording_named
 from cratescope.files import write_json, write_text
 from cratescope.llm.config import LLMConfig
@@ -268,7 +270,7 @@ class Bench:
         n = len(self.records)
         found = np.full((n, n), np.nan)
         for row, record in enumerate(track(self.records, "scoring", console=Console(stderr=True), transient=True)):
-            windows = PROTOCOL.score_records(record)
+            windows = PROTOCOL.windows(record)
             truth = np.concatenate([window.activations for window in windows])
             for step in range(n if wrong is None else wrong + 1):
                 column = (row + 5 * step) % n if wrong is not None else (row + step) % n
@@ -279,13 +281,13 @@ class Bench:
 
     def explained(self) -> list[str]:
         """What the explainer says of each neuron."""
-        asking = Asking(self.llm, self.tokenizer, wording_named("own"), PROTOCOL, self.options.llm)
+        asking = Asking(self.llm, self.tokenizer, wording_named("own"), PROTOCOL.set, self.options.llm)
         batches = [self.records[start : start + 16] for start in range(0, len(self.records), 16)]
         return [item.text for batch in batches for item in asking.explanations(batch)]
 
     def simulator(self, name: str) -> Simulator:
         config = SimulateConfig(Path("planted"), simulator=name, llm=LLMConfig(self.options.llm))  # type: ignore[arg-type]
-        return make_simulator(config, self.llm, self.vocabulary)
+        return simulator_named(name).open(config, self.vocabulary, lambda: self.llm)
 
 
 def groups(neurons: Sequence[Planted]) -> dict[str, np.ndarray]:
@@ -339,14 +341,14 @@ def measure_judges(bench: Bench) -> list[dict[str, Any]]:
     for scorer in bench.options.judge:
         if scorer == "none":
             continue
-        asking = Judge(bench.llm, bench.vocabulary, PROTOCOL, scorer, 16)
+        asking = Judge(bench.llm, bench.vocabulary, PROTOCOL.set, scorer, 16)
         found: list[list[Judgement]] = []
         for place, (neuron, record) in enumerate(zip(bench.neurons, bench.records, strict=True)):
             own = Explanation(record.neuron, neuron.explanation, "right", "right")
-            found.append(asking.judgements(record, own, bench.neurons[place - 5].explanation))
+            found.append(asking.asked(record, Told(own, bench.neurons[place - 5].explanation))[0])
         for group, chosen in groups(bench.neurons).items():
             mine = [item for items, inside in zip(found, chosen, strict=True) if inside for item in items]
-            for control, name in (("none", "right"), ("shuffled", "wrong")):
+            for control, name in ((OWN, "right"), (SHUFFLED, "wrong")):
                 kept = [item for item in mine if item.control == control and not item.skipped]
                 if kept:
                     row = {"simulator": scorer, "explanations": name, "neurons": group, "n": len(kept)}
@@ -360,9 +362,9 @@ def _mean_accuracy(items: Sequence[Judgement]) -> float:
 
 def _accuracy(item: Judgement) -> float:
     labels, answers = np.array(item.labels), np.array(item.probabilities)
-    if item.scorer != "intruder":
+    groups_of = (-1, question_named(item.scorer).group)
+    if groups_of[1] == 1:
         return judged("accuracy", labels, answers) or 0.0
-    groups_of = (-1, INTRUDER_GROUP)
     return float(np.mean(answers.reshape(groups_of).argmax(1) == labels.reshape(groups_of).argmax(1)))
 
 

@@ -223,9 +223,9 @@ def now() -> tuple[float, float]:
 
 def excerpts(told: dict[str, Any], llm: Any) -> tuple[list[int], list[Any], list[int]]:
     """Prefix, one prompt an excerpt of the text, and the ids of the digits."""
-    from cratescope.explain.wording import OwnWording
+    from cratescope.explain.simulators.all_at_once import OwnSlots
 
-    wording, pieces = OwnWording(), re.findall(r" ?\w+|[^\w\s]", TEXT.read_text())
+    wording, pieces = OwnSlots(), re.findall(r" ?\w+|[^\w\s]", TEXT.read_text())
     prefix = wording.slots_prefix(llm)
     prefix = (prefix * (told["prefix"] // len(prefix) + 1))[: told["prefix"]]
     n = told["excerpt"]
@@ -276,7 +276,7 @@ def ours(told: dict[str, Any], llm: Any) -> dict[str, float]:
 
 def neurons(told: dict[str, Any], llm: Any) -> dict[str, float]:
     """Explanations of words drawn from the text, and the list-pmi values of each explanation."""
-    from cratescope.explain.simulate import ListPMI
+    from cratescope.explain.simulators.list_pmi import ListPMI
     from cratescope.explain.wording import OwnWording, explain_prompt
 
     words = re.findall(r"\w+", TEXT.read_text())

@@ -13,8 +13,8 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from cratescope.arm import Arm
-from cratescope.explain import explained
-from cratescope.explain.explained import Explanation, Simulation
+from cratescope.explain.controls import OWN
+from cratescope.explain.explained import Explained, Explanation, Simulation
 from cratescope.explain.protocols import PROTOCOLS as EVERY_PROTOCOL
 from cratescope.explain.protocols import scoring_windows
 from cratescope.files import write_json, write_text
@@ -33,7 +33,7 @@ from cratescope.run import Run, claim
 from cratescope.score import scores as scored
 from cratescope.score.quality import write_quality
 from cratescope.score.sanity import on_records
-from cratescope.score.score import score_neuron
+from cratescope.score.score import VERSION, score_neuron
 
 PROTOCOLS = {name: EVERY_PROTOCOL[name] for name in ("top-and-random", "random-only")}
 TOPICS = {
@@ -96,7 +96,8 @@ def fake_run(root: Path, fake: Fake | None = None) -> Run:
     made_with = {"top": {"site": fake.site, "llm": "offline", "records": {"excerpts": 20}}}
     about = {"explainer": "offline", "simulator": "list-pmi", "site": fake.site, "layers": [*range(fake.layers)]}
     sanity = [verdict.row() for verdict in on_records(PROTOCOLS.values(), every)]
-    write_json(folder / "scores.json", about | {"sanity": sanity, "made_with": made_with, "made_from": {}})
+    inputs = {"version": str(VERSION)}
+    write_json(folder / "scores.json", about | {"sanity": sanity, "made_with": made_with, "made_from": inputs})
     write_quality(run, fake.site, range(fake.layers))
     return run
 
@@ -181,9 +182,10 @@ def _explain_and_score(
     run: Run, fake: Fake, layer: int, records: Sequence[NeuronRecord], random: np.random.Generator
 ) -> None:
     made = [_explained(fake, record, random) for record in records]
-    explained.explanations(run.explanations(fake.site, "offline", "top")).write([said for said, _ in made])
+    explained = Explained(run, fake.site, "offline", "top")
+    explained.explanations.write([said for said, _ in made])
     simulations = [simulation for _, simulation in made]
-    explained.simulations(run.simulations(fake.site, "offline", "list-pmi", "top")).write(simulations)
+    explained.simulations("list-pmi").write(simulations)
     scores = [
         [score for protocol in PROTOCOLS.values() for score in score_neuron(record, simulation, protocol)]
         for record, simulation in zip(records, simulations, strict=True)
@@ -199,13 +201,13 @@ def _explained(fake: Fake, record: NeuronRecord, random: np.random.Generator) ->
     text = fake.explanation or list(TOPICS)[neuron.index % len(TOPICS)]
     windows = scoring_windows(PROTOCOLS.values(), record)
     quality = fake.quality * random.random() * (neuron.index not in fake.flat)
-    share = {"none": quality, "shuffled": 0.05, "empty": 0.05, "unigram": 0.4}
+    share = {OWN: quality, "shuffled": 0.05, "empty": 0.05, "unigram": 0.4}
     expected = {
         control: tuple(tuple(_guess(item.activations, part, random)) for item in windows)
         for control, part in share.items()
     }
     keys = tuple(item.key for item in windows)
-    texts = {"none": text, "shuffled": "words about the law", "empty": "some tokens of a text", "unigram": "the of"}
+    texts = {OWN: text, "shuffled": "words about the law", "empty": "some tokens of a text", "unigram": "the of"}
     simulation = Simulation(neuron, "list-pmi", texts, keys, expected)
     return Explanation(neuron, text, "offline", "words"), simulation
 

@@ -227,6 +227,14 @@ def test_a_checkpoint_without_its_head_is_refused(adopted, tmp_path):
     refused(adopted, tmp_path, r"no lm_head\.weight", LlamaConfig(**SHAPE), drop_head)
 
 
+def test_a_configuration_of_fewer_layers_than_the_weights_have_is_refused(adopted, tmp_path):
+    def drop_a_layer(folder):
+        stated = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(stated | {"num_hidden_layers": 1}))
+
+    refused(adopted, tmp_path, "states 1 layers and its weights have 2 .*layers.1", LlamaConfig(**SHAPE), drop_a_layer)
+
+
 def test_sampling_settings_that_contradict_one_another_do_no_harm(adopted):
     def contradict(folder):
         (folder / "generation_config.json").write_text(json.dumps({"temperature": 0.9, "do_sample": False}))
@@ -256,7 +264,7 @@ def test_a_process_that_adopts_the_same_model_meanwhile_is_waited_for(data_folde
     source, run, data = str(tmp_path / "model"), Run(tmp_path / "run"), TokenData.open(data_folder)
     build(LlamaConfig(**SHAPE), 0).save_pretrained(source)
     data.tokenizer.save_pretrained(source)
-    holder = "import sys, time; from pathlib import Path; from cratescope.run import locked\n"
+    holder = "import sys, time; from pathlib import Path; from cratescope.locks import locked\n"
     holder += "with locked(Path(sys.argv[1]), 'adopt'): print('ready', flush=True); time.sleep(60)"
     other = subprocess.Popen([sys.executable, "-c", holder, run.root], stdout=subprocess.PIPE, text=True)
     assert other.stdout.readline() == "ready\n"

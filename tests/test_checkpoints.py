@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from cratescope.lm.checkpoints import WHOLE, last_whole_checkpoint, mark_whole, rotate
+from cratescope.files import WHOLE, mark_whole
+from cratescope.lm.checkpoints import last_whole_checkpoint, rotate
 
 
 def checkpoints(folder, *steps):

@@ -153,10 +153,10 @@ def test_batches_change_nothing_but_rounding_and_layers_may_come_later(run_of_on
 def test_a_full_disk_says_what_is_kept(run_of_one, data_folder, monkeypatch):
     save = module.save_tensors
 
-    def full(path, tensors):
+    def full(path, tensors, **how):
         if path.name == "part-00001.safetensors":
             raise OSError(errno.ENOSPC, "No space left on device")
-        save(path, tensors)
+        save(path, tensors, **how)
 
     monkeypatch.setattr(module, "save_tensors", full)
     with pytest.raises(UserError, match="disk full.* keeps 1 of 3 parts"):

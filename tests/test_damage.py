@@ -10,10 +10,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from cratescope.errors import UserError
-from cratescope.files import misfit, read_json, write_json
+from cratescope.explain.explained import Explained
+from cratescope.files import WHOLE, mark_whole, misfit, read_json, write_json
 from cratescope.llm.config import LLMConfig
 from cratescope.llm.local import LocalLLM
-from cratescope.lm.checkpoints import WHOLE, last_whole_checkpoint, mark_whole
+from cratescope.lm.checkpoints import last_whole_checkpoint
 from cratescope.lm.config import EvaluateConfig
 from cratescope.lm.evaluate import evaluate
 from cratescope.lm.load import load_model
@@ -199,8 +200,8 @@ def test_a_damaged_table_of_results_is_named(run):
     config = ReportConfig((run.root,), run.root / "report")
     tables = {
         "score": run.scores("codes", "offline", "list-pmi"),
-        "explain": run.explanations("codes", "offline", "top"),
-        "simulate": run.simulations("codes", "offline", "list-pmi", "top"),
+        "explain": Explained(run, "codes", "offline", "top").explanations.folder,
+        "simulate": Explained(run, "codes", "offline", "top").simulations("list-pmi").folder,
     }
     for stage, folder in tables.items():
         path = layer_file(folder, 1)

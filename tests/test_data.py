@@ -26,11 +26,12 @@ from cratescope.errors import UserError
 from cratescope.files import sha256
 from cratescope.text import offline
 from cratescope.text import prepare as data_module
+from cratescope.text import shards as shards_module
 from cratescope.text.config import PrepareConfig
 from cratescope.text.encoding import SPLITS
 from cratescope.text.prepare import prepare, shares
 from cratescope.text.shards import TokenData, TokenSplit, reshape
-from cratescope.text.sources import HubDocuments, open_sources, read_text
+from cratescope.text.sources import HubDocuments, open_sources, text_documents
 
 WORDS = ("the", "cat", "sat", "on", "a", "mat", "while", "rain", "fell", "over", "grey", "hills", "nobody", "saw")
 
@@ -324,7 +325,7 @@ def test_a_byte_order_mark_names_the_encoding_of_plain_and_packed_files(encoding
 def test_byte_order_marks_of_files_put_together_are_no_text(tmp_path):
     path = tmp_path / "a.txt"
     path.write_bytes(b"\xef\xbb\xbf\xef\xbb\xbfone\n\xef\xbb\xbftwo \xef\xbb\xbfthree")
-    assert list(read_text(path)) == ["one\ntwo \ufeffthree"]
+    assert list(text_documents(path)) == ["one\ntwo \ufeffthree"]
 
 
 def test_half_a_character_of_utf16_is_replaced_and_counted(tmp_path):
@@ -447,7 +448,7 @@ def test_a_shard_is_hashed_once_and_again_when_it_was_touched(tmp_path, monkeypa
     source = write_jsonl(tmp_path / "source.jsonl", documents(60))
     prepare(config(source, tmp_path / "data"))
     hashed = []
-    monkeypatch.setattr(data_module, "sha256", lambda path: (hashed.append(path.name), sha256(path))[1])
+    monkeypatch.setattr(shards_module, "sha256", lambda path: (hashed.append(path.name), sha256(path))[1])
     TokenData.open(tmp_path / "data").split("train")
     assert not hashed, "prepare has just hashed them all"
     (tmp_path / "data" / ".verified.json").unlink()
@@ -547,6 +548,13 @@ def test_a_bad_setting_is_refused(change, message, tmp_path):
     source = write_jsonl(tmp_path / "source.jsonl", documents(40))
     with pytest.raises(UserError, match=message):
         prepare(config(source, tmp_path / "data", **change))
+
+
+def test_shards_so_short_that_there_would_be_tens_of_thousands_are_refused_before_anything_is_written(tmp_path):
+    source = write_jsonl(tmp_path / "source.jsonl", [f"{number} {'word ' * 50}" for number in range(200)])
+    with pytest.raises(UserError, match="--shard-tokens 1: would cut .* as many as .* files; give [67] or more"):
+        prepare(config(source, tmp_path / "data", shard_tokens=1))
+    assert not (tmp_path / "data").exists()
 
 
 def test_an_out_that_is_a_file_is_refused(tmp_path):
@@ -663,7 +671,7 @@ def test_what_zstd_packs_with_a_long_window_is_read(tmp_path):
     packer = longest.compressobj()  # which does not know how little there is to come
     text = "\n\n".join(documents(40))
     (tmp_path / "a.txt.zst").write_bytes(packer.compress(text.encode()) + packer.flush())
-    assert "".join(read_text(tmp_path / "a.txt.zst")).split() == text.split()
+    assert "".join(text_documents(tmp_path / "a.txt.zst")).split() == text.split()
 
 
 def test_too_small_a_part_of_a_text_is_refused_by_the_option(tmp_path):

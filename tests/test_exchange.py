@@ -18,8 +18,11 @@ from safetensors.numpy import load_file
 
 from cratescope.errors import UserError
 from cratescope.exchange.config import ExportConfig, ImportConfig
-from cratescope.exchange.records import IMPORTED, _tokenizer, export, import_records
+from cratescope.exchange.export import export
+from cratescope.exchange.openai import IMPORTED, _tokenizer, import_records
+from cratescope.explain.controls import OWN
 from cratescope.explain.explain import explain
+from cratescope.explain.explained import Explained
 from cratescope.explain.simulate import simulate
 from cratescope.files import read_json
 from cratescope.llm.scripted import ScriptedLLM
@@ -42,7 +45,6 @@ from cratescope.score.scores import read_scores
 from cratescope.text.shards import TokenData
 from cratescope.text.tokenizer import EOS, load_tokenizer, token_strings
 from fake_run import fake_tokenizer
-from kept_files import read_explanations
 from test_explain import N_NEURONS, first_word, make_run, settings_for
 from test_simulate import config_for, knowing
 
@@ -122,12 +124,12 @@ def test_imported_records_are_explained_simulated_and_scored_like_their_original
         explain(settings_for(one), ScriptedLLM(first_word))
         simulate(config_for(one), knowing())
         site = "codes" if one is run else IMPORTED
-        found = read_explanations(one.explanations(site, "scripted", "top"))
+        found = dict(Explained(one, site, "scripted", "top").explanations.all())
         score(ScoreConfig(one.root, explainer="scripted"))
         rows = read_scores(one.scores(site, "scripted", "list-pmi"))
         results[site] = (
             {neuron.index: item.text for neuron, item in found.items() if neuron.layer == 1},
-            {(r.neuron.index, r.protocol): r.value for r in rows if r.neuron.layer == 1 and r.control == "none"},
+            {(r.neuron.index, r.protocol): r.value for r in rows if r.neuron.layer == 1 and r.control == OWN},
         )
     original, imported = results["codes"], results[IMPORTED]
     assert imported[0].keys() == set(range(N_NEURONS)) - {5}
@@ -241,16 +243,36 @@ def test_what_is_no_json_or_not_named_as_a_neuron_is_refused(tmp_path: Path) -> 
     with pytest.raises(UserError, match="have to be below 2,147,483,648"):
         import_records(ImportConfig(path.parents[1], tmp_path / "run"))
     path.unlink()
-    (path.parent / "7.json").mkdir()
-    with pytest.raises(UserError, match="7.json: is not a file"):
-        import_records(ImportConfig(path.parents[1], tmp_path / "run"))
-    (path.parent / "7.json").rmdir()
     path.touch()
     path.rename(path.with_name("notes.json"))
     with pytest.raises(UserError, match="notes.json: not named"):
         import_records(ImportConfig(path.parents[1], tmp_path / "run"))
     with pytest.raises(UserError, match="no files"):
         import_records(ImportConfig(tmp_path / "none", tmp_path / "run"))
+
+
+def test_an_import_says_what_it_leaves_out_and_follows_no_link_out_of_the_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = good_file(tmp_path)
+    source, outside = path.parents[1], tmp_path / "outside.json"
+    outside.write_text(path.read_text().replace('"neuron_index": 4', '"neuron_index": 5'))
+    (path.parent / "5.json").symlink_to(outside)
+    (path.parent / "6.json.gz").touch()
+    (source / "index.json").touch()
+    path.rename(path.with_suffix(".JSON"))
+    folder = import_records(ImportConfig(source, tmp_path / "run"))
+    assert list(read_records(layer_file(folder, 0))) == [4]
+    said = " ".join(capsys.readouterr().err.split())
+    for left_out in (
+        "0/5.json (a link that leads out of the folder)",
+        "0/6.json.gz (unknown kind)",
+        "index.json (not in a layer's folder)",
+    ):
+        assert left_out in said
+    shutil.copy(path.with_suffix(".JSON"), path)
+    with pytest.raises(UserError, match="is the same neuron as 4"):
+        import_records(ImportConfig(source, tmp_path / "run"))
 
 
 def test_halves_of_surrogate_pairs_and_bytes_that_are_no_text_are_replaced_counted_and_said(
@@ -361,11 +383,11 @@ def test_exported_records_load_in_automated_interpretability(odd_run: Run, tmp_p
     out = exported(odd_run, tmp_path / "json")
     code = f"""
 import json
-from neuron_explainer.activations.activations import Window, NeuronRecord, load_neuron
+from neuron_explainer.activations.activations import ActivationRecord, NeuronRecord, load_neuron
 for neuron in (3, 70):
     record = load_neuron(2, neuron, {out.as_uri()!r})
     assert isinstance(record, NeuronRecord) and record.neuron_id.neuron_index == neuron
-    assert all(isinstance(window, Window) for window in record.random_sample)
+    assert all(isinstance(window, ActivationRecord) for window in record.random_sample)
 record = load_neuron(2, 3, {out.as_uri()!r})
 samples = [[window.activations for window in sample] for sample in record.random_sample_by_quantile]
 print(json.dumps([record.max_activation, record.kurtosis, record.quantile_boundaries, samples]))

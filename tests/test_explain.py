@@ -15,7 +15,7 @@ from cratescope.arm import Arm
 from cratescope.errors import UserError
 from cratescope.explain.config import ExplainConfig
 from cratescope.explain.explain import explain
-from cratescope.explain.explained import explanations
+from cratescope.explain.explained import Explained
 from cratescope.files import read_json, write_json
 from cratescope.llm.answers import EMPTY_ANSWER
 from cratescope.llm.config import LLMConfig
@@ -92,7 +92,7 @@ def test_a_lexical_neuron_is_explained_by_its_word(tmp_path: Path) -> None:
     (folder,) = explain(settings_for(run), ScriptedLLM(first_word))
     found = read_explanations(folder)
     assert len(found) == 2 * N_NEURONS
-    assert folder == run.explanations("codes", "scripted", "top")
+    assert folder == Explained(run, "codes", "scripted", "top").explanations.folder
     for neuron, item in found.items():
         if neuron.index != DEAD_INDEX:
             assert item.text == f'the word "{WORDS[neuron.index].strip()}"'
@@ -127,7 +127,7 @@ def test_an_interrupted_run_ends_with_the_same_files(tmp_path: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         explain(settings_for(cut), ScriptedLLM(dies))
-    kept = explanations(cut.explanations("codes", "scripted", "top"))
+    kept = Explained(cut, "codes", "scripted", "top").explanations
     assert files(kept.folder) != expected
     if some := kept.done(0):
         drop(kept, 0, [min(some)])
@@ -139,7 +139,7 @@ def test_a_batch_with_a_missing_neuron_is_asked_again_as_a_whole(tmp_path: Path)
     whole = ScriptedLLM(first_word)
     (folder,) = explain(settings_for(run), whole)
     order = neuron_order(0, 0, N_NEURONS).tolist()
-    drop(explanations(folder), 0, [order[1]])
+    drop(Explained(run, "codes", "scripted", "top").explanations, 0, [order[1]])
     again = ScriptedLLM(first_word)
     explain(settings_for(run), again)
     live = [index for index in order[:3] if index != DEAD_INDEX]
@@ -163,7 +163,7 @@ def test_growing_the_sample_keeps_what_was_explained(tmp_path: Path) -> None:
     assert small.items() <= large.items()
     once = make_run(tmp_path / "once" / "run", layers=(0,))
     assert files(*explain(settings_for(once, neurons=6), ScriptedLLM(first_word))) == files(
-        run.explanations("codes", "scripted", "top")
+        Explained(run, "codes", "scripted", "top").explanations.folder
     )
 
 
@@ -234,11 +234,28 @@ def test_auto_takes_the_only_site_and_lists_several(tmp_path: Path) -> None:
         find_site(Run(tmp_path / "nothing"), "auto")
 
 
+def test_everything_made_from_one_explanation_set_has_an_address(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    one, other = (Explained(run, "codes", "org/model", name) for name in ("top", "openai"))
+    folders = [one.explanations.folder, one.simulations("list-pmi").folder, one.judgements("fuzzing").folder]
+    assert [str(folder.relative_to(tmp_path)) for folder in folders] == [
+        "explanations/codes/org-model/top",
+        "simulations/codes/org-model/list-pmi/top",
+        "judgements/codes/org-model/fuzzing/top",
+    ]
+    assert Explained.every(run, "codes", "org/model") == []
+    for item in (one, other):
+        item.explanations.folder.mkdir(parents=True)
+    assert Explained.every(run, "codes", "org/model") == [other, one]
+    with pytest.raises(UserError, match="top: no explanations; run `cratescope explain`"):
+        one.layers()
+
+
 def test_each_explanation_set_is_made_once_from_its_own_windows(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", layers=(0,))
     llm = ScriptedLLM(first_word)
     folders = explain(settings_for(run, protocols=("random-only", "openai", "uniform")), llm)
-    assert folders == [run.explanations("codes", "scripted", name) for name in ("top", "openai")]
+    assert folders == [Explained(run, "codes", "scripted", name).explanations.folder for name in ("top", "openai")]
     assert len(llm.asked) == 2 * (N_NEURONS - 1)
     assert [len(read_explanations(folder)) for folder in folders] == [N_NEURONS] * 2
 

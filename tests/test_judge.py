@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 
 from cratescope.errors import UserError
-from cratescope.explain.config import JudgeConfig
+from cratescope.explain.config import SCORERS, JudgeConfig
+from cratescope.explain.controls import OWN, SHUFFLED
 from cratescope.explain.explain import explain
-from cratescope.explain.explained import INTRUDER_GROUP, judgements
+from cratescope.explain.explained import Explained
 from cratescope.explain.judge import TOO_FEW_ACTIVE, TOO_FEW_SILENT, judge
+from cratescope.explain.judges.intruder import INTRUDER
 from cratescope.explain.protocols import PROTOCOLS
 from cratescope.llm.answers import EMPTY_ANSWER
 from cratescope.llm.config import LLMConfig
@@ -24,15 +26,13 @@ from cratescope.run import Run
 from kept_files import drop, read_judgements
 from test_explain import DEAD_INDEX, N_NEURONS, WORDS, files, first_word, make_run, settings_for
 
-SCORERS = ("detection", "fuzzing", "intruder")
-
 
 def knows_the_word(prompt: str, token: str) -> float:
     """Reads `the word "x"`, the text and the marks, and answers right; an intruder marks another word than the rest."""
     if "\nText:" not in prompt and not prompt.endswith("Text:"):
         return 0.0
     if prompt.endswith("Text:"):
-        marked = [re.findall(r"<<\s*(\w+)>>", line) for line in prompt.split("\n")[:INTRUDER_GROUP]]
+        marked = [re.findall(r"<<\s*(\w+)>>", line) for line in prompt.split("\n")[: INTRUDER.group]]
         common = max({word for row in marked for word in row}, key=lambda word: sum(word in row for row in marked))
         foreign = next((place for place, row in enumerate(marked, 1) if common not in row), 1)
         return 20.0 * (token.strip() == str(foreign))
@@ -76,8 +76,8 @@ def config_for(run: Run, scorer: str = "detection", **changes: object) -> JudgeC
 @pytest.mark.parametrize("scorer", SCORERS)
 def test_a_model_that_knows_the_answer_judges_right(run: Run, scorer: str) -> None:
     (folder,) = judge(config_for(run, scorer), knowing())
-    assert folder == run.judgements("codes", "scripted", scorer, "top")
-    own = [item for item in read_judgements(folder) if item.control == "none"]
+    assert folder == Explained(run, "codes", "scripted", "top").judgements(scorer).folder
+    own = [item for item in read_judgements(folder) if item.control == OWN]
     assert len(own) == N_NEURONS
     for item in own:
         if item.neuron.index == DEAD_INDEX:
@@ -85,8 +85,8 @@ def test_a_model_that_knows_the_answer_judges_right(run: Run, scorer: str) -> No
             continue
         assert item.skipped is None and len(item.probabilities) == len(item.labels) > 0
         if scorer == "intruder":
-            groups = np.array(item.probabilities).reshape(-1, INTRUDER_GROUP)
-            labels = np.array(item.labels).reshape(-1, INTRUDER_GROUP)
+            groups = np.array(item.probabilities).reshape(-1, INTRUDER.group)
+            labels = np.array(item.labels).reshape(-1, INTRUDER.group)
             assert (labels.sum(1) == 1).all() and np.allclose(groups.sum(1), 1, atol=1e-3)
             assert (groups.argmax(1) == labels.argmax(1)).all()
         else:
@@ -97,23 +97,23 @@ def test_a_model_that_knows_the_answer_judges_right(run: Run, scorer: str) -> No
 @pytest.mark.parametrize("scorer", ["detection", "fuzzing"])
 def test_another_neurons_explanation_is_judged_wrong_where_the_word_is_not(run: Run, scorer: str) -> None:
     items = read_judgements(*judge(config_for(run, scorer), knowing()))
-    own = {item.neuron: item.text for item in items if item.control == "none"}
+    own = {item.neuron: item.text for item in items if item.control == OWN}
     for item in items:
-        if item.control == "shuffled":
+        if item.control == SHUFFLED:
             assert item.text in set(own.values()) - {own[item.neuron]}
-            assert item.labels == next(i.labels for i in items if i.neuron == item.neuron and i.control == "none")
-    assert [item.control for item in items].count("shuffled") == N_NEURONS - 1
+            assert item.labels == next(i.labels for i in items if i.neuron == item.neuron and i.control == OWN)
+    assert [item.control for item in items].count(SHUFFLED) == N_NEURONS - 1
 
 
 def test_an_intruder_needs_no_explanation(run: Run, tmp_path: Path) -> None:
     found = read_judgements(*judge(config_for(run, "intruder"), knowing()))
-    assert {item.text for item in found} == {""} and {item.control for item in found} == {"none"}
+    assert {item.text for item in found} == {""} and {item.control for item in found} == {OWN}
 
 
 def test_no_window_explained_from_is_judged(run: Run) -> None:
     llm = knowing()
     record = read_records(layer_file(run.records("codes"), 0))[0]
-    shown = {window.tokens.tobytes() for window in PROTOCOLS["top-and-random"].explain_records(record)}
+    shown = {window.tokens.tobytes() for window in PROTOCOLS["top-and-random"].set.windows(record)}
     judge(config_for(run), llm)
     texts = {re.search(r"\nText: (.*)\nAnswer:", prompt)[1] for prompt in llm.asked}
     from cratescope.text.tokenizer import load_tokenizer
@@ -127,7 +127,7 @@ def test_no_window_explained_from_is_judged(run: Run) -> None:
 def test_an_interrupted_run_ends_with_the_same_files(run: Run) -> None:
     (folder,) = judge(config_for(run), knowing())
     expected = files(folder)
-    drop(judgements(folder), 0, range(0, N_NEURONS, 2))
+    drop(Explained(run, "codes", "scripted", "top").judgements("detection"), 0, range(0, N_NEURONS, 2))
     assert files(folder) != expected
     llm = knowing()
     judge(config_for(run), llm)
@@ -151,7 +151,7 @@ def test_neurons_that_cannot_be_judged_say_why(tmp_path: Path) -> None:
     records[0] = silenced(records[1], 1)
     records[0] = dataclasses.replace(records[0], neuron=records[0].neuron.__class__("run", "codes", 0, 0), random=())
     write_records(path, records)
-    drop(judgements(folder), 0, [0])
+    drop(Explained(run, "codes", "scripted", "top").judgements("detection"), 0, [0])
     judge(config_for(run), knowing())
     assert {item.skipped for item in read_judgements(folder) if item.neuron.index == 0} == {TOO_FEW_SILENT}
 

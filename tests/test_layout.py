@@ -13,7 +13,7 @@ import pytest
 SOURCE = Path(__file__).parent.parent / "src" / "cratescope"
 # Rooms from low to high, and the modules of each: a module imports only what stands before it.
 HOUSE = {
-    "": ("errors", "files", "locks", "workers", "hardware", "options", "arm", "run", "parts"),
+    "": ("errors", "files", "locks", "workers", "hardware", "options", "progress", "arm", "run", "parts"),
     "models": ("configuration_crate", "modeling_crate", "__init__", "presets", "cost", "folder"),
     "text": ("config", "offline", "tokenizer", "sources", "sets", "encoding", "shards", "crops", "prepare"),
     "lm": ("config", "loss", "head", "load", "adopt", "harness", "evaluate", "checkpoints", "trainer", "train"),
@@ -26,13 +26,17 @@ HOUSE = {
         *("tensors", "strata", "streaming", "merge", "collect"),
     ),
     "explain": (
-        *("config", "protocols", "shown", "phrase", "slots", "openai_wording", "wording", "prompts"),
-        *("explained", "explain", "simulate", "judge"),
+        *("config", "protocols", "shown", "phrase", "slots", "openai_wording", "wording", "controls"),
+        *("explained", "waiting", "explain"),
+        *(f"simulators.{name}" for name in ("__init__", "list_pmi", "list_in_context", "all_at_once")),
+        "simulate",
+        *(f"judges.{name}" for name in ("__init__", "yes_no", "intruder")),
+        "judge",
     ),
     "score": ("config", "measures", "inference", "sanity", "quality", "scores", "score"),
     "results": ("estimates", "scores", "runs", "neuron", "compare", "tables"),
     "report": ("config", "text", "html", "card", "figures", "verdict", "report"),
-    "exchange": ("config", "reference", "records"),
+    "exchange": ("config", "reference", "openai", "delphi", "export"),
     " ": ("config", "stages", "study", "cli", "__main__"),
 }
 ORDER = {
@@ -96,6 +100,29 @@ def test_help_loads_nothing_heavy():
     heavy = "('torch', 'transformers', 'numpy', 'pyarrow')"
     code = f"import sys, cratescope.cli; print([m for m in {heavy} if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+def test_every_file_and_name_of_ours_in_the_docs_exists():
+    root = SOURCE.parent.parent
+    for page in (*root.glob("*.md"), *root.glob("docs/*.md")):
+        text = page.read_text()
+        for name in re.findall(r"[\w/.-]*/[\w-]+\.py\b|\btest_\w+\.py\b", text):
+            assert any((folder / name).is_file() for folder in (root, SOURCE, root / "tests")), f"{page.name}: {name}"
+        for name, file in re.findall(r"`(\w+)` in `([\w/]+\.py)`", text):
+            found = next(folder / file for folder in (root, SOURCE) if (folder / file).is_file())
+            assert name in defined(found), f"{page.name}: {name} in {file}"
+        for name in re.findall(r"\bcratescope((?:\.[a-z_]\w*)+)", text):
+            *rooms, last = name[1:].split(".")
+            file = SOURCE.joinpath(*rooms).with_suffix(".py") if rooms else SOURCE / "__init__.py"
+            is_module = any(SOURCE.joinpath(*rooms, end).exists() for end in (last, f"{last}.py"))
+            assert is_module or (file.exists() and last in defined(file)), f"{page.name}: cratescope{name}"
+
+
+def defined(path):
+    """Names of functions, classes and constants of a file."""
+    for node in ast.parse(path.read_text()).body:
+        yield from (target.id for target in getattr(node, "targets", ()) if isinstance(target, ast.Name))
+        yield getattr(node, "name", None) or getattr(getattr(node, "target", None), "id", None)
 
 
 def test_every_relative_link_of_the_docs_leads_somewhere():

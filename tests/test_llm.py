@@ -322,7 +322,7 @@ def test_the_trial_finds_an_attention_that_is_not_the_models_own(
     monkeypatch.setattr(engine, "attend", lambda *given, **named: own(*given, **named | {"scaling": 0.0}))
     model = tiny(architecture, tokenizer).to(dtype)
     try:
-        assert not engine.adopt(model)
+        assert not engine.share_prefix(model, engine.in_one_pass(model)[0])
     finally:
         AttentionInterface.register(engine.NAME, own)  # for the models of other tests
     assert {weight.dtype for weight in model.parameters()} == {dtype}
@@ -379,6 +379,16 @@ def test_a_model_that_looks_ahead_is_refused_when_it_is_opened(
     ) as refusal:
         open_llm(LLMConfig(llm=str(tmp_path), llm_device="cpu", llm_dtype="float32"))
     assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("entry", [0, -1])
+def test_a_model_with_weights_that_are_not_numbers_is_refused_for_that(
+    entry: int, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    model = tiny("llama", tokenizer)
+    list(model.parameters())[entry].data[:] = float("nan")
+    with pytest.raises(UserError, match="--llm broken: its weights give NaN; get them again"):
+        LocalLLM(model, tokenizer, "broken")
 
 
 def test_a_model_whose_logits_depend_on_how_much_is_read_is_read_again_for_every_answer(

@@ -49,6 +49,14 @@ def holder(tmp_path):
     process.stdout.close()
 
 
+HEADER = """
+import sys, time
+from pathlib import Path
+from cratescope.files import atomic_folder, atomic_path, write_text
+from cratescope.locks import locked
+"""
+
+
 def names(folder):
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
 
@@ -77,7 +85,7 @@ def test_each_stage_refuses_a_folder_where_another_process_is_at_it(stage, tmp_p
     }[stage]
     if stage == "evaluate":
         shutil.copytree(runs_folder / "crate", out)
-    code = "import sys, time; from cratescope.run import *\nwith locked(Path(sys.argv[1]), sys.argv[2]):\n"
+    code = HEADER + "with locked(Path(sys.argv[1]), sys.argv[2]):\n"
     code += "    print('ready', flush=True); time.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", code, out, stage], stdout=subprocess.PIPE, text=True) as process:
         try:
@@ -116,7 +124,7 @@ def test_kill_ends_the_lock_and_the_next_process_removes_what_was_left(holder, t
     holder.kill()
     holder.wait()
     assert find_site(Run(run), "auto") == "codes-2"
-    code = "import sys; from cratescope.run import *; folder = Path(sys.argv[1])\n"
+    code = HEADER + "folder = Path(sys.argv[1])\n"
     code += "with locked(folder, 'train'): write_text(folder / 'a.json', 'whole')\n"
     code += "with atomic_folder(folder / 'records' / 'codes') as new: (new / 'layer').write_text('whole')"
     subprocess.run([sys.executable, "-c", code, str(run)], check=True)
@@ -134,7 +142,7 @@ def test_temporaries_of_another_machine_are_left_for_a_week(tmp_path):
 
 
 def test_a_lock_is_waited_for_where_that_takes_a_moment_only(tmp_path):
-    code = "import sys, time; from cratescope.run import *\nwith locked(Path(sys.argv[1]), 'score'):\n"
+    code = HEADER + "with locked(Path(sys.argv[1]), 'score'):\n"
     code += "    print('ready', flush=True); time.sleep(0.5); write_text(Path(sys.argv[1]) / 'a', 'first')"
     process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "ready\n"

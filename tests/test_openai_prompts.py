@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cratescope.explain.simulate import expected_value
+from cratescope.explain.simulators.all_at_once import expected_value
 from cratescope.score.measures import measure
 
 PYTHON = os.environ.get("AUTOMATED_INTERPRETABILITY_PYTHON", "")
@@ -29,7 +29,7 @@ EXPLANATION = "words about cats"
 
 THEIRS = """
 import json, sys
-from neuron_explainer.activations.activations import Window
+from neuron_explainer.activations.activations import ActivationRecord
 from neuron_explainer.explanations.explainer import TokenActivationPairExplainer
 from neuron_explainer.explanations.prompt_builder import PromptFormat
 from neuron_explainer.explanations.simulator import ExplanationNeuronSimulator
@@ -38,7 +38,7 @@ explainer = TokenActivationPairExplainer("none", prompt_format=PromptFormat.NONE
 explainer._prompt_is_too_long = lambda *_: False  # it would download a tokenizer
 simulator = ExplanationNeuronSimulator("none", explanation, prompt_format=PromptFormat.NONE)
 explained = explainer.make_explanation_prompt(
-    all_activation_records=[Window(**window) for window in windows],
+    all_activation_records=[ActivationRecord(**window) for window in windows],
     max_activation=1.0,
     max_tokens_for_completion=60,
 )
@@ -49,9 +49,10 @@ OURS = """
 import json, sys
 import numpy as np
 from cratescope.llm.scripted import ScriptedLLM
-from cratescope.explain.prompts import Shown, wording_named
+from cratescope.explain.openai_wording import OpenAIWording
+from cratescope.explain.shown import Shown
 windows, explanation = json.load(sys.stdin)
-wording, llm = wording_named("openai"), ScriptedLLM()
+wording, llm = OpenAIWording.load(), ScriptedLLM()
 shown = [Shown(window["tokens"], np.array(window["activations"])) for window in windows]
 slots = [wording.slot_prompt(llm, explanation, window["tokens"]) for window in windows]
 for window, item in zip(windows, slots):

@@ -19,8 +19,7 @@ from hypothesis import strategies as st
 
 from cratescope import parts
 from cratescope.errors import UserError
-from cratescope.explain import explained
-from cratescope.explain.explained import Judgement
+from cratescope.explain.explained import Explained, Judgement
 from cratescope.neurons.records import NeuronId
 from cratescope.parts import CHECKED, Tables, layer_file, parts_folder
 from fake_run import Fake, fake_run
@@ -42,7 +41,7 @@ def rows_of(index: int, text: str = "") -> list[dict]:
     if index % 5 == 4:
         return [{"index": index, "control": None, "text": None, "values": None}]
     values = [index / 7, -0.0, 1e-300][: index % 4]
-    return [{"index": index, "control": c, "text": text or f"{c} é {index}", "values": values} for c in ("none", "a")]
+    return [{"index": index, "control": c, "text": text or f"{c} é {index}", "values": values} for c in ("own", "a")]
 
 
 def written(folder: Path, chunks: list[list[int]], layer: int = 0) -> Path:
@@ -157,9 +156,9 @@ def test_no_flipped_bit_of_a_table_or_a_part_gives_other_numbers(tables: Tables,
     "other",
     [
         {"index": [1]},
-        {"index": [1], "control": ["none"], "text": [3], "values": [[0.5]]},
-        {"control": ["none"], "index": [1], "text": ["a"], "values": [[0.5]]},
-        {"index": [1], "control": ["none"], "text": ["a"], "values": [[0.5]], "more": [1]},
+        {"index": [1], "control": ["own"], "text": [3], "values": [[0.5]]},
+        {"control": ["own"], "index": [1], "text": ["a"], "values": [[0.5]]},
+        {"index": [1], "control": ["own"], "text": ["a"], "values": [[0.5]], "more": [1]},
     ],
     ids=lambda other: "-".join(other),
 )
@@ -224,14 +223,15 @@ def test_killed_workers_lose_no_part_and_the_next_ends_with_the_same_bytes(whole
 def test_pandas_reads_every_table_in_one_line(tmp_path: Path) -> None:
     """As docs/evaluation.md says, file by file and all layers at once."""
     run = fake_run(tmp_path / "run", Fake(neurons=6))
-    judgements = run.judgements("codes", "offline", "detection", "top")
+    explained = Explained(run, "codes", "offline", "top")
+    judgements = explained.judgements("detection")
     neuron = NeuronId("run", "codes", 0, 3)
-    explained.judgements(judgements).write([[Judgement(neuron, "detection", "none", "a", (0.5,), (True,))]])
-    explanations = run.explanations("codes", "offline", "top")
+    judgements.write([[Judgement(neuron, "detection", "own", "a", (0.5,), (True,))]])
+    explanations = explained.explanations.folder
     folders = {
         explanations: "text",
-        run.simulations("codes", "offline", "list-pmi", "top"): "simulated",
-        judgements: "probabilities",
+        explained.simulations("list-pmi").folder: "simulated",
+        judgements.folder: "probabilities",
         run.scores("codes", "offline", "list-pmi"): "value",
     }
     for folder, column in folders.items():
@@ -239,6 +239,6 @@ def test_pandas_reads_every_table_in_one_line(tmp_path: Path) -> None:
         assert table.columns[:4].tolist() == ["model", "site", "layer", "index"] and column in table
         assert table["index"].is_monotonic_increasing
         every = pd.concat(map(pd.read_parquet, sorted(folder.glob("layer-*.parquet"))))
-        assert {*every["layer"]} == ({0} if folder == judgements else {0, 1})
+        assert {*every["layer"]} == ({0} if folder == judgements.folder else {0, 1})
     said = pd.read_parquet(explanations / "layer-00.parquet").set_index("index")
     assert said["text"][1] == "months and dates" and said["skipped"][5] == "dead neuron"

@@ -11,7 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cratescope.errors import UserError
-from cratescope.explain import phrase, prompts, shown, wording
+from cratescope.explain import phrase, shown, wording
+from cratescope.explain.config import SCORERS
+from cratescope.explain.judges import intruder, question_named
+from cratescope.explain.judges.yes_no import DETECTION, FUZZING
+from cratescope.explain.simulators import all_at_once, list_in_context, list_pmi
 from cratescope.llm.scripted import ScriptedLLM
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -31,19 +35,19 @@ MARKED = np.array([False, True, False, False])
 
 def whole_prompts() -> dict[str, str]:
     """Every prompt of ours, for one made-up neuron."""
-    llm, own = ScriptedLLM(), wording.OwnWording()
+    llm, own, slots = ScriptedLLM(), wording.OwnWording(), all_at_once.OwnSlots()
     about = "words about animals"
-    slots = llm.decode(own.slots_prefix(llm) + own.slot_prompt(llm, about, TOKENS).ids)
-    in_context = prompts.context_prompt(llm, about, TOKENS)
-    group = [(TOKENS, MARKED)] * 5
+    at_once = llm.decode(slots.slots_prefix(llm) + slots.slot_prompt(llm, about, TOKENS).ids)
+    in_context = list_in_context.context_prompt(llm, about, TOKENS)
+    window, random = shown.Marked(TOKENS, MARKED, True), np.random.default_rng(0)
     return {
         "explain": own.explain_prefix() + wording.explain_prompt(["dog", "horses"]),
-        "list": prompts.list_prefix() + prompts.list_prompt(about),
-        "all-at-once": slots,
-        "list-in-context": prompts.context_prefix() + llm.decode(in_context.ids),
-        "detection": prompts.judge_prefix("detection") + prompts.judge_prompt("detection", about, TOKENS, MARKED),
-        "fuzzing": prompts.judge_prefix("fuzzing") + prompts.judge_prompt("fuzzing", about, TOKENS, MARKED),
-        "intruder": prompts.judge_prefix("intruder") + prompts.intruder_prompt(group),
+        "list": list_pmi.list_prefix() + list_pmi.list_prompt(about),
+        "all-at-once": at_once,
+        "list-in-context": list_in_context.context_prefix() + llm.decode(in_context.ids),
+        "detection": DETECTION.prefix + DETECTION.prompts(about, [window], random)[0][0],
+        "fuzzing": FUZZING.prefix + FUZZING.prompts(about, [window], random)[0][0],
+        "intruder": intruder.INTRUDER.prefix + intruder.prompt([window] * 5),
     }
 
 
@@ -57,10 +61,11 @@ def test_every_prompt_has_a_version_that_changes_with_it() -> None:
     found = {name: hashlib.sha256(text.encode()).hexdigest()[:12] for name, text in whole_prompts().items()}
     versions = {
         "explain": wording.EXPLAIN_PROMPT,
-        "list": prompts.LIST_PROMPT,
-        "all-at-once": wording.ALL_AT_ONCE_PROMPT,
+        "list": list_pmi.VERSION,
+        "list-in-context": list_in_context.VERSION,
+        "all-at-once": all_at_once.VERSION,
     }
-    versions |= {"list-in-context": prompts.CONTEXT_PROMPT, **prompts.JUDGE_PROMPTS}
+    versions |= {scorer: question_named(scorer).version for scorer in SCORERS}
     assert {versions[name]: digest for name, digest in found.items()} == VERSIONS
 
 
@@ -68,7 +73,7 @@ def test_every_prompt_has_a_version_that_changes_with_it() -> None:
 @given(st.lists(st.text(max_size=6), max_size=20))
 def test_every_slot_stands_behind_its_own_token(tokens: list[str]) -> None:
     llm = ScriptedLLM()
-    prompt = wording.OwnWording().slot_prompt(llm, "anything", tokens)
+    prompt = all_at_once.OwnSlots().slot_prompt(llm, "anything", tokens)
     lines = llm.decode(prompt.ids).split("\n")[2:-1]
     assert len(lines) == len(prompt.slots) == len(tokens)
     for token, slot in zip(tokens, prompt.slots, strict=True):
@@ -134,7 +139,7 @@ def test_no_more_words_than_the_prompt_has_room_for() -> None:
     ],
 )
 def test_a_word_as_items_of_the_list(word: str, items: list[str]) -> None:
-    assert prompts.list_items(word) == items
+    assert list_pmi.list_items(word) == items
 
 
 @pytest.mark.parametrize(

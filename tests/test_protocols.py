@@ -10,7 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cratescope.errors import UserError
-from cratescope.explain.protocols import PROTOCOLS, Pick, Protocol, protocols_named, scoring_windows
+from cratescope.explain.protocols import (
+    PROTOCOLS,
+    TOP,
+    ExplanationSet,
+    Pick,
+    Protocol,
+    protocols_named,
+    scoring_windows,
+)
 from cratescope.neurons.records import Moments, NeuronId, NeuronRecord, Stratum, Window
 
 # What each protocol takes of a record that has everything: (list, ranks, width), by its source (docs/evaluation.md).
@@ -92,13 +100,13 @@ def picked(record: NeuronRecord, picks: list[tuple[str, tuple[int, ...], int]]) 
 def test_a_protocol_takes_what_its_source_says(name: str) -> None:
     record = whole_record()
     explain, score = PICKED[name]
-    assert [item.key for item in PROTOCOLS[name].explain_records(record)] == picked(record, explain)
-    assert [item.key for item in PROTOCOLS[name].score_records(record)] == picked(record, score)
+    assert [item.key for item in PROTOCOLS[name].set.windows(record)] == picked(record, explain)
+    assert [item.key for item in PROTOCOLS[name].windows(record)] == picked(record, score)
 
 
 def test_the_numbers_of_windows_are_those_of_the_papers() -> None:
     counts = {
-        name: (len(protocol.explain_records(whole_record())), len(protocol.score_records(whole_record())))
+        name: (len(protocol.set.windows(whole_record())), len(protocol.windows(whole_record())))
         for name, protocol in PROTOCOLS.items()
     }
     assert counts == {
@@ -122,8 +130,8 @@ def test_no_token_is_both_explained_from_and_scored_on(
 ) -> None:
     record = whole_record(n_top, n_random, per_stratum, peak)
     protocol = PROTOCOLS[name]
-    explained = {(w.excerpt, w.start + i) for w in protocol.explain_records(record) for i in range(len(w.tokens))}
-    scored = [(w.excerpt, w.start + i) for w in protocol.score_records(record) for i in range(len(w.tokens))]
+    explained = {(w.excerpt, w.start + i) for w in protocol.set.windows(record) for i in range(len(w.tokens))}
+    scored = [(w.excerpt, w.start + i) for w in protocol.windows(record) for i in range(len(w.tokens))]
     assert explained.isdisjoint(scored)
     assert len(set(scored)) == len(scored)
 
@@ -136,20 +144,29 @@ def test_out_of_context_is_the_peak_and_one_token_on_either_side() -> None:
     assert three.tokens[three.peak] == whole.tokens[whole.peak]
 
 
-def test_protocols_with_the_same_explanation_set_explain_from_the_same_windows() -> None:
-    for protocols in protocols_named(list(PROTOCOLS)).values():
-        assert len({protocol.explain for protocol in protocols}) == 1
+def test_two_explanation_sets_of_one_name_are_one_set() -> None:
+    """Else explanations made from other windows would be kept in the same folder."""
+    sets = {protocol.set for protocol in PROTOCOLS.values()}
+    assert len(sets) == len({chosen.name for chosen in sets})
+    assert list(protocols_named(list(PROTOCOLS))) == list(dict.fromkeys(item.set for item in PROTOCOLS.values()))
+
+
+def test_protocols_of_one_explanation_set_are_found_by_it() -> None:
+    chosen = protocols_named(["uniform", "openai", "random-only"])
+    assert {found.name: [item.name for item in protocols] for found, protocols in chosen.items()} == {
+        "top": ["uniform", "random-only"],
+        "openai": ["openai"],
+    }
+    assert [item.name for item in TOP.protocols] == ["top-and-random", "random-only", "uniform"]
 
 
 def test_a_protocol_that_would_score_what_it_explains_is_refused() -> None:
     own = PROTOCOLS["openai"]
     for clash in (Pick("top", None), Pick("top", (16,), 3)):
         with pytest.raises(ValueError, match="both explain and score"):
-            dataclasses.replace(own, score=(clash,))
-    assert (
-        Protocol("x", "x", (Pick("top", (0,)),), (Pick("top", (1,)), Pick("random", (0,))), ("pearson",), "").name
-        == "x"
-    )
+            dataclasses.replace(own, picks=(clash,))
+    other = ExplanationSet("x", (Pick("top", (0,)),))
+    assert Protocol("x", other, (Pick("top", (1,)), Pick("random", (0,))), ("pearson",), "").set == other
 
 
 def test_every_scoring_window_is_simulated_once() -> None:
@@ -170,5 +187,5 @@ def test_records_without_the_windows_a_protocol_needs_say_how_to_get_them() -> N
     bare = dataclasses.replace(whole_record(), by_rank=(), by_level=())
     for name in ("anthropic", "bricken"):
         with pytest.raises(UserError, match="collect"):
-            PROTOCOLS[name].explain_records(bare)
-    assert PROTOCOLS["openai"].explain_records(bare)
+            PROTOCOLS[name].set.windows(bare)
+    assert PROTOCOLS["openai"].set.windows(bare)

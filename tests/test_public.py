@@ -15,8 +15,8 @@ import pytest
 from rich.console import Console
 
 import cratescope as cs
-from cratescope.explain import explained
-from cratescope.explain.explained import Explanation, Judgement
+from cratescope.explain.controls import OWN
+from cratescope.explain.explained import Explained, Explanation, Judgement
 from cratescope.report.card import neuron_card
 from cratescope.report.config import ShowConfig
 from cratescope.score import scores as scored
@@ -82,7 +82,7 @@ def test_a_neuron_knows_what_the_files_say(run: cs.Run) -> None:
     neuron, dead = run.neuron(0, 1), run.neuron(0, 5)
     rows = scored.read_scores(run.scores("codes", "offline", "list-pmi"))
     rows = [row for row in rows if (row.neuron.layer, row.neuron.index) == (0, 1)]
-    assert {row.control for row in rows} == {"none", "shuffled", "empty", "unigram"}
+    assert {row.control for row in rows} == {OWN, "shuffled", "empty", "unigram"}
     for row in rows:
         assert neuron.score(row.protocol, row.control, row.measure) == row.value
     assert neuron.score("no such protocol") is None and dead.score("random-only") is None
@@ -93,10 +93,11 @@ def test_a_neuron_knows_what_the_files_say(run: cs.Run) -> None:
 def test_a_neuron_knows_what_was_judged_and_said_from_each_set(run: cs.Run, tmp_path: Path) -> None:
     copy = cs.Run(shutil.copytree(run.root, tmp_path / "copy"))
     neuron = copy.neuron(0, 1).id
-    judged = [Judgement(neuron, "detection", "none", "months and dates", (0.9, 0.2), (True, False))]
-    explained.judgements(copy.judgements("codes", "offline", "detection", "top")).write([judged])
+    judged = [Judgement(neuron, "detection", OWN, "months and dates", (0.9, 0.2), (True, False))]
+    explained = Explained(copy, "codes", "offline", "top")
+    explained.judgements("detection").write([judged])
     said = Explanation(neuron, "the sea", "offline", "words")
-    explained.explanations(copy.explanations("codes", "offline", "anthropic")).write([said])
+    dataclasses.replace(explained, set="anthropic").explanations.write([said])
     found = copy.neuron(0, 1)
     assert found.said["top"].judgements == {"detection": judged} and found.said["anthropic"].judgements == {}
     assert found.said["anthropic"].text == "the sea" and found.said["anthropic"].scores.protocols == []
@@ -170,7 +171,7 @@ def test_what_is_not_there_is_named(run: cs.Run) -> None:
 
 def test_a_damaged_simulation_is_named(run: cs.Run, tmp_path: Path) -> None:
     copy = cs.Run(shutil.copytree(run.root, tmp_path / "copy"))
-    simulated = explained.simulations(copy.simulations("codes", "offline", "list-pmi", "top"))
+    simulated = Explained(copy, "codes", "offline", "top").simulations("list-pmi")
     whole = simulated.read(0)
     short = {control: (rows[0][1:], *rows[1:]) for control, rows in whole[1].expected.items()}
     simulated.replace(0, [*(whole | {1: dataclasses.replace(whole[1], expected=short)}).values()])

@@ -9,6 +9,7 @@ import pytest
 
 from cratescope.errors import UserError
 from cratescope.explain import explained
+from cratescope.explain.controls import OWN
 from cratescope.explain.explained import Explanation, Judgement, Simulation
 from cratescope.neurons.records import (
     Histogram,
@@ -97,24 +98,24 @@ def test_a_damaged_records_file_is_named(tmp_path):
 
 def test_explanations_simulations_judgements_and_scores_come_back_by_neuron(tmp_path):
     ids = [NeuronId("m", "codes", layer, index) for layer, index in ((1, 4), (0, 10), (0, 2))]
-    texts, expected = {"none": "a", "empty": "b"}, {"none": ((0.5, 1.0),), "empty": ((0.0, 0.0),)}
+    texts, expected = {OWN: "a", "empty": "b"}, {OWN: ((0.5, 1.0),), "empty": ((0.0, 0.0),)}
     made = {
         explained.explanations: [
             Explanation(one, f"text\n {one.index} é\0", "llm", "p", "why" * one.layer) for one in ids
         ],
         explained.simulations: [
             Simulation(ids[0], "sim", texts, ((0, 3, 2),), expected),
-            Simulation(ids[1], "sim", texts, ((0, 3, 2),), {"none": ((0.1, -3e-300),)}, "a slot without a value"),
+            Simulation(ids[1], "sim", texts, ((0, 3, 2),), {OWN: ((0.1, -3e-300),)}, "a slot without a value"),
             Simulation(ids[2], "sim", {}, (), {}, "dead neuron"),
         ],
         explained.judgements: [
-            [Judgement(one, "fuzzing", control, "a", (0.25, 1.0), (True, False)) for control in ("none", "shuffled")]
+            [Judgement(one, "fuzzing", control, "a", (0.25, 1.0), (True, False)) for control in (OWN, "shuffled")]
             for one in ids[:2]
         ]
-        + [[Judgement(ids[2], "fuzzing", "none", "", (), (), "dead neuron")]],
+        + [[Judgement(ids[2], "fuzzing", OWN, "", (), (), "dead neuron")]],
         scored.scores: [
             [
-                Score(one, "random-only", "top", "none", name, None if one.index == 2 else 0.1, 8, low, None, "x")
+                Score(one, "random-only", "top", OWN, name, None if one.index == 2 else 0.1, 8, low, None, "x")
                 for name, low in (("pearson", None), ("spearman", 0.5))
             ]
             for one in ids

@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 
 from cratescope.arm import Arm
 from cratescope.errors import UserError
-from cratescope.explain import explained
+from cratescope.explain.controls import OWN
+from cratescope.explain.explained import Explained
 from cratescope.files import read_json, write_json
 from cratescope.neurons.records import Histogram, layer_file, read_records
 from cratescope.report.config import ReportConfig
@@ -121,7 +122,7 @@ def test_the_score_table_follows_from_the_rows_of_score(runs: tuple[Path, Path],
                 for item in lines
                 if (item.protocol, item.measure, str(item.neuron.layer)) == (protocol, measure, layer)
             ]
-            own = {item.neuron: item.value for item in mine if item.control == "none" and item.value is not None}
+            own = {item.neuron: item.value for item in mine if item.control == OWN and item.value is not None}
             assert float(row["mean"]) == pytest.approx(np.mean([*own.values()]))
             assert float(row["standard_error"]) == pytest.approx(np.std([*own.values()], ddof=1) / np.sqrt(len(own)))
             assert (row["n_scored"], row["n_none"], row["n_dead"], row["n_neurons"]) == (str(len(own)), "2", "1", "6")
@@ -149,9 +150,9 @@ def test_the_neuron_table_has_every_neuron_with_its_scores(runs: tuple[Path, Pat
     for score in read_scores(Run(runs[0]).scores("codes", "offline", "list-pmi")):
         if score.measure == "pearson":
             cell = rows["crate", score.neuron.layer, score.neuron.index]
-            name = f"{score.protocol}_{'score' if score.control == 'none' else score.control}"
+            name = f"{score.protocol}_{'score' if score.control == OWN else score.control}"
             assert cell[name] == ("" if score.value is None else repr(score.value))
-            if score.control == "none":
+            if score.control == OWN:
                 assert cell[f"{score.protocol}_low"] == ("" if score.low is None else repr(score.low))
     assert rows["crate", 0, 5]["explanation"] == "" and float(rows["crate", 0, 5]["density"]) == 0
     assert rows["gpt2", 0, 1]["explanation"] == NASTY
@@ -448,11 +449,11 @@ def test_a_variant_is_an_arm_of_its_own(runs: tuple[Path, Path], tmp_path: Path)
 def test_two_explanation_sets_are_shown_each_with_its_own_scores(runs: tuple[Path, Path], tmp_path: Path) -> None:
     """A protocol that explains from other windows gets other texts, and its scores are of these."""
     run = Run(copy_of(runs[0], tmp_path))
-    for stage in (run.explanations("codes", "offline", "top"), run.simulations("codes", "offline", "list-pmi", "top")):
-        shutil.copytree(stage, stage.with_name("openai"))
+    explained = Explained(run, "codes", "offline", "top")
+    for stage in (explained.explanations, explained.simulations("list-pmi")):
+        shutil.copytree(stage.folder, stage.folder.with_name("openai"))
     for layer in range(2):
-        said = explained.explanations(run.explanations("codes", "offline", "openai"))
-        change(said, layer, 0, text="rain in spring")
+        change(dataclasses.replace(explained, set="openai").explanations, layer, 0, text="rain in spring")
     folder = run.scores("codes", "offline", "list-pmi")
     scores = scored.scores(folder)
     for layer in range(2):

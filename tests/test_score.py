@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 
 from cratescope.errors import UserError
+from cratescope.explain.controls import OWN
 from cratescope.explain.explain import explain
-from cratescope.explain.explained import Judgement, Simulation, explanations, judgements, simulations
-from cratescope.explain.protocols import PROTOCOLS, Protocol, scoring_windows
+from cratescope.explain.explained import Explained, Judgement, Simulation
+from cratescope.explain.protocols import PROTOCOLS, TOP, Protocol, scoring_windows
 from cratescope.explain.simulate import simulate
-from cratescope.files import read_json
+from cratescope.files import read_json, write_json
 from cratescope.llm.answers import EMPTY_ANSWER
 from cratescope.llm.scripted import ScriptedLLM
 from cratescope.neurons.records import NeuronRecord, layer_file, read_records
@@ -38,7 +39,7 @@ from test_explain import DEAD_INDEX, N_NEURONS, files, first_word, make_run, set
 from test_simulate import config_for, knowing
 
 TOP_AND_RANDOM = PROTOCOLS["top-and-random"]
-OF_TOP = [protocol for protocol in PROTOCOLS.values() if protocol.explained == "top"]
+OF_TOP = [protocol for protocol in PROTOCOLS.values() if protocol.set == TOP]
 DEFAULT = OF_TOP[:2]
 
 
@@ -70,9 +71,9 @@ def made_of(record: NeuronRecord, values: Callable[[np.ndarray], np.ndarray]) ->
     windows = scoring_windows(OF_TOP, record)
     rows = tuple(tuple(map(float, values(window.activations))) for window in windows)
     mirrored = tuple(tuple(-value for value in row) for row in rows)
-    expected = {"none": rows, "shuffled": mirrored}
+    expected = {OWN: rows, "shuffled": mirrored}
     return Simulation(
-        record.neuron, "list-pmi", {"none": "x", "shuffled": "y"}, tuple(window.key for window in windows), expected
+        record.neuron, "list-pmi", {OWN: "x", "shuffled": "y"}, tuple(window.key for window in windows), expected
     )
 
 
@@ -88,18 +89,18 @@ def test_a_perfect_simulation_correlates_fully_on_any_scale(
     scores = score_neuron(record, made_of(record, lambda truth: scale * truth + offset), protocol)
     found = values_of(scores)
     for name in ("pearson", "spearman"):
-        assert found["none", name] == pytest.approx(1.0, abs=1e-6)
+        assert found[OWN, name] == pytest.approx(1.0, abs=1e-6)
         assert found["shuffled", name] == pytest.approx(-1.0, abs=1e-6)
     assert [item.reason for item in scores if item.value is not None] == [None] * len(scores)
-    own = next(item for item in scores if item.control == "none")
+    own = next(item for item in scores if item.control == OWN)
     assert own.low == pytest.approx(1) and own.high == pytest.approx(1)
     assert {item.low for item in scores if item is not own} == {None}
 
 
 def test_a_perfect_simulation_on_uniform_text_has_every_measure_at_one(record: NeuronRecord) -> None:
     found = values_of(score_neuron(record, made_of(record, lambda truth: truth), PROTOCOLS["uniform"]))
-    assert set(found) == {(control, name) for control in ("none", "shuffled") for name in PROTOCOLS["uniform"].measures}
-    assert [found["none", name] for name in PROTOCOLS["uniform"].measures] == pytest.approx([1.0] * 6)
+    assert set(found) == {(control, name) for control in (OWN, "shuffled") for name in PROTOCOLS["uniform"].measures}
+    assert [found[OWN, name] for name in PROTOCOLS["uniform"].measures] == pytest.approx([1.0] * 6)
     assert found["shuffled", "f1"] == 0.0
 
 
@@ -118,13 +119,13 @@ def test_a_constant_truth_has_no_score(records: dict[int, NeuronRecord]) -> None
 def test_tokens_are_pooled_over_the_windows_of_the_protocol(record: NeuronRecord) -> None:
     rng = np.random.default_rng(0)
     made = made_of(record, lambda truth: rng.random(len(truth)))
-    rows = dict(zip(made.keys, made.expected["none"], strict=True))
+    rows = dict(zip(made.keys, made.expected[OWN], strict=True))
     for protocol in OF_TOP:
-        chosen = protocol.score_records(record)
+        chosen = protocol.windows(record)
         truth = np.concatenate([window.activations for window in chosen])
         guess = np.concatenate([rows[window.key] for window in chosen])
         found = score_neuron(record, made, protocol)[0]
-        assert (found.control, found.measure) == ("none", protocol.measures[0])
+        assert (found.control, found.measure) == (OWN, protocol.measures[0])
         assert found.value == pytest.approx(np.corrcoef(truth, guess)[0, 1], abs=1e-9)
         assert found.n == len(truth) == 16 * len(chosen)
         assert found.low is not None and found.high is not None and found.low <= found.value <= found.high
@@ -135,9 +136,9 @@ def test_random_only_scores_the_random_windows_alone(record: NeuronRecord) -> No
     random_keys = {window.key for window in record.random}
     spoilt = tuple(
         row if key in random_keys else tuple(9.0 * place for place, _ in enumerate(row))
-        for key, row in zip(whole.keys, whole.expected["none"], strict=True)
+        for key, row in zip(whole.keys, whole.expected[OWN], strict=True)
     )
-    made = dataclasses.replace(whole, expected={"none": spoilt})
+    made = dataclasses.replace(whole, expected={OWN: spoilt})
     assert score_neuron(record, made, PROTOCOLS["random-only"])[0].value == pytest.approx(1.0, abs=1e-6)
     value = score_neuron(record, made, TOP_AND_RANDOM)[0].value
     assert value is not None and value < 0.99
@@ -156,9 +157,9 @@ def test_rows_that_do_not_fit_the_windows_are_never_scored(
     record: NeuronRecord, change: Callable[..., Any], message: str
 ) -> None:
     made = made_of(record, lambda truth: truth)
-    keys, rows = change(made.keys, made.expected["none"])
+    keys, rows = change(made.keys, made.expected[OWN])
     with pytest.raises(ValueError, match=message):
-        score_neuron(record, dataclasses.replace(made, keys=keys, expected={"none": rows}), TOP_AND_RANDOM)
+        score_neuron(record, dataclasses.replace(made, keys=keys, expected={OWN: rows}), TOP_AND_RANDOM)
 
 
 def gains(run: Run, protocol: str, layer: int, control: str) -> float:
@@ -167,7 +168,7 @@ def gains(run: Run, protocol: str, layer: int, control: str) -> float:
     for item in read_scores(run.scores("codes", "scripted", "list-pmi")):
         if (item.protocol, item.neuron.layer, item.measure) == (protocol, layer, "pearson") and item.value is not None:
             values.setdefault(item.neuron.index, {})[item.control] = item.value
-    both = [row["none"] - row[control] for row in values.values() if {"none", control} <= row.keys()]
+    both = [row[OWN] - row[control] for row in values.values() if {OWN, control} <= row.keys()]
     return float(np.mean(both))
 
 
@@ -205,7 +206,7 @@ def test_a_whole_run_with_a_knowing_model_scores_one(run: Run) -> None:
 def test_every_neuron_has_a_line_for_each_protocol_measure_and_control(run: Run) -> None:
     score(config(run))
     found = read_scores(run.scores("codes", "scripted", "list-pmi"))
-    own = [item for item in found if item.control == "none"]
+    own = [item for item in found if item.control == OWN]
     assert len(own) == 2 * N_NEURONS * sum(len(protocol.measures) for protocol in DEFAULT)
     assert len({(item.neuron, item.protocol, item.control, item.measure) for item in found}) == len(found)
     dead = [item for item in found if item.neuron.index == DEAD_INDEX]
@@ -240,7 +241,7 @@ def test_scores_are_made_again_only_when_something_they_come_from_has_changed(ru
     first, made = read_json(about), about.stat().st_mtime_ns
     score(config(run))
     assert about.stat().st_mtime_ns == made
-    kept = simulations(run.simulations("codes", "scripted", "list-pmi", "top"))
+    kept = Explained(run, "codes", "scripted", "top").simulations("list-pmi")
     change(kept, 0, 0, skipped="another")
     score(config(run))
     assert read_json(about)["made_from"] != first["made_from"] and about.stat().st_mtime_ns > made
@@ -250,7 +251,7 @@ def test_scores_are_made_again_only_when_something_they_come_from_has_changed(ru
 def test_scoring_that_was_killed_is_not_taken_for_finished(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = score(config(run))
     whole = files(folder)
-    simulated = simulations(run.simulations("codes", "scripted", "list-pmi", "top"))
+    simulated = Explained(run, "codes", "scripted", "top").simulations("list-pmi")
     change(simulated, 0, 0, skipped="another")
 
     def dies(*_: object) -> None:
@@ -276,7 +277,7 @@ def test_damaged_or_missing_scores_are_made_again(run: Run) -> None:
 
 def test_scores_of_a_layer_that_is_no_longer_simulated_go(run: Run) -> None:
     folder = score(config(run))
-    simulated = run.simulations("codes", "scripted", "list-pmi", "top")
+    simulated = Explained(run, "codes", "scripted", "top").simulations("list-pmi").folder
     layer_file(simulated, 1).unlink()
     (simulated / "plan.json").unlink()
     assert Scores(read_scores(score(config(run)))).layers == [0]
@@ -313,22 +314,22 @@ def test_simulations_of_another_model_are_refused(run: Run) -> None:
 
 
 def test_explanations_of_another_model_are_refused(run: Run) -> None:
-    path = run.explanations("codes", "scripted", "top") / "manifest.json"
+    path = Explained(run, "codes", "scripted", "top").explanations.folder / "manifest.json"
     path.write_text(path.read_text().replace(run.fingerprint(), "0" * 64))
     with pytest.raises(UserError, match="model_sha256"):
         score(config(run))
 
 
 def test_simulations_of_replaced_explanations_are_refused(run: Run) -> None:
-    change(explanations(run.explanations("codes", "scripted", "top")), 0, DEAD_INDEX + 1, text="no word")
+    change(Explained(run, "codes", "scripted", "top").explanations, 0, DEAD_INDEX + 1, text="no word")
     with pytest.raises(UserError, match="simulates another explanation"):
         score(config(run))
 
 
 def test_a_damaged_simulation_is_named_with_the_way_out(run: Run) -> None:
-    kept = simulations(run.simulations("codes", "scripted", "list-pmi", "top"))
+    kept = Explained(run, "codes", "scripted", "top").simulations("list-pmi")
     expected = dict(kept.read(0)[1].expected)
-    expected["none"] = (expected["none"][0][1:], *expected["none"][1:])
+    expected[OWN] = (expected[OWN][0][1:], *expected[OWN][1:])
     change(kept, 0, 1, expected=expected)
     with pytest.raises(UserError, match=r"layer-00\.parquet: neuron 1 .* run `cratescope simulate` again"):
         score(config(run))
@@ -337,16 +338,17 @@ def test_a_damaged_simulation_is_named_with_the_way_out(run: Run) -> None:
 def test_a_killed_simulation_is_told_apart_from_a_small_one(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     explain(settings_for(run), ScriptedLLM(first_word))
-    (folder,) = simulate(config_for(run, neurons=3), knowing())
+    simulate(config_for(run, neurons=3), knowing())
     assert scored(run).counts("random-only", 0)["n_neurons"] == 3
-    drop(simulations(folder), 1, [min(simulations(folder).done(1))])
+    kept = Explained(run, "codes", "scripted", "top").simulations("list-pmi")
+    drop(kept, 1, [min(kept.done(1))])
     with pytest.raises(UserError, match="2 of 3 neurons of layer 1 are simulated"):
         score(config(run))
 
 
 def judgement(record: NeuronRecord, **changes: Any) -> Judgement:
     text = 'the word "cat"'
-    made = Judgement(record.neuron, "detection", "none", text, (0.9, 0.6, 0.4, 0.1), (True, False, True, False))
+    made = Judgement(record.neuron, "detection", OWN, text, (0.9, 0.6, 0.4, 0.1), (True, False, True, False))
     return dataclasses.replace(made, **changes)
 
 
@@ -372,20 +374,30 @@ def test_an_intruder_is_found_when_it_is_the_likeliest_of_its_group(record: Neur
     assert score_judgement(made, "intruder", "top")[0].value == 0.5
 
 
+def test_scores_of_another_version_are_refused_and_made_again(run: Run) -> None:
+    """An older one called a neuron's own explanation by another name."""
+    score(config(run))
+    path = run.scores("codes", "scripted", "list-pmi") / "scores.json"
+    about = read_json(path)
+    write_json(path, about | {"made_from": about["made_from"] | {"version": "1"}})
+    with pytest.raises(UserError, match="scored by another version of cratescope; run `cratescope score` again"):
+        read_about(path.parent)
+    score(config(run))
+    assert read_json(path) == about
+
+
 def test_judgements_are_scored_with_the_simulations(run: Run) -> None:
-    folder = run.judgements("codes", "scripted", "detection", "top")
-    claim(
-        folder,
-        read_json(run.simulations("codes", "scripted", "list-pmi", "top") / "manifest.json")["identity"],
-    )
+    explained = Explained(run, "codes", "scripted", "top")
+    kept, simulated = explained.judgements("detection"), explained.simulations("list-pmi").folder
+    claim(kept.folder, read_json(simulated / "manifest.json")["identity"])
     for layer in (0, 1):
         record = read_records(layer_file(run.records("codes"), layer))[1]
-        judgements(folder).write([[judgement(record), judgement(record, control="shuffled", text="other words")]])
+        kept.write([[judgement(record), judgement(record, control="shuffled", text="other words")]])
     scores = scored(run)
     assert scores.measures("detection") == ["accuracy", "auroc"] and scores.mean("detection", layer=0).mean == 0.5
     assert scores.mean("detection", over="shuffled").mean == 0.0
     assert scores.mean("detection", "auroc").mean == 0.75
-    judgements(folder).write([[judgement(record, text="no such words")]])
+    kept.write([[judgement(record, text="no such words")]])
     with pytest.raises(UserError, match=r"layer-01\.parquet: neuron 1 judges another explanation"):
         score(config(run))
 
@@ -395,9 +407,9 @@ def test_a_gain_counts_only_neurons_that_have_both(record: NeuronRecord) -> None
     key = "random-only", "top"
     made = Scores(
         [
-            Score(record.neuron, *key, "none", "pearson", 0.5, 9),
+            Score(record.neuron, *key, OWN, "pearson", 0.5, 9),
             Score(record.neuron, *key, "empty", "pearson", 0.2, 9),
-            Score(other, *key, "none", "pearson", 0.1, 9),
+            Score(other, *key, OWN, "pearson", 0.1, 9),
             Score(other, *key, "empty", "pearson", None, 9, reason=CONSTANT_SIMULATION),
         ]
     )

@@ -24,8 +24,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from cratescope.errors import UserError
 from cratescope.explain.config import ExplainConfig, JudgeConfig, SimulateConfig
+from cratescope.explain.controls import OWN
 from cratescope.explain.explain import explain
-from cratescope.explain.explained import explanations
+from cratescope.explain.explained import Explained
 from cratescope.explain.judge import judge
 from cratescope.explain.simulate import simulate
 from cratescope.llm import server
@@ -708,7 +709,7 @@ def test_one_refused_prompt_is_a_named_skip_and_the_others_are_done(start: Start
     asked = len(running.asked)
     explain(explaining(run, running, llm_batch=batch))
     assert len(running.asked) == asked
-    drop(explanations(folder), 0, [1])
+    drop(Explained(run, "codes", "quirky", "top").explanations, 0, [1])
     explain(explaining(run, running, llm_batch=batch))
     assert len(read_explanations(folder)) == N_NEURONS
 
@@ -772,7 +773,7 @@ def explained(tmp_path: Path) -> Run:
 def test_a_window_that_is_refused_skips_its_neuron_only(
     start: Start, explained: Run, tmp_path: Path, stage: str
 ) -> None:
-    folder = explained.explanations("codes", "scripted", "top")
+    folder = Explained(explained, "codes", "scripted", "top").explanations.folder
     texts = [item.text for item in read_explanations(folder).values() if item.text]
     assert len(texts) > 1
     tokenizer = train_bpe(iter([*["10"] * 99, "0 10 1 yes no the word dog The detector finds Text Answer Tokens"]), 350)
@@ -800,14 +801,14 @@ def test_a_window_that_is_refused_skips_its_neuron_only(
     assert not (explained.root / {"simulate": "simulations", "judge": "judgements"}[stage]).exists()
     found = done_with(start(quirk))
     refused = [item for item in found if str(item.skipped).startswith(REFUSED)]
-    if stage == "judge":  # a neuron is refused for its own text, or for that of the wrong one it is compared with
+    if stage == "judge":  # a neuron is refused for its own text, or for that of the other one it is compared with
         assert texts[0] in {item.text for item in refused}
         assert any(item.probabilities for item in found)
     else:
-        assert [item.texts["none"] for item in refused if "none" not in item.expected] == [texts[0]]
-        assert [item.texts["none"] for item in found if "none" in item.expected] == texts[1:]
+        assert [item.texts[OWN] for item in refused if OWN not in item.expected] == [texts[0]]
+        assert [item.texts[OWN] for item in found if OWN in item.expected] == texts[1:]
         scores = score(ScoreConfig(explained.root, explainer="scripted", simulator="all-at-once", **PROTOCOL))
-        assert any(REFUSED in str(item.reason) for item in read_scores(scores) if item.control == "none")
+        assert any(REFUSED in str(item.reason) for item in read_scores(scores) if item.control == OWN)
     never = start(lambda _: (500, b"", {}))
     assert done_with(never) == found
     assert never.asked == []

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from cratescope import cli
 from cratescope.errors import UserError
+from cratescope.explain.controls import OWN
 from cratescope.neurons.records import layer_file, read_records
 from cratescope.report.card import neuron_card, shade
 from cratescope.report.config import ShowConfig
@@ -48,7 +49,7 @@ def test_the_card_says_what_the_files_say(run: Run) -> None:
         score.value
         for score in scores
         if score.neuron == record.neuron
-        and (score.protocol, score.control, score.measure) == ("random-only", "none", "pearson")
+        and (score.protocol, score.control, score.measure) == ("random-only", OWN, "pearson")
     ]
     assert "crate · codes · layer 0 · neuron 1" in text and "months and dates" in text
     assert re.search(rf"random-only {100 * own:.1f} \[.*\] · shuffled", text)

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import re
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -11,31 +15,37 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cratescope.errors import UserError
-from cratescope.explain import prompts, wording
-from cratescope.explain.config import SimulateConfig
-from cratescope.explain.explain import explain
-from cratescope.explain.explained import Explanation, simulations
-from cratescope.explain.protocols import PROTOCOLS, scoring_windows
-from cratescope.explain.simulate import (
-    SMALLEST,
-    THRESHOLD,
-    UNREAD,
-    AllAtOnce,
-    ListInContext,
-    ListPMI,
-    null_texts,
-    simulate,
+from cratescope.explain import config
+from cratescope.explain.config import SCORERS, SIMULATORS, SimulateConfig, Simulates
+from cratescope.explain.controls import (
+    EMPTY_EXPLANATION,
+    EVERY,
+    OWN,
+    Material,
+    planned,
+    shuffled_texts,
     token_means,
     unigram_text,
 )
+from cratescope.explain.explain import explain
+from cratescope.explain.explained import Explained
+from cratescope.explain.judges import question_named
+from cratescope.explain.protocols import PROTOCOLS, scoring_windows
+from cratescope.explain.simulate import UNREAD, simulate
+from cratescope.explain.simulators import simulator_named
+from cratescope.explain.simulators.all_at_once import AllAtOnce, OwnSlots
+from cratescope.explain.simulators.list_in_context import ListInContext
+from cratescope.explain.simulators.list_pmi import SMALLEST, THRESHOLD, ListPMI
+from cratescope.explain.wording import EXPLAIN_PROMPT
 from cratescope.files import read_json
 from cratescope.llm.answers import EMPTY_ANSWER
 from cratescope.llm.config import LLMConfig
+from cratescope.llm.interface import LanguageModel
 from cratescope.llm.scripted import ScriptedLLM
-from cratescope.neurons.records import NeuronId, Window, layer_file, read_records, write_records
+from cratescope.neurons.records import Window, layer_file, read_records, write_records
 from cratescope.neurons.sample import DEAD, UNDECODABLE
 from cratescope.run import Run
-from kept_files import drop, read_explanations, read_simulations
+from kept_files import change, drop, read_explanations, read_simulations
 from test_explain import DEAD_INDEX, N_NEURONS, WORDS, files, first_word, make_run, settings_for
 
 DEFAULT = (PROTOCOLS["top-and-random"], PROTOCOLS["random-only"])
@@ -85,7 +95,7 @@ def test_a_model_that_knows_the_answer_simulates_the_truth(run: Run, simulator: 
                 assert (simulation.texts, simulation.expected, simulation.skipped) == ({}, {}, DEAD)
                 continue
             assert simulation.keys == tuple(window.key for window in scoring_windows(DEFAULT, record))
-            for window, row in zip(scoring_windows(DEFAULT, record), simulation.expected["none"], strict=True):
+            for window, row in zip(scoring_windows(DEFAULT, record), simulation.expected[OWN], strict=True):
                 assert ((np.array(row) > 0.01) == (window.activations > 0)).all()
 
 
@@ -143,12 +153,12 @@ def test_list_in_context_weighs_a_word_by_the_words_before_it() -> None:
     record = Window(np.array([2, 0, 1, 0, 2]), np.zeros(5, dtype=np.float32), 0, 0, 2)
     alone, context = ListPMI(llm, vocabulary, 2), ListInContext(llm, vocabulary, 2)
     for simulator in (alone, context):
-        simulator.plan(["dogs", "cats", prompts.EMPTY_EXPLANATION])
+        simulator.plan(["dogs", "cats", EMPTY_EXPLANATION])
     (words,), (values,) = alone("dogs", [record]), context("dogs", [record])
     np.testing.assert_allclose(values[[1, 3]], words[[1, 3]] * np.exp([0, 1]), rtol=1e-5)
     assert values[[0, 2, 4]].tolist() == [0, 0, 0]
-    (nothing,) = context(prompts.EMPTY_EXPLANATION, [record])
-    assert nothing.tolist() == alone(prompts.EMPTY_EXPLANATION, [record])[0].tolist()
+    (nothing,) = context(EMPTY_EXPLANATION, [record])
+    assert nothing.tolist() == alone(EMPTY_EXPLANATION, [record])[0].tolist()
 
 
 def test_list_pmi_asks_in_the_same_batches_whatever_is_wanted_first() -> None:
@@ -169,7 +179,7 @@ def test_list_pmi_asks_in_the_same_batches_whatever_is_wanted_first() -> None:
 
 def test_all_at_once_is_the_expected_value_over_the_digits() -> None:
     llm = ScriptedLLM(logit=lambda _, token: float(np.log({"2": 0.1, "4": 0.3, "unknown": 0.6}.get(token, 1e-30))))
-    simulator = AllAtOnce(llm, ["a", "b"], 2, wording.OwnWording())
+    simulator = AllAtOnce(llm, ["a", "b"], 2, OwnSlots())
     record = Window(np.array([0, 1, 0]), np.zeros(3, dtype=np.float32), 0, 0, 1)
     np.testing.assert_allclose(simulator("anything", [record] * 3), np.full((3, 3), 3.5), atol=1e-9)
 
@@ -177,37 +187,33 @@ def test_all_at_once_is_the_expected_value_over_the_digits() -> None:
 texts = st.lists(st.sampled_from(["", "a", "b", "c"]), min_size=1, max_size=12)
 
 
-def explanations(texts: list[str]) -> list[Explanation]:
-    return [Explanation(NeuronId("m", "s", 0, place), text, "e", "p") for place, text in enumerate(texts)]
-
-
 @settings(deadline=None, max_examples=100)
 @given(texts)
 def test_the_control_is_another_neurons_text_and_never_its_own(texts: list[str]) -> None:
-    for text, null in zip(texts, null_texts(explanations(texts)), strict=True):
+    for text, other in zip(texts, shuffled_texts(texts), strict=True):
         others = set(texts) - {"", text}
-        assert (null in others) if text and others else null == ""
+        assert (other in others) if text and others else other == ""
 
 
 @settings(deadline=None, max_examples=200)
 @given(texts)
 def test_the_control_is_the_nearest_different_text_before_it_going_round(texts: list[str]) -> None:
-    for place, null in enumerate(null_texts(explanations(texts))):
+    for place, other in enumerate(shuffled_texts(texts)):
         before = [texts[(place - step) % len(texts)] for step in range(1, len(texts))]
         different = [text for text in before if text and text != texts[place]]
-        assert null == (different[0] if texts[place] and different else "")
+        assert other == (different[0] if texts[place] and different else "")
 
 
 def test_the_control_is_a_derangement_when_all_texts_differ() -> None:
     texts = [str(number) for number in range(9)]
-    nulls = null_texts(explanations(texts))
-    assert sorted(nulls) == sorted(texts)
-    assert all(text != null for text, null in zip(texts, nulls, strict=True))
+    others = shuffled_texts(texts)
+    assert sorted(others) == sorted(texts)
+    assert all(text != other for text, other in zip(texts, others, strict=True))
 
 
 def test_the_control_does_not_depend_on_what_is_already_simulated(run: Run) -> None:
     expected = files(*simulate(config_for(run), knowing()))
-    kept = simulations(run.simulations("codes", "scripted", "list-pmi", "top"))
+    kept = Explained(run, "codes", "scripted", "top").simulations("list-pmi")
     for layer in (0, 1):
         drop(kept, layer, range(0, N_NEURONS, 2))
     assert files(*simulate(config_for(run), knowing())) == expected
@@ -226,7 +232,7 @@ def test_an_interrupted_run_ends_with_the_same_files(tmp_path: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         simulate(config_for(cut, "all-at-once"), ScriptedLLM(logit=dies))
-    assert files(cut.simulations("codes", "scripted", "all-at-once", "top")) != expected
+    assert files(Explained(cut, "codes", "scripted", "top").simulations("all-at-once").folder) != expected
     assert files(*simulate(config_for(cut, "all-at-once"), knowing())) == expected
 
 
@@ -262,7 +268,7 @@ def test_the_folder_says_what_it_was_made_with(run: Run) -> None:
     ]
     assert (identity["scale"], identity["reference_quirks"]) == ("0-10", False)
     assert (identity["llm"], identity["dtype"], identity["site"]) == ("scripted", "float32", "codes")
-    assert identity["explanations"]["prompt"] == wording.EXPLAIN_PROMPT
+    assert identity["explanations"]["prompt"] == EXPLAIN_PROMPT
 
 
 def test_no_explanations_is_a_user_error(tmp_path: Path) -> None:
@@ -271,9 +277,9 @@ def test_no_explanations_is_a_user_error(tmp_path: Path) -> None:
 
 
 def test_the_explanations_texts_are_the_simulations(run: Run) -> None:
-    told = read_explanations(run.explanations("codes", "scripted", "top"))
+    told = read_explanations(Explained(run, "codes", "scripted", "top").explanations.folder)
     found = read_simulations(*simulate(config_for(run), knowing()))
-    assert {neuron: item.texts.get("none", "") for neuron, item in found.items()} == {
+    assert {neuron: item.texts.get(OWN, "") for neuron, item in found.items()} == {
         neuron: item.text for neuron, item in told.items()
     }
     shuffled = {item.texts["shuffled"] for item in found.values() if "shuffled" in item.texts}
@@ -285,11 +291,11 @@ def test_every_control_is_simulated_on_the_same_windows(run: Run) -> None:
     live = [item for neuron, item in found.items() if neuron.index != DEAD_INDEX]
     assert live
     for item in live:
-        assert set(item.texts) == set(item.expected) == {"none", "shuffled", "empty", "unigram"}
+        assert set(item.texts) == set(item.expected) == {OWN, "shuffled", "empty", "unigram"}
         assert {tuple(map(len, rows)) for rows in item.expected.values()} == {tuple(width for *_, width in item.keys)}
-        assert item.texts["empty"] == prompts.EMPTY_EXPLANATION
+        assert item.texts["empty"] == EMPTY_EXPLANATION
         # The neuron fires on one word alone, so the lookup of its explaining windows knows it all.
-        assert item.texts["unigram"] == item.texts["none"].split('"')[1]
+        assert item.texts["unigram"] == item.texts[OWN].split('"')[1]
 
 
 def test_the_unigram_control_is_the_mean_activation_of_each_token() -> None:
@@ -299,7 +305,7 @@ def test_the_unigram_control_is_the_mean_activation_of_each_token() -> None:
     ]
     means = token_means(windows)
     assert means == {1: 2.0, 2: 0.0, 3: 5.5}
-    assert unigram_text(means, ["", " a", " b", "\n"]) == "\\n a"
+    assert unigram_text(Material("", "", means, ["", " a", " b", "\n"])) == "\\n a"
 
 
 def test_a_neuron_without_an_explanation_keeps_the_control_that_needs_none(tmp_path: Path) -> None:
@@ -313,7 +319,7 @@ def test_a_neuron_without_an_explanation_keeps_the_control_that_needs_none(tmp_p
 
 
 def test_another_protocol_adds_its_windows_and_takes_none_away(run: Run) -> None:
-    folder = run.simulations("codes", "scripted", "list-pmi", "top")
+    folder = Explained(run, "codes", "scripted", "top").simulations("list-pmi").folder
     simulate(config_for(run, protocols=("top-and-random",)), knowing())
     before = read_simulations(folder)
     simulate(config_for(run, protocols=("uniform",)), knowing())
@@ -352,7 +358,7 @@ def test_a_split_ten_is_read_as_ten_and_by_the_reference_as_one() -> None:
 
     record = Window(np.array([0, 1]), np.zeros(2, dtype=np.float32), 0, 0, 1)
     for quirks, expected in ((False, [10.0, 3.0]), (True, [1.0, 3.0])):
-        simulator = AllAtOnce(Splitting(logit=logit), ["a", "b"], 2, wording.OwnWording(), quirks)
+        simulator = AllAtOnce(Splitting(logit=logit), ["a", "b"], 2, OwnSlots(), quirks)
         (values,) = simulator("anything", [record])
         np.testing.assert_allclose(values, expected, atol=1e-6)
 
@@ -363,7 +369,7 @@ def test_the_reference_reads_only_values_among_the_five_likeliest_tokens() -> No
     found = []
     for quirks in (False, True):
         llm = ScriptedLLM(logit=lambda _, token: 50 + float(np.log(weights.get(token, 1e-30))), vocab_size=400)
-        simulator = AllAtOnce(llm, ["a"], 2, wording.OwnWording(), quirks)
+        simulator = AllAtOnce(llm, ["a"], 2, OwnSlots(), quirks)
         llm.encode("a b c d")
         found.append(float(simulator("anything", [record])[0][0]))
     assert found[0] == pytest.approx((7 * 0.2 + 0.05 + 2 * 0.05) / 0.3)
@@ -379,7 +385,7 @@ def test_the_reference_reads_only_values_among_the_five_likeliest_tokens() -> No
 def test_whatever_a_token_is_every_token_gets_one_value(tokens: list[str]) -> None:
     llm = ScriptedLLM(logit=lambda prompt, token: 30.0 * (token == str(len(prompt.split("\n")) % 10)))
     record = Window(np.arange(len(tokens)), np.zeros(len(tokens), dtype=np.float32), 0, 0, 0)
-    (values,) = AllAtOnce(llm, tokens, 2, wording.OwnWording())("anything", [record])
+    (values,) = AllAtOnce(llm, tokens, 2, OwnSlots())("anything", [record])
     # Line 3 of the prompt is the first token's, whatever stands in it: none is lost and none is counted twice.
     assert np.round(values).astype(int).tolist() == [(3 + place) % 10 for place in range(len(tokens))]
 
@@ -409,6 +415,72 @@ def test_quirks_are_not_mixed_with_the_right_reading(run: Run) -> None:
         simulate(config_for(run, "all-at-once", neurons=1, reference_quirks=True), knowing())
 
 
+def test_every_simulator_and_scorer_can_be_named_on_the_command_line() -> None:
+    assert get_args(config.Simulator) == (*SIMULATORS,)
+    assert get_args(config.Scorer) == (*SCORERS,)
+    for name in SIMULATORS:
+        assert simulator_named(name).made_with(SimulateConfig(Path("run"), simulator=name))["prompt"]
+    assert len({question_named(scorer).version for scorer in SCORERS}) == len(SCORERS)
+
+
+class Length:
+    """A simulator that asks nobody: the length of a token where the explanation holds it."""
+
+    def __init__(self, vocabulary: Sequence[str]) -> None:
+        self._vocabulary = vocabulary
+
+    @classmethod
+    def open(cls, config: SimulateConfig, vocabulary: Sequence[str], llm: Callable[[], LanguageModel]) -> Length:
+        return cls(vocabulary)
+
+    @classmethod
+    def made_with(cls, config: SimulateConfig) -> dict[str, Any]:
+        return {"version": "length-1"}
+
+    def plan(self, texts: Sequence[str]) -> None:
+        pass
+
+    def __call__(self, text: str, windows: Sequence[Window]) -> list[np.ndarray]:
+        words = [[self._vocabulary[token].strip() for token in window.tokens] for window in windows]
+        return [np.array([float(len(word) * (f'"{word}"' in text)) for word in row]) for row in words]
+
+
+def test_a_simulator_that_needs_no_language_model_opens_none(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cratescope.explain.simulators.length", SimpleNamespace(Length=Length))
+    monkeypatch.setitem(SIMULATORS, "length", Simulates("simulators.length:Length", "nothing"))
+    server = LLMConfig(llm="http://127.0.0.1:9/v1", llm_model="nobody")
+    (folder,) = simulate(SimulateConfig(run.root, explainer="scripted", simulator="length", llm=server))
+    identity = read_json(folder / "manifest.json")["identity"]
+    assert identity["version"] == "length-1" and not {"llm", "dtype"} & identity.keys()
+    found = read_simulations(folder)
+    assert {name for item in found.values() for name in item.expected} == {*EVERY}
+    record = read_records(layer_file(run.records("codes"), 0))[0]
+    simulated = np.concatenate(found[record.neuron].expected[OWN])
+    truth = np.concatenate([window.activations for window in scoring_windows(DEFAULT, record)])
+    assert ((simulated == len("dog")) == (truth > 0)).all()
+
+
+def test_simulations_that_call_their_own_explanation_otherwise_are_made_again(run: Run) -> None:
+    """Before, the name was `none`."""
+    expected = files(*simulate(config_for(run), knowing()))
+    kept = Explained(run, "codes", "scripted", "top").simulations("list-pmi")
+
+    def renamed(texts: dict[str, Any]) -> dict[str, Any]:
+        return {"none" if name == OWN else name: value for name, value in texts.items()}
+
+    for layer in (0, 1):
+        for index, item in kept.read(layer).items():
+            change(kept, layer, index, texts=renamed(item.texts), expected=renamed(item.expected))
+    assert files(kept.folder) != expected
+    assert files(*simulate(config_for(run), knowing())) == expected
+
+
+def test_all_texts_are_planned_once_and_in_an_order_of_their_own() -> None:
+    """Batches follow this order, so a neuron that is left to do must not change it."""
+    materials = [Material("a", "c"), Material("", ""), Material("b", "a"), Material("a", "x")]
+    assert planned(materials) == [EMPTY_EXPLANATION, "a", "b", "c", "x"]
+
+
 @pytest.mark.parametrize("kind", [ListPMI, ListInContext])
 def test_windows_of_two_imported_neurons_with_the_same_place_are_not_taken_for_one_another(kind: type) -> None:
     vocabulary = [" dog", " cat"]
@@ -417,7 +489,7 @@ def test_windows_of_two_imported_neurons_with_the_same_place_are_not_taken_for_o
         llm = ScriptedLLM(logit=lambda prompt, token: 9.0 * ("dogs\nWords:" in prompt and token == " dog"))
         llm.encode("".join(vocabulary))
         made = kind(llm, vocabulary, 2)
-        made.plan(["dogs", prompts.EMPTY_EXPLANATION])
+        made.plan(["dogs", EMPTY_EXPLANATION])
         return made
 
     windows = [Window(np.array(ids), np.zeros(2, dtype=np.float32), 0, 0, 0) for ids in ([0, 1], [1, 0])]

@@ -13,7 +13,7 @@ from cratescope import cli
 from cratescope.errors import UserError
 from cratescope.explain.config import ExplainConfig
 from cratescope.neurons.config import CollectConfig
-from cratescope.workers import share, spread
+from cratescope.workers import run_on_ray, share
 
 
 @settings(deadline=None, max_examples=30)
@@ -53,7 +53,7 @@ def remember(config: CollectConfig) -> str:
 def test_ray_tasks_are_the_workers_and_what_they_refuse_is_told(tmp_path: Path) -> None:
     # The tests are no package that a worker process could import.
     pytest.importorskip("ray.cloudpickle").register_pickle_by_value(sys.modules[__name__])
-    assert spread(remember, ExplainConfig(tmp_path, ray=2)) == "done"
+    assert run_on_ray(remember, ExplainConfig(tmp_path, ray=2)) == "done"
     assert {path.name for path in tmp_path.iterdir()} == {"0-2", "1-2", "0-1"}
     with pytest.raises(UserError, match="^no such site$"):
-        spread(remember, CollectConfig(tmp_path, site="codes", ray=2))
+        run_on_ray(remember, CollectConfig(tmp_path, site="codes", ray=2))

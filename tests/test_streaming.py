@@ -287,12 +287,8 @@ def test_random_windows_are_uniform_over_the_text(folder):
 def test_no_token_both_explains_and_scores_a_neuron(folder, seed, protocol):
     activations = np.random.default_rng(seed).random((30, 16, 2), dtype=np.float32)
     record = records_of(activations, configuration(30, top=12), folder)[0]
-    explain = {
-        (w.excerpt, w.start + i) for w in PROTOCOLS[protocol].explain_records(record) for i in range(len(w.tokens))
-    }
-    scoring = {
-        (w.excerpt, w.start + i) for w in PROTOCOLS[protocol].score_records(record) for i in range(len(w.tokens))
-    }
+    explain = {(w.excerpt, w.start + i) for w in PROTOCOLS[protocol].set.windows(record) for i in range(len(w.tokens))}
+    scoring = {(w.excerpt, w.start + i) for w in PROTOCOLS[protocol].windows(record) for i in range(len(w.tokens))}
     assert explain and scoring and not explain & scoring
 
 

@@ -19,7 +19,7 @@ from transformers import GPT2Config, LlamaConfig, PreTrainedTokenizerFast
 from conftest import SUBJECTS, VERBS
 from cratescope.errors import UserError
 from cratescope.exchange.config import ExportConfig
-from cratescope.exchange.records import export
+from cratescope.exchange.export import export
 from cratescope.explain.shown import mark, whole_word
 from cratescope.files import read_json
 from cratescope.lm.config import EvaluateConfig, TrainConfig

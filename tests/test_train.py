@@ -19,7 +19,7 @@ from cratescope.lm.config import EvaluateConfig, TrainConfig
 from cratescope.lm.evaluate import crop_losses, evaluate
 from cratescope.lm.train import train
 from cratescope.run import Run
-from cratescope.text.crops import RandomCrops
+from cratescope.text.crops import Crops
 from cratescope.text.shards import TokenData
 
 
@@ -44,8 +44,8 @@ def test_the_first_logged_loss_is_the_mean_over_the_crops_of_the_first_step(runs
 
     data = TokenData.open(data_folder)
     model = build(preset_config("crate-1l", data.vocab_size, 32, data.eos_id), seed=0)
-    crops = RandomCrops(data.split("train"), 32, seed=0, length=4)
-    first = crop_losses(model, np.stack([crops[i]["input_ids"] for i in range(4)]))
+    crops = Crops("random", data.split("train"), 32, seed=0, length=4)
+    first = crop_losses(model, np.stack([crops[i]["input_ids"] for i in range(4)])).mean(1)
     logged = read_jsonl(Run(runs_folder / "crate").metrics)[0]
     assert logged["loss"] == pytest.approx(first.mean(), abs=1e-5)
 
@@ -69,10 +69,10 @@ def test_weight_decay_is_on_matrices_only_and_includes_the_dictionary():
 
 def test_crops_depend_on_seed_and_index_alone(data_folder):
     split = TokenData.open(data_folder).split("train")
-    crops = RandomCrops(split, 32, seed=3, length=100)
-    again = RandomCrops(split, 32, seed=3, length=1000)
+    crops = Crops("random", split, 32, seed=3, length=100)
+    again = Crops("random", split, 32, seed=3, length=1000)
     assert all(np.array_equal(crops[i]["input_ids"], again[i]["input_ids"]) for i in (0, 7, 99))
-    assert not np.array_equal(crops[0]["input_ids"], RandomCrops(split, 32, 4, 100)[0]["input_ids"])
+    assert not np.array_equal(crops[0]["input_ids"], Crops("random", split, 32, 4, 100)[0]["input_ids"])
     assert len({crops[i]["input_ids"].tobytes() for i in range(100)}) > 90
 
 

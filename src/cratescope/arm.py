@@ -19,7 +19,7 @@ class Arm:
 
     attention: mssa, mhsa or the like. feed_forward: ista, mlp or the like. size: `2l` for the paper's two-layer models,
     `6L-82M` (layers and parameters) for an adopted one. site: where its neurons are unless another is asked for.
-    seed, tokens_trained: None where nobody said, as of an adopted model. variant: what differs from the preset.
+    seed, tokens_trained: None where unknown, as for an adopted model. variant: what differs from the preset.
     """
 
     family: str
@@ -77,5 +77,5 @@ class Arm:
         return cls.trained(manifest["preset"], manifest["seed"], manifest["tokens_trained"], overrides)
 
     def row(self) -> dict[str, Any]:
-        """What run.json keeps."""
+        """The entry of run.json."""
         return dataclasses.asdict(self)

@@ -1,4 +1,4 @@
-"""The command line: what a stage prints, and how it ends. Heavy imports stay inside, so that --help is instant."""
+"""The command line: output, errors and exit codes. Heavy imports stay inside functions, so that --help is instant."""
 
 from __future__ import annotations
 
@@ -17,14 +17,12 @@ from cratescope.errors import DISK_FULL, Stopped, UserError, unusable
 from cratescope.hardware import keep_freed_memory
 from cratescope.options import parse
 from cratescope.stages import STAGES
-from cratescope.workers import processes, rank
+from cratescope.workers import processes, rank, run_on_ray
 
 
 def _prepared(_config: Any, data: Any) -> str:
-    return "\n".join(
-        f"{name}: {split['documents']:,} documents, {split['tokens']:,} tokens"
-        for name, split in data.manifest["splits"].items()
-    )
+    splits = data.manifest["splits"].items()
+    return "\n".join(f"{name}: {one['documents']:,} documents, {one['tokens']:,} tokens" for name, one in splits)
 
 
 def _evaluated(config: Any, result: dict[str, Any]) -> str:
@@ -93,11 +91,11 @@ SAID: dict[str, Callable[[Any, Any], str]] = {
     "score": _scored,
     "show": _shown,
 }
-"""What is printed of the settings and the result of a stage; of all others the result, a path or several."""
+"""Output of a stage from its settings and result; other stages print the result, one or several paths."""
 
 
 def _do(name: str, config: Any) -> str:
-    """Run a stage and return what it says."""
+    """Run a stage and return its output."""
     result = STAGES[name].load()(config)
     if name in SAID:
         return SAID[name](config, result)
@@ -105,20 +103,12 @@ def _do(name: str, config: Any) -> str:
 
 
 def overview() -> str:
-    """What `cratescope --help` says."""
+    """The text of `cratescope --help`."""
     lines = [f"  {name:10} {stage.line}" for name, stage in STAGES.items()]
-    return "\n".join(
-        [
-            "usage: cratescope COMMAND [OPTIONS]",
-            "",
-            "Train CRATE language models and GPT-2 twins, then explain and score their neurons with LLMs.",
-            "",
-            *lines,
-            "",
-            "`cratescope COMMAND --help` explains the options of a command. Every command skips finished work, so",
-            "after an interruption the same command resumes.",
-        ]
-    )
+    before = "Train CRATE language models and GPT-2 twins, then explain and score their neurons with LLMs."
+    after = "`cratescope COMMAND --help` explains the options of a command. Every command skips finished work, so\n"
+    after += "after an interruption the same command resumes."
+    return "\n".join(["usage: cratescope COMMAND [OPTIONS]", "", before, "", *lines, "", after])
 
 
 def run(arguments: list[str]) -> str:
@@ -137,11 +127,7 @@ def run(arguments: list[str]) -> str:
         raise UserError(f"{name} runs in one process; start it without torchrun or accelerate")
     config: Any = parse(kind, rest, prog=f"cratescope {name}")
     _set_up_process()
-    if getattr(config, "ray", 0):
-        from cratescope.workers import spread
-
-        return spread(partial(_do, name), config)
-    return _do(name, config)
+    return run_on_ray(partial(_do, name), config) if getattr(config, "ray", 0) else _do(name, config)
 
 
 def _set_up_process() -> None:
@@ -219,7 +205,7 @@ def _disk_full(error: Exception) -> bool:
 
 
 def _fail(message: str, code: int = 2) -> NoReturn:
-    # Once a machine: what is wrong may be wrong on one of them only.
+    # Once per machine, since the problem may be on one of them only.
     if sys.stderr and os.environ.get("LOCAL_RANK", "0") == "0":
         # A stranger's file name or answer must not steer the terminal.
         said = re.sub("[\x00-\x1f\x7f-\x9f]", "?", " ".join(message.split()))

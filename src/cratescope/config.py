@@ -15,14 +15,14 @@ from cratescope.options import LARGEST_SEED, Checked, PositionalPath, within
 
 @dataclass(frozen=True)
 class NeuronsConfig(Checked):
-    """What the stages of a study that are about neurons share, its section [neurons]."""
+    """Section [neurons] of a study: options shared by the stages about neurons."""
 
     sites: tuple[str, ...] = ("auto",)
     """Sites to look at, each as in `collect --site`."""
     protocols: tuple[str, ...] = DEFAULT_PROTOCOLS
     """Protocols to explain for, simulate, judge and score."""
     neurons: Annotated[int | None, within(1)] = None
-    """How many neurons a layer, drawn at random by the seed; all by default."""
+    """Neurons per layer, drawn at random by the seed; all by default."""
     neuron_seed: Annotated[int, within(0, LARGEST_SEED)] = 0
     """Draws the neurons."""
     simulators: tuple[Simulator, ...] = ("list-pmi",)

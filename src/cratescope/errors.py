@@ -1,4 +1,4 @@
-"""What a command says when it stops: errors that a user can mend, and what the system refused."""
+"""Errors that a user can fix, and plain words for those of the system and of other libraries."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ _PLAINLY = {
     "custom code": "it needs code of its own, which is never run; take one whose class transformers has",
     "ignore_mismatched_sizes": "its weights have other shapes than its config.json says",
 }
-"""What to say where another library advises what cannot be done here, or to run a stranger's code; by its words."""
+"""Our words for errors whose own advice is impossible here or would run a stranger's code, by a part of their text."""
 
 
 def first_line(error: BaseException) -> str:
-    """What another library says of a failure, cut to one line."""
+    """One line of another library's error."""
     if told := next((told for sign, told in _PLAINLY.items() if sign in str(error)), None):
         return told
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -41,8 +41,6 @@ def last_line(error: BaseException) -> str:
 
 
 DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
-
-
 UNUSABLE = {
     errno.EROFS: "the disk is read-only; name a path on another one",
     errno.EACCES: "no permission; change it, or name another path",
@@ -65,7 +63,7 @@ UNUSABLE = {
     errno.ENOTEMPTY: "another process writes there; run the same command again when it has ended",
     errno.EXDEV: "lies on two disks at once; name another path",
 }
-"""What is wrong with a path, and the fix, by the number of the system's error."""
+"""Problem and fix by the system's error number."""
 
 
 def unusable(error: OSError) -> str | None:

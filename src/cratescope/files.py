@@ -14,28 +14,22 @@ import platform
 import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
 from cratescope.errors import DISK_FULL, UNUSABLE, UserError, first_line, shown_path
 
 Shape = Any
-"""What a JSON value has to look like; see `misfit`."""
-
-
+"""Required shape of a JSON value; see `misfit`."""
 SURROGATES = re.compile("[\ud800-\udfff]")
 """Halves of surrogate pairs, which no UTF-8 has: JSON can hold them, and what cannot be decoded is read as such."""
-
-
 _MARKS = (
     (codecs.BOM_UTF32_LE, "utf-32"),  # before UTF-16, because it begins with UTF-16's mark
     (codecs.BOM_UTF32_BE, "utf-32"),
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
-
-
 # The library's own handler, `surrogateescape`, knows encodings of single bytes only.
 codecs.register_error("lone-surrogate", lambda error: ("\udcff", error.end))  # type: ignore[attr-defined]
 
@@ -74,11 +68,7 @@ def parse_json(text: str | bytes, where: str, fix: str) -> Any:
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder and those above it.
-
-    Raises:
-        UserError: there cannot be one; a full disk stays an OSError.
-    """
+    """Make a folder and those above it. Raises UserError where there cannot be one; a full disk stays an OSError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:
@@ -111,14 +101,8 @@ def _refused(error: OSError | ValueError, path: Path) -> Exception:
 
 
 _TEMPORARY = re.compile(r"\..*\.([0-9a-f]{8})\.(\d+)-\d+\.tmp")
-
-
 _WEEK = 7 * 86400
-
-
 _numbers = itertools.count()
-
-
 _swept: set[tuple[int, Path]] = set()
 
 
@@ -150,10 +134,14 @@ def remove_leftovers(folder: Path) -> None:
         for path in [Path(entry) for entry in os.scandir(folder)]:
             found = _TEMPORARY.fullmatch(path.name)
             if found and _is_left(path, found[1], int(found[2])):
-                if path.is_dir():
-                    shutil.rmtree(path, ignore_errors=True)
-                else:
-                    path.unlink(missing_ok=True)
+                _remove(path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _is_left(path: Path, here: str, process: int) -> bool:
@@ -177,46 +165,43 @@ def atomic_path(path: Path, first: bool = False) -> Iterator[Path]:
 
     first: keep a file that another process has put there in the meantime.
     """
-    with folder_there(path.parent):
-        temporary = temporary_beside(path)
-        try:
-            # Here and not in a library, whose errors may not say what is wrong with the path.
-            with contextlib.suppress(FileNotFoundError):
-                path.lstat()
-            temporary.touch()
-        except (OSError, ValueError) as error:
-            raise _refused(error, path) from error
-        try:
-            yield temporary
-            with open(temporary, "rb") as file:
-                os.fsync(file.fileno())
-            if first:
-                with contextlib.suppress(FileExistsError):
-                    os.link(temporary, path)
-            else:
-                os.replace(temporary, path)
-        finally:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
+    with _new_beside(path, Path.touch) as temporary:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        if first:
+            with contextlib.suppress(FileExistsError):
+                os.link(temporary, path)
+        else:
+            os.replace(temporary, path)
 
 
 @contextlib.contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
     """Yield an empty temporary folder beside `folder`; rename it to `folder` when the block ends without an error."""
     folder = Path(os.path.realpath(folder))
-    with folder_there(folder.parent):
-        temporary = temporary_beside(folder)
+    with _new_beside(folder, Path.mkdir) as temporary:
+        yield temporary
+        _put(temporary, folder)
+
+
+@contextlib.contextmanager
+def _new_beside(path: Path, make: Callable[[Path], None]) -> Iterator[Path]:
+    """Make and yield a temporary file or folder beside `path`; it is removed at the end if it is still there."""
+    with folder_there(path.parent):
+        temporary = temporary_beside(path)
         try:
+            # Here and not in a library, whose errors may not say what is wrong with the path.
             with contextlib.suppress(FileNotFoundError):
-                folder.lstat()
-            temporary.mkdir()
+                path.lstat()
+            make(temporary)
         except (OSError, ValueError) as error:
-            raise _refused(error, folder) from error
+            raise _refused(error, path) from error
         try:
             yield temporary
-            _put(temporary, folder)
         finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                _remove(temporary)
 
 
 def _put(new: Path, folder: Path) -> None:

@@ -13,11 +13,7 @@ if TYPE_CHECKING:
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` is CUDA where there is one, else the CPU.
-
-    Raises:
-        UserError: CUDA was asked for and there is none.
-    """
+    """`auto` is CUDA where there is one, else the CPU. Raises UserError for `cuda` where there is none."""
     import torch
 
     if name == "auto":

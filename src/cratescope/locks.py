@@ -17,9 +17,7 @@ from cratescope.errors import UserError
 from cratescope.files import folder_there, make_folder
 
 _held: set[Path] = set()
-_NO_LOCKS = frozenset(
-    {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EROFS, errno.EACCES, errno.EPERM}
-)
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EROFS, errno.EACCES, errno.EPERM}
 
 
 @contextlib.contextmanager

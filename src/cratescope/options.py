@@ -16,10 +16,10 @@ import tyro
 from cratescope.errors import UserError
 from cratescope.workers import rank, worker_of
 
-Config = TypeVar("Config")
+Config = TypeVar("Config", bound="Checked")
 LARGEST = 2**31 - 1
 LARGEST_SEED = 2**32 - 1
-"""What NumPy, PyTorch and transformers all take."""
+"""The largest that NumPy, PyTorch and transformers all accept."""
 LARGEST_BATCH = 65_536
 
 
@@ -33,7 +33,7 @@ class Range:
     below: bool
 
     def refusal(self, number: float) -> str | None:
-        """What a number that is not among them has to be."""
+        """The requirement that a number does not meet; None if it is in the range."""
         if not (number > self.low if self.above else number >= self.low):  # also when it is nan
             return f"more than {self.low}" if self.above else f"{self.low} or more"
         if not (number < self.high if self.below else number <= self.high):
@@ -41,7 +41,7 @@ class Range:
         return None
 
     def __call__(self, default: str) -> str:
-        """What --help says behind an option."""
+        """The note after an option in --help."""
         low = f"more than {self.low}" if self.above else f"{self.low} or more"
         high = f", {'less than ' if self.below else 'up to '}{self.high}" if self.high != LARGEST else ""
         return f"({low}{high}; default: {default})"
@@ -62,11 +62,12 @@ def ranges(kind: type) -> dict[str, Range]:
     return {name: part for name, parts in found.items() for part in parts if isinstance(part, Range)}
 
 
+@dataclass(frozen=True)
 class Checked:
     """Settings that refuse what is out of its option's range, and text that no file can hold, when they are made."""
 
     budgets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
-    """What each value of an option `budget` changes of the others' defaults."""
+    """Changed defaults of the other options, by the value of an option `budget`."""
 
     def __post_init__(self) -> None:
         kind: Any = type(self)
@@ -87,7 +88,7 @@ class Checked:
 
     @classmethod
     def _flag(cls, name: str) -> str:
-        """What the option is called on the command line."""
+        """Name of the option on the command line."""
         positional = tyro.conf.Positional in get_args(get_type_hints(cls, include_extras=True)[name])
         return name if positional else f"--{name.replace('_', '-')}"
 
@@ -127,8 +128,8 @@ def parse(kind: type[Config], arguments: list[str], prog: str | None = None) -> 
     words = [word for argument in arguments for word in argument.split("=", 1 if argument[:9] == "--budget=" else 0)]
     if "--budget" in words[:-1]:
         budget = words[len(words) - words[::-1].index("--budget")]
-        if changed := _checked(kind).budgets.get(budget):
-            default = _checked(kind)(**dict.fromkeys(_required(kind), tyro.MISSING), budget=budget, **changed)
+        if changed := kind.budgets.get(budget):
+            default = kind(**dict.fromkeys(_required(kind), tyro.MISSING), **changed, **{"budget": budget})
     return tyro.cli(kind, prog=prog, args=arguments, default=default)
 
 
@@ -149,7 +150,7 @@ def from_table(kind: type[Config], table: Mapping[str, Any], where: str) -> Conf
             raise UserError(f"{where} {name} = {value!r:.60} is not a value it takes") from error
     if missing := [name for name in _required(kind) if name not in values]:
         raise UserError(f"{where} {missing[0]} is missing")
-    values = {**_checked(kind).budgets.get(values.get("budget", ""), {}), **values}
+    values = {**kind.budgets.get(values.get("budget", ""), {}), **values}
     try:
         for name, group in _nested(kind).items():
             of_group = [option.name for option in fields(group) if option.name in values]
@@ -159,10 +160,10 @@ def from_table(kind: type[Config], table: Mapping[str, Any], where: str) -> Conf
         raise UserError(f"{where} {error}") from error
 
 
-def option_types(kind: type) -> dict[str, Any]:
+def option_types(kind: type[Checked]) -> dict[str, Any]:
     """Type of every option of a class of settings, those of settings nested in it among them."""
     hints, nested = get_type_hints(kind), _nested(kind)
-    found = {option.name: hints[option.name] for option in fields(_checked(kind)) if option.name not in nested}
+    found = {option.name: hints[option.name] for option in fields(kind) if option.name not in nested}
     for group in nested.values():
         found |= option_types(group)
     return found
@@ -172,22 +173,12 @@ def _nested(kind: type) -> dict[str, Any]:
     return {name: hint for name, hint in get_type_hints(kind).items() if dataclasses.is_dataclass(hint)}
 
 
-def _required(kind: type) -> list[str]:
-    options = fields(_checked(kind))
-    return [option.name for option in options if option.default is option.default_factory is MISSING]
-
-
-def _checked(kind: type) -> Any:
-    """The same class; type checkers cannot know that settings are a dataclass with budgets."""
-    return kind
+def _required(kind: type[Checked]) -> list[str]:
+    return [option.name for option in fields(kind) if option.default is option.default_factory is MISSING]
 
 
 def _typed(value: Any, hint: Any) -> Any:
-    """A value of a TOML file as an option of this type has it; one value stands for a list of one.
-
-    Raises:
-        ValueError: it is of another type.
-    """
+    """A value of a TOML file as an option of this type has it, or ValueError; one value stands for a list of one."""
     origin, parts = get_origin(hint), get_args(hint)
     if origin is types.UnionType:  # with None, which TOML does not have
         return _typed(value, next(part for part in parts if part is not types.NoneType))
@@ -211,22 +202,10 @@ def _typed(value: Any, hint: Any) -> Any:
 
 
 PositionalPath = Annotated[Path, tyro.conf.Positional]
-
-
 PositionalPaths = Annotated[tuple[Path, ...], tyro.conf.Positional]
-
-
 WORKER = "i/n: do every n-th batch or part from the i-th on, i from 0; auto reads torchrun's RANK and WORLD_SIZE."
-
-
 RAY = "Do it in this many Ray tasks, on a cluster or here (pip install 'cratescope[ray]'); each is one worker."
-
-
 # Options of every stage whose work is shared out. A base class would put them first in --help.
 Worker = Annotated[str, tyro.conf.arg(help=WORKER)]
-
-
 RayTasks = Annotated[int, within(0, 10_000, help=RAY)]
-
-
 RayGPUs = Annotated[float, within(0, 1000, help="GPUs of a Ray task; 0.5 lets two share one.")]

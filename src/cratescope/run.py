@@ -14,10 +14,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerFast
-
-    from cratescope.results.neuron import Neuron
 from cratescope.errors import UserError
 from cratescope.files import (
     Shape,
@@ -31,6 +27,11 @@ from cratescope.files import (
     sha256,
     slug,
 )
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+    from cratescope.results.neuron import Neuron
 
 
 def made_from(files: Iterable[Path], root: Path, **settings: Any) -> dict[str, str]:
@@ -80,42 +81,20 @@ def claim(folder: Path, identity: dict[str, Any]) -> None:
             )
 
 
-_WHOLE = (int, None)
-
-
-ARM: Shape = {name: str for name in ("family", "attention", "feed_forward", "size", "site", "variant")}
-ARM |= {"seed": _WHOLE, "tokens_trained": _WHOLE}
-
-
+ARM: Shape = dict.fromkeys(("family", "attention", "feed_forward", "size", "site", "variant"), str)
+ARM |= dict.fromkeys(("seed", "tokens_trained"), (int, None))
 RUN: Shape = {
-    "arm?": ARM,
-    "parameters": int,
-    "n_layer": (int, None),
-    "context": (int, None),
+    **{"arm?": ARM, "parameters": int, "n_layer": (int, None), "context": (int, None)},
     "data": {"path": str, "manifest_sha256": str},
-    **{f"{name}?": int for name in ("seed", "parameters_without_positions", "n_neurons", "vocab_size", "steps")},
-    **{
-        f"{name}?": kind
-        for name, kind in (("preset", str), ("tokens_trained", int), ("settings", {}), ("seconds", float))
-    },
+    **dict.fromkeys(("seed?", "parameters_without_positions?", "n_neurons?", "vocab_size?", "steps?"), int),
+    **{"preset?": str, "tokens_trained?": int, "settings?": {}, "seconds?": float},
 }
-
-
 TRAINED: Shape = {"steps": int}
-
-
 BEFORE_ARMS: Shape = {"family": str, "preset": str, "seed": int, "tokens_trained": int}
-"""What later stages read in run.json, what of a run trained here, and what of one from before there were arms."""
-
-
-METRICS: Shape = {
-    "step": int,
-    "tokens": int,
-    **{f"{name}?": (float, None) for name in ("loss", "learning_rate", "validation_loss", "validation_standard_error")},
-}
+"""Entries of run.json that later stages read, those of a run trained here, and those of one older than arms."""
+METRICS: Shape = {"step": int, "tokens": int}
+METRICS |= dict.fromkeys(("loss?", "learning_rate?", "validation_loss?", "validation_standard_error?"), (float, None))
 """A line of metrics.jsonl."""
-
-
 IDENTITY: Shape = {"identity": {}}
 """A stage's manifest.json."""
 
@@ -166,18 +145,6 @@ class Run:
         """Folder with one Parquet file per layer."""
         return self.root / "records" / slug(site)
 
-    def explanations(self, site: str, explainer: str, explained: str) -> Path:
-        """Folder with one Parquet file per layer; `explained` names the windows shown."""
-        return self.root / "explanations" / slug(site) / slug(explainer) / explained
-
-    def simulations(self, site: str, explainer: str, simulator: str, explained: str) -> Path:
-        """Folder with one Parquet file per layer."""
-        return self.root / "simulations" / slug(site) / slug(explainer) / slug(simulator) / explained
-
-    def judgements(self, site: str, explainer: str, scorer: str, explained: str) -> Path:
-        """Folder with one Parquet file per layer."""
-        return self.root / "judgements" / slug(site) / slug(explainer) / slug(scorer) / explained
-
     def scores(self, site: str, explainer: str, simulator: str) -> Path:
         """Folder with one Parquet file per layer (a row per neuron, protocol, control and measure) and scores.json."""
         return self.root / "scores" / slug(site) / slug(explainer) / slug(simulator)
@@ -215,10 +182,8 @@ class Run:
         found: list[Path] = []
         for relative in (entry["path"], entry.get("path_as_given", entry["path"])):
             # An unnormalised `..` leaves a linked folder's target; a normalised one leaves the link itself.
-            found += [
-                (self.root.resolve() / relative).resolve(),
-                Path(os.path.normpath(self.root.absolute() / relative)),
-            ]
+            found.append((self.root.resolve() / relative).resolve())
+            found.append(Path(os.path.normpath(self.root.absolute() / relative)))
         there = [path for path in found if (path / "manifest.json").is_file()]
         own = (path for path in there if sha256(path / "manifest.json") == entry.get("manifest_sha256"))
         return next(own, (there or found)[0])

@@ -75,7 +75,7 @@ class Plan:
         return STAGES[section].load()(self.options(section, own, **given))
 
     def training(self, out: Path) -> Iterator[tuple[TrainConfig, list[Run]]]:
-        """How each model is trained, and its runs: what it is at the end, and its milestones."""
+        """The training settings of each model, and its runs: the final one and its milestones."""
         from cratescope.lm.trainer import milestone_steps
 
         for name, own in self.models.items():
@@ -115,7 +115,11 @@ def study(config: StudyConfig) -> Path:
         for site in of_run:
             _score_neurons(plan, {"run": root, "site": site}, explainer, say)
     say("report")
-    pages = [_report(plan, config.out, tuple(sites), explainer, simulator) for simulator in plan.simulators]
+    pages: list[Path] = []
+    for simulator in plan.simulators:
+        given = {"title": plan.title, "explainer": explainer, "simulator": simulator}
+        folder = config.out / (f"report-{simulator}" if pages else "report")
+        pages.append(plan.do("report", runs=tuple(sites), out=folder, **given))
     return pages[0]
 
 
@@ -130,22 +134,17 @@ def _score_neurons(plan: Plan, place: Settings, explainer: str, say: Callable[[s
         plan.do("score", **place, explainer=explainer, simulator=simulator)
 
 
-def _report(plan: Plan, out: Path, runs: tuple[Path, ...], explainer: str, simulator: str) -> Path:
-    folder = out / ("report" if simulator == plan.simulators[0] else f"report-{simulator}")
-    return plan.do("report", runs=runs, out=folder, title=plan.title, explainer=explainer, simulator=simulator)
-
-
 def _loss(result: Settings) -> str:
     margin = result["unigram_entropy"] - result["loss"]
     error = "-" if result["standard_error"] is None else f"{result['standard_error']:.3f}"
     return (
-        f"  {result['split']} loss {result['loss']:.3f} +- {error} nats a token, "
+        f"  {result['split']} loss {result['loss']:.3f} +- {error} nats per token, "
         f"{margin:.3f} below the unigram entropy of {result['unigram_entropy']:.3f}"
     )
 
 
 def _check_names(plan: Plan, names: list[str]) -> None:
-    """Raises UserError for a model that is called like a milestone of another: a report could not tell them apart."""
+    """Refuse a model named like a milestone of another: a report could not tell them apart."""
     for name in plan.models:
         if names.count(name) > 1:
             raise UserError(f"{plan.path}: [[model]] name = {name!r} is the name of a milestone too; give another one")
@@ -180,7 +179,7 @@ def check(table: Settings, path: Path) -> Plan:
 
 
 def _plan(table: Settings, path: Path, neurons: NeuronsConfig) -> Plan:
-    """What a study file says, with what [neurons] shares put into the sections that have it."""
+    """The plan, with the options of [neurons] copied into the sections that have them."""
     shared = table.get(SHARED, {})
     sections = {name: dict(table.get(name, {})) for name in GIVEN}
     for section, options in sections.items():
@@ -208,7 +207,7 @@ def _listed(value: Any) -> tuple[Any, ...]:
 
 
 def _variants(plan: Plan, section: str) -> list[Settings]:
-    """What a study changes of a section from one run of its stage to another."""
+    """The options of a section that change from one run of its stage to the next."""
     if section == "train":
         return list(plan.models.values())
     known, options = option_types(STAGES[section].config), plan.sections[section]
@@ -218,7 +217,7 @@ def _variants(plan: Plan, section: str) -> list[Settings]:
 
 
 def _look_up(parsed: Any, where: str) -> None:
-    """Raises UserError for a preset, a text, a protocol or a measure that there is not."""
+    """Raises UserError for an unknown preset, text, protocol or measure."""
     from cratescope.explain.protocols import protocols_named
     from cratescope.lm.evaluate import SPLITS
     from cratescope.models.presets import preset_config

@@ -36,11 +36,7 @@ def _from_environment(name: str, least: int) -> int:
 
 
 def worker_of(text: str) -> tuple[int, int]:
-    """Split i/n into (i, n); `auto` reads torchrun's environment variables.
-
-    Raises:
-        UserError: it is neither.
-    """
+    """Split i/n into (i, n); `auto` reads torchrun's environment variables. Raises UserError for anything else."""
     given = f"{rank()}/{processes()}" if text == "auto" else text
     found = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", given)
     if not found or int(found[1]) >= int(found[2]):
@@ -58,7 +54,7 @@ def share(items: Sequence[T], worker: str, batch: int) -> list[T]:
     return [item for place, item in enumerate(items) if place // batch % total == number]
 
 
-def spread(command: Callable[[Any], str], config: Any) -> str:
+def run_on_ray(command: Callable[[Any], str], config: Any) -> str:
     """Run `command` as `config.ray` workers and return its output when all of them have finished.
 
     A cluster named by RAY_ADDRESS is used, else this machine. The run directory has to be on a disk that all share.

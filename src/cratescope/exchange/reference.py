@@ -28,20 +28,13 @@ CRATE_BLOCK = {
     "ln_2.*": "prenorm_2.*",
     "ista.D": "ista.weight",
 }
-
-
-GPT2_BLOCK = {
-    name: name for name in ("ln_1.*", "attn.c_attn.*", "attn.c_proj.*", "ln_2.*", "mlp.c_fc.*", "mlp.c_proj.*")
-}
-
-
+_SAME = ("ln_1.*", "attn.c_attn.*", "attn.c_proj.*", "ln_2.*", "mlp.c_fc.*", "mlp.c_proj.*")
+GPT2_BLOCK = dict(zip(_SAME, _SAME, strict=True))
+SIZES = ("n_layer", "n_head", "n_embd", "vocab_size")
+"""Entries of model_args that our configurations call the same."""
 OUTER = ("transformer.wte.weight", "transformer.wpe.weight", "transformer.ln_f.*", "lm_head.weight")
-
-
 COMPILED = "_orig_mod."
 """The prefix torch.compile leaves on the names of a saved model."""
-
-
 CAUSAL_MASK = re.compile(r"\.attn\.(masked_)?bias$")
 """A buffer of older research code, not a weight."""
 
@@ -93,9 +86,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             raise UserError(f"{path}: the entry {entry!r} is not a dictionary of names, as nanoGPT writes it")
     for name, tensor in checkpoint["model"].items():
         if wrong := _not_a_weight(tensor):
-            raise UserError(
-                f"{path}: the tensor {name} {wrong}; a nanoGPT-style checkpoint holds plain tensors of numbers"
-            )
+            fix = "a nanoGPT-style checkpoint holds plain tensors of numbers"
+            raise UserError(f"{path}: the tensor {name} {wrong}; {fix}")
     if not _is_count(checkpoint.get("iter_num", 0), 0):
         raise UserError(f"{path}: iter_num = {checkpoint['iter_num']!r} is not a number of steps")
     return checkpoint
@@ -206,10 +198,9 @@ def to_reference(model: PreTrainedModel) -> dict[str, Any]:
     if isinstance(config, CrateConfig):
         paper = CrateConfig()
         for field in ("ista_expansion", "ista_steps", "ista_step_size", "ista_lambda", "ista_skip", "ista_tied"):
-            if getattr(config, field) != getattr(paper, field):
-                raise UserError(
-                    f"{field} = {getattr(config, field)}: the reference code has {getattr(paper, field)} only"
-                )
+            ours, theirs = getattr(config, field), getattr(paper, field)
+            if ours != theirs:
+                raise UserError(f"{field} = {ours}: the reference code has {theirs} only")
     reference = getattr(config, "reference", None) or {"bias": True, "prefix": "", "iter_num": 0}
     state = model.state_dict()
     names = _names(model)
@@ -219,44 +210,29 @@ def to_reference(model: PreTrainedModel) -> dict[str, Any]:
         for ours, theirs in names.items()
         if bias or not ours.endswith(".bias")
     }
-    arguments = {
-        "n_layer": config.n_layer,
-        "n_head": config.n_head,
-        "n_embd": config.n_embd,
-        "block_size": config.n_positions,
-        "vocab_size": config.vocab_size,
-        "dropout": 0.0,
-        "bias": bias,
-    }
+    arguments = {name: getattr(config, name) for name in SIZES}
+    arguments |= {"block_size": config.n_positions, "dropout": 0.0, "bias": bias}
     return {"model": tensors, "model_args": arguments, "iter_num": reference["iter_num"]}
 
 
 def _config(arguments: dict[str, Any], theirs: dict[str, Tensor], name: Path | str) -> CrateConfig | GPT2Config:
     try:
-        shape = {field: arguments[field] for field in ("n_layer", "n_head", "n_embd", "vocab_size")}
+        shape = {field: arguments[field] for field in SIZES}
         shape["n_positions"] = arguments["block_size"]
     except KeyError as error:
         raise UserError(f"{name}: model_args has no {error.args[0]!r}") from error
     for field, value in shape.items():
         if not _is_count(value, 1):
-            raise UserError(
-                f"{name}: model_args do not fit together ({field} = {value!r:.50} is not a number of 1 or more)"
-            )
+            reason = f"{field} = {value!r:.50} is not a number of 1 or more"
+            raise UserError(f"{name}: model_args do not fit together ({reason})")
     if any(key.endswith("ista.weight") for key in theirs):
         try:
             return CrateConfig(**shape)
         except StrictDataclassError as error:
             raise UserError(f"{name}: model_args do not fit together ({last_line(error)})") from error
     if any(key.endswith("mlp.c_fc.weight") for key in theirs):
-        return GPT2Config(
-            **shape,
-            activation_function="relu",
-            resid_pdrop=0.0,
-            embd_pdrop=0.0,
-            attn_pdrop=0.0,
-            bos_token_id=None,
-            eos_token_id=None,
-        )
+        shape |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+        return GPT2Config(**shape, activation_function="relu", bos_token_id=None, eos_token_id=None)
     raise UserError(f"{name}: neither a CRATE (ista.weight) nor a GPT (mlp.c_fc.weight) of the reference code")
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from importlib import import_module
+from typing import Annotated, Any, Literal, NamedTuple
 
 import tyro
 
@@ -11,15 +12,36 @@ from cratescope.errors import UserError
 from cratescope.llm.config import LLMConfig
 from cratescope.options import LARGEST_SEED, Checked, PositionalPath, RayGPUs, RayTasks, Worker, within
 
+
+class Simulates(NamedTuple):
+    """A simulator: where it is, what it needs of the LLM, and whether it takes --prompts and --reference-quirks."""
+
+    place: str
+    needs: Literal["nothing", "likeliest tokens", "whole vocabulary"]
+    worded: bool = False
+
+
 Simulator = Literal["list-pmi", "list-in-context", "all-at-once"]
+SIMULATORS: dict[str, Simulates] = {
+    "list-pmi": Simulates("simulators.list_pmi:ListPMI", "whole vocabulary"),
+    "list-in-context": Simulates("simulators.list_in_context:ListInContext", "whole vocabulary"),
+    "all-at-once": Simulates("simulators.all_at_once:AllAtOnce", "likeliest tokens", worded=True),
+}
+Scorer = Literal["detection", "fuzzing", "intruder"]
+SCORERS: dict[str, str] = {
+    "detection": "judges.yes_no:DETECTION",
+    "fuzzing": "judges.yes_no:FUZZING",
+    "intruder": "judges.intruder:INTRUDER",
+}
+
+
+def load(place: str) -> Any:
+    """What stands at "module:name" of this room. Only now the module is imported, so that --help is instant."""
+    module, _, name = place.partition(":")
+    return getattr(import_module(f"cratescope.explain.{module}"), name)
 
 
 Prompts = Literal["own", "openai"]
-
-
-Scorer = Literal["detection", "fuzzing", "intruder"]
-
-
 DEFAULT_PROTOCOLS = ("top-and-random", "random-only")
 
 
@@ -75,17 +97,18 @@ class SimulateConfig(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.simulator != "all-at-once" and (self.reference_quirks or self.prompts != "own"):
+        kind = SIMULATORS[self.simulator]
+        if not kind.worded and (self.reference_quirks or self.prompts != "own"):
             raise UserError(
                 f"--simulator {self.simulator} is our own; --reference-quirks and --prompts go with all-at-once"
             )
-        if self.llm.served and (self.simulator != "all-at-once" or self.reference_quirks):
+        if self.llm.served and (kind.needs == "whole vocabulary" or self.reference_quirks):
             raise UserError(
                 f"--llm {self.llm.llm}: a server tells of the likeliest tokens only, and the list simulators and "
                 "--reference-quirks need the whole vocabulary; use --simulator all-at-once, or run the model here "
                 "(--llm HUB_NAME or FOLDER)"
             )
-        if self.llm.served and not self.llm.llm_tokenizer:
+        if self.llm.served and kind.needs != "nothing" and not self.llm.llm_tokenizer:
             raise UserError(
                 f"--llm {self.llm.llm}: simulating needs the tokenizer of the server's model; name it with "
                 "--llm-tokenizer (hub name or folder)"

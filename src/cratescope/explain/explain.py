@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import track
 from transformers import PreTrainedTokenizerFast
 
 from cratescope.errors import UserError
 from cratescope.explain.config import ExplainConfig
-from cratescope.explain.explained import Explanation, Waiting, claim_and_keep, explanations
+from cratescope.explain.explained import Explained, Explanation
 from cratescope.explain.phrase import clean_answer
-from cratescope.explain.protocols import Protocol, protocols_named
+from cratescope.explain.protocols import ExplanationSet, protocols_named
 from cratescope.explain.shown import Shown
+from cratescope.explain.waiting import Waiting, keeping
 from cratescope.explain.wording import Wording, wording_named
 from cratescope.llm.answers import EMPTY_ANSWER, ONLY_REASONING
 from cratescope.llm.interface import LanguageModel, NoAnswer, RefusedError
 from cratescope.llm.open import llm_identity, open_llm
 from cratescope.llm.reasoning import without_reasoning
-from cratescope.neurons.kept import Kept
 from cratescope.neurons.records import NeuronRecord, layer_file
 from cratescope.neurons.sample import (
     AT_ONCE,
@@ -35,22 +33,16 @@ from cratescope.neurons.sample import (
     undecodable,
     with_records,
 )
+from cratescope.progress import progress
 from cratescope.run import Run, claim
-from cratescope.text.tokenizer import load_tokenizer, token_strings, vocabulary_strings
+from cratescope.text.tokenizer import token_strings, vocabulary_strings
 from cratescope.workers import share
 
 MAX_TOKENS = 60
 """Longest answer (paper section 4)."""
-
-
 ENOUGH = 16
 """So many refusals and useless answers, and nothing else, are no matter of single neurons."""
-
-
 NOTHING_TO_SHOW = "no readable token"
-
-
-STDERR = Console(stderr=True)
 
 
 def explain(config: ExplainConfig, llm: LanguageModel | None = None) -> list[Path]:
@@ -70,30 +62,21 @@ def explain(config: ExplainConfig, llm: LanguageModel | None = None) -> list[Pat
     max_tokens = config.llm.llm_max_tokens or MAX_TOKENS
     made_with = {"prompt": wording.explain_version, "max_tokens": max_tokens, "neuron_seed": config.neuron_seed}
     made_with = records_identity(run, site) | llm_identity(config.llm, llm) | made_with
-    tokenizer = load_tokenizer(run.model)
     folders = []
-    for explained, protocols in protocols_named(config.protocols).items():
-        kept = explanations(run.explanations(site, config.llm.llm_name, explained))
-        identity = made_with | {"explained": explained}
-        if (kept.folder / "manifest.json").exists():
-            claim(kept.folder, identity)
+    for chosen in protocols_named(config.protocols):
+        kept = Explained(run, site, config.llm.llm_name, chosen.name).explanations
+        begin = functools.partial(claim, kept.folder, made_with | {"explained": chosen.name})
         folders.append(kept.folder)
-        with kept.writing() as keep:
-            waiting = Waiting(functools.partial(claim_and_keep, kept.folder, identity, keep), ENOUGH)
+        with keeping(kept, begin, ENOUGH, lambda item: bool(item.text)) as waiting:
             for layer, indices in samples.items():
                 indices = share(indices, config.worker, config.llm.llm_batch)
                 done = kept.done(layer) & {*indices}
                 if len(done) < len(indices):
                     llm = llm or open_llm(config.llm)
-                    asking = Asking(llm, tokenizer, wording, protocols[0], config.llm.llm_name, max_tokens)
+                    asking = Asking(llm, run.tokenizer, wording, chosen, config.llm.llm_name, max_tokens)
                     path = layer_file(run.records(site), layer)
-                    _explain_layer(path, layer, indices, done, waiting, asking, config.llm.llm_batch)
-            waiting.end(functools.partial(_has_text, kept))
+                    _explain_layer(path, layer, indices, done, waiting, asking.asked, config.llm.llm_batch)
     return folders
-
-
-def _has_text(kept: Kept[Explanation]) -> bool:
-    return any(item.text for _, item in kept.all())
 
 
 def _samples(config: ExplainConfig, folder: Path) -> dict[int, list[int]]:
@@ -116,7 +99,7 @@ def _explain_layer(
     indices: Sequence[int],
     done: Container[int],
     waiting: Waiting[Explanation],
-    asking: Asking,
+    ask: Callable[[Sequence[NeuronRecord]], Sequence[tuple[Explanation, UserError | None]]],
     batch: int,
 ) -> None:
     """Explain one layer's sample in batches that depend on the sample alone.
@@ -127,8 +110,8 @@ def _explain_layer(
     chunks = [indices[start : start + batch] for start in range(0, len(indices), batch)]
     pending = [chunk for chunk in chunks if any(index not in done for index in chunk)]
     work = with_records(path, pending, AT_ONCE // batch + 1)
-    for chunk, records in track(work, f"explain layer {layer}", len(pending), console=STDERR, transient=True):
-        found = asking.asked([records[index] for index in chunk])
+    for chunk, records in progress(work, f"explain layer {layer}", len(pending)):
+        found = ask([records[index] for index in chunk])
         waiting.answered |= any(explanation.text for explanation, _ in found)
         for explanation, problem in found:
             if explanation.neuron.index not in done:
@@ -142,7 +125,7 @@ class Asking:
     llm: LanguageModel
     tokenizer: PreTrainedTokenizerFast
     wording: Wording
-    protocol: Protocol
+    windows: ExplanationSet
     explainer: str
     max_tokens: int = MAX_TOKENS
 
@@ -184,7 +167,7 @@ class Asking:
         """The neuron's own part of the prompt, or why there is none."""
         if record.dead:
             return "", DEAD
-        windows = self.protocol.explain_records(record)
+        windows = self.windows.windows(record)
         if undecodable(windows, len(vocabulary_strings(self.tokenizer))):
             return "", UNDECODABLE
         shown = [Shown(token_strings(self.tokenizer, window.tokens.tolist()), window.activations) for window in windows]

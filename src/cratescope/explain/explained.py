@@ -1,19 +1,21 @@
-"""Explanations, simulations and judgements, and the tables they are kept in (docs/records.md)."""
+"""Explanations, simulations and judgements, the tables they are kept in (docs/records.md), and where these are."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 
 from cratescope.errors import UserError
+from cratescope.explain.controls import shuffled_texts
+from cratescope.files import slug
 from cratescope.neurons.kept import Kept, item_of, neuron_id, row_of, schema
-from cratescope.neurons.records import NeuronId
+from cratescope.neurons.records import NeuronId, layer_file
+from cratescope.neurons.sample import check_identity, draw_neurons, records_identity
 from cratescope.parts import Row, Tables
-from cratescope.run import claim
+from cratescope.run import Run
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Explanation:
 class Simulation:
     """Activations predicted from a text alone, by control: a row for each window of `keys`.
 
-    texts: what each control was simulated from. "none" is the neuron's own explanation, "shuffled" another neuron's,
+    texts: what each control was simulated from. "own" is the neuron's own explanation, "shuffled" another neuron's,
     "empty" a sentence that says nothing, "unigram" no text at all (its strongest tokens stand there): the mean
     activation of each token in the windows explained from. A control that the neuron cannot have is missing.
     expected: one list of numbers a window, one a token, on the simulator's own scale (a correlation does not mind).
@@ -51,10 +53,10 @@ class Simulation:
 
 @dataclass(frozen=True)
 class Judgement:
-    """What an LLM answered about single windows: the probability of yes, and whether yes was right.
+    """What an LLM answered about windows: for each the probability that it is the right one, and whether it is.
 
-    control: as in Simulation, "none" or "shuffled". Scorer "intruder" needs no text: its windows come in groups of
-    INTRUDER_GROUP, one of which is foreign (label true), and the probabilities of a group add up to 1.
+    control: as in Simulation. Where a question shows several windows at a time, as "intruder" does, they come in groups
+    with one true label each, and the probabilities of a group add up to 1.
     """
 
     neuron: NeuronId
@@ -66,18 +68,10 @@ class Judgement:
     skipped: str | None = None
 
 
-INTRUDER_GROUP = 5
-"""Windows shown at a time by intruder detection, one of them foreign."""
-
-
 _KEY = pa.struct([("excerpt", pa.int32()), ("start", pa.int32()), ("width", pa.int32())])
-
-
 _EXPLANATION = schema(
     ("text", pa.string()), ("explainer", pa.string()), ("prompt", pa.string()), ("skipped", pa.string())
 )
-
-
 _SIMULATION = schema(
     ("simulator", pa.string()),
     ("control", pa.string()),
@@ -86,8 +80,6 @@ _SIMULATION = schema(
     ("simulated", pa.list_(pa.list_(pa.float64()))),
     ("skipped", pa.string()),
 )
-
-
 _JUDGEMENT = schema(
     ("scorer", pa.string()),
     ("control", pa.string()),
@@ -146,47 +138,70 @@ def _as_tuples(row: Row) -> Row:
     return row | {name: tuple(row[name]) for name in ("probabilities", "labels")}
 
 
-Result = TypeVar("Result")
+class Told(NamedTuple):
+    """A neuron's explanation, and the other neuron's text that it is compared with; empty where there is none."""
+
+    explanation: Explanation
+    other: str
 
 
-def claim_and_keep(folder: Path, identity: dict[str, Any], keep: Callable[[Result], None], item: Result) -> None:
-    """Keep a result in a folder that is claimed with the first one.
+@dataclass(frozen=True)
+class Explained:
+    """All that was made from one explanation set of one explainer, for the neurons of one site of a run.
 
-    Not before: a model or server that gives no answer leaves no folder, and after a stop with advice another
-    --llm-max-tokens is free to start.
-    """
-    claim(folder, identity)
-    keep(item)
-
-
-class Waiting(Generic[Result]):
-    """Results that tell only of refusals and useless answers wait until something was answered.
-
-    A wrong option, or too few tokens, spoils every answer; it must not be written as that many skipped neurons.
+    site: the name of its folder of records. set: the name of the explanation set.
     """
 
-    def __init__(self, write: Callable[[Result], None], enough: int) -> None:
-        self._write, self._enough = write, enough
-        self._results: list[Result] = []
-        self._problems: list[UserError] = []
-        self.answered = False
+    run: Run
+    site: str
+    explainer: str
+    set: str
 
-    def add(self, result: Result, problem: UserError | None) -> None:
-        """Write, or keep, what is known of a neuron. Raises the first problem when there are enough and no answer."""
-        self._results.append(result)
-        self._problems += [problem] if problem else []
-        if self.answered:
-            self._flush()
-        elif len(self._problems) >= self._enough:
-            raise self._problems[0]
+    @classmethod
+    def every(cls, run: Run, site: str, explainer: str) -> list[Explained]:
+        """Every explanation set that there are explanations of, by name."""
+        paths = cls(run, site, explainer, "*").explanations.folder.parent.glob("*")
+        return [cls(run, site, explainer, path.name) for path in sorted(paths) if path.is_dir()]
 
-    def end(self, answered_before: Callable[[], bool]) -> None:
-        """Write what waits. Raises the first problem when nothing was ever answered."""
-        if self._problems and not self.answered and not answered_before():
-            raise self._problems[0]
-        self._flush()
+    @property
+    def explanations(self) -> Kept[Explanation]:
+        return explanations(self._folder("explanations"))
 
-    def _flush(self) -> None:
-        for result in self._results:
-            self._write(result)
-        self._results = []
+    def simulations(self, simulator: str) -> Kept[Simulation]:
+        return simulations(self._folder("simulations", simulator))
+
+    def judgements(self, scorer: str) -> Kept[list[Judgement]]:
+        return judgements(self._folder("judgements", scorer))
+
+    def _folder(self, stage: str, *by: str) -> Path:
+        names = self.site, self.explainer, *by
+        return self.run.root.joinpath(stage, *map(slug, names), self.set)
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """What everything here has to be made from: the run's weights and records."""
+        return records_identity(self.run, self.site)
+
+    def identity(self) -> dict[str, Any]:
+        """What the explanations were made with. Raises UserError when they belong to another model or records."""
+        return check_identity(self.explanations.folder, self.origin)
+
+    def layers(self) -> dict[int, list[Told]]:
+        """Every layer's explanations in the order in which neurons were drawn.
+
+        Raises:
+            UserError: there are none, or they belong to another model.
+        """
+        found = {layer: kept for layer in self.explanations.layers if (kept := self.explanations.read(layer))}
+        if not found:
+            raise UserError(
+                f"{self.explanations.folder}: no explanations; run `cratescope explain` with the same --protocols "
+                "first, or name another --explainer"
+            )
+        seed, layers = self.identity()["neuron_seed"], {}
+        for layer, by_index in found.items():
+            drawn = draw_neurons(layer_file(self.run.records(self.site), layer), seed, layer)
+            items = [by_index[index] for index in drawn if index in by_index]
+            others = shuffled_texts([item.text for item in items])
+            layers[layer] = [Told(*pair) for pair in zip(items, others, strict=True)]
+        return layers

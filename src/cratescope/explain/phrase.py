@@ -22,11 +22,7 @@ _CUE = re.compile(
 _BULLET = re.compile(
     r"^(?:[-*•>]|#{1,6}|\d\d?[.)])\s+(?=[\w\"'*`“])(?!(?:and|or|in|as|at|before|after|between|signs?|symbols?|characters?)\b)"
 )
-
-
 _QUOTES = {'"': '"', "'": "'", "`": "`", "“": "”", "‘": "’", "«": "»", "„": "“"}
-
-
 _BOLD = re.compile(r"(\*\*|\*)(?=[^\s*])([^*]*[^\s*])\1(?=$|[\s.,;:!?)\"'])")
 
 

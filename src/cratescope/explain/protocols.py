@@ -49,30 +49,42 @@ class Pick:
 
 
 @dataclass(frozen=True)
-class Protocol:
-    """What an explanation is made from and what it is scored on.
+class ExplanationSet:
+    """The windows that an explanation is made from. `name` stands in paths and tables, so no two sets may share it."""
 
-    explained: names `explain`; protocols that explain from the same windows share explanations and simulations.
+    name: str
+    picks: tuple[Pick, ...]
+
+    def windows(self, record: NeuronRecord) -> tuple[Window, ...]:
+        return _windows(self.picks, record)
+
+    @property
+    def protocols(self) -> list[Protocol]:
+        """All protocols that score explanations of this set."""
+        return [protocol for protocol in PROTOCOLS.values() if protocol.set == self]
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What an explanation is scored on.
+
+    set: what it is made from; protocols of one set share explanations and simulations.
     measures: the protocol's own measure first. source: who described it.
     """
 
     name: str
-    explained: str
-    explain: tuple[Pick, ...]
-    score: tuple[Pick, ...]
+    set: ExplanationSet
+    picks: tuple[Pick, ...]
     measures: tuple[str, ...]
     source: str
 
     def __post_init__(self) -> None:
-        if any(one.meets(other) for one in self.explain for other in self.score):
+        if any(one.meets(other) for one in self.set.picks for other in self.picks):
             raise ValueError(f"protocol {self.name}: a window would both explain and score")
 
-    def explain_records(self, record: NeuronRecord) -> tuple[Window, ...]:
-        return _windows(self.explain, record)
-
-    def score_records(self, record: NeuronRecord) -> tuple[Window, ...]:
-        """In the order of the picks; the order does not change a pooled correlation."""
-        return _windows(self.score, record)
+    def windows(self, record: NeuronRecord) -> tuple[Window, ...]:
+        """Windows to score on, in the order of the picks; the order does not change a pooled correlation."""
+        return _windows(self.picks, record)
 
 
 def _windows(picks: Iterable[Pick], record: NeuronRecord) -> tuple[Window, ...]:
@@ -84,45 +96,41 @@ def _ranks(start: int, stop: int, step: int = 1) -> tuple[int, ...]:
 
 
 _PAPER = "Bai and Ma 2025, after Bills et al. 2023"
-_TOP = (Pick("top", _ranks(0, 10, 2)),)
 _EVEN_RANDOM = Pick("random", _ranks(0, 10, 2))
+
+TOP = ExplanationSet("top", (Pick("top", _ranks(0, 10, 2)),))
+ANTHROPIC = ExplanationSet(
+    "anthropic", (Pick("top", _ranks(0, 15), 8), Pick("by_rank", (0, 1), 8), Pick("random", _ranks(0, 5), 8))
+)
+BRICKEN = ExplanationSet(
+    "bricken", (Pick("top", _ranks(0, 10), 8), Pick("by_level", (0, 1), 8), Pick("random", _ranks(0, 5), 8))
+)
+# Splits of five, taken in turn: train, calibration, valid and test of the top windows, the last three of the random
+# ones. Train explains and valid scores.
+OPENAI = ExplanationSet("openai", (Pick("top", _ranks(0, 20, 4)),))
 
 PROTOCOLS: dict[str, Protocol] = {
     protocol.name: protocol
     for protocol in (
         Protocol(
             "top-and-random",
-            explained="top",
-            explain=_TOP,
-            score=(_EVEN_RANDOM, Pick("top", _ranks(1, 10, 2))),
+            TOP,
+            picks=(_EVEN_RANDOM, Pick("top", _ranks(1, 10, 2))),
             measures=("pearson", "spearman"),
             source=_PAPER,
         ),
-        Protocol(
-            "random-only",
-            explained="top",
-            explain=_TOP,
-            score=(_EVEN_RANDOM,),
-            measures=("pearson", "spearman"),
-            source=_PAPER,
-        ),
+        Protocol("random-only", TOP, picks=(_EVEN_RANDOM,), measures=("pearson", "spearman"), source=_PAPER),
         Protocol(
             "uniform",
-            explained="top",
-            explain=_TOP,
-            score=(Pick("random", None),),
+            TOP,
+            picks=(Pick("random", None),),
             measures=("pearson", "spearman", "cosine", "auprc", "f1", "iou"),
             source="Oikarinen et al. 2025",
         ),
         Protocol(
             "anthropic",
-            explained="anthropic",
-            explain=(
-                Pick("top", _ranks(0, 15), 8),
-                Pick("by_rank", (0, 1), 8),
-                Pick("random", _ranks(0, 5), 8),
-            ),
-            score=(
+            ANTHROPIC,
+            picks=(
                 Pick("top", _ranks(15, 25), 8),
                 Pick("by_rank", (2, 3), 8),
                 Pick("random", _ranks(5, 10), 8),
@@ -134,13 +142,8 @@ PROTOCOLS: dict[str, Protocol] = {
         ),
         Protocol(
             "bricken",
-            explained="bricken",
-            explain=(
-                Pick("top", _ranks(0, 10), 8),
-                Pick("by_level", (0, 1), 8),
-                Pick("random", _ranks(0, 5), 8),
-            ),
-            score=(
+            BRICKEN,
+            picks=(
                 Pick("top", _ranks(10, 16), 8),
                 Pick("by_level", (2, 3), 8),
                 Pick("random", _ranks(5, 15), 8),
@@ -151,11 +154,8 @@ PROTOCOLS: dict[str, Protocol] = {
         ),
         Protocol(
             "openai",
-            explained="openai",
-            # Splits of five, taken in turn: train, calibration, valid and test of the top windows, the last three of
-            # the random ones. Train explains and valid scores.
-            explain=(Pick("top", _ranks(0, 20, 4)),),
-            score=(Pick("top", _ranks(2, 20, 4)), Pick("random", _ranks(1, 15, 3))),
+            OPENAI,
+            picks=(Pick("top", _ranks(2, 20, 4)), Pick("random", _ranks(1, 15, 3))),
             measures=("pearson", "spearman"),
             source="Bills et al. 2023",
         ),
@@ -163,7 +163,7 @@ PROTOCOLS: dict[str, Protocol] = {
 }
 
 
-def protocols_named(names: Sequence[str]) -> dict[str, list[Protocol]]:
+def protocols_named(names: Sequence[str]) -> dict[ExplanationSet, list[Protocol]]:
     """The named protocols by explanation set.
 
     Raises:
@@ -172,12 +172,13 @@ def protocols_named(names: Sequence[str]) -> dict[str, list[Protocol]]:
     unknown = [name for name in names if name not in PROTOCOLS]
     if unknown or not names:
         raise UserError(f"--protocols {' '.join(unknown)}: not a protocol; choose from {', '.join(PROTOCOLS)}")
-    chosen = [PROTOCOLS[name] for name in dict.fromkeys(names)]
-    sets = dict.fromkeys(protocol.explained for protocol in chosen)
-    return {name: [protocol for protocol in chosen if protocol.explained == name] for name in sets}
+    found: dict[ExplanationSet, list[Protocol]] = {}
+    for protocol in (PROTOCOLS[name] for name in dict.fromkeys(names)):
+        found.setdefault(protocol.set, []).append(protocol)
+    return found
 
 
 def scoring_windows(protocols: Iterable[Protocol], record: NeuronRecord) -> list[Window]:
     """Every window that one of the protocols scores on, once."""
-    found = (window for protocol in protocols for window in protocol.score_records(record))
+    found = (window for protocol in protocols for window in protocol.windows(record))
     return list({window.key: window for window in found}.values())

@@ -10,15 +10,9 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 LEVELS = 10
-
-
 MIN_LEVEL = 4
 """Tokens at this level or above are shown to the explainer."""
-
-
 MAX_WORDS = 8
-
-
 UNREADABLE = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -28,6 +22,15 @@ class Shown:
 
     tokens: list[str]
     activations: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class Marked:
+    """A window as it is shown to a judge: token strings, which of them are `marked`, and whether it is `active`."""
+
+    tokens: list[str]
+    marked: Bool[np.ndarray, " w"]
+    active: bool
 
 
 def levels(activations: Float[np.ndarray, " w"], maximum: float) -> Int[np.ndarray, " w"]:
@@ -71,7 +74,7 @@ def _is_mark(character: str) -> bool:
 
 
 def strongest_words(windows: Sequence[tuple[Sequence[str], Int[np.ndarray, " _"]]]) -> list[str]:
-    """At most 8 different words, the strongest first, out of (token strings, levels) of the explaining records."""
+    """At most 8 different words, the strongest first, out of (token strings, levels) of the windows explained from."""
     found = [
         (-int(level[place]), whole_word(tokens, int(place)))
         for tokens, level in windows

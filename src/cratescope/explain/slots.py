@@ -5,21 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cratescope.explain.shown import LEVELS
 from cratescope.llm.interface import LanguageModel
 
 
 @dataclass(frozen=True)
 class SlotPrompt:
-    """Token ids of one record to fill in, and the positions in them where a value belongs, one a token."""
+    """Token ids of one window to fill in, and the positions in them where a value belongs, one per token."""
 
     ids: list[int]
     slots: list[int]
-
-
-def value_choices(llm: LanguageModel) -> list[list[int]]:
-    """How the tokenizer spells each of the values 0..10."""
-    return [llm.encode(str(value)) for value in range(LEVELS + 1)]
 
 
 def fill_in(llm: LanguageModel, head: str, tokens: Sequence[str], known: Sequence[str | None] = ()) -> SlotPrompt:

@@ -1,1 +1,1 @@
-"""Language models that explain, simulate and judge: here or behind a server."""
+"""Language models that explain, simulate and judge: here or on a server."""

@@ -35,9 +35,7 @@ _FILTERED = {
     *("content_filter", "content_filtered", "safety", "recitation", "blocklist", "prohibited_content", "spii"),
     *("sensitive", "guardrail_intervened", "moderation"),
 }
-MORE_TOKENS = (
-    "give it more room with --llm-max-tokens (reasoning wants 2000 or more), or take a model without reasoning"
-)
+MORE_TOKENS = "give it more room with --llm-max-tokens (reasoning wants 2000), or take a model without reasoning"
 OTHER_MODEL = "take another model with --llm-model"
 Read = Callable[[Any], Any]
 
@@ -81,7 +79,7 @@ _NAMED = (
     ("rate_limit|quota", 429),
     ("invalid_request|unsupported|content_|context_length|extra_forbidden", 400),
 )
-"""Names of errors and the statuses they mean, for a server that tells of one with status 200."""
+"""Names of errors and their statuses, for a server that reports errors with status 200."""
 
 
 def error_status(answer: Any) -> int | None:
@@ -103,22 +101,15 @@ def error_status(answer: Any) -> int | None:
     return next((status for pattern, status in _NAMED if re.search(pattern, named)), 500)
 
 
-_SAYS: tuple[str, ...] = (
-    "error",
-    "errors",
-    "message",
-    "msg",
-    "detail",
-    "details",
-    "description",
-    "error_description",
-    "reason",
+_SAYS = (
+    *("error", "errors", "message", "msg", "detail", "details", "description", "error_description", "reason"),
+    *("error_message", "errorMessage", "title", "metadata", "raw", "choices"),
 )
-_SAYS += ("error_message", "errorMessage", "title", "metadata", "raw", "choices")
+"""Names under which servers put messages."""
 
 
 def words(text: str) -> str:
-    """What a server says, on one line: the messages of an error in any of the usual shapes, or the text itself."""
+    """A server's message on one line: those of an error in any of the usual shapes, or the text itself."""
     said = without_controls(whole_characters(_said(text))[0])
     return " ".join(said.split())[:WORDS_SHOWN].strip()
 

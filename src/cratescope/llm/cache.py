@@ -33,10 +33,8 @@ class AnswerCache:
     def find(self, requests: Sequence[dict[str, Any]]) -> list[Any]:
         """Look up the stored answer of every request, None where there is none."""
         with self._open() as database:
-            rows = [
-                database.execute("SELECT answer FROM answers WHERE request = ?", (_key(r),)).fetchone()
-                for r in requests
-            ]
+            ask = "SELECT answer FROM answers WHERE request = ?"
+            rows = [database.execute(ask, (_key(request),)).fetchone() for request in requests]
             return [row and json.loads(row[0]) for row in rows]
 
     def store(self, request: dict[str, Any], answer: Any) -> None:

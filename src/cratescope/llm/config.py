@@ -16,7 +16,7 @@ class LLMConfig(Checked):
     """`offline` (SmolLM2-135M-Instruct from the package registry), a hub name, a model folder, a .gguf file, or the
     address of an OpenAI-compatible server such as http://127.0.0.1:8000/v1."""
     llm_device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to run it."""
+    """Device to run it on."""
     llm_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto uses bfloat16 where the hardware supports it."""
     llm_quantize: Literal["none", "4bit"] = "none"
@@ -44,7 +44,7 @@ class LLMConfig(Checked):
 
     @property
     def served(self) -> bool:
-        """Is it a server's?"""
+        """Whether the model runs on a server."""
         return self.llm.lower().startswith(("http://", "https://"))
 
     @property

@@ -17,10 +17,8 @@ from jaxtyping import Float
 from cratescope.errors import UserError
 
 Ids = Sequence[int]
-
-
 Choices = Sequence[int] | Sequence[Sequence[int]]
-"""What might stand in a slot: tokens, or sequences of tokens (a "10" that the tokenizer splits)."""
+"""Candidates for a slot: tokens, or sequences of tokens (a "10" that the tokenizer splits)."""
 
 
 @dataclass(frozen=True)

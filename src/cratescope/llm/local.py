@@ -25,16 +25,15 @@ from cratescope.llm.prefix import (
     EXACT,
     PROMPT,
     ROUNDED,
-    UNFIT,
     SharedPrefix,
-    adopt,
     apart,
     empty_prefix,
     in_one_pass,
+    share_prefix,
     trial_prefix,
     trial_tokens,
 )
-from cratescope.lm.head import looks_ahead, plain_pass
+from cratescope.lm.head import UNFIT, looks_ahead, plain_pass
 from cratescope.models.folder import longest_context, model_config
 from cratescope.text.tokenizer import named_tokenizer
 from cratescope.workers import rank
@@ -195,21 +194,18 @@ class LocalLLM:
         return [_choice_logprobs(logits, begun, choices) for logits in self._logits(prefix, trees)]
 
     def _tried(self) -> Literal["shared", "copied", "reread"]:
-        """Find the fastest way to run prompts after a prefix that agrees with plain passes.
-
-        Raises:
-            UserError: no way does.
-        """
+        """Find the fastest way to run prompts after a prefix that agrees with plain passes. UserError if none does."""
         try:
             if looks_ahead(self.model, trial_tokens(self.model)):
                 raise UserError(f"--llm {self.name}: its logits depend on tokens behind; choose a causal model")
-            if adopt(self.model):
-                return "shared"
             own = in_one_pass(self.model)
+            if own.isnan().any():
+                raise UserError(f"--llm {self.name}: its weights give NaN; get them again, or try --llm-dtype float32")
+            if share_prefix(self.model, own[0]):
+                return "shared"
         except UNFIT as error:
-            raise UserError(
-                f"--llm {self.name}: fails on a few tokens ({first_line(error)}); choose another"
-            ) from error
+            said = first_line(error)
+            raise UserError(f"--llm {self.name}: fails on a few tokens ({said}); choose another") from error
         ways: tuple[Literal["copied", "reread"], ...] = ("copied", "reread")
         for self.way in ways:
             if self._is_plain(own):
@@ -235,7 +231,7 @@ class LocalLLM:
         finally:
             self._bos = bos
             self._prefixes.clear()
-        # What is read anew has the logits of its own pass, which may depend on how many tokens are read (dots3).
+        # Text that is read again has the logits of its own pass, which may depend on how many tokens are read (dots3).
         first = plain_pass(self.model, tokens[:, :begun]).logits.float() if self.way == "reread" else own
         expected = torch.cat([first[:, prefix:begun].flatten(0, 1), own[1, begun:]])
         differences = apart(torch.cat([found, last]), expected)
@@ -291,12 +287,8 @@ class LocalLLM:
                 break
             if len(keep) < len(rows):
                 cache.batch_select_indices(torch.tensor(keep, device=self.model.device))
-                rows, tokens, seen, positions = (
-                    [rows[place] for place in keep],
-                    tokens[keep],
-                    seen[keep],
-                    positions[keep],
-                )
+                rows = [rows[place] for place in keep]
+                tokens, seen, positions = tokens[keep], seen[keep], positions[keep]
             seen = torch.cat([seen, seen.new_ones(len(rows), 1)], 1)
             mask = self._hidden(seen)[:, None, None] if self.shares_prefix else None
             logits = self._run(cache, tokens[:, None], positions, mask, [[0]] * len(rows))
@@ -413,9 +405,8 @@ def _placed(config: LLMConfig, device: torch.device) -> dict[str, Any]:
         placed["device_map"] = "auto"
     if config.llm_quantize == "4bit":
         if device.type != "cuda" or importlib.util.find_spec("bitsandbytes") is None:
-            missing = (
-                "a CUDA device" if device.type != "cuda" else "the bitsandbytes package (pip install bitsandbytes)"
-            )
+            package = "the bitsandbytes package (pip install bitsandbytes)"
+            missing = "a CUDA device" if device.type != "cuda" else package
             raise UserError(f"--llm-quantize 4bit needs {missing}; leave it out, or give a 4-bit .gguf file")
         settings = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": placed["dtype"]}
         placed["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, **settings)

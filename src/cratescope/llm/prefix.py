@@ -21,18 +21,17 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from cratescope.llm.precision import widen
+from cratescope.lm.head import UNFIT
 from cratescope.models.folder import longest_context
 
 NAME = "cratescope_prefix"
 EXACT, ROUNDED = 1e-3, 0.1
 """Root mean square of differences between logits, in their standard deviations, that rounding explains: of float32,
 where it is under 1e-5, and of narrower formats, where SmolLM2-135M in bfloat16 has 0.04 to 0.07."""
-UNFIT = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, NotImplementedError, AssertionError)
-"""What a model's own code may raise when it is run in a way that is not its own."""
 PREFIX, PROMPT, NEXT = 6, 5, 1
 """Tokens of a trial: those that rows share at least, those of a prompt, and the first one written."""
 WINDOWS = ("window", "local_attention", "chunk")
-"""What names of sizes have in them that configs state for attention of a limited reach."""
+"""Parts of the names under which configs state the reach of limited attention."""
 WINDOW = 1024
 """The prefix of a trial is longer than a window of up to so many tokens."""
 QUERIES = 1024
@@ -80,8 +79,8 @@ class SharedPrefix(Cache):
 _CACHE: ContextVar[SharedPrefix | None] = ContextVar("cache", default=None)
 
 
-def adopt(model: Any) -> bool:
-    """Give `model` the attention that reads a SharedPrefix; False if its own attention cannot be replaced.
+def share_prefix(model: Any, own: Float[Tensor, "t vocab"]) -> bool:
+    """Give `model` the attention that reads a SharedPrefix; False if that does not reproduce `own`, its own logits.
 
     That is one not written against transformers' attention interface, or with sliding windows or recurrent states. The
     rest (biases, sinks, caps) is found by trying a few tokens both ways. A model in a narrow format is also widened,
@@ -101,7 +100,6 @@ def adopt(model: Any) -> bool:
     AttentionInterface.register(NAME, attend)
     AttentionMaskInterface.register(NAME, sdpa_mask)
     tolerance = EXACT if model.dtype == torch.float32 else ROUNDED
-    own = in_one_pass(model)[0]
     model.set_attn_implementation(NAME)
     put_back = widen(model)
     if _difference(model, own) <= tolerance:

@@ -13,14 +13,6 @@ from cratescope.llm.interface import Choices, Ids, heads, spelled
 _PIECE = re.compile(r" ?\w+|\s|[^\w\s]")
 
 
-def _silent(_prompt: str) -> str:
-    return ""
-
-
-def _indifferent(_prompt: str, _token: str) -> float:
-    return 0.0
-
-
 class ScriptedLLM:
     """Model that answers by two functions of the prompt's text (without the shared prefix) and records its prompts.
 
@@ -34,8 +26,8 @@ class ScriptedLLM:
 
     def __init__(
         self,
-        answer: Callable[[str], str] = _silent,
-        logit: Callable[[str, str], float] = _indifferent,
+        answer: Callable[[str], str] = lambda _prompt: "",
+        logit: Callable[[str, str], float] = lambda _prompt, _token: 0.0,
         vocab_size: int = 4096,
     ) -> None:
         self._answer, self._logit = answer, logit
@@ -61,10 +53,8 @@ class ScriptedLLM:
         self, prefix: Ids, prompts: Sequence[Ids], slots: Sequence[Ids], choices: Choices
     ) -> list[Float[np.ndarray, "slots choices"]]:
         self._texts(prompts)
-        return [
-            np.array([self._slot(list(ids[:slot]), choices) for slot in row])
-            for ids, row in zip(prompts, slots, strict=True)
-        ]
+        rows = zip(prompts, slots, strict=True)
+        return [np.array([self._slot(list(ids[:slot]), choices) for slot in row]) for ids, row in rows]
 
     def _slot(self, ids: list[int], choices: Choices) -> list[float]:
         after = {head: self._logprobs(self.decode([*ids, *head])) for head in heads(choices)}

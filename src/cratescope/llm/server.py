@@ -63,7 +63,7 @@ LOGPROBS: tuple[dict[str, Any], ...] = (
 """Ways to ask for the likeliest tokens; the next one for a server that refuses one."""
 CONTINUE = "Continue the user's text. Write only what comes next, without repeating any of it, on one line."
 SPACES = ("\u2581", "\u0120")
-"""What stands for a space in pieces of vocabularies: SentencePiece's and GPT-2's."""
+"""Signs for a space in the pieces of SentencePiece's and GPT-2's vocabularies."""
 STDERR = Console(stderr=True)
 
 
@@ -106,15 +106,14 @@ class ServerLLM:
         Raises:
             UserError: no model named, a key in the address, or a tokenizer that cannot be loaded.
         """
+        fix = "write it like http://HOST:PORT/v1"
         try:
             address = urlsplit(config.llm)
             named = address.hostname and address.port != 0  # reading the port checks it
         except ValueError as error:
-            raise UserError(
-                f"--llm {config.llm}: not an address ({error}); write it like http://HOST:PORT/v1"
-            ) from error
+            raise UserError(f"--llm {config.llm}: not an address ({error}); {fix}") from error
         if not named:
-            raise UserError(f"--llm {config.llm}: names no host and port; write it like http://HOST:PORT/v1")
+            raise UserError(f"--llm {config.llm}: names no host and port; {fix}")
         if address.username or address.password or address.query:
             raise UserError(f"--llm: a key does not belong in an address; put it into ${config.llm_key_env}")
         if not config.llm_model:
@@ -186,9 +185,8 @@ class ServerLLM:
             tops = {begun[0]: next(answers)}
             for head in begun[1:]:
                 tops[head] = [next(answers)[0] for _ in row]
-            found.append(
-                np.array([[self._logprob(tops, place, ids) for ids in spelled(choices)] for place in range(len(row))])
-            )
+            rows = [[self._logprob(tops, place, ids) for ids in spelled(choices)] for place in range(len(row))]
+            found.append(np.array(rows))
         return found
 
     def _logprob(self, tops: dict[tuple[int, ...], list[dict[str, float]]], place: int, ids: tuple[int, ...]) -> float:
@@ -205,7 +203,7 @@ class ServerLLM:
 
     @functools.cache  # noqa: B019 (there is one of these in a process)
     def _names(self, token: int) -> list[str]:
-        """What servers call a token: its id, its text between others, or its piece of the vocabulary."""
+        """Names that servers give a token: its id, its text between others, or its piece of the vocabulary."""
         tokenizer: Any = self._tokenizer
         text = token_strings(tokenizer, [token]) if isinstance(tokenizer, PreTrainedTokenizerFast) else []
         return [f"token_id:{token}", *text, *tokenizer.convert_ids_to_tokens([token])]
@@ -240,16 +238,15 @@ class ServerLLM:
         keys = [json.dumps(request, sort_keys=True) for request in requests]
         stored = dict(zip(keys, self._answers.find(requests), strict=True))
         # An older version also kept answers without a text.
-        known = {key: one for key, one in stored.items() if one is not None and _says_something(one)}
+        blank = {key for key, one in stored.items() if isinstance(one, str) and not without_reasoning(one).strip()}
+        known = {key: one for key, one in stored.items() if one is not None and key not in blank}
         missing = {key: place for place, key in enumerate(keys) if key not in known}
         self._stop.clear()
         refusals: dict[str, RefusedError] = {}
         pool = ThreadPoolExecutor(self._config.llm_concurrency)
         try:
-            jobs = {
-                pool.submit(self._answer, requests[place], reads[place], all_needed): key
-                for key, place in missing.items()
-            }
+            work = ((key, requests[place], reads[place]) for key, place in missing.items())
+            jobs = {pool.submit(self._answer, request, read, all_needed): key for key, request, read in work}
             for job in as_completed(jobs):
                 try:
                     known[jobs[job]] = job.result()
@@ -310,11 +307,8 @@ class ServerLLM:
             attempt += 1
             if attempt < TRIES:
                 self._stop.wait(min(wait, LONGEST_WAIT))
-        raise UserError(
-            self._redacted(
-                f"{url}: {problem}, {TRIES} times; answers so far are cached, so fix it and rerun the same command"
-            )
-        )
+        fix = "answers so far are cached, so fix it and rerun the same command"
+        raise UserError(self._redacted(f"{url}: {problem}, {TRIES} times; {fix}"))
 
     def _reply(self, url: str, sent: dict[str, Any]) -> _Reply:
         """The whole answer within --llm-timeout, even if the server sends blanks to keep the connection alive."""
@@ -395,9 +389,8 @@ class ServerLLM:
             self._stop.wait(at - time.monotonic())
 
     def _say(self, text: str) -> None:
-        STDERR.print(
-            f"{self._url}: {text}" if self._url not in text else text, soft_wrap=True, markup=False, highlight=False
-        )
+        line = text if self._url in text else f"{self._url}: {text}"
+        STDERR.print(line, soft_wrap=True, markup=False, highlight=False)
 
     def _words(self, text: str) -> str:
         """A server's message, with the key removed in case it repeats it."""
@@ -412,10 +405,6 @@ class ServerLLM:
         if status == 404 or status < 400:
             return "check the address (it mostly ends in /v1) and --llm-model"
         return ""
-
-
-def _says_something(stored: Any) -> bool:
-    return not isinstance(stored, str) or bool(without_reasoning(stored).strip())
 
 
 _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "": 1.0}

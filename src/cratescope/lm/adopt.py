@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +15,16 @@ from cratescope.errors import UserError, first_line
 from cratescope.files import atomic_folder, mark_whole, write_json
 from cratescope.lm.head import looks_ahead
 from cratescope.locks import locked
-from cratescope.models.folder import longest_context
+from cratescope.models.folder import longest_context, text_config
 from cratescope.run import Run, versions
 from cratescope.text.shards import TokenData
 from cratescope.text.tokenizer import load_tokenizer, n_text_ids
 
+Opened = Callable[[Path], PreTrainedModel]
+
 
 def is_adopted(run: Run, source: str) -> bool:
-    """Whether `run` already holds the model `source`.
-
-    Raises:
-        UserError: it holds another model.
-    """
+    """Whether `run` already holds the model `source`. Raises UserError if it holds another model."""
     if not run.manifest.exists():
         return False
     if run.read_manifest().get("adopted") != source:
@@ -33,9 +32,7 @@ def is_adopted(run: Run, source: str) -> bool:
     return True
 
 
-def adopt(
-    run: Run, source: str, data: TokenData, site: str, opened: Callable[[Path], PreTrainedModel]
-) -> PreTrainedModel:
+def adopt(run: Run, source: str, data: TokenData, site: str, opened: Opened) -> PreTrainedModel:
     """Copy the causal LM `source` (a folder or a hub name) and its tokenizer into `run`; `site` is its native one.
 
     Returns what `opened` gives, which opens the copy and checks it; nothing stays where it refuses. Another process
@@ -49,9 +46,7 @@ def adopt(
         return opened(run.trained_model()) if is_adopted(run, source) else _adopt(run, source, data, site, opened)
 
 
-def _adopt(
-    run: Run, source: str, data: TokenData, site: str, opened: Callable[[Path], PreTrainedModel]
-) -> PreTrainedModel:
+def _adopt(run: Run, source: str, data: TokenData, site: str, opened: Opened) -> PreTrainedModel:
     tokenizer = load_tokenizer(source)
     if tokenizer.get_vocab() != data.tokenizer.get_vocab():
         raise UserError(
@@ -71,7 +66,7 @@ def _adopt(
         found = opened(folder)
         refuse_unless_causal(found, source)
         mark_whole(folder)
-    layers = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
+    layers = getattr(text_config(model.config), "num_hidden_layers", None)
     manifest = {
         "name": run.name,
         "adopted": source,
@@ -94,15 +89,15 @@ def _load(source: str) -> Any:
             source, dtype="auto", trust_remote_code=False, output_loading_info=True
         )
     except Exception as error:  # what is raised on damaged files, or for want of a package, depends on the model
-        raise UserError(
-            f"model {source}: cannot be loaded ({first_line(error)}); give a folder or a hub name"
-        ) from error
+        said = first_line(error)
+        raise UserError(f"model {source}: cannot be loaded ({said}); give a folder or a hub name") from error
     model, info = loaded
     if missing := sorted(info["missing_keys"]):
         raise UserError(
             f"model {source}: its checkpoint has no {missing[0]}, so it is not a whole causal language model; "
             "give one with its head"
         )
+    _refuse_more_layers(model, info["unexpected_keys"], source)
     try:
         model.generation_config.validate(strict=True)
     except ValueError:
@@ -111,12 +106,18 @@ def _load(source: str) -> Any:
     return model
 
 
-def refuse_unless_causal(model: Any, source: str) -> None:
-    """Check by trial that no output before the last token depends on it.
+def _refuse_more_layers(model: Any, unexpected: Iterable[str], source: str) -> None:
+    """Refuse weights of layers that the model does not have although others like them are in it."""
+    known = {re.sub(r"\d+", "N", name) for name in model.state_dict()}
+    if more := sorted(name for name in unexpected if re.sub(r"\d+", "N", name) in known):
+        stated = getattr(text_config(model.config), "num_hidden_layers", None)
+        found = 1 + max(int(number) for name in more for number in re.findall(r"\d+", name)[:1])
+        what = f"states {stated} layers and its weights have {found} (such as {more[0]})"
+        raise UserError(f"model {source}: its config.json {what}; mend config.json")
 
-    Raises:
-        UserError: one does, as in BERT and other encoders.
-    """
+
+def refuse_unless_causal(model: Any, source: str) -> None:
+    """Refuse a model in which an output before the last token depends on it, as in BERT and other encoders."""
     if looks_ahead(model, torch.arange(1, 17, device=model.device)[None]):
         raise UserError(
             f"model {source}: its tokens see later ones, so it is not a causal language model; "

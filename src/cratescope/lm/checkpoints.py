@@ -10,7 +10,6 @@ from rich.console import Console
 
 from cratescope.errors import UserError
 from cratescope.files import WHOLE, read_json, sha256
-from cratescope.files import mark_whole as mark_whole
 
 
 def step_of(checkpoint: Path) -> int:

@@ -11,31 +11,15 @@ import tyro
 from cratescope.errors import UserError
 from cratescope.options import LARGEST_BATCH, LARGEST_SEED, Checked, PositionalPath, within
 
-# What a smaller budget changes: fewer tokens a step, and the higher learning rate that small models then take.
+# What a smaller budget changes: fewer tokens per step, and the higher learning rate that small models then take.
+_SMALL: dict[str, Any] = {
+    **{"micro_batch": 16, "context": 256, "learning_rate": 2e-3, "min_learning_rate": 2e-4},
+    **{"validate_every": 100, "save_every": 100},
+}
 BUDGETS: dict[str, dict[str, Any]] = {
     "paper": {},
-    "hour": {
-        "steps": 1500,
-        "batch_tokens": 16_384,
-        "micro_batch": 16,
-        "context": 256,
-        "learning_rate": 2e-3,
-        "min_learning_rate": 2e-4,
-        "warmup_steps": 100,
-        "validate_every": 100,
-        "save_every": 100,
-    },
-    "minutes": {
-        "steps": 500,
-        "batch_tokens": 4096,
-        "micro_batch": 16,
-        "context": 256,
-        "learning_rate": 2e-3,
-        "min_learning_rate": 2e-4,
-        "warmup_steps": 50,
-        "validate_every": 100,
-        "save_every": 100,
-    },
+    "hour": {"steps": 1500, "batch_tokens": 16_384, "warmup_steps": 100, **_SMALL},
+    "minutes": {"steps": 500, "batch_tokens": 4096, "warmup_steps": 50, **_SMALL},
 }
 
 
@@ -98,7 +82,7 @@ class TrainConfig(Checked):
     seed: Annotated[int, within(0, LARGEST_SEED)] = 0
     """Seed of the initial weights and of the crops."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to train."""
+    """Device to train on."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """bfloat16 means autocast with float32 weights; auto uses it where the hardware supports it."""
 
@@ -139,7 +123,7 @@ class EvaluateConfig(Checked):
     batch_size: Annotated[int, within(1, LARGEST_BATCH)] = 8
     """Crops per forward pass; other text is batched to the same number of tokens."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to run the model."""
+    """Device to run the model on."""
 
     def task_names(self) -> list[str]:
         """List the tasks, which may be separated by spaces or commas."""

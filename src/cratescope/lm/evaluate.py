@@ -41,42 +41,24 @@ from cratescope.text.tokenizer import bytes_put_before, encode, load_tokenizer, 
 
 # The prompts of paper section 7 (next-token examples and steering).
 PROMPTS = ("They saw some boats on the", "Beijing is the capital of", "1 2 3 4 5")
-
-
 SPLITS = ("validation", "heldout")
-
-
 SCANNED = 1 << 20
 """Tokens of a split looked at in one go."""
-
-
 TRIED = 16
 """Tokens of the text that the model's head is tried on."""
-
-
 DEFAULT_LONGEST = 4096
 """Tokens in a crop of a model that reads more, unless it is said otherwise."""
-
-
 _progress = partial(track, console=Console(stderr=True), transient=True)
 
 
-@dataclass(frozen=True)
-class Loss:
-    """Mean next-token cross-entropy in nats and its standard error over crops."""
-
-    mean: float
-    standard_error: float | None
-    n_tokens: int
-
-
-def _crop_token_losses(
+def crop_losses(
     model: PreTrainedModel,
     crops: Int[np.ndarray, "n t"],
-    batch_size: int,
+    batch_size: int = 8,
     label: str | None = None,
     head: Head | None = None,
 ) -> Float[np.ndarray, "n t-1"]:
+    """Next-token cross-entropy (nats) of every token; `label` shows a progress bar, `head` saves its trial."""
     was_training = model.training
     model.eval()
     starts = range(0, len(crops), batch_size)
@@ -90,21 +72,10 @@ def _crop_token_losses(
     return np.concatenate(losses)
 
 
-def crop_losses(
-    model: PreTrainedModel,
-    crops: Int[np.ndarray, "n t"],
-    batch_size: int = 8,
-    label: str | None = None,
-    head: Head | None = None,
-) -> Float[np.ndarray, " n"]:
-    """Mean next-token cross-entropy (nats) of each crop; `label` shows a progress bar, `head` saves its trial."""
-    return _crop_token_losses(model, crops, batch_size, label, head).mean(1)
-
-
-def mean_loss(losses: Float[np.ndarray, " n"], context: int) -> Loss:
-    """Mean loss with a standard error over crops, for the loss curves, which do not distinguish documents."""
+def mean_loss(losses: Float[np.ndarray, " n"]) -> tuple[float, float | None]:
+    """Mean over crops and its standard error, for the loss curves, which do not distinguish documents."""
     error = float(losses.std(ddof=1)) / math.sqrt(len(losses)) if len(losses) > 1 else None
-    return Loss(float(losses.mean()), error, len(losses) * (context - 1))
+    return float(losses.mean()), error
 
 
 def ratio(x: Float[np.ndarray, " d"], y: Float[np.ndarray, " d"]) -> tuple[float, float | None]:
@@ -144,10 +115,7 @@ def measures(
 
 def _perplexity(mean: float, error: float | None) -> dict[str, float | None]:
     value = math.exp(mean) if mean < 700 else None  # beyond that it overflows 64 bits
-    return {
-        "perplexity": value,
-        "perplexity_standard_error": None if value is None or error is None else value * error,
-    }
+    return {"perplexity": value, "perplexity_standard_error": None if value is None or error is None else value * error}
 
 
 def evaluate_split(
@@ -171,13 +139,14 @@ def evaluate_split(
         )
     tokens = split.spaced(crops, context)
     starts = np.arange(crops) * split.n_tokens // crops  # where `spaced` takes them
-    losses = _crop_token_losses(model, tokens, batch_size, f"evaluate {split.name}")
-    ends = _document_ends(split, tokenizer.eos_token_id)
+    losses = crop_losses(model, tokens, batch_size, f"evaluate {split.name}")
+    eos = tokenizer.eos_token_id
+    ends = np.concatenate([start + np.flatnonzero(piece == eos) for start, piece in _scan(split)])
     numbers = np.searchsorted(ends, starts[:, None] + np.arange(1, context))
     _, document = np.unique(numbers, return_inverse=True)
     document = document.ravel()
     n_bytes = token_bytes(tokenizer)[tokens[:, 1:]]
-    begins = (tokens[:, :-1] == tokenizer.eos_token_id) & (n_bytes > 0)
+    begins = (tokens[:, :-1] == eos) & (n_bytes > 0)
     n_bytes = n_bytes - begins * bytes_put_before(tokenizer)
     nats, n_tokens, n_bytes = (np.bincount(document, part.ravel()) for part in (losses, np.ones_like(losses), n_bytes))
     return measures(nats, n_tokens, n_bytes, f"split {split.name}")
@@ -186,11 +155,6 @@ def evaluate_split(
 def _scan(split: TokenSplit) -> Iterator[tuple[int, Int[np.ndarray, " n"]]]:
     for start in range(0, split.n_tokens, SCANNED):
         yield start, split.window(start, min(SCANNED, split.n_tokens - start))
-
-
-def _document_ends(split: TokenSplit, eos: int) -> Int[np.ndarray, " n"]:
-    """Position of every <eos>."""
-    return np.concatenate([start + np.flatnonzero(tokens == eos) for start, tokens in _scan(split)])
 
 
 def unigram_entropy(split: TokenSplit, vocab_size: int) -> float:
@@ -237,11 +201,8 @@ def evaluate_texts(
     eos = tokenizer.eos_token_id
     ids = _encode(tokenizer, texts)
     words = _last_word_lengths(tokenizer, texts, ids) if last_word else [0] * len(ids)
-    rows = [
-        row
-        for n, (tokens, word) in enumerate(zip(ids, words, strict=True))
-        for row in contexts(n, tokens, eos, context, word)
-    ]
+    each = enumerate(zip(ids, words, strict=True))
+    rows = [row for n, (tokens, word) in each for row in contexts(n, tokens, eos, context, word)]
     nats, word_nats, right = np.zeros(len(ids)), np.zeros(len(ids)), np.zeros(len(ids))
     head = Head.of(model, torch.from_numpy(rows[0].tokens[None, :TRIED]).to(model.device))
     for batch in _progress(list(_batches(rows, batch_size * context)), escape(f"evaluate {name}")):
@@ -298,11 +259,8 @@ def _predict_contexts(head: Head, batch: Sequence[Context], eos: int) -> Iterato
 def _last_word_measures(nats: Float[np.ndarray, " d"], right: Float[np.ndarray, " d"]) -> dict[str, float | None]:
     """Accuracy: all tokens of the word are likeliest. Perplexity: exp of the mean nats per word, not per token."""
     accuracy, accuracy_error = ratio(right, np.ones_like(right))
-    return {
-        "accuracy": accuracy,
-        "accuracy_standard_error": accuracy_error,
-        **_perplexity(*ratio(nats, np.ones_like(nats))),
-    }
+    per_word = _perplexity(*ratio(nats, np.ones_like(nats)))
+    return {"accuracy": accuracy, "accuracy_standard_error": accuracy_error, **per_word}
 
 
 @torch.no_grad()
@@ -326,13 +284,8 @@ def next_token_examples(
         # Without a cache, since models have different kinds of them.
         while len(more) < room and tokenizer.eos_token_id not in more:
             more.append(int(_next_logits(model, [*ids, *more]).argmax()))
-        examples.append(
-            {
-                "prompt": prompt,
-                "top": [{"token": token, "probability": p, "logit": logit} for token, logit, p in rows],
-                "continuation": _continuation(tokenizer, ids, more),
-            }
-        )
+        found = [{"token": token, "probability": p, "logit": logit} for token, logit, p in rows]
+        examples.append({"prompt": prompt, "top": found, "continuation": _continuation(tokenizer, ids, more)})
     return examples
 
 
@@ -399,10 +352,8 @@ def _context(config: EvaluateConfig, run: Run) -> tuple[int, dict[str, int]]:
         )
     context = config.context or min(longest or DEFAULT_LONGEST, DEFAULT_LONGEST)
     if not 2 <= context <= (longest or context):
-        raise UserError(
-            f"--context {context}: has to be from 2 to the model's longest context"
-            f"{'' if longest is None else f', {longest}'}"
-        )
+        most = "" if longest is None else f", {longest}"
+        raise UserError(f"--context {context}: has to be from 2 to the model's longest context{most}")
     return context, {} if context == longest else {"context": context}
 
 
@@ -413,11 +364,11 @@ def _found(path: Path, weights: str) -> tuple[dict[str, Any], dict[str, Any]]:
     found = read_json(path, shape, "`cratescope evaluate`") if path.exists() else {}
     others, tasks = found.pop("sets", {}), found.pop("tasks", {})
     sets = {"validation": found, **others}
-    ours = [
-        {name: result for name, result in results.items() if result.get("settings", {}).get("model_sha256") == weights}
-        for results in (sets, tasks)
-    ]
-    return ours[0], ours[1]
+
+    def ours(results: dict[str, Any]) -> dict[str, Any]:
+        return {name: one for name, one in results.items() if one.get("settings", {}).get("model_sha256") == weights}
+
+    return ours(sets), ours(tasks)
 
 
 def _write(path: Path, sets: dict[str, Any], tasks: dict[str, Any]) -> None:

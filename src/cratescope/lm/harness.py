@@ -76,15 +76,13 @@ def run_tasks(
             ) from error
         with contextlib.redirect_stdout(sys.stderr):  # it prints progress, and stdout is for results
             found = lm_eval.simple_evaluate(wrapped, tasks=[name], task_manager=manager, log_samples=False)
-        yield (
-            name,
-            {
-                "lm_eval": lm_eval.__version__,
-                "task_versions": found["versions"],
-                "n_samples": {task: count["effective"] for task, count in found["n-samples"].items()},
-                "results": {task: metrics(row) for task, row in found["results"].items()},
-            },
-        )
+        result = {
+            "lm_eval": lm_eval.__version__,
+            "task_versions": found["versions"],
+            "n_samples": {task: count["effective"] for task, count in found["n-samples"].items()},
+            "results": {task: metrics(row) for task, row in found["results"].items()},
+        }
+        yield name, result
 
 
 def metrics(row: dict[str, Any]) -> dict[str, dict[str, float | None]]:

@@ -27,7 +27,7 @@ EXACT, ROUNDED = 2e-5, 2e-2
 LAST_TOKENS = 3
 """Other last tokens of the trial that tells whether a model sees tokens ahead."""
 UNFIT = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError)
-"""What a model's own code may raise when its head is given something else than it expects."""
+"""What a model's own code may raise when it is run in a way that is not its own."""
 
 
 @dataclass(frozen=True)
@@ -124,8 +124,7 @@ class Head:
         if not largest > 0:
             return False
         probes = torch.cat([rows * (scale / largest) for scale in SCALES])
-        expected = probes @ weight.t()
-        return _alike(self._logits(probes), expected)
+        return _alike(self._logits(probes), probes @ weight.t())
 
 
 @torch.no_grad()

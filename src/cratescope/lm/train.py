@@ -32,7 +32,7 @@ from cratescope.models.cost import count_parameters
 from cratescope.models.folder import load_folder
 from cratescope.models.presets import build, preset_config
 from cratescope.run import METRICS, Run, claim, versions
-from cratescope.text.crops import PackedCrops, RandomCrops, open_crops
+from cratescope.text.crops import Crops
 from cratescope.text.shards import TokenData
 from cratescope.text.tokenizer import n_ids
 from cratescope.workers import processes, rank
@@ -101,13 +101,8 @@ def _fit(
     watch = Watch(config, run, publish)
     validation = data.split("validation")
     n_crops = max(1, min(config.validation_crops, validation.n_tokens // config.context))
-    trainer = WatchedTrainer(
-        watch,
-        validation.spaced(n_crops, config.context),
-        model=fuse(model),
-        args=arguments,
-        train_dataset=_crops(config, data),
-    )
+    given: dict[str, Any] = {"model": fuse(model), "args": arguments, "train_dataset": _crops(config, data)}
+    trainer = WatchedTrainer(watch, validation.spaced(n_crops, config.context), **given)
     last = _resume(run, config) if rank() == 0 else None
     (last,) = broadcast_object_list([last])
     watch.last = last
@@ -144,19 +139,13 @@ def _resume(run: Run, config: TrainConfig) -> Path | None:
     return last
 
 
-def _crops(config: TrainConfig, data: TokenData) -> RandomCrops | PackedCrops:
+def _crops(config: TrainConfig, data: TokenData) -> Crops:
     length = config.steps * config.batch_tokens // config.context
-    return open_crops(config.sampling, data.split("train"), config.context, config.seed, length)
+    return Crops(config.sampling, data.split("train"), config.context, config.seed, length)
 
 
 def _check(config: TrainConfig, data: TokenData, device: torch.device) -> None:
-    """Refuse inconsistent settings before anything is written.
-
-    Raises:
-        UserError: too little text; ids that the data's manifest does not count; batch_tokens not a multiple of what one
-            forward pass of all processes reads; a checkpoint would fall between two lines of the log; a package or
-            several processes are missing.
-    """
+    """Refuse settings that contradict each other, the data or this machine, before anything is written."""
     if (ids := n_ids(data.tokenizer)) > data.vocab_size:  # prepared when entries were counted instead
         raise UserError(f"{data.path}: its manifest does not count the ids up to {ids - 1}; prepare it again elsewhere")
     a_pass = config.micro_batch * config.context * processes()

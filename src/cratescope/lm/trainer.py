@@ -21,8 +21,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainerState
 
 from cratescope.errors import UserError
+from cratescope.files import mark_whole
 from cratescope.hardware import gemm_peak
-from cratescope.lm.checkpoints import mark_whole, rotate
+from cratescope.lm.checkpoints import rotate
 from cratescope.lm.config import TrainConfig
 from cratescope.lm.evaluate import crop_losses, mean_loss
 from cratescope.lm.head import Head
@@ -82,9 +83,8 @@ class Watch(TrainerCallback):
         # Every process measures at the same time, so cores and memory are shared as they will be in training.
         self.peak = float(reduce(torch.tensor(peak, device=args.device), "sum"))
         self.flops = flops_per_token(model.config, self.config.context)
-        self.task = self.progress.add_task(
-            self.name, total=state.max_steps, completed=state.global_step, loss="-", speed=""
-        )
+        begun: dict[str, Any] = {"total": state.max_steps, "completed": state.global_step}
+        self.task = self.progress.add_task(self.name, **begun, loss="-", speed="")
         self.clock = time.monotonic()
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
@@ -185,10 +185,10 @@ class WatchedTrainer(Trainer):
         share = -(-len(self.validation) // processes())
         mine = self.validation.take(range(rank() * share, (rank() + 1) * share), axis=0, mode="wrap")
         head = Head(model, "product")  # as `fuse` takes it; a trial would call the sharded model as a whole
-        losses = torch.from_numpy(crop_losses(model, mine, self.args.per_device_train_batch_size, head=head))
+        losses = torch.from_numpy(crop_losses(model, mine, self.args.per_device_train_batch_size, head=head).mean(1))
         everyone = gather(losses.to(self.args.device)).cpu().numpy()[: len(self.validation)]
-        loss = mean_loss(everyone, self.watch.config.context)
-        found = {"validation_loss": loss.mean, "validation_standard_error": loss.standard_error or math.nan}
+        loss, error = mean_loss(everyone)
+        found = {"validation_loss": loss, "validation_standard_error": error or math.nan}
         self.log(found)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
         return found

@@ -1,4 +1,4 @@
-"""What a model costs: parameters, FLOPs and bytes."""
+"""Cost of a model: parameters and FLOPs."""
 
 from __future__ import annotations
 
@@ -25,24 +25,3 @@ def flops_per_token(config: CrateConfig | GPT2Config, context: int) -> int:
     else:
         layer = 4 * d**2 + 2 * (config.n_inner or 4 * d) * d
     return 3 * 2 * (config.n_layer * (layer + 2 * context * d) + config.vocab_size * d)
-
-
-def training_bytes(config: CrateConfig | GPT2Config, tokens: int, number_bytes: int = 4) -> int:
-    """Peak memory (bytes) of training on `tokens` tokens per forward pass; number_bytes is 2 under bfloat16 autocast.
-
-    Weights, gradients and AdamW's two moments in float32, 16 P; the head's gradient twice more, on its way, 8 V d; the
-    rows of logits held at once, 512 V numbers; for every token and layer what the backward pass needs, CRATE
-    (5 + t) d + t h numbers and GPT-2 8 d + h, of which 2 d (the residual stream) are float32 always; 4 d around the
-    layers. Without the interpreter and its libraries. docs/scaling.md compares it with measurements.
-    """
-    d, v = config.n_embd, config.vocab_size
-    if isinstance(config, CrateConfig):
-        weights = 2 * d**2 + config.n_atoms * d * (1 if config.ista_tied else 2)
-        kept = (3 + config.ista_steps) * d + config.ista_steps * config.n_atoms
-    else:
-        h = config.n_inner or 4 * d
-        weights, kept = 4 * d**2 + 2 * h * d, 6 * d + h
-    parameters = (v + config.n_positions) * d + config.n_layer * weights
-    activations = config.n_layer * (8 * d + number_bytes * kept) + 16 * d
-    copies = parameters * number_bytes if number_bytes < 4 else 0
-    return 16 * parameters + copies + 8 * v * d + 512 * v * number_bytes + tokens * activations

@@ -52,13 +52,11 @@ def model_config(source: str | Path) -> Any:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         layers = getattr(text_config(config), "num_hidden_layers", 0)
     except Exception as error:  # what is raised on values that do not fit depends on the model
-        raise UserError(
-            f"model {source}: cannot be loaded ({first_line(error)}); give a folder or a hub name"
-        ) from error
+        said = first_line(error)
+        raise UserError(f"model {source}: cannot be loaded ({said}); give a folder or a hub name") from error
     if isinstance(layers, int) and layers > MOST_LAYERS:
-        raise UserError(
-            f"model {source}: config.json says num_hidden_layers = {layers:,}; no model has as many, mend it"
-        )
+        what = f"config.json says num_hidden_layers = {layers:,}"
+        raise UserError(f"model {source}: {what}; no model has as many, mend it")
     return config
 
 
@@ -89,9 +87,8 @@ def load_folder(folder: Path, dtype: str = "auto") -> PreTrainedModel:
         )
         model, info = loaded
     except Exception as error:  # what the library raises on damaged files depends on their bytes
-        raise UserError(
-            f"{folder}: cannot be loaded ({first_line(error)}); check config.json and the weights, or copy them again"
-        ) from error
+        fix = "check config.json and the weights, or copy them again"
+        raise UserError(f"{folder}: cannot be loaded ({first_line(error)}); {fix}") from error
     wrong = [f"{kind[:-5]} {sorted(info[kind])[0]}" for kind in ("missing_keys", "unexpected_keys") if info[kind]]
     if wrong:
         raise UserError(f"{folder}: the weights do not fit config.json: {', '.join(wrong)}")

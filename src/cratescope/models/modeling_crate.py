@@ -184,10 +184,7 @@ class CratePreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    _can_record_outputs = {
-        "hidden_states": CrateBlock,
-        "attentions": OutputRecorder(MSSA, layer_name=".mssa", index=1),
-    }
+    _can_record_outputs = {"hidden_states": CrateBlock, "attentions": OutputRecorder(MSSA, layer_name=".mssa", index=1)}
 
     @torch.no_grad()
     def _init_weights(self, module):

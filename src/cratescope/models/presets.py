@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedModel
+from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedConfig, PreTrainedModel
 
 from cratescope.errors import UserError, last_line
 from cratescope.models import CrateConfig
@@ -25,18 +25,10 @@ class Size:
     n_layer: int
 
 
-SIZES = {
-    "1l": Size(128, 4, 1),
-    "2l": Size(128, 4, 2),
-    "3l": Size(128, 4, 3),
-    "s": Size(768, 12, 6),
-    "b": Size(768, 12, 12),
-}
-
-
+SIZES = {f"{layers}l": Size(128, 4, layers) for layers in (1, 2, 3)}
+SIZES |= {"s": Size(768, 12, 6), "b": Size(768, 12, 12)}
 FAMILIES = ("crate", "gpt2")
-
-
+_BOOLS = {"true": True, "false": False}
 PRESETS = tuple(f"{family}-{size}" for family in FAMILIES for size in SIZES)
 
 
@@ -82,19 +74,13 @@ def _parse_crate(fields: dict[str, str]) -> dict[str, Any]:
             raise UserError(f"--crate: CRATE has no field {name!r:.60}; choose from {', '.join(known)}")
         default = getattr(defaults, name)
         try:
-            parsed[name] = _parse_bool(text) if isinstance(default, bool) else type(default)(text)
-        except ValueError as error:
+            parsed[name] = _BOOLS[str(text).lower()] if isinstance(default, bool) else type(default)(text)
+        except (ValueError, KeyError) as error:
             raise UserError(f"--crate {name} = {text!r:.60} is not a {type(default).__name__}") from error
     return parsed
 
 
-def _parse_bool(text: str) -> bool:
-    if str(text).lower() not in ("true", "false"):
-        raise ValueError(text)
-    return str(text).lower() == "true"
-
-
-def build(config: CrateConfig | GPT2Config, seed: int) -> PreTrainedModel:
+def build(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
     """Build a model with random weights that depend on `seed` alone; the caller's random state is untouched."""
     import torch
 

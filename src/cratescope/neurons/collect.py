@@ -34,11 +34,12 @@ from cratescope.locks import locked
 from cratescope.models.folder import load_folder, longest_context, model_config, skeleton
 from cratescope.neurons.config import CollectConfig
 from cratescope.neurons.merge import Totals, columns
-from cratescope.neurons.records import layer_file, write_table
+from cratescope.neurons.records import write_table
 from cratescope.neurons.sites import Site, check_site, partial_pass, site_named
 from cratescope.neurons.strata import Pilot
 from cratescope.neurons.streaming import LayerStatistics, Plan, refuse_not_finite
-from cratescope.neurons.tensors import load_tensors, save_first, save_tensors
+from cratescope.neurons.tensors import load_tensors, save_tensors
+from cratescope.parts import layer_file, parts_folder, remove_parts
 from cratescope.run import Run, claim
 from cratescope.text.shards import TokenData
 from cratescope.workers import rank, worker_of
@@ -74,7 +75,7 @@ def collect(config: CollectConfig) -> Path:
     folder = run.records(site.name)
     if not source and all(layer_file(folder, layer).exists() for layer in layers):
         claim(folder, _identity(config, run, site, context, data))
-        _remove_parts(folder, layers)
+        remove_parts(folder, layers)
         return folder
     if torch.cuda.is_available():
         torch.cuda.set_device(rank(local=True))
@@ -126,9 +127,8 @@ def _context(config: CollectConfig, shape: Any) -> int:
     longest = longest_context(shape)
     context = config.context or longest
     if context is None:
-        raise UserError(
-            f"a {shape.model_type} model states no longest context; give the length of an excerpt with --context"
-        )
+        what = f"a {shape.model_type} model states no longest context"
+        raise UserError(f"{what}; give the length of an excerpt with --context")
     if longest is not None and context > longest:
         raise UserError(f"context = {context} is longer than the {longest} tokens of this model")
     return context
@@ -186,7 +186,7 @@ class Pass:
         paths = {layer: self._file(layer, "pilot") for layer in self.layers}
         if any(load_tensors(path) is None for path in paths.values()):
             for layer, pilot in self._pilots().items():
-                save_first(paths[layer], vars(pilot))
+                save_tensors(paths[layer], vars(pilot), first=True)
         loaded = {layer: load_tensors(path) or {} for layer, path in paths.items()}
         return {layer: Plan.of(self.config, layer, Pilot(**loaded[layer]), self.excerpts) for layer in self.layers}
 
@@ -217,10 +217,10 @@ class Pass:
             except UserError:
                 if not path.exists():  # else another worker was faster and has deleted the parts
                     raise
-        _remove_parts(self.folder, self.layers)
+        remove_parts(self.folder, self.layers)
 
     def _file(self, layer: int, name: str) -> Path:
-        return _parts(self.folder, layer) / f"{name}.safetensors"
+        return parts_folder(self.folder, layer) / f"{name}.safetensors"
 
     def _part(self, layer: int, part: int) -> Path:
         return self._file(layer, f"part-{part:05d}")
@@ -235,13 +235,11 @@ class Pass:
 
     def _shards(self, layer: int) -> Iterator[dict[str, Tensor]]:
         for part in range(self.n_parts):
-            yield self._shard(self._part(layer, part))
-
-    def _shard(self, path: Path) -> dict[str, Tensor]:
-        shard = load_tensors(path)
-        if shard is None:
-            raise UserError(f"{path}: damaged; rerun the same command, which reads that part again")
-        return shard
+            shard = load_tensors(path := self._part(layer, part))
+            if shard is None:
+                raise UserError(f"{path}: damaged; rerun the same command, which reads that part again")
+            yield shard
+            del shard  # frees memory before the next one is read
 
     def _pilots(self) -> dict[int, Pilot]:
         """A few excerpts spread over the text, read one by one so that the batch size changes nothing."""
@@ -294,18 +292,6 @@ class Pass:
                 f"--dump needs about {needed / 1e9:.1f} GB and {self.folder} has {free / 1e9:.1f} GB free; "
                 "free some space, or ask for fewer --excerpts or --layers"
             )
-
-
-def _parts(folder: Path, layer: int) -> Path:
-    return folder / ".parts" / f"layer-{layer:02d}"
-
-
-def _remove_parts(folder: Path, layers: Iterable[int]) -> None:
-    """Delete the parts of finished layers; those of others may still be worked on."""
-    for layer in layers:
-        shutil.rmtree(_parts(folder, layer), ignore_errors=True)
-    with contextlib.suppress(OSError):
-        (folder / ".parts").rmdir()
 
 
 def _non_zero(activations: Float[Tensor, "b t h"]) -> dict[str, Tensor]:

@@ -52,6 +52,6 @@ class CollectConfig(Checked):
     seed: Annotated[int, within(0, LARGEST_SEED)] = 0
     """Seed of the random positions."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to run the model."""
+    """Device to run the model on."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Number format to run the model in; auto keeps that of its checkpoint. Use float32 if float16 overflows."""

@@ -1,4 +1,4 @@
-"""What explain, simulate, judge and score keep of neurons: one Parquet table per layer each (docs/records.md)."""
+"""Results of explain, simulate, judge and score: one Parquet table per layer each (docs/records.md)."""
 
 from __future__ import annotations
 
@@ -16,8 +16,6 @@ from cratescope.neurons.records import NeuronId
 from cratescope.parts import CHECKED, Row, Tables
 
 T = TypeVar("T")
-
-
 _NEURON = [("model", pa.string()), ("site", pa.string()), ("layer", pa.int32()), ("index", pa.int32())]
 
 

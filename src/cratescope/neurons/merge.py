@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int64, Integer
 from torch import Tensor
 
-from cratescope.neurons.records import list_column, stratum_lists, window_array
+from cratescope.neurons.records import STRATIFICATIONS, list_column, stratum_lists, window_array
 from cratescope.neurons.strata import (
     FRACTION,
     PER_LEVEL,
@@ -183,18 +183,15 @@ def _strata_columns(
     plan: Plan, totals: Totals, excerpts: Integer[np.ndarray, "n t"], top: Windows, random: Windows
 ) -> dict[str, pa.ListArray]:
     """The three stratifications; empty lists when no strata were asked for."""
-    names = ("by_quantile", "by_rank", "by_level")
     if not plan.ladders:
-        return {name: pa.array([[]] * plan.n_neurons) for name in names}
+        return {name: pa.array([[]] * plan.n_neurons) for name in STRATIFICATIONS}
     counts = totals.sums["histogram"].T.contiguous()
-    taken = [
-        np.concatenate([_start_matrix(plan, w, ladder.window) for w in (top, random)], 1) for ladder in plan.ladders
-    ]
+    widths = (ladder.window for ladder in plan.ladders)
+    taken = [np.concatenate([_start_matrix(plan, w, width) for w in (top, random)], 1) for width in widths]
     long, short = (Sample.of(plan, ladder, pool) for ladder, pool in zip(plan.ladders, totals.pools[1:], strict=True))
-    by_rank = (*(0.0, *TWELFTHS),)
     return {
         "by_quantile": long.column(_rank_bounds(plan, totals, counts, QUANTILES), PER_QUANTILE, taken[0], excerpts),
-        "by_rank": short.column(_rank_bounds(plan, totals, counts, by_rank), PER_RANK, taken[1], excerpts),
+        "by_rank": short.column(_rank_bounds(plan, totals, counts, (0.0, *TWELFTHS)), PER_RANK, taken[1], excerpts),
         "by_level": short.column(_level_bounds(plan, totals), PER_LEVEL, taken[1], excerpts),
     }
 

@@ -1,7 +1,6 @@
-"""The core types (neuron, record, explanation, simulation, judgement, score), and the files of records.
+"""Records of neurons on text (windows, moments, histogram, tokens), and their files.
 
-A *record* is a window of tokens of one excerpt with one neuron's activations on it. Rows are keyed by NeuronId,
-never by their place in a list. Imports nothing else of neurons.
+Rows are keyed by NeuronId, never by their place in a list. Imports nothing else of neurons.
 """
 
 from __future__ import annotations
@@ -55,12 +54,11 @@ class Window:
         """The `width` tokens around the peak, half of them before it, moved inside this window."""
         first = min(max(self.peak - width // 2, 0), max(len(self.tokens) - width, 0))
         inside = slice(first, first + width)
-        return Window(
-            self.tokens[inside], self.activations[inside], self.excerpt, self.start + first, self.peak - first
-        )
+        tokens, activations = self.tokens[inside], self.activations[inside]
+        return Window(tokens, activations, self.excerpt, self.start + first, self.peak - first)
 
     def overlaps(self, other: Window) -> bool:
-        """Do the two windows share a token?"""
+        """Whether the two windows share a token."""
         return (
             self.excerpt == other.excerpt
             and self.start < other.start + len(other.tokens)
@@ -126,7 +124,7 @@ class TokenMean:
 
 @dataclass(frozen=True)
 class NeuronRecord:
-    """What one neuron does on the collected text.
+    """Behaviour of one neuron on the collected text.
 
     top: windows of the highest activations, highest first. random: windows of uniformly drawn positions.
     density: fraction of tokens with a non-zero activation.
@@ -156,47 +154,20 @@ class NeuronRecord:
         return self.density == 0.0
 
 
-_WINDOW = pa.struct(
-    [
-        ("excerpt", pa.int32()),
-        ("start", pa.int32()),
-        ("peak", pa.int32()),
-        ("tokens", pa.list_(pa.int32())),
-        ("activations", pa.list_(pa.float32())),
-    ]
-)
-
-
+_PLACES = ("excerpt", "start", "peak")
+_LISTS = [("tokens", pa.list_(pa.int32())), ("activations", pa.list_(pa.float32()))]
+_WINDOW = pa.struct([*((name, pa.int32()) for name in _PLACES), *_LISTS])
 _STRATUM = pa.struct([("low", pa.float64()), ("high", pa.float64()), ("windows", pa.list_(_WINDOW))])
-
-
 _BIN = pa.struct([("low", pa.float64()), ("high", pa.float64()), ("count", pa.int64())])
-
-
 _TOKEN = pa.struct([("token", pa.int32()), ("mean", pa.float64()), ("count", pa.int64())])
-
-
 STRATIFICATIONS = ("by_quantile", "by_rank", "by_level")
-
-
+_MOMENTS = ("mean", "variance", "third", "fourth", "skewness", "kurtosis", "maximum")
 SCHEMA = pa.schema(
     [
-        ("model", pa.string()),
-        ("site", pa.string()),
-        ("layer", pa.int32()),
-        ("index", pa.int32()),
+        *(("model", pa.string()), ("site", pa.string()), ("layer", pa.int32()), ("index", pa.int32())),
         ("n_tokens", pa.int64()),
-        ("mean", pa.float64()),
-        ("variance", pa.float64()),
-        ("third", pa.float64()),
-        ("fourth", pa.float64()),
-        ("skewness", pa.float64()),
-        ("kurtosis", pa.float64()),
-        ("maximum", pa.float64()),
-        ("density", pa.float64()),
-        ("dead", pa.bool_()),
-        ("top", pa.list_(_WINDOW)),
-        ("random", pa.list_(_WINDOW)),
+        *((name, pa.float64()) for name in (*_MOMENTS, "density")),
+        *(("dead", pa.bool_()), ("top", pa.list_(_WINDOW)), ("random", pa.list_(_WINDOW))),
         *((name, pa.list_(_STRATUM)) for name in STRATIFICATIONS),
         ("histogram", pa.list_(_BIN)),
         ("top_tokens", pa.list_(_TOKEN)),
@@ -204,8 +175,6 @@ SCHEMA = pa.schema(
     ],
     metadata=CHECKED,
 )
-
-
 _NEURONS_A_READ = 64
 """Neurons in one row group, the least that is read from disk at once."""
 
@@ -225,15 +194,14 @@ def window_array(
     peak: np.ndarray,
 ) -> pa.StructArray:
     """m windows as an Arrow array; `tokens` and `activations` are those of all windows end to end."""
-    columns = [excerpt, start, peak]
-    arrays = [pa.array(column, pa.int32()) for column in columns]
+    arrays = [pa.array(column, pa.int32()) for column in (excerpt, start, peak)]
     arrays.append(list_column(widths, pa.array(tokens, pa.int32())))
     arrays.append(list_column(widths, pa.array(activations, pa.float32())))
     return pa.StructArray.from_arrays(arrays, fields=list(_WINDOW))
 
 
 def write_table(path: Path, columns: dict[str, Any]) -> None:
-    """Write one layer's columns (SCHEMA) to a Parquet file, atomically, one row a neuron."""
+    """Write one layer's columns (SCHEMA) to a Parquet file, atomically, one row per neuron."""
     arrays = [pa.array(columns[field.name], field.type) for field in SCHEMA]
     with atomic_path(path) as temporary:
         table = pa.Table.from_arrays(arrays, schema=SCHEMA)
@@ -250,34 +218,30 @@ def write_table(path: Path, columns: dict[str, Any]) -> None:
 
 
 def write_records(path: Path, records: Sequence[NeuronRecord]) -> None:
-    """Write one layer's neuron records to a Parquet file, atomically, one row a neuron."""
+    """Write one layer's neuron records to a Parquet file, atomically, one row per neuron."""
+
+    def column(name: str) -> list[Any]:
+        return [getattr(record, name) for record in records]
+
     columns: dict[str, Any] = {
-        **{name: [getattr(record.neuron, name) for record in records] for name in ("model", "site", "layer", "index")},
-        **{
-            name: [getattr(record.moments, name) for record in records]
-            for name in ("n_tokens", "mean", "variance", "third", "fourth", "skewness", "kurtosis", "maximum")
-        },
-        **{name: [getattr(record, name) for record in records] for name in ("density", "dead")},
-        **{name: _window_lists([getattr(record, name) for record in records]) for name in ("top", "random")},
-        **{name: _stratum_lists([getattr(record, name) for record in records]) for name in STRATIFICATIONS},
-        "histogram": [_bins(record.histogram) for record in records],
-        **{
-            name: [[vars(token) for token in getattr(record, name)] for record in records]
-            for name in ("top_tokens", "bottom_tokens")
-        },
+        **{name: [getattr(one, name) for one in column("neuron")] for name in ("model", "site", "layer", "index")},
+        **{name: [getattr(one, name) for one in column("moments")] for name in ("n_tokens", *_MOMENTS)},
+        **{name: column(name) for name in ("density", "dead")},
+        **{name: _window_lists(column(name)) for name in ("top", "random")},
+        **{name: _stratum_lists(column(name)) for name in STRATIFICATIONS},
+        "histogram": [_bins(histogram) for histogram in column("histogram")],
+        **{name: [[*map(vars, means)] for means in column(name)] for name in ("top_tokens", "bottom_tokens")},
     }
     write_table(path, columns)
 
 
 def _window_lists(lists: Sequence[Sequence[Window]]) -> pa.ListArray:
     windows = [window for one in lists for window in one]
-    joined = {
-        name: np.concatenate([getattr(window, name) for window in windows] or [np.zeros(0)])
-        for name in ("tokens", "activations")
-    }
+    tokens = np.concatenate([window.tokens for window in windows] or [np.zeros(0)]).astype(np.int64)
+    activations = np.concatenate([window.activations for window in windows] or [np.zeros(0)])
     widths = np.array([len(window.tokens) for window in windows], dtype=np.int64)
-    places = [np.array([getattr(window, name) for window in windows]) for name in ("excerpt", "start", "peak")]
-    array = window_array(joined["tokens"].astype(np.int64), joined["activations"], widths, *places)
+    places = [np.array([getattr(window, name) for window in windows]) for name in _PLACES]
+    array = window_array(tokens, activations, widths, *places)
     return list_column(np.array([len(one) for one in lists]), array)
 
 
@@ -343,9 +307,7 @@ def read_columns(path: Path, columns: Sequence[str], indices: Sequence[int] | No
         schema = pq.read_schema(path)
         if (schema.metadata or {}).get(b"checksum") and not sealed:
             raise pa.ArrowInvalid("its checksum is gone")
-        if not all(
-            name in schema.names and schema.field(name).type == SCHEMA.field(name).type for name in SCHEMA.names
-        ):
+        if not all(field.name in schema.names and schema.field(field.name).type == field.type for field in SCHEMA):
             raise UserError(f"{path}: made by an older version; delete {path.parent} and run `cratescope collect`")
         return pq.read_table(path, columns=[*columns], filters=chosen, page_checksum_verification=True)
     except (OSError, ValueError, pa.ArrowException) as error:
@@ -409,7 +371,7 @@ def _read_windows(column: pa.ListArray) -> list[tuple[Window, ...]]:
         _cut(array.field(name), array.field(name).flatten().to_numpy().astype(kind))
         for name, kind in (("tokens", np.int64), ("activations", np.float32))
     )
-    places = [array.field(name).to_pylist() for name in ("excerpt", "start", "peak")]
+    places = [array.field(name).to_pylist() for name in _PLACES]
     return _cut(column, tuple(map(Window, tokens, activations, *places)))
 
 

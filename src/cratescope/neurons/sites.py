@@ -1,8 +1,8 @@
-"""Where neurons live: a module of any Hugging Face causal LM whose activations hooks read or edit.
+"""Sites of neurons: modules of any Hugging Face causal LM whose activations hooks read or edit.
 
 A site is a module path with {layer} in it, such as `transformer.h.{layer}.mlp.act`; what the module gives is (b, t, h)
 and its last axis are the neurons. Modules that see batch and tokens as one axis, (b t, h), are read alike, and residual
-streams side by side, (b, t, n, h), are one row of neurons. With `:input` behind the path it is what the module is
+streams side by side, (b, t, n, h), are one row of neurons. With `:input` after the path it is what the module is
 given, with `:neurons` what is inside of a mixture of experts.
 """
 
@@ -122,7 +122,7 @@ def _is_experts(module: nn.Module) -> bool:
 
 
 def _neurons(experts: Any, tokens: Tensor, chosen: Tensor) -> Tensor:
-    """What the last projections of all experts are given, (t, experts x width), of tokens (t, d) and experts (t, k).
+    """Inputs (t, experts x width) of all experts' last projections, from tokens (t, d) and chosen experts (t, k).
 
     Zero where a token does not go to an expert. This is computed besides the pass, since the pass itself sorts the
     tokens in ways of its own.
@@ -142,11 +142,6 @@ def _neurons(experts: Any, tokens: Tensor, chosen: Tensor) -> Tensor:
     return found.flatten(1)
 
 
-def _llama(layer: str) -> dict[str, str]:
-    """Gated MLPs: neurons are the input of the down projection, the activation times its gate."""
-    return {"mlp": f"{layer}.mlp.down_proj{INPUT}", "attention": f"{layer}.self_attn", "residual": layer}
-
-
 _CRATE, _NEOX, _LLAMA = "transformer.h.{layer}", "gpt_neox.layers.{layer}", "model.layers.{layer}"
 BUILT_IN: dict[str, dict[str, str]] = {
     # The neurons the paper explains come first: CRATE's codes A_t, GPT-2's MLP activations after the ReLU.
@@ -158,7 +153,11 @@ BUILT_IN: dict[str, dict[str, str]] = {
     },
     "gpt2": {"mlp": f"{_CRATE}.mlp.act", "attention": f"{_CRATE}.attn", "residual": _CRATE},
     "gpt_neox": {"mlp": f"{_NEOX}.mlp.act", "attention": f"{_NEOX}.attention", "residual": _NEOX},
-    **{kind: _llama(_LLAMA) for kind in ("llama", "mistral", "qwen2", "qwen3", "smollm3")},
+    # Gated MLPs: neurons are the input of the down projection, the activation times its gate.
+    **dict.fromkeys(
+        ("llama", "mistral", "qwen2", "qwen3", "smollm3"),
+        {"mlp": f"{_LLAMA}.mlp.down_proj{INPUT}", "attention": f"{_LLAMA}.self_attn", "residual": _LLAMA},
+    ),
 }
 """Module paths by `model_type` and name; the first of a model is its `auto`. Other models': `sites_of`."""
 
@@ -205,7 +204,8 @@ def sites_of(model: PreTrainedModel) -> dict[str, str]:
     stem, blocks = _blocks(model)
     if not len(blocks):
         return {}
-    hidden = getattr(text_config(model.config), "hidden_size", None) or _width(model)
+    embeddings: Any = model.get_input_embeddings()
+    hidden = getattr(text_config(model.config), "hidden_size", None) or embeddings.weight.shape[-1]
     last = _commonest([_last_projection(block, hidden) for block in blocks])
     experts = _commonest([name for block in blocks for name, part in block.named_modules() if _is_experts(part)])
     mixer = _commonest([_last_of_mixer(block, hidden) for block in blocks])
@@ -220,18 +220,10 @@ def sites_of(model: PreTrainedModel) -> dict[str, str]:
     return sites if _MLP.search(stem.rpartition(".")[2]) else sites | {"residual": f"{stem}.{{layer}}"}
 
 
-def _width(model: Any) -> int:
-    """Of the embeddings."""
-    return model.get_input_embeddings().weight.shape[-1]
-
-
 def _blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     """Path and modules of the text model's layers: of the lists that lie in no other list the one with most weights."""
-    lists = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and not _NOT_TEXT.search(name)
-    }
+    lists = {name: part for name, part in model.named_modules() if isinstance(part, nn.ModuleList)}
+    lists = {name: part for name, part in lists.items() if not _NOT_TEXT.search(name)}
     sizes = {name: sum(weight.numel() for weight in module.parameters()) for name, module in lists.items()}
     stem = max(sizes, key=lambda name: sizes[name], default="")
     return stem, lists.get(stem, nn.ModuleList())
@@ -359,11 +351,7 @@ def hooked(model: PreTrainedModel, site: Site, layers: Sequence[int], visit: Vis
 def read_site(model: PreTrainedModel, site: Site, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
     """While open, every forward pass leaves each layer's activations (b, t, h) in the yielded dict."""
     found: dict[int, Tensor] = {}
-
-    def keep(layer: int, activations: Tensor) -> None:
-        found[layer] = activations
-
-    with hooked(model, site, layers, keep):
+    with hooked(model, site, layers, lambda layer, activations: found.update({layer: activations})):
         yield found
 
 
@@ -383,9 +371,8 @@ def partial_pass(
 
     def see(layer: int, activations: Tensor) -> None:
         if layer not in left:
-            raise UserError(
-                f"site {site.pattern} is read several times in a pass at layer {layer}; name another module"
-            )
+            often = f"is read several times in a pass at layer {layer}"
+            raise UserError(f"site {site.pattern} {often}; name another module")
         visit(layer, activations)
         left.discard(layer)
         if not left:

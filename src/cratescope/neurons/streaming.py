@@ -22,7 +22,7 @@ BLOCK = 1 << 17
 CHUNK = 16
 """Tokens whose largest activation decides whether they are looked at one by one."""
 SUMS = ("n_tokens", "sums", "histogram", "token_sums")
-"""What adds up over shards."""
+"""Statistics that add up over shards."""
 
 
 @dataclass(frozen=True)
@@ -57,20 +57,9 @@ class Plan:
         salt = int(generator.integers(0, 1 << 62))
         rows = generator.choice(excerpts.size, min(ROWS, excerpts.size), replace=False, shuffle=False)
         slots, n_slots = token_slots(excerpts, config.tokens)
-        return cls(
-            config.top,
-            config.per_excerpt,
-            config.random,
-            window,
-            context,
-            salt,
-            draws,
-            slots,
-            n_slots,
-            torch.from_numpy(np.sort(rows)),
-            pilot,
-            pilot.ladders(len(rows), window, context) if config.strata else (),
-        )
+        ladders = pilot.ladders(len(rows), window, context) if config.strata else ()
+        kept = (config.top, config.per_excerpt, config.random, window, context)
+        return cls(*kept, salt, draws, slots, n_slots, torch.from_numpy(np.sort(rows)), pilot, ladders)
 
     @property
     def n_neurons(self) -> int:
@@ -171,11 +160,7 @@ class LayerStatistics:
         self._half = torch.empty(rows, h, dtype=torch.float16)
 
     def update(self, activations: Float[Tensor, "b t h"], tokens: Int64[Tensor, "b t"], first_excerpt: int) -> None:
-        """Add the next excerpts, numbered from `first_excerpt` on.
-
-        Raises:
-            UserError: an activation is NaN or infinite; says which.
-        """
+        """Add the next excerpts, numbered from `first_excerpt` on. UserError names an activation that is not finite."""
         activations = activations.detach().float().cpu().contiguous()
         flat = activations.flatten(0, 1)
         highest = self._add_sums(activations, first_excerpt)

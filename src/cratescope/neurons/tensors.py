@@ -15,17 +15,8 @@ LAYOUT = 1
 """Of the tensors that stages write: raise it when shapes or meaning change. Files of before then count as damaged."""
 
 
-def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write `path` atomically."""
-    _save(path, tensors, first=False)
-
-
-def save_first(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write `path` unless another process was faster."""
-    _save(path, tensors, first=True)
-
-
-def _save(path: Path, tensors: dict[str, Tensor], first: bool) -> None:
+def save_tensors(path: Path, tensors: dict[str, Tensor], first: bool = False) -> None:
+    """Write `path` atomically. first: keep a file that another process has put there in the meantime."""
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     with atomic_path(path, first) as temporary:
         save_file(tensors, temporary, {"crc32": _checksum(tensors)})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from rich import box
 from rich.console import Console, Group, RenderableType
@@ -15,13 +15,11 @@ from rich.text import Text
 
 from cratescope.neurons.records import NeuronRecord, TokenMean, Window
 from cratescope.report.config import ShowConfig
-from cratescope.report.text import number, percent, sparkline, visible
+from cratescope.report.text import Decode, number, percent, sparkline, visible
 from cratescope.results.neuron import Neuron, read_neuron
 from cratescope.run import Run
 from cratescope.score.scores import Score
 from cratescope.text.tokenizer import token_strings
-
-Decode = Callable[[Sequence[int]], list[str]]
 
 TOP, RANDOM, STRATUM = 5, 3, 1
 """Windows shown of each kind; of every stratum by quantile."""
@@ -77,14 +75,14 @@ def _explained(neuron: Neuron) -> Iterator[Text]:
     for said in explained:
         source = f" · from {said.set}" if len(explained) > 1 else ""
         yield Text.assemble((visible(said.shown), "bold"), (source, "dim"))
-        for own, nulls in said.scored(neuron.id):
-            yield _scored(own, nulls)
+        for own, controls in said.scored(neuron.id):
+            yield _scored(own, controls)
 
 
-def _scored(own: Score, nulls: Mapping[str, Score]) -> Text:
+def _scored(own: Score, controls: Mapping[str, Score]) -> Text:
     """One protocol's own measure with its interval, and its controls."""
     between = f" [{number(own.low)}, {number(own.high)}]" if own.low is not None else ""
-    listed = [f" · {control} {number(null.value)}" for control, null in nulls.items()]
+    listed = [f" · {control} {number(row.value)}" for control, row in controls.items()]
     beside = "".join(listed) + f" ({own.measure} × 100)"
     return Text.assemble(f"{own.protocol} ", (number(own.value), "bold"), (between + beside, "dim"))
 
@@ -128,11 +126,8 @@ def _tokens(record: NeuronRecord, decode: Decode) -> Table:
 def _sections(record: NeuronRecord) -> Iterator[tuple[str, list[tuple[str, Window]]]]:
     """Titles with labelled windows; empty kinds are left out."""
     top = [(f"top {rank}", window) for rank, window in enumerate(record.top[:TOP], 1)]
-    strata = [
-        (f"from {stratum.low:.3g}", window)
-        for stratum in reversed(record.by_quantile)
-        for window in stratum.windows[:STRATUM]
-    ]
+    rarest_first = reversed(record.by_quantile)
+    strata = [(f"from {one.low:.3g}", window) for one in rarest_first for window in one.windows[:STRATUM]]
     random = [("random", window) for window in record.random[:RANDOM]]
     for title, windows in (("highest", top), ("by quantile, highest first", strata), ("random", random)):
         if windows:

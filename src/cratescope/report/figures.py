@@ -14,11 +14,11 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from cratescope.explain.controls import OWN, SHUFFLED
 from cratescope.files import atomic_path
 from cratescope.report.text import count
 from cratescope.results.estimates import finite
 from cratescope.results.runs import Results, one_per_run, protocols
-from cratescope.score.score import OWN
 
 # Okabe and Ito's, distinguishable with every common kind of colour vision: CRATE blue, GPT-2 vermilion, others in turn.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
@@ -40,27 +40,24 @@ _STYLE: dict[Any, Any] = {
     "axes.titleweight": "bold",
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "axes.edgecolor": INK,
-    "axes.labelcolor": INK,
-    "axes.titlecolor": INK,
     "axes.linewidth": 0.6,
     "axes.unicode_minus": True,
     "axes.axisbelow": True,
     "axes.grid": True,
     "axes.grid.axis": "y",
-    "grid.color": INK,
     "grid.alpha": 0.12,
     "grid.linewidth": 0.6,
-    "text.color": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
     "xtick.major.size": 3,
     "ytick.major.size": 0,
     "legend.frameon": False,
     "figure.facecolor": "white",
     "axes.facecolor": "none",
     "savefig.transparent": False,
+    **dict.fromkeys(("axes.edgecolor", "axes.labelcolor", "axes.titlecolor", "grid.color"), INK),
+    **dict.fromkeys(("text.color", "xtick.color", "ytick.color"), INK),
 }
+_NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+"""Of an SVG: otherwise matplotlib writes the time and an address into the file."""
 
 
 @dataclass(frozen=True)
@@ -109,14 +106,9 @@ def draw_figures(results: Sequence[Results], folder: Path) -> dict[str, str]:
                 figure.savefig(path, format="png", dpi=150, metadata={"Software": None})
             figure.set_layout_engine("none")  # keep the layout just made, for both files alike
             with atomic_path(folder / f"{name}.svg") as path:
-                figure.savefig(path, format="svg", dpi=150, metadata=_no_metadata())
+                figure.savefig(path, format="svg", dpi=150, metadata=_NO_METADATA)
             page[name] = inline(folder / f"{name}.svg")
     return page
-
-
-def _no_metadata() -> dict[str, None]:
-    """Metadata with all four entries left out, or matplotlib writes the time and an address into the file."""
-    return {"Creator": None, "Date": None, "Format": None, "Type": None}
 
 
 def inline(path: Path) -> str:
@@ -165,32 +157,38 @@ def loss_figure(results: Sequence[Results]) -> Figure:
 
 
 def layer_figure(results: Sequence[Results]) -> Figure:
-    """Mean score of every layer (filled, plus or minus one standard error) and its shuffled null (hollow), x100."""
+    """Mean score of every layer (filled, plus or minus one standard error) and its shuffled control (hollow), x100."""
     panels = [(size, depth, name) for size, depth in _sizes(results).items() for name in protocols(results)]
-    columns = min(3, len(protocols(results)))
-    rows = math.ceil(len(panels) / columns)
-    figure = Figure(figsize=(WIDTH, 2.8 * rows + 0.5), layout="constrained")
-    grid = figure.subplots(rows, columns, squeeze=False)
-    for axes, (size, depth, name) in zip(grid.ravel(), panels, strict=False):
+    figure, grid = _grid(len(panels), min(3, len(protocols(results))), lambda rows: 2.8 * rows + 0.5)
+    for axes, (size, depth, name) in zip(grid, panels, strict=True):
         for item, style in _styled(results):
             if item.arm.size == size:
                 _layer_lines(axes, item, name, style)
         axes.axhline(0, color=INK, linewidth=0.6)
         axes.set(title=f"{size.upper()}, {name}", xlabel="layer", xlim=(-0.5, depth - 0.5))
         axes.set_xticks(range(depth))
-    for axes in grid.ravel()[len(panels) :]:
-        axes.set_visible(False)
-    for row in grid:
-        row[0].set_ylabel("score × 100")
-    _legend(figure, *grid.ravel()[: len(panels)])
+        if axes.get_subplotspec().is_first_col():
+            axes.set_ylabel("score × 100")
+    _legend(figure, *grid)
     return figure
 
 
+def _grid(n: int, columns: int, height: Callable[[int], float], **shared: Any) -> tuple[Figure, list[Any]]:
+    """A figure with `n` panels in rows of `columns`; `height` gives its inches from the number of rows."""
+    rows = math.ceil(n / columns)
+    figure = Figure(figsize=(WIDTH, height(rows)), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False, **shared).ravel()
+    for axes in grid[n:]:
+        axes.set_visible(False)
+    return figure, list(grid[:n])
+
+
 def _layer_lines(axes: Any, item: Results, protocol: str, style: Style) -> None:
-    for control, fill in ((OWN, style.colour), ("shuffled", "none")):
+    for control, fill in ((OWN, style.colour), (SHUFFLED, "none")):
         own = control == OWN
-        layers = item.scores.columns(protocol)
-        found = {layer: item.scores.mean(protocol, None, control, layer=layer) for layer in layers}
+        found = {
+            layer: item.scores.mean(protocol, None, control, layer=layer) for layer in item.scores.columns(protocol)
+        }
         means = {layer: found[layer] for layer in sorted(found) if found[layer].mean is not None}
         axes.errorbar(
             [layer + style.dodge for layer in means],
@@ -234,19 +232,15 @@ def _histogram_panels(
 ) -> Figure:
     panels = [(size, layer) for size, depth in _sizes(results).items() for layer in range(depth)]
     columns = min(4, len(panels))
-    rows = math.ceil(len(panels) / columns)
-    figure = Figure(figsize=(WIDTH, 2.5 * rows + 0.4), layout="constrained")
-    grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).ravel()
-    for axes, (size, layer) in zip(grid, panels, strict=False):
+    figure, grid = _grid(len(panels), columns, lambda rows: 2.5 * rows + 0.4, sharex=True, sharey=True)
+    for axes, (size, layer) in zip(grid, panels, strict=True):
         for item, style in _styled(results):
             if item.arm.size == size:
                 _histogram(axes, np.array(values(item, layer)), bins, style, item.label)
         axes.set(title=f"{size.upper()}, layer {layer}", xlabel=label)
         axes.tick_params(labelbottom=True)
-    for axes in grid[len(panels) :]:
-        axes.set_visible(False)
     grid[0].set_ylabel("% of neurons")
-    _legend(figure, *grid[: len(panels)])
+    _legend(figure, *grid)
     return figure
 
 
@@ -310,8 +304,6 @@ def _styled(results: Sequence[Results]) -> Iterator[tuple[Results, Style]]:
 
 def _legend(figure: Figure, *panels: Any) -> None:
     """One legend above the panels that names everything any of them shows."""
-    entries = {
-        label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
-    }
-    if entries:
+    named = [pair for axes in panels for pair in zip(*axes.get_legend_handles_labels(), strict=True)]
+    if entries := {label: handle for handle, label in named}:
         figure.legend(list(entries.values()), list(entries), loc="outside upper left", ncols=min(4, len(entries)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,16 +12,14 @@ from jaxtyping import Float
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
+from cratescope.explain.controls import OWN, SHUFFLED
 from cratescope.explain.explained import Simulation
 from cratescope.neurons.records import NeuronId, NeuronRecord, Window
 from cratescope.report import text
-from cratescope.report.text import visible
+from cratescope.report.text import Decode, visible
 from cratescope.results.neuron import Neuron, Said
-from cratescope.score.score import OWN
 from cratescope.score.scores import Score
 from cratescope.text.tokenizer import token_strings
-
-Decode = Callable[[Sequence[int]], list[str]]
 
 TOP_EXCERPTS = 3
 RANDOM_EXCERPTS = 1
@@ -40,7 +38,7 @@ class Excerpt:
 
 @dataclass(frozen=True)
 class Entry:
-    """What one explanation set says of a neuron, as the card shows it, with the text that it was scored on."""
+    """One explanation of a neuron on the card, with the windows it was scored on."""
 
     explained: str
     text: str
@@ -70,7 +68,7 @@ def card_html(neuron: Neuron) -> str:
 
 
 def page_environment() -> Environment:
-    """What the templates of this folder are read with: all that they insert is escaped."""
+    """Environment of the templates in this folder, which escapes everything they insert."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -91,7 +89,8 @@ def page_card(neuron: Neuron, sets: Sequence[str], decode: Decode, rank: int | N
     return Card(
         neuron=neuron.id,
         rank=rank,
-        said=[_entry(neuron.said[name], record, decode) for name in sets] or [_unexplained(neuron)],
+        said=[_entry(neuron.said[name], record, decode) for name in sets]
+        or [Entry("", f"not explained by {neuron.explainer}", [], [], None)],
         density=record.density,
         maximum=peak,
         histogram=text.sparkline(record.histogram, peak, HISTOGRAM_BINS) if record.histogram else "",
@@ -102,10 +101,6 @@ def page_card(neuron: Neuron, sets: Sequence[str], decode: Decode, rank: int | N
     )
 
 
-def _unexplained(neuron: Neuron) -> Entry:
-    return Entry("", f"not explained by {neuron.explainer}", [], [], None)
-
-
 def _entry(said: Said, record: NeuronRecord, decode: Decode) -> Entry:
     simulation = said.simulation
     return Entry(
@@ -113,7 +108,7 @@ def _entry(said: Said, record: NeuronRecord, decode: Decode) -> Entry:
         text=said.shown,
         scores=list(said.scored(record.neuron)),
         scored=list(_compared(record, simulation, decode)) if simulation else [],
-        shuffled=simulation.texts.get("shuffled") if simulation else None,
+        shuffled=simulation.texts.get(SHUFFLED) if simulation else None,
     )
 
 

@@ -15,13 +15,15 @@ from markupsafe import Markup
 from transformers import PreTrainedTokenizerFast
 
 from cratescope.errors import UserError
+from cratescope.explain.controls import CONTROLS
+from cratescope.explain.explained import Explained
 from cratescope.files import read_json, write_json, write_text
 from cratescope.locks import locked
 from cratescope.neurons.records import layer_file
 from cratescope.report import text, verdict
 from cratescope.report.config import ReportConfig
 from cratescope.report.figures import arm_places, draw_figures
-from cratescope.report.html import Card, Decode, page_card, page_environment
+from cratescope.report.html import Card, page_card, page_environment
 from cratescope.results import compare, tables
 from cratescope.results.compare import DETECTABLE, UNTRAINED, Comparison, Quantity
 from cratescope.results.estimates import Estimate, finite
@@ -30,7 +32,6 @@ from cratescope.results.runs import Results, Row, load_results, one_per_run, pro
 from cratescope.results.scores import measures_of
 from cratescope.run import made_from
 from cratescope.score.quality import QUALITIES
-from cratescope.score.score import CONTROLS
 
 VERSION = 2
 """Of the page: raise it when the same results look different."""
@@ -72,8 +73,7 @@ def report(config: ReportConfig, tokenizer: PreTrainedTokenizerFast | None = Non
 def _made_from(config: ReportConfig) -> dict[str, str]:
     """Every number and text that the report shows, and the settings."""
     inputs = ["run.json", "evaluation.json", "metrics.jsonl", "scores/*/*.json", "scores/*/*/*/*.json"]
-    inputs.append("scores/*/*/*/layer-*.parquet")
-    inputs.append("simulations/*/*/*/*/manifest.json")
+    inputs += ["scores/*/*/*/layer-*.parquet", "simulations/*/*/*/*/manifest.json"]
     files = [path for run in config.runs for pattern in inputs for path in sorted(run.glob(pattern))]
     settings = {name: value for name, value in vars(config).items() if name != "out"}
     return made_from((path for path in files if path.is_file()), Path(), version=VERSION, **settings)
@@ -88,7 +88,7 @@ def _page(config: ReportConfig, tokenizer: PreTrainedTokenizerFast | None) -> st
     groups = [group for item in results for group in _groups(item, config, _decoder(item, tokenizer))]
     numbers = _write_numbers(config.out, results, compared, pair)
     figures = draw_figures(results, config.out / "figures")
-    places = arm_places(results)
+    places, titles = arm_places(results), {item.arm.name: item.arm.title for item in results}
     return _template().render(
         config=config,
         explainer=Path(config.explainer).name if Path(config.explainer).is_absolute() else config.explainer,
@@ -102,7 +102,7 @@ def _page(config: ReportConfig, tokenizer: PreTrainedTokenizerFast | None) -> st
         activity_table=[(item, {row["layer"]: row for row in tables.activity_rows([item])}) for item in results],
         quality=numbers["quality"],
         matched=numbers["matched"],
-        matched_titles=_titles(results, pair),
+        matched_titles=[titles[name] for name in pair or ()],
         sanity=_sanity_table(numbers["sanity"]),
         figures={name: Markup(svg) for name, svg in figures.items()},
         groups=groups,
@@ -112,21 +112,13 @@ def _page(config: ReportConfig, tokenizer: PreTrainedTokenizerFast | None) -> st
     )
 
 
-def _titles(results: Sequence[Results], pair: tuple[str, str] | None) -> list[str]:
-    titles = {item.arm.name: item.arm.title for item in results}
-    return [titles[name] for name in pair or ()]
-
-
 def _own(row: Row) -> bool:
     """Whether the row's measure is the one its protocol names first."""
     return row["measure"] == measures_of(row["protocol"])[0]
 
 
 def _write_numbers(
-    out: Path,
-    results: Sequence[Results],
-    compared: Sequence[Sequence[Comparison]],
-    pair: tuple[str, str] | None,
+    out: Path, results: Sequence[Results], compared: Sequence[Sequence[Comparison]], pair: tuple[str, str] | None
 ) -> dict[str, list[Row]]:
     """Write every CSV file, and scores.json with the comparisons; return the rows of all but neurons.csv, by name."""
     rows = {
@@ -139,7 +131,7 @@ def _write_numbers(
     }
     tables.write_csv(out / "neurons.csv", lambda: tables.neuron_rows(results))
     for name, found in rows.items():
-        tables.write_csv(out / f"{name}.csv", lambda found=found: found)
+        tables.write_csv(out / f"{name}.csv", found.__iter__)
     pairs = [tables.comparison_row(pair) for group in compared for pair in group]
     kept = ("scores", "activity", "quality", "matched", "sanity")
     write_json(out / "scores.json", {name: rows[name] for name in kept} | {"comparisons": pairs})
@@ -155,7 +147,7 @@ def _template() -> Template:
         "count": text.count,
         "thousands": "{:,}".format,
         "controls": CONTROLS,
-        "nulls": (*CONTROLS, UNTRAINED),
+        "baselines": (*CONTROLS, UNTRAINED),
         "qualities": QUALITIES,
         "detectable": DETECTABLE,
         "paper_source": tables.paper()["source"],
@@ -223,7 +215,7 @@ def _prompts(results: Sequence[Results]) -> dict[str, list[tuple[Results, dict[s
     return found
 
 
-def _decoder(item: Results, tokenizer: PreTrainedTokenizerFast | None) -> Decode:
+def _decoder(item: Results, tokenizer: PreTrainedTokenizerFast | None) -> text.Decode:
     from cratescope.text.tokenizer import load_tokenizer, token_strings
 
     if tokenizer is None and not item.run.model.is_dir():
@@ -238,16 +230,15 @@ def spread(ranking: Sequence[int], cards: int) -> list[tuple[int, int]]:
     return [(int(place) + 1, ranking[place]) for place in places]
 
 
-def _groups(item: Results, config: ReportConfig, decode: Decode) -> Iterator[Group]:
+def _groups(item: Results, config: ReportConfig, decode: text.Decode) -> Iterator[Group]:
     """The cards of every layer, chosen by the first protocol's ranking."""
     protocol = item.scores.protocols[0]
     for layer in sorted(item.scores.columns(protocol)):
         ranking = item.scores.ranking(protocol, layer)
         chosen = spread(ranking, config.cards)
         neurons = _neurons(item, config, layer, [index for _, index in chosen]) if chosen else []
-        cards = [
-            page_card(neuron, item.scores.sets, decode, rank) for neuron, (rank, _) in zip(neurons, chosen, strict=True)
-        ]
+        ranked = zip(neurons, chosen, strict=True)
+        cards = [page_card(neuron, item.scores.sets, decode, rank) for neuron, (rank, _) in ranked]
         mean, distinct = item.scores.mean(protocol, layer=layer), item.distinct(item.scores.sets[0], layer)
         yield Group(item, layer, mean, _unscored(item, protocol, layer), len(ranking), distinct, cards)
 
@@ -259,16 +250,14 @@ def _neurons(item: Results, config: ReportConfig, layer: int, indices: Sequence[
     for neuron in neurons:
         for name in item.scores.sets:
             if name not in neuron.said or neuron.said[name].simulation is None:
-                folder = item.run.simulations(item.site, config.explainer, config.simulator, name)
-                path = layer_file(folder, layer)
-                raise UserError(
-                    f"{path}: has no neuron {neuron.id.index}; run `cratescope simulate {item.run.root}` first"
-                )
+                folder = Explained(item.run, item.site, config.explainer, name).simulations(config.simulator).folder
+                what = f"{layer_file(folder, layer)}: has no neuron {neuron.id.index}"
+                raise UserError(f"{what}; run `cratescope simulate {item.run.root}` first")
     return neurons
 
 
 def _unscored(item: Results, protocol: str, layer: int) -> str:
-    """How many neurons of a layer have no score, and why, such as `2 without a score (2 dead neuron)`."""
+    """Number of neurons of a layer without a score, and why, such as `2 without a score (2 dead neuron)`."""
     found: Counter[str] = Counter()
     for reason, number in sorted(item.scores.reasons(protocol, layer).items()):
         found[re.split(r"[:(]", reason)[0].strip()] += number  # what follows are a server's words, another every time

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import numpy as np
 
 from cratescope.neurons.records import Histogram
 from cratescope.results.estimates import finite
 
+Decode = Callable[[Sequence[int]], list[str]]
+"""Gives the texts of token ids."""
 _BARS = " ▁▂▃▄▅▆▇█"
 
 

@@ -28,9 +28,7 @@ def headline(pairs: Sequence[Comparison]) -> str:
         seeds = f"{min(len(first.a.seeds), len(first.b.seeds))} seeds a side"
         over = f"over {seeds}" if first.unit == "seeds" else "over the neurons of one run a side"
         ahead = f"{(first.a if first.difference > 0 else first.b).title} is ahead"
-        verdict = f"The difference is {numbers} {over}: " + (
-            f"{ahead}." if first.clear else "the two are not told apart."
-        )
+        verdict = f"The difference is {numbers} {over}: {ahead if first.clear else 'the two are not told apart'}."
     return (text + verdict).replace(" ± ", "\u00a0±\u00a0")
 
 
@@ -55,10 +53,8 @@ def caveats(results: Sequence[Results], groups: Sequence[Sequence[Comparison]], 
 
 def _about_pairs(pairs: Sequence[Comparison], primary: Quantity) -> list[str]:
     if not pairs:
-        return [
-            "There are no two arms of the same size, data, context and training tokens here, "
-            "so the report makes no comparison."
-        ]
+        what = "There are no two arms of the same size, data, context and training tokens here"
+        return [f"{what}, so the report makes no comparison."]
     notes = []
     fewest = min(min(len(pair.a.seeds), len(pair.b.seeds)) for pair in pairs)
     if fewest < 2:

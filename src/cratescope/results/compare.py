@@ -9,16 +9,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from cratescope.errors import UserError
+from cratescope.explain.config import SCORERS
+from cratescope.explain.controls import CONTROLS, SHUFFLED
 from cratescope.explain.protocols import PROTOCOLS
 from cratescope.results.estimates import Estimate, over
 from cratescope.results.runs import Results, protocols, untrained_copy
 from cratescope.results.scores import measures_of
 from cratescope.score.inference import Difference, compare_neurons, compare_seeds, mean_of, needed
 from cratescope.score.measures import MEASURES
-from cratescope.score.score import CONTROLS, SCORERS
 
 UNTRAINED = "untrained"
-GAINS = ("shuffled", UNTRAINED)
+GAINS = (SHUFFLED, UNTRAINED)
 """Besides the score itself, its gain over these is compared."""
 DETECTABLE = 0.03
 """A difference worth finding: 3 points, the size of the paper's own at 2 layers."""

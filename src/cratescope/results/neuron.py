@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 from rich.console import RenderableType
 
 from cratescope.errors import UserError
-from cratescope.explain.explained import Explanation, Judgement, Simulation, explanations, judgements, simulations
+from cratescope.explain.config import SCORERS
+from cratescope.explain.controls import CONTROLS, OWN
+from cratescope.explain.explained import Explained, Explanation, Judgement, Simulation
 from cratescope.neurons.kept import Kept
 from cratescope.neurons.records import NeuronId, NeuronRecord, layer_file, read_records
 from cratescope.neurons.sample import find_site, record_files
 from cratescope.results.scores import Scores
 from cratescope.run import Run
-from cratescope.score.score import CONTROLS, OWN, SCORERS
 from cratescope.score.scores import Score
 
 Item = TypeVar("Item")
@@ -136,32 +136,26 @@ def read_neurons(
         scores = Scores.read(run.scores(site, explainer, simulator), [layer], indices)
     ids = [record.neuron for record in records.values()]
     said: dict[NeuronId, dict[str, Said]] = {neuron: {} for neuron in ids}
-    for name in sorted({*_sets(run, site, explainer), *scores.sets}):
-        for neuron, one in _said(run, site, explainer, simulator, name, ids, scores).items():
-            said[neuron][name] = one
+    names = {*(one.set for one in Explained.every(run, site, explainer)), *scores.sets}
+    for explained in (Explained(run, site, explainer, name) for name in sorted(names)):
+        for neuron, one in _said(explained, simulator, ids, scores).items():
+            said[neuron][explained.set] = one
     return [Neuron(run, site, record, explainer, simulator, said[record.neuron]) for record in records.values()]
 
 
-def _said(
-    run: Run, site: str, explainer: str, simulator: str, name: str, ids: Sequence[NeuronId], scores: Scores
-) -> dict[NeuronId, Said]:
-    """What the explanation set `name` says of each neuron; those it says nothing of are left out."""
-    told = _read(explanations(run.explanations(site, explainer, name)), ids)
-    simulated = _simulations(run.simulations(site, explainer, simulator, name), ids)
-    judged_by = {scorer: _read(judgements(run.judgements(site, explainer, scorer, name)), ids) for scorer in SCORERS}
+def _said(explained: Explained, simulator: str, ids: Sequence[NeuronId], scores: Scores) -> dict[NeuronId, Said]:
+    """What an explanation set says of each neuron; those it says nothing of are left out."""
+    told = _read(explained.explanations, ids)
+    simulated = _simulations(explained.simulations(simulator), ids)
+    judged_by = {scorer: _read(explained.judgements(scorer), ids) for scorer in SCORERS}
     said = {}
     for neuron in ids:
-        rows = [row for row in scores.every(neuron) if row.set == name]
+        rows = [row for row in scores.every(neuron) if row.set == explained.set]
         judged = {scorer: items[neuron] for scorer, items in judged_by.items() if neuron in items}
-        one = Said(name, told.get(neuron), simulated.get(neuron), judged, Scores(rows))
+        one = Said(explained.set, told.get(neuron), simulated.get(neuron), judged, Scores(rows))
         if one.explanation or one.simulation or judged or rows:
             said[neuron] = one
     return said
-
-
-def _sets(run: Run, site: str, explainer: str) -> list[str]:
-    """The explanation sets there are."""
-    return [path.name for path in run.explanations(site, explainer, "*").parent.glob("*") if path.is_dir()]
 
 
 def _read(kept: Kept[Item], ids: Sequence[NeuronId]) -> dict[NeuronId, Item]:
@@ -170,11 +164,11 @@ def _read(kept: Kept[Item], ids: Sequence[NeuronId]) -> dict[NeuronId, Item]:
     return {neuron: found[neuron.index] for neuron in ids if neuron.index in found}
 
 
-def _simulations(folder: Path, ids: Sequence[NeuronId]) -> dict[NeuronId, Simulation]:
-    found = _read(simulations(folder), ids)
+def _simulations(kept: Kept[Simulation], ids: Sequence[NeuronId]) -> dict[NeuronId, Simulation]:
+    found = _read(kept, ids)
     for neuron, one in found.items():
         if any(len(row) != key[-1] for row, key in zip(one.expected.get(OWN, ()), one.keys, strict=False)):
-            path = layer_file(folder, neuron.layer)
+            path = layer_file(kept.folder, neuron.layer)
             raise UserError(
                 f"{path}: neuron {neuron.index} has more or fewer values than tokens; delete the file and run "
                 "`cratescope simulate` again"

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 
 from cratescope.arm import Arm
 from cratescope.errors import UserError
-from cratescope.explain.explained import Explanation, explanations
+from cratescope.explain.explained import Explained, Explanation
 from cratescope.files import Shape, read_json, read_jsonl, slug
 from cratescope.neurons.kept import Kept
 from cratescope.neurons.records import NeuronId, layer_file, read_columns
@@ -151,8 +151,7 @@ def _load_run(run: Run, explainer: str, simulator: str) -> Iterator[Results]:
     folders = _scored(run, explainer, simulator)
     evaluation = read_json(run.evaluation, EVALUATION, "`cratescope evaluate`") if run.manifest.exists() else UNKNOWN
     metrics = _metrics(run, manifest)
-    for folder in folders:
-        site = folder.parents[1].name
+    for site, folder in folders.items():
         about, scores = read_about(folder), Scores.read(folder)
         if not scores.protocols or about["made_with"].keys() != set(scores.sets):
             raise UserError(f"{folder}: its scores.json is not of its scores; run `cratescope score` again")
@@ -167,7 +166,7 @@ def _load_run(run: Run, explainer: str, simulator: str) -> Iterator[Results]:
             metrics=metrics,
             about=about,
             scores=scores,
-            explanations={name: _texts(explanations(run.explanations(site, explainer, name))) for name in scores.sets},
+            explanations={name: _texts(Explained(run, site, explainer, name).explanations) for name in scores.sets},
             activity=_read_activity(run.records(site), scores.layers),
             quality=read_quality(quality) if quality.exists() else None,
         )
@@ -206,10 +205,10 @@ def _imported(run: Run) -> Row | None:
     return {"arm": arm.row(), "parameters": None, "n_layer": layers, "context": None, "data": data}
 
 
-def _scored(run: Run, explainer: str, simulator: str) -> list[Path]:
-    """The folder of scores of every site scored with the report's explainer and simulator."""
+def _scored(run: Run, explainer: str, simulator: str) -> dict[str, Path]:
+    """By site, the folder of scores of every site scored with the report's explainer and simulator."""
     folder, chosen = run.root / "scores", f"{slug(explainer)}/{slug(simulator)}"
-    found = sorted(path.parent for path in folder.glob(f"*/{chosen}/scores.json"))
+    found = {site.name: site / chosen for site in sorted(folder.glob("*")) if (site / chosen / "scores.json").exists()}
     if found:
         return found
     command = f"cratescope score {run.root} --explainer {explainer} --simulator {simulator}"

@@ -13,11 +13,11 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Float, Int
 
+from cratescope.explain.controls import CONTROLS, OWN
 from cratescope.explain.protocols import PROTOCOLS
 from cratescope.neurons.records import NeuronId
 from cratescope.neurons.sample import DEAD
 from cratescope.results.estimates import NOTHING, Estimate, gains, of_layer, of_model
-from cratescope.score.score import CONTROLS, OWN
 from cratescope.score.scores import Score
 from cratescope.score.scores import scores as scores_in
 
@@ -52,9 +52,11 @@ class Column:
     def of(cls, table: pa.Table) -> Column:
         """The column of some rows of `score`, those of one protocol, measure and control of a layer."""
         table = table.sort_by("index")
-        numbers = [table.column(name).to_numpy() for name in ("index", "value", "n", "low", "high")]
+        names = ("index", "value", "n", "low", "high")
+        index, value, n, low, high = (table.column(name).to_numpy() for name in names)
         reasons = table.column("reason").combine_chunks().dictionary_encode()
-        return cls(*numbers, reasons.indices.fill_null(-1).to_numpy(), reasons.dictionary.to_pylist())
+        codes = reasons.indices.fill_null(-1).to_numpy()
+        return cls(index, value, n, low, high, codes, reasons.dictionary.to_pylist())
 
     def at(self, indices: Int[np.ndarray, " m"], name: str = "value") -> list[float | None]:
         """A number of each neuron, None where there is none."""

@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
+from cratescope.explain.controls import CONTROLS
 from cratescope.files import atomic_path
 from cratescope.results.compare import DETECTABLE, UNTRAINED, Comparison
 from cratescope.results.estimates import NOTHING, Estimate, finite, over
 from cratescope.results.runs import Results, Row, one_per_run, protocols, untrained_copy
 from cratescope.score.quality import QUALITIES, matched
-from cratescope.score.score import CONTROLS
 
 
 @functools.cache
@@ -82,8 +82,8 @@ def _score_row(item: Results, copy: Results | None, protocol: str, measure: str,
         row |= _beside(
             control, score, item.scores.mean(protocol, measure, over=control, layer=layer) if there else NOTHING
         )
-    null = copy.scores.mean(protocol, measure, layer=layer) if copy else NOTHING
-    row |= _beside(UNTRAINED, null, over(own, null))
+    untrained = copy.scores.mean(protocol, measure, layer=layer) if copy else NOTHING
+    row |= _beside(UNTRAINED, untrained, over(own, untrained))
     first = measure == item.scores.measures(protocol)[0]
     counts = item.scores.counts(protocol, layer, measure)
     return row | counts | {"paper": paper_score(item, protocol, layer) if first else None}

@@ -91,7 +91,7 @@ def on_records(protocols: Iterable[Protocol], records: Sequence[NeuronRecord]) -
 
 def _case(protocol: Protocol, record: NeuronRecord) -> Case | None:
     """None for a neuron that is dead, has no histogram, or no active token among the protocol's windows."""
-    windows = protocol.score_records(record)
+    windows = protocol.windows(record)
     if record.dead or record.histogram is None or not windows:
         return None
     above = np.cumsum(record.histogram.count[::-1])[::-1]

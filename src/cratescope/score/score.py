@@ -8,25 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.progress import track
 
 from cratescope.errors import UserError
-from cratescope.explain.explain import STDERR
-from cratescope.explain.explained import (
-    INTRUDER_GROUP,
-    Explanation,
-    Judgement,
-    Simulation,
-    explanations,
-    judgements,
-    simulations,
-)
+from cratescope.explain.config import SCORERS
+from cratescope.explain.controls import CONTROLS, OWN
+from cratescope.explain.explained import Explained, Explanation, Judgement, Simulation
+from cratescope.explain.judges import question_named
 from cratescope.explain.protocols import Protocol, protocols_named
 from cratescope.files import Shape, read_json, write_json
 from cratescope.locks import locked
 from cratescope.neurons.kept import Kept
 from cratescope.neurons.records import NeuronRecord, layer_file, read_records
 from cratescope.neurons.sample import AT_ONCE, check_identity, find_site, records_identity
+from cratescope.progress import progress
 from cratescope.run import Run, made_from
 from cratescope.score.config import ScoreConfig
 from cratescope.score.measures import bootstrap, is_constant, judged, measure
@@ -34,23 +28,16 @@ from cratescope.score.quality import write_quality
 from cratescope.score.sanity import on_records
 from cratescope.score.scores import Score, scores
 
-OWN = "none"
-"""The control that is none: a neuron's own explanation."""
-CONTROLS = ("shuffled", "empty", "unigram")
-SCORERS = ("detection", "fuzzing", "intruder")
 CONSTANT_TRUTH = "constant truth"
 NO_ACTIVE_TOKEN = "no active token"
 CONSTANT_SIMULATION = "constant simulation"
 NO_WINDOWS = "no windows to score"
 ONE_ANSWER = "windows of one kind only"
-VERSION = 1
-"""Of how scores are computed: raise it when the same simulations score otherwise."""
+VERSION = 2
+"""Of how scores are computed and named: raise it when the same simulations score otherwise."""
 AGAIN = "delete the file and run `cratescope simulate` again"
-BAR: Any = {"console": STDERR, "transient": True}
 SANITY_NEURONS = 64
 """At most so many neurons a layer in the sanity tests of the measures."""
-
-
 ABOUT: Shape = {
     "explainer": str,
     "simulator": str,
@@ -67,8 +54,7 @@ ABOUT: Shape = {
 class ScoredSet:
     """An explanation set, what was simulated and judged from it, and how; judged: by scorer, where there is any."""
 
-    name: str
-    explanations: Kept[Explanation]
+    explained: Explained
     simulations: Kept[Simulation]
     judged: dict[str, Kept[list[Judgement]]]
     protocols: Sequence[Protocol]
@@ -86,11 +72,13 @@ def score(config: ScoreConfig) -> Path:
         UserError: an unknown protocol; simulations that are missing, unfinished, of another model or explanation, or
             that do not fit the records.
     """
-    chosen = protocols_named(config.protocols)
     run = Run(config.run)
     site = find_site(run, config.site)
     folder = run.scores(site, config.explainer, config.simulator)
-    sets = [_read(run, site, config, name, protocols) for name, protocols in chosen.items()]
+    sets = [
+        _read(Explained(run, site, config.explainer, chosen.name), config.simulator, protocols)
+        for chosen, protocols in protocols_named(config.protocols).items()
+    ]
     inputs = _made_from(run, site, config, sets)
     if run.quality(site).exists() and _finished(folder, inputs):
         return folder
@@ -101,7 +89,7 @@ def score(config: ScoreConfig) -> Path:
         for layer in layers:
             path = layer_file(run.records(site), layer)
             indices = _indices(sets, layer)
-            work = track(_layer_scores(path, layer, sets), f"score layer {layer}", len(indices), **BAR)
+            work = progress(_layer_scores(path, layer, sets), f"score layer {layer}", len(indices))
             kept.replace(layer, work)
             sample += [*read_records(path, indices[:SANITY_NEURONS]).values()]
         verdicts = on_records([protocol for one in sets for protocol in one.protocols], sample)
@@ -112,7 +100,7 @@ def score(config: ScoreConfig) -> Path:
             "site": site,
             "layers": layers,
             "sanity": [verdict.row() for verdict in verdicts],
-            "made_with": {one.name: one.made_with for one in sets},
+            "made_with": {one.explained.set: one.made_with for one in sets},
             "made_from": inputs,
         }
         write_json(folder / "scores.json", about)
@@ -149,9 +137,10 @@ def read_about(folder: Path) -> dict[str, Any]:
         UserError: a file is missing or damaged, or of an older version.
     """
     path = folder / "scores.json"
-    if not path.exists() and (folder / "summary.json").exists():
-        raise UserError(f"{folder}: scored by an older version of cratescope; run `cratescope score` again")
-    about = read_json(path, ABOUT, "`cratescope score`")
+    old = not path.exists() and (folder / "summary.json").exists()
+    about = {} if old else read_json(path, ABOUT, "`cratescope score`")
+    if old or about["made_from"].get("version") != str(VERSION):
+        raise UserError(f"{folder}: scored by another version of cratescope; run `cratescope score` again")
     for table in (layer_file(folder, layer) for layer in about["layers"]):
         if not table.exists():
             raise UserError(f"{table}: no such file; delete {path} and run `cratescope score` again")
@@ -162,7 +151,7 @@ def _made_from(run: Run, site: str, config: ScoreConfig, sets: Sequence[ScoredSe
     """Every file that decides a score; records and weights by what their manifests say."""
     every: list[Kept[Any]] = []
     for one in sets:
-        every += [one.explanations, one.simulations, *one.judged.values()]
+        every += [one.explained.explanations, one.simulations, *one.judged.values()]
     files = [kept.folder / "manifest.json" for kept in every]
     files += [path for kept in every for layer in kept.layers for path in kept.tables.files(layer)]
     known = records_identity(run, site)
@@ -186,7 +175,7 @@ def _set_scores(
     one: ScoredSet, layer: int, chunk: Sequence[int], records: Mapping[int, NeuronRecord], several: bool
 ) -> Iterator[tuple[int, Score]]:
     """Scores of some neurons from one explanation set; `several` sets: the name of a scorer says which."""
-    explained, simulated = one.explanations.read(layer, chunk), one.simulations.read(layer, chunk)
+    explained, simulated = one.explained.explanations.read(layer, chunk), one.simulations.read(layer, chunk)
     for index, simulation in simulated.items():
         where = f"{layer_file(one.simulations.folder, layer)}: neuron {index}"
         _check_text(where, explained.get(index), simulation)
@@ -201,7 +190,8 @@ def _set_scores(
             where = f"{layer_file(judged_by.folder, layer)}: neuron {index}"
             for item in items:
                 _check_judged(where, explained.get(index), item)
-                for score in score_judgement(item, f"{scorer}-{one.name}" if several else scorer, one.name):
+                name = one.explained.set
+                for score in score_judgement(item, f"{scorer}-{name}" if several else scorer, name):
                     yield index, score
 
 
@@ -223,7 +213,7 @@ def score_neuron(record: NeuronRecord, simulation: Simulation, protocol: Protoco
     Raises:
         ValueError: a window of the protocol was not simulated, or with another number of tokens, or as NaN.
     """
-    windows = protocol.score_records(record)
+    windows = protocol.windows(record)
     truth = np.concatenate([window.activations for window in windows]) if windows else np.zeros(0)
     number = np.repeat(np.arange(len(windows)), [len(window.activations) for window in windows])
     found = []
@@ -236,7 +226,7 @@ def score_neuron(record: NeuronRecord, simulation: Simulation, protocol: Protoco
             if simulated is not None and value is not None and (control, name) == (OWN, protocol.measures[0]):
                 seed = record.neuron.layer, record.neuron.index
                 low, high = bootstrap(name, truth, simulated, number, seed) or (None, None)
-            key = record.neuron, protocol.name, protocol.explained, control, name
+            key = record.neuron, protocol.name, protocol.set.name, control, name
             found.append(Score(*key, value, len(truth), low, high, reason))
     return found
 
@@ -273,8 +263,8 @@ def _why(truth: np.ndarray, simulated: np.ndarray | None) -> str:
     return CONSTANT_SIMULATION if simulated is None or is_constant(simulated) else NO_ACTIVE_TOKEN
 
 
-def score_judgement(item: Judgement, protocol: str, explained: str) -> list[Score]:
-    """Accuracy and AUROC of yes-or-no answers; the intruder's accuracy is how often it was the likeliest of its group.
+def score_judgement(item: Judgement, protocol: str, name: str) -> list[Score]:
+    """Accuracy and AUROC of yes-or-no answers; accuracy of groups is how often the right one was likeliest.
 
     Raises:
         UserError: there are not as many answers as labels, or one is no probability.
@@ -283,12 +273,13 @@ def score_judgement(item: Judgement, protocol: str, explained: str) -> list[Scor
     if len(labels) != len(answers) or not ((answers >= 0) & (answers <= 1)).all():
         raise UserError(f"{protocol} of {item.neuron}: damaged judgements; run `cratescope judge` again")
     values = {name: judged(name, labels, answers) if len(labels) else None for name in ("accuracy", "auroc")}
-    if item.scorer == "intruder" and len(labels):
-        groups = labels.reshape(-1, INTRUDER_GROUP), answers.reshape(-1, INTRUDER_GROUP)
+    group = question_named(item.scorer).group
+    if group > 1 and len(labels):
+        groups = labels.reshape(-1, group), answers.reshape(-1, group)
         values["accuracy"] = float((groups[0].argmax(1) == groups[1].argmax(1)).mean())
     return [
-        Score(item.neuron, protocol, explained, item.control, name, value, len(labels), reason=_unjudged(item, value))
-        for name, value in values.items()
+        Score(item.neuron, protocol, name, item.control, measure, value, len(labels), reason=_unjudged(item, value))
+        for measure, value in values.items()
     ]
 
 
@@ -296,23 +287,21 @@ def _unjudged(item: Judgement, value: float | None) -> str | None:
     return None if value is not None else item.skipped or ONE_ANSWER
 
 
-def _read(run: Run, site: str, config: ScoreConfig, name: str, protocols: Sequence[Protocol]) -> ScoredSet:
+def _read(explained: Explained, simulator: str, protocols: Sequence[Protocol]) -> ScoredSet:
     """An explanation set and all that was made from it, checked to belong to this model's records."""
-    told = explanations(run.explanations(site, config.explainer, name))
-    made = simulations(run.simulations(site, config.explainer, config.simulator, name))
+    made = explained.simulations(simulator)
     if not made.layers:
         raise UserError(
             f"{made.folder}: no simulations; run `cratescope simulate` with the same --protocols first, or name "
             "another --explainer or --simulator"
         )
-    made_with = check_identity(made.folder, records_identity(run, site))
+    made_with = check_identity(made.folder, explained.origin)
     _check_finished(made)
-    check_identity(told.folder, records_identity(run, site))
-    judged_by = {scorer: judgements(run.judgements(site, config.explainer, scorer, name)) for scorer in SCORERS}
-    judged_by = {scorer: kept for scorer, kept in judged_by.items() if kept.layers}
+    explained.identity()
+    judged_by = {scorer: kept for scorer in SCORERS if (kept := explained.judgements(scorer)).layers}
     for kept in judged_by.values():
-        check_identity(kept.folder, records_identity(run, site))
-    return ScoredSet(name, told, made, judged_by, protocols, made_with)
+        check_identity(kept.folder, explained.origin)
+    return ScoredSet(explained, made, judged_by, protocols, made_with)
 
 
 def _check_finished(made: Kept[Simulation]) -> None:

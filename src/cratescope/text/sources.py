@@ -1,6 +1,6 @@
 """Sources of documents: the offline corpus, text files in several formats, or a hub data set.
 
-A reader yields documents unchanged; bytes that cannot be decoded become lone surrogates (`run.encoding_of`), so
+A reader yields documents unchanged; bytes that cannot be decoded become lone surrogates (`files.encoding_of`), so
 that the caller can count and replace them in one place.
 """
 
@@ -28,13 +28,8 @@ from cratescope.errors import UserError, first_line
 from cratescope.files import encoding_of, parse_json, sha256
 from cratescope.text import offline
 
-SUFFIXES = (
-    ".txt",
-    ".md",
-    ".jsonl",
-    ".parquet",
-    *(kind + pack for pack in (".gz", ".zst") for kind in (".txt", ".md", ".jsonl")),
-)
+_PLAIN = (".txt", ".md", ".jsonl")
+SUFFIXES = (*_PLAIN, ".parquet", *(kind + pack for pack in (".gz", ".zst") for kind in _PLAIN))
 FORMATS = ", ".join(SUFFIXES)
 BLOCK = 1 << 20
 LONGEST_WINDOW = 1 << 31
@@ -77,10 +72,8 @@ class HubDocuments:
             for row in self.rows:
                 text = as_document(row["text"]) if "text" in row else None
                 if text is None:
-                    columns = ", ".join(row)
-                    raise UserError(
-                        f"{self.name}: no `text` column of strings, only {columns}; use a data set with one"
-                    )
+                    what = f"no `text` column of strings, only {', '.join(row)}"
+                    raise UserError(f"{self.name}: {what}; use a data set with one")
                 yield text
         except UserError:
             raise
@@ -116,14 +109,10 @@ def open_sources(source: str, report: Callable[[str], None]) -> tuple[dict[str, 
     path, left_out = Path(os.path.expanduser(source)), dict[str, str]()  # Path.expanduser raises for unknown names
     if source == "offline":
         offline.fetch_all((name for part in offline.CORPUS for name in part.archives), report)
-        sources = [
-            Source(
-                *(part.name, part.licence, part.origin, part.size),
-                documents=partial(Documents, part.documents),
-                sha256=partial(str, part.sha256),
-            )
-            for part in offline.CORPUS
-        ]
+        sources = []
+        for part in offline.CORPUS:
+            read, digest = partial(Documents, part.documents), partial(str, part.sha256)
+            sources.append(Source(part.name, part.licence, part.origin, part.size, read, digest))
         listing = [part.sha256 for part in offline.CORPUS]
     elif path.exists():
         files, left_out = _files(path)
@@ -133,31 +122,39 @@ def open_sources(source: str, report: Callable[[str], None]) -> tuple[dict[str, 
         listing = [f"{name} {file.stat().st_size}" for name, file in files]
     else:
         return {"source": source}, [_hub(source)], {}
-    digest = hashlib.sha256("\n".join(listing).encode("utf-8", "surrogateescape")).hexdigest()
+    together = hashlib.sha256("\n".join(listing).encode("utf-8", "surrogateescape")).hexdigest()
     name = source if source == "offline" else path.resolve().name
-    return {"source": name, "source_files": digest}, sources, left_out
+    return {"source": name, "source_files": together}, sources, left_out
 
 
 def _files(path: Path) -> tuple[list[tuple[str, Path]], dict[str, str]]:
-    """(name relative to the folder, path) of every file to read, and name and reason of what is left out, by name."""
+    """`files_below` of a folder, or a single file."""
     if path.is_file():
         if not path.name.lower().endswith(SUFFIXES):
             raise UserError(f"{path}: unknown kind of file; the known ones are {FORMATS}")
         return [(path.name, path)], {}
     if not path.is_dir():
         raise UserError(f"{path}: is a device or pipe; give a file or a folder")
+    found, left_out = files_below(path, SUFFIXES)
+    if not found:
+        but = f" ({name_some(left_out)})" if left_out else ""
+        raise UserError(f"{path}: no files of a known kind in this folder{but}; the known ones are {FORMATS}")
+    return found, left_out
+
+
+def files_below(top: Path, suffixes: tuple[str, ...]) -> tuple[list[tuple[str, Path]], dict[str, str]]:
+    """(name relative to the folder, path) of files with these suffixes, and reasons for what is left out, by name."""
     found: list[tuple[str, Path]] = []
     links: list[tuple[str, Path]] = []
     left_out: dict[str, str] = {}
-    root = Path(os.path.realpath(path))
 
     def unreadable(error: OSError) -> None:
-        left_out[os.path.relpath(error.filename, path)] = UNREADABLE
+        left_out[os.path.relpath(error.filename, top)] = UNREADABLE
 
-    for folder, folders, files in os.walk(path, onerror=unreadable):
+    for folder, folders, files in os.walk(top, onerror=unreadable):
         for entry in (Path(folder, name) for name in [*folders, *files]):
-            name = entry.relative_to(path).as_posix()
-            if reason := _reason(entry, root):
+            name = entry.relative_to(top).as_posix()
+            if reason := _reason(entry, Path(os.path.realpath(top)), suffixes):
                 left_out[name] = reason
             elif entry.is_file():
                 (links if entry.is_symlink() else found).append((name, entry))
@@ -169,14 +166,10 @@ def _files(path: Path) -> tuple[list[tuple[str, Path]], dict[str, str]]:
         else:
             known.add(target)
             found.append((name, file))
-    left_out = dict(sorted(left_out.items()))
-    if not found:
-        but = f" ({name_some(left_out)})" if left_out else ""
-        raise UserError(f"{path}: no files of a known kind in this folder{but}; the known ones are {FORMATS}")
-    return sorted(found), left_out
+    return sorted(found), dict(sorted(left_out.items()))
 
 
-def _reason(entry: Path, root: Path) -> str | None:
+def _reason(entry: Path, root: Path, suffixes: tuple[str, ...]) -> str | None:
     """Say why a file or folder below `root` is left out; links in foreign folders must not lead outside."""
     if entry.name.startswith("."):
         return "hidden"
@@ -186,7 +179,7 @@ def _reason(entry: Path, root: Path) -> str | None:
         return "a link that leads out of the folder"
     if entry.is_dir():
         return "a link to a folder" if entry.is_symlink() else None
-    if not entry.name.lower().endswith(SUFFIXES):
+    if not entry.name.lower().endswith(suffixes):
         return "unknown kind"
     if not entry.is_file():
         return "no regular file"
@@ -203,7 +196,7 @@ def name_some(left_out: dict[str, str]) -> str:
 def _file_source(name: str, path: Path) -> Source:
     packed = path.suffix.lower() in (".gz", ".zst")
     suffix = Path(path.stem if packed else path.name).suffix.lower()
-    read = {".jsonl": read_jsonl, ".parquet": read_parquet}.get(suffix, read_text)
+    read = {".jsonl": jsonl_documents, ".parquet": parquet_documents}.get(suffix, text_documents)
     size = path.stat().st_size * (3 if packed else 2 if suffix == ".parquet" else 1)
     documents = partial(Documents, partial(read, path))
     return Source(name, "not stated", str(path), size, documents, partial(sha256, path))
@@ -218,7 +211,7 @@ def as_document(value: Any) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def read_text(path: Path) -> Iterator[str]:
+def text_documents(path: Path) -> Iterator[str]:
     """Read a text file as one document; a long one is cut into several at blank lines (`offline.cut`)."""
     with _opened(path, newline="") as file:
         # readline with a limit: a file without line ends must not be read into memory whole.
@@ -249,11 +242,7 @@ def _not_utf8(where: str) -> UserError:
 
 @contextlib.contextmanager
 def _opened(path: Path, newline: str) -> Iterator[TextIO]:
-    """The text of a file, unpacked by its suffix and decoded by its byte-order mark.
-
-    Raises:
-        UserError: unreadable, damaged or cut short.
-    """
+    """The text of a file, unpacked by its suffix and decoded by its byte-order mark; UserError if it is damaged."""
     try:
         with _unpacked(path) as start:
             encoding, errors = encoding_of(start.read(4))
@@ -316,7 +305,7 @@ def _zstd_blocks(path: Path) -> Generator[bytes]:
         raise UserError(f"{path}: the zstandard file is cut short; get it again")
 
 
-def read_jsonl(path: Path) -> Iterator[str]:
+def jsonl_documents(path: Path) -> Iterator[str]:
     """Read one JSON object with a `text` string per line, plain or compressed; null is an empty document."""
     with _opened(path, newline="\n") as file:
         for number, line in enumerate(file, 1):
@@ -335,7 +324,7 @@ def read_jsonl(path: Path) -> Iterator[str]:
             yield text
 
 
-def read_parquet(path: Path) -> Iterator[str]:
+def parquet_documents(path: Path) -> Iterator[str]:
     """The `text` column, row by row, of strings or of bytes that are UTF-8; missing values are empty documents."""
     try:
         with pq.ParquetFile(path) as file:

@@ -85,7 +85,7 @@ def named_tokenizer(source: str, **options: Any) -> Any:
 
 
 def _file_of(source: str) -> str | None:
-    """Where tokenizer.json is, on this disk or fetched before; None where there is none."""
+    """Path of tokenizer.json on this disk, also of one fetched before; None if there is none."""
     from transformers.utils.hub import cached_file
 
     try:
@@ -95,7 +95,7 @@ def _file_of(source: str) -> str | None:
 
 
 def _same_kind(made: Tokenizer, stated: Tokenizer) -> bool:
-    """Is `made` of the kind of model that tokenizer.json states, with the same token for what it does not know?"""
+    """Whether `made` has the kind of model that tokenizer.json states, with the same unknown token."""
     unknown = [getattr(one.model, "unk_token", None) for one in (made, stated)]
     if type(made.model) is not type(stated.model):
         return False
@@ -111,7 +111,7 @@ def _is_plain(folder: Path) -> bool:
 
 
 def _said(path: Path, key: str) -> Any:
-    """What a file of JSON says of `key`; None where it says nothing."""
+    """The value of `key` in a JSON file; None if there is none."""
     return read_json(path).get(key) if path.is_file() else None
 
 
@@ -296,9 +296,5 @@ def _byte_level(model: models.Model) -> Tokenizer:
 def _wrap(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
     tokenizer.add_special_tokens([AddedToken(EOS, special=True, normalized=False)])
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token=EOS,
-        eos_token=EOS,
-        pad_token=EOS,
-        clean_up_tokenization_spaces=False,
+        tokenizer_object=tokenizer, bos_token=EOS, eos_token=EOS, pad_token=EOS, clean_up_tokenization_spaces=False
     )

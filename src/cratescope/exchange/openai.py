@@ -1,44 +1,27 @@
-"""Neuron records to and from other tools: OpenAI's NeuronRecord JSON, and delphi's cache of non-zero activations.
-
-The formats are those that automated-interpretability 0.0.24 and eai-delphi 0.1.3 load (docs/records.md).
-"""
+"""Records to and from OpenAI's NeuronRecord JSON, as automated-interpretability 0.0.24 loads it (docs/records.md)."""
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import math
 import re
 import reprlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Integer
 from rich.console import Console
 from rich.progress import track
-from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from cratescope.errors import UserError
 from cratescope.exchange.config import ExportConfig, ImportConfig
-from cratescope.files import (
-    SURROGATES,
-    atomic_folder,
-    atomic_path,
-    decode_text,
-    mark_whole,
-    parse_json,
-    sha256,
-    write_json,
-    write_text,
-)
-from cratescope.lm.load import data_of
+from cratescope.files import SURROGATES, atomic_folder, decode_text, mark_whole, parse_json, write_json, write_text
 from cratescope.locks import locked
 from cratescope.neurons.records import (
     Moments,
@@ -51,51 +34,28 @@ from cratescope.neurons.records import (
     read_records,
     write_records,
 )
-from cratescope.neurons.sample import find_site, record_files, records_identity
-from cratescope.neurons.tensors import load_tensors
-from cratescope.run import Run, claim, versions
+from cratescope.run import Run, claim, made_from, versions
+from cratescope.text.sources import files_below, name_some
 from cratescope.text.tokenizer import EOS, load_tokenizer, vocabulary_strings
 
 IMPORTED = "imported"
 """Site of imported records: a NeuronRecord does not say of what its activations are."""
-FILES = 5
-"""Fewest files delphi's cache of a module is cut into, its own default."""
-PER_FILE = 1 << 26
-"""Most activations wanted in one of them: about 700 MB."""
 LARGEST = float(np.finfo(np.float32).max)
 LARGEST_INDEX = (1 << 31) - 1
 STDERR = Console(stderr=True)
 Json = dict[str, Any]
 
 
-def export(config: ExportConfig) -> Path:
-    """Write the records of a run in another tool's format and return `config.out`; finished files are kept.
-
-    Raises:
-        UserError: no such records, `config.out` holds something else, or (delphi) there is no dump or other data.
-    """
-    run = Run(config.run)
-    if any((config.out / name).exists() for name in ("run.json", "records")):
-        raise UserError(f"--out {config.out}: is a run directory; give a folder of its own")
-    site = find_site(run, config.site)
-    files = record_files(run.records(site), config.layers)
-    identity = {"format": config.format} | records_identity(run, site)
-    if config.format == "delphi":
-        _export_delphi(config, run, site, list(files), identity)
-    else:
-        vocabulary = vocabulary_strings(load_tokenizer(run.model))
-        for path in files.values():  # a damaged one is refused before anything is written
-            read_columns(path, ["index"])
-        claim(config.out, identity)
-        _export_openai(config.out, files, vocabulary)
-    return config.out
-
-
-def _export_openai(out: Path, files: Mapping[int, Path], vocabulary: Sequence[str]) -> None:
+def write(config: ExportConfig, run: Run, files: Mapping[int, Path], identity: Json) -> None:
+    """Write one {layer}/{neuron}.json per neuron."""
+    vocabulary = vocabulary_strings(load_tokenizer(run.model))
+    for path in files.values():  # a damaged one is refused before anything is written
+        read_columns(path, ["index"])
+    claim(config.out, identity)
     for layer, path in files.items():
         records = read_records(path).values()
         for record in track(records, f"export layer {layer}", console=STDERR, transient=True):
-            target = out / str(layer) / f"{record.neuron.index}.json"
+            target = config.out / str(layer) / f"{record.neuron.index}.json"
             if not target.exists():
                 write_text(target, json.dumps(_openai_json(record, vocabulary), ensure_ascii=False, allow_nan=False))
 
@@ -144,11 +104,13 @@ def import_records(config: ImportConfig) -> Path:
         UserError: no such files, a file that is not a NeuronRecord (names the file and the field), or `config.out` is
             the run of a model or holds other records.
     """
-    run, paths = Run(config.out), _record_paths(config.source)
+    run, (paths, left_out) = Run(config.out), _record_paths(config.source)
     if run.manifest.exists():
         raise UserError(f"{run.root}: is the run of a model; give --out a folder of its own")
+    if left_out:
+        _say(f"{config.source}: {name_some(left_out)}")
     folder = run.records(IMPORTED)
-    identity = {"imported": "openai", "sha256": _joint_sha256(config.source, paths)}
+    identity = {"imported": "openai", "sha256": made_from(paths, config.source)["files"]}
     with locked(run.root, "import"):
         if folder.exists():
             claim(folder, identity)
@@ -172,28 +134,34 @@ def _write_imported(run: Run, config: ImportConfig, folder: Path, paths: Sequenc
             mark_whole(model)
     if invalid:
         found = f"{invalid.total()} tokens had invalid UTF-8, now U+FFFD; the first are in {next(iter(invalid))}"
-        STDERR.print(f"warning: {config.source}: {found}", markup=False, highlight=False, soft_wrap=True)
+        _say(f"warning: {config.source}: {found}")
 
 
-def _record_paths(folder: Path) -> list[Path]:
-    """Every {layer}/{neuron}.json in order."""
-    paths = list(folder.glob("*/*.json"))
-    if not paths:
-        raise UserError(f"{folder}: no files {{layer}}/{{neuron}}.json there; name the folder that holds the layers'")
-    for path in paths:
-        if not all(re.fullmatch(r"0|[1-9][0-9]*", name) for name in (path.parent.name, path.stem)):
+def _say(line: str) -> None:
+    STDERR.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _record_paths(folder: Path) -> tuple[list[Path], dict[str, str]]:
+    """Every {layer}/{neuron}.json in order, and reasons for what is left out, by name."""
+    files, left_out = files_below(folder, (".json",)) if folder.is_dir() else ([], {})
+    paths: dict[tuple[int, int], Path] = {}
+    for name, path in files:
+        if name.count("/") != 1:
+            left_out[name] = "not in a layer's folder"
+            continue
+        if not all(re.fullmatch(r"0|[1-9][0-9]*", part) for part in (path.parent.name, path.stem)):
             raise UserError(f"{path}: not named {{layer}}/{{neuron}}.json with two numbers; move it elsewhere")
-        if max(int(path.parent.name), int(path.stem)) > LARGEST_INDEX:
+        place = int(path.parent.name), int(path.stem)
+        if max(place) > LARGEST_INDEX:
             raise UserError(f"{path}: layer and neuron have to be below {LARGEST_INDEX + 1:,}; rename it")
-        if not path.is_file():
-            raise UserError(f"{path}: is not a file; move it elsewhere")
-    return sorted(paths, key=lambda path: (int(path.parent.name), int(path.stem)))
-
-
-def _joint_sha256(folder: Path, paths: Sequence[Path]) -> str:
-    """Hash all names and contents into one."""
-    lines = (f"{path.relative_to(folder)} {sha256(path)}\n" for path in paths)
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
+        if place in paths:
+            raise UserError(f"{path}: is the same neuron as {paths[place].name}; move one of them elsewhere")
+        paths[place] = path
+    if not paths:
+        but = f" ({name_some(left_out)})" if left_out else ""
+        fix = "name the folder that holds the layers'"
+        raise UserError(f"{folder}: no files {{layer}}/{{neuron}}.json there{but}; {fix}")
+    return [paths[place] for place in sorted(paths)], left_out
 
 
 def _tokenizer(vocabulary: dict[str, int]) -> PreTrainedTokenizerFast:
@@ -217,26 +185,21 @@ def _read(path: Path, model: str, vocabulary: dict[str, int], invalid: Counter[P
     excerpts = itertools.count()  # whether two windows overlap is not known: each counts as an excerpt of its own
 
     def windows(name: str, rows: Any, at_highest: bool = False) -> tuple[Window, ...]:
-        found = (_window(f"{path}: {name}[{place}]", item) for place, item in enumerate(_list(path, name, rows)))
-        return tuple(
-            Window(
-                np.array([token_id(token) for token in tokens], np.int64),
-                activations,
-                next(excerpts),
-                0,
-                int(activations.argmax()) if at_highest else len(tokens) // 2,
-            )
-            for tokens, activations in found
-        )
+        found = []
+        for place, row in enumerate(_list(path, name, rows)):
+            tokens, activations = _window(f"{path}: {name}[{place}]", row)
+            ids = np.array([token_id(token) for token in tokens], np.int64)
+            peak = int(activations.argmax()) if at_highest else len(tokens) // 2
+            found.append(Window(ids, activations, next(excerpts), 0, peak))
+        return tuple(found)
 
     top = windows("most_positive_activation_records", row.get("most_positive_activation_records"), at_highest=True)
     random = windows("random_sample", row.get("random_sample"))
     name = "random_sample_by_quantile"
     samples = [] if row.get(name) is None else _list(path, name, row[name])
     by_quantile = [windows(f"{name}[{place}]", sample) for place, sample in enumerate(samples)]
-    everything = np.concatenate(
-        [np.zeros(0), *(window.activations for window in itertools.chain(top, random, *by_quantile))]
-    )
+    found = itertools.chain(top, random, *by_quantile)
+    everything = np.concatenate([np.zeros(0), *(window.activations for window in found)])
     maximum = float(everything.max(initial=-math.inf)) if len(everything) else 0.0
     bounds = [float(everything.min(initial=maximum)), *_boundaries(path, row, len(samples)), maximum]
     return NeuronRecord(
@@ -277,7 +240,7 @@ def _list(path: Path, name: str, value: Any) -> list[Any]:
 
 
 def _window(where: str, row: Any) -> tuple[list[str], np.ndarray]:
-    """Tokens and activations (w,) of an Window; `where` names it in an error."""
+    """Tokens and activations (w,) of a window; `where` names it in an error."""
     row = row if isinstance(row, dict) else {}
     tokens, activations = row.get("tokens"), row.get("activations")
     if not isinstance(tokens, list) or not tokens or not all(isinstance(token, str) for token in tokens):
@@ -324,85 +287,3 @@ def _moments(path: Path, row: Json, maximum: float) -> Moments:
         raise UserError(f"{path}: variance is {found['variance']}, below 0; export the file again where it was made")
     skewness, kurtosis = (None if found["variance"] == 0 else found[name] for name in ("skewness", "kurtosis"))
     return Moments(0, found["mean"], found["variance"], skewness, kurtosis, maximum)
-
-
-def _export_delphi(config: ExportConfig, run: Run, site: str, layers: Sequence[int], identity: Json) -> None:
-    """Write `latents`/{module}/{first}_{last}.safetensors and config.json, what delphi's LatentDataset opens."""
-    collected = identity["records"]
-    folder = run.records(site)
-    if not collected.get("dump"):
-        raise UserError(
-            f"{folder}: delphi wants every non-zero activation and the records were made without; "
-            f"delete that folder and run `cratescope collect {run.root} --dump`"
-        )
-    data = data_of(run, config.data)
-    if sha256(data.path / "manifest.json") != collected["data_sha256"]:
-        raise UserError(f"{data.path}: not the data the records were collected from; name that folder with --data")
-    tokens = data.split("heldout").spaced(collected["excerpts"], collected["context"])
-    claim(config.out, identity)
-    # In a folder of its own: next to a model's config.json transformers would ask to run the model's code.
-    with atomic_folder(config.out / "tokenizer") as folder_of_tokenizer:
-        load_tokenizer(run.model).save_pretrained(folder_of_tokenizer)
-    for layer in layers:
-        target = config.out / "latents" / collected["site"].replace("{layer}", str(layer))
-        if not (target / "config.json").exists():
-            ranges = _write_latents(folder, layer, tokens, target)
-            settings = {
-                "dataset_repo": str(data.path.resolve()),
-                "dataset_split": "heldout",
-                "dataset_name": "",
-                "dataset_column": "tokens",
-                "batch_size": 1,
-                "cache_ctx_len": tokens.shape[1],
-                "n_tokens": tokens.size,
-                "n_splits": ranges,
-                "model_name": str((config.out / "tokenizer").resolve()),
-            }
-            write_json(target / "config.json", settings)
-
-
-def _write_latents(folder: Path, layer: int, tokens: Integer[np.ndarray, "n t"], target: Path) -> int:
-    """Write the files of one module and return how many there are; the dump is read once for each."""
-    width = read_columns(layer_file(folder, layer), ["index"]).num_rows
-    counts = np.zeros(width, np.int64)
-    for part in _dump(folder, layer):
-        counts += np.bincount(part["neurons"], minlength=width)
-    n = min(max(FILES, -(-int(counts.sum()) // PER_FILE)), width)
-    edges = np.linspace(0, width, n + 1).astype(int)
-    for first, end in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
-        path = target / f"{first}_{end - 1}.safetensors"
-        if not path.exists():
-            found = _latents(_dump(folder, layer), int(counts[first:end].sum()), first, end, tokens.shape)
-            with atomic_path(path) as temporary:
-                save_file(found | {"tokens": tokens.astype(np.int64)}, temporary)
-    return n
-
-
-def _dump(folder: Path, layer: int) -> Iterator[dict[str, np.ndarray]]:
-    """The parts of a layer's dump in the order of the text: counts (tokens,), neurons (m,) and values (m,)."""
-    paths = sorted((folder / "dump" / f"layer-{layer:02d}").glob("part-*.safetensors"))
-    for path in paths:
-        part = load_tensors(path)
-        if part is None:
-            raise UserError(f"{path}: damaged; delete {folder} and run `cratescope collect --dump` again")
-        yield {name: tensor.numpy() for name, tensor in part.items()}
-
-
-def _latents(
-    parts: Iterable[dict[str, np.ndarray]], n: int, first: int, end: int, shape: tuple[int, ...]
-) -> dict[str, np.ndarray]:
-    """The `n` activations of the neurons from `first` to before `end`, with their row, place and neuron - first."""
-    small = max(*shape, end - first) < 1 << 16
-    locations = np.empty((n, 3), np.uint16 if small else np.uint32)
-    activations = np.empty(n, np.float32)
-    filled = token = 0
-    for part in parts:
-        at = np.repeat(np.arange(len(part["counts"])), part["counts"]) + token
-        token += len(part["counts"])
-        chosen = (part["neurons"] >= first) & (part["neurons"] < end)
-        here = slice(filled, filled + int(chosen.sum()))
-        filled = here.stop
-        locations[here, 0], locations[here, 1] = np.divmod(at[chosen], shape[1])
-        locations[here, 2] = part["neurons"][chosen] - first
-        activations[here] = part["values"][chosen]
-    return {"locations": locations, "activations": activations}

@@ -1,0 +1,19 @@
+"""The console that messages go to, and the one style of progress bars."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TypeVar
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import track
+
+T = TypeVar("T")
+
+STDERR = Console(stderr=True)
+
+
+def progress(items: Iterable[T], label: str, total: int | None = None) -> Iterable[T]:
+    """Iterate over `items` beside a progress bar, which is gone at the end."""
+    return track(items, escape(label), total, console=STDERR, transient=True)
