@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import random
 import shutil
 import signal
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import pandas as pd
@@ -218,6 +220,88 @@ def test_killed_workers_lose_no_part_and_the_next_ends_with_the_same_bytes(whole
     _write_alone(tables.folder, [*todo, 0])  # the last one clears what the others have left
     assert layer_file(tables.folder, 0).read_bytes() == whole
     assert [name for name in files_in(tables.folder) if ".tmp" in name or ".parts" in name] == []
+
+
+def test_many_parts_are_merged_before_the_end(tables: Tables, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There are never more than a few, every row is written a few times only, and later rows win all the same."""
+    monkeypatch.setattr(parts, "MOST", 8)
+    written_rows, write, most = [0], Tables.write, 0
+
+    def counting(self: Tables, path: Path, found: Iterable[pa.Table]) -> None:
+        found = [*found]
+        written_rows[0] += sum(map(len, found))
+        write(self, path, found)
+
+    monkeypatch.setattr(Tables, "write", counting)
+    order = [*random.Random(0).sample(range(256), 256), 3, 200]
+    for place, index in enumerate(order):
+        tables.write_part(0, [{"index": index, "control": "none", "text": str(place), "values": [index / 7]}])
+        most = max(most, len([*parts_folder(tables.folder, 0).iterdir()]))
+    assert most <= 8 and written_rows[0] < 6 * len(order)
+    latest = {index: str(place) for place, index in enumerate(order)}
+    for _ in range(2):
+        found = tables.read(0)
+        assert dict(zip(found["index"].to_pylist(), found["text"].to_pylist(), strict=True)) == latest
+        tables.fold(0)
+    assert files_in(tables.folder) == ["layer-00.parquet"]
+
+
+@pytest.mark.parametrize("removed", range(5))
+def test_a_kill_while_parts_are_merged_changes_nothing(
+    tables: Tables, monkeypatch: pytest.MonkeyPatch, removed: int
+) -> None:
+    """The merged part takes the place of the newest one, so that what was merged may stay or be missing."""
+    monkeypatch.setattr(parts, "MOST", 4)
+    for index in (5, 1, 3, 1):
+        tables.write_part(0, rows_of(index, f"text of {index}"))
+
+    def dies(left: list[int] = [removed]) -> None:  # noqa: B006 (counts)
+        if not left[0]:
+            raise KeyboardInterrupt
+        left[0] -= 1
+
+    with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+        unlink = Path.unlink
+        patch.setattr(
+            Path, "unlink", lambda path, **given: path.suffix == ".parquet" and dies() or unlink(path, **given)
+        )
+        tables.write_part(0, rows_of(1, "last"))
+    texts = {row["index"]: row["text"] for row in tables.read(0).to_pylist()}
+    assert texts == {1: "last", 3: "text of 3", 5: "text of 5"}
+    tables.write_part(0, rows_of(2))
+    tables.fold(0)
+    assert tables.read(0, indices=[1]).column("text").to_pylist() == ["last", "last"]
+    assert files_in(tables.folder) == ["layer-00.parquet"]
+
+
+@settings(deadline=None, max_examples=10)
+@given(st.lists(st.integers(0, 30), unique=True, min_size=1), st.integers(1, 5), st.integers(1, 7))
+def test_rows_of_a_neuron_stay_together_whatever_the_size_of_a_row_group(
+    tmp_path_factory: pytest.TempPathFactory, indices: list[int], size: int, each: int
+) -> None:
+    folder = tmp_path_factory.mktemp("groups")
+    tables, half = tables_in(folder), len(indices) // 2
+    rows = {
+        index: [{"index": index, "control": str(n), "text": "", "values": []} for n in range(each)] for index in indices
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parts, "ROW_GROUP", size)
+        for chunk in (indices[:half], indices[half:]):
+            tables.write_part(0, [row for index in chunk for row in rows[index]])
+        for _ in range(2):
+            found = [table["index"].to_pylist() for table in tables.batches(0)]
+            assert sorted(row for one in found for row in one) == [row for one in found for row in one]
+            assert sum(len({*one}) for one in found) == len(indices), "no neuron is in two of them"
+            assert tables.read(0, indices=indices[:3]).num_rows == each * len(indices[:3])
+            tables.fold(0)
+    shutil.rmtree(folder)
+
+
+def test_neurons_out_of_order_are_refused_and_the_old_table_stays(tables: Tables) -> None:
+    tables.replace(0, [rows_of(1)])
+    with pytest.raises(ValueError, match="neuron 2 after 3"):
+        tables.replace(0, [rows_of(3), rows_of(2)])
+    assert tables.done(0) == {1} and files_in(tables.folder) == ["layer-00.parquet"]
 
 
 def test_pandas_reads_every_table_in_one_line(tmp_path: Path) -> None:
