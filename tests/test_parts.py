@@ -6,11 +6,13 @@ import contextlib
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pyarrow as pa
@@ -305,24 +307,21 @@ def test_neurons_out_of_order_are_refused_and_the_old_table_stays(tables: Tables
 
 
 def test_pandas_reads_every_table_in_one_line(tmp_path: Path) -> None:
-    """As docs/evaluation.md says, file by file and all layers at once."""
+    """The lines of docs/records.md, as they stand there."""
     run = fake_run(tmp_path / "run", Fake(neurons=6))
-    explained = Explained(run, "codes", "offline", "top")
-    judgements = explained.judgements("detection")
-    neuron = NeuronId("run", "codes", 0, 3)
-    judgements.write([[Judgement(neuron, "detection", "own", "a", (0.5,), (True,))]])
-    explanations = explained.explanations.folder
-    folders = {
-        explanations: "text",
-        explained.simulations("list-pmi").folder: "simulated",
-        judgements.folder: "probabilities",
-        run.scores("codes", "offline", "list-pmi"): "value",
-    }
-    for folder, column in folders.items():
-        table = pd.read_parquet(folder / "layer-00.parquet")
+    judgement = Judgement(NeuronId("run", "codes", 0, 3), "detection", "own", "a", (0.5,), (True,))
+    Explained(run, "codes", "offline", "top").judgements("detection").write([[judgement]])
+    page = (Path(__file__).parent.parent / "docs" / "records.md").read_text(encoding="utf-8")
+    (code,) = [block for block in re.findall(r"```python\n(.*?)```", page, re.S) if block.startswith("records =")]
+    found: dict[str, Any] = {"pd": pd, "run": run.root}
+    exec(code, found)
+    columns = {"records": "top", "explanations": "text", "simulations": "simulated", "judgements": "probabilities"}
+    for name, column in (columns | {"scores": "value"}).items():
+        table = found[name]
         assert table.columns[:4].tolist() == ["model", "site", "layer", "index"] and column in table
-        assert table["index"].is_monotonic_increasing
-        every = pd.concat(map(pd.read_parquet, sorted(folder.glob("layer-*.parquet"))))
-        assert {*every["layer"]} == ({0} if folder == judgements.folder else {0, 1})
-    said = pd.read_parquet(explanations / "layer-00.parquet").set_index("index")
+        assert table["index"].is_monotonic_increasing and {*table["layer"]} == {0} and len(table)
+    assert {*found["every"]["layer"]} == {0, 1}
+    said = found["explanations"].set_index("index")
     assert said["text"][1] == "months and dates" and said["skipped"][5] == "dead neuron"
+    best = found["best"]
+    assert len(best) == 3 and best["value"].is_monotonic_decreasing and {*best["text"]} <= {*said["text"]}
