@@ -40,7 +40,8 @@ from cratescope.lm.train import train
 from cratescope.neurons.collect import collect
 from cratescope.neurons.config import CollectConfig
 from cratescope.neurons.records import layer_file, read_records, write_records
-from cratescope.report.config import ReportConfig
+from cratescope.report.card import neuron_card
+from cratescope.report.config import ReportConfig, ShowConfig
 from cratescope.report.report import report
 from cratescope.score.config import ScoreConfig
 from cratescope.score.score import score
@@ -228,3 +229,9 @@ def test_of_two_workers_one_is_killed_while_it_folds_and_nothing_is_lost(
         assert other.exitcode == 0
         processes.killed_before(NEVER, first)
         assert files(place) == expected, f"killed before change {moment} of {total}"
+
+
+def test_show_changes_nothing_on_the_disk(worked: dict[str, Path], place: Path) -> None:
+    begin(worked, "report", place)
+    assert processes.killed_before(NEVER, lambda: neuron_card(ShowConfig(place / "run", 0, 3))) == 0
+    assert files(place) == files(worked["report"])

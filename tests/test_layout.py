@@ -106,6 +106,19 @@ def test_help_loads_nothing_heavy():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
 
 
+HEAVY = ("torch", "transformers.modeling_utils", "scipy", "pandas", "matplotlib", "datasets", "accelerate")
+LIGHT = ("prepare", "explain", "simulate", "judge", "score", "show", "report", "study", "export", "import")
+"""Stages that begin without torch; those that ask a local LLM load it then."""
+
+
+@pytest.mark.parametrize("name", LIGHT)
+def test_a_stage_without_a_model_begins_with_nothing_heavy(name):
+    code = "import sys; from cratescope import cli; from cratescope.stages import STAGES; cli._set_up_process(); "
+    code += f"STAGES[{name!r}].load(); print(*(m for m in {HEAVY} if m in sys.modules))"
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert told.stdout.split() == (["matplotlib"] if name == "report" else []), told.stderr
+
+
 def test_every_file_and_name_of_ours_in_the_docs_exists():
     root = SOURCE.parent.parent
     for page in (*root.glob("*.md"), *root.glob("docs/*.md")):

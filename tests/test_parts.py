@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import time
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pyarrow as pa
@@ -220,25 +224,104 @@ def test_killed_workers_lose_no_part_and_the_next_ends_with_the_same_bytes(whole
     assert [name for name in files_in(tables.folder) if ".tmp" in name or ".parts" in name] == []
 
 
-def test_pandas_reads_every_table_in_one_line(tmp_path: Path) -> None:
-    """As docs/evaluation.md says, file by file and all layers at once."""
-    run = fake_run(tmp_path / "run", Fake(neurons=6))
-    explained = Explained(run, "codes", "offline", "top")
-    judgements = explained.judgements("detection")
-    neuron = NeuronId("run", "codes", 0, 3)
-    judgements.write([[Judgement(neuron, "detection", "own", "a", (0.5,), (True,))]])
-    explanations = explained.explanations.folder
-    folders = {
-        explanations: "text",
-        explained.simulations("list-pmi").folder: "simulated",
-        judgements.folder: "probabilities",
-        run.scores("codes", "offline", "list-pmi"): "value",
+def test_many_parts_are_merged_before_the_end(tables: Tables, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There are never more than a few, every row is written a few times only, and later rows win all the same."""
+    monkeypatch.setattr(parts, "MOST", 8)
+    written_rows, write, most = [0], Tables.write, 0
+
+    def counting(self: Tables, path: Path, found: Iterable[pa.Table]) -> None:
+        found = [*found]
+        written_rows[0] += sum(map(len, found))
+        write(self, path, found)
+
+    monkeypatch.setattr(Tables, "write", counting)
+    order = [*random.Random(0).sample(range(256), 256), 3, 200]
+    for place, index in enumerate(order):
+        tables.write_part(0, [{"index": index, "control": "none", "text": str(place), "values": [index / 7]}])
+        most = max(most, len([*parts_folder(tables.folder, 0).iterdir()]))
+    assert most <= 8 and written_rows[0] < 6 * len(order)
+    latest = {index: str(place) for place, index in enumerate(order)}
+    for _ in range(2):
+        found = tables.read(0)
+        assert dict(zip(found["index"].to_pylist(), found["text"].to_pylist(), strict=True)) == latest
+        tables.fold(0)
+    assert files_in(tables.folder) == ["layer-00.parquet"]
+
+
+@pytest.mark.parametrize("removed", range(5))
+def test_a_kill_while_parts_are_merged_changes_nothing(
+    tables: Tables, monkeypatch: pytest.MonkeyPatch, removed: int
+) -> None:
+    """The merged part takes the place of the newest one, so that what was merged may stay or be missing."""
+    monkeypatch.setattr(parts, "MOST", 4)
+    for index in (5, 1, 3, 1):
+        tables.write_part(0, rows_of(index, f"text of {index}"))
+
+    def dies(left: list[int] = [removed]) -> None:  # noqa: B006 (counts)
+        if not left[0]:
+            raise KeyboardInterrupt
+        left[0] -= 1
+
+    with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+        unlink = Path.unlink
+        patch.setattr(
+            Path, "unlink", lambda path, **given: path.suffix == ".parquet" and dies() or unlink(path, **given)
+        )
+        tables.write_part(0, rows_of(1, "last"))
+    texts = {row["index"]: row["text"] for row in tables.read(0).to_pylist()}
+    assert texts == {1: "last", 3: "text of 3", 5: "text of 5"}
+    tables.write_part(0, rows_of(2))
+    tables.fold(0)
+    assert tables.read(0, indices=[1]).column("text").to_pylist() == ["last", "last"]
+    assert files_in(tables.folder) == ["layer-00.parquet"]
+
+
+@settings(deadline=None, max_examples=10)
+@given(st.lists(st.integers(0, 30), unique=True, min_size=1), st.integers(1, 5), st.integers(1, 7))
+def test_rows_of_a_neuron_stay_together_whatever_the_size_of_a_row_group(
+    tmp_path_factory: pytest.TempPathFactory, indices: list[int], size: int, each: int
+) -> None:
+    folder = tmp_path_factory.mktemp("groups")
+    tables, half = tables_in(folder), len(indices) // 2
+    rows = {
+        index: [{"index": index, "control": str(n), "text": "", "values": []} for n in range(each)] for index in indices
     }
-    for folder, column in folders.items():
-        table = pd.read_parquet(folder / "layer-00.parquet")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parts, "ROW_GROUP", size)
+        for chunk in (indices[:half], indices[half:]):
+            tables.write_part(0, [row for index in chunk for row in rows[index]])
+        for _ in range(2):
+            found = [table["index"].to_pylist() for table in tables.batches(0)]
+            assert sorted(row for one in found for row in one) == [row for one in found for row in one]
+            assert sum(len({*one}) for one in found) == len(indices), "no neuron is in two of them"
+            assert tables.read(0, indices=indices[:3]).num_rows == each * len(indices[:3])
+            tables.fold(0)
+    shutil.rmtree(folder)
+
+
+def test_neurons_out_of_order_are_refused_and_the_old_table_stays(tables: Tables) -> None:
+    tables.replace(0, [rows_of(1)])
+    with pytest.raises(ValueError, match="neuron 2 after 3"):
+        tables.replace(0, [rows_of(3), rows_of(2)])
+    assert tables.done(0) == {1} and files_in(tables.folder) == ["layer-00.parquet"]
+
+
+def test_pandas_reads_every_table_in_one_line(tmp_path: Path) -> None:
+    """The lines of docs/records.md, as they stand there."""
+    run = fake_run(tmp_path / "run", Fake(neurons=6))
+    judgement = Judgement(NeuronId("run", "codes", 0, 3), "detection", "own", "a", (0.5,), (True,))
+    Explained(run, "codes", "offline", "top").judgements("detection").write([[judgement]])
+    page = (Path(__file__).parent.parent / "docs" / "records.md").read_text(encoding="utf-8")
+    (code,) = [block for block in re.findall(r"```python\n(.*?)```", page, re.S) if block.startswith("records =")]
+    found: dict[str, Any] = {"pd": pd, "run": run.root}
+    exec(code, found)
+    columns = {"records": "top", "explanations": "text", "simulations": "simulated", "judgements": "probabilities"}
+    for name, column in (columns | {"scores": "value"}).items():
+        table = found[name]
         assert table.columns[:4].tolist() == ["model", "site", "layer", "index"] and column in table
-        assert table["index"].is_monotonic_increasing
-        every = pd.concat(map(pd.read_parquet, sorted(folder.glob("layer-*.parquet"))))
-        assert {*every["layer"]} == ({0} if folder == judgements.folder else {0, 1})
-    said = pd.read_parquet(explanations / "layer-00.parquet").set_index("index")
+        assert table["index"].is_monotonic_increasing and {*table["layer"]} == {0} and len(table)
+    assert {*found["every"]["layer"]} == {0, 1}
+    said = found["explanations"].set_index("index")
     assert said["text"][1] == "months and dates" and said["skipped"][5] == "dead neuron"
+    best = found["best"]
+    assert len(best) == 3 and best["value"].is_monotonic_decreasing and {*best["text"]} <= {*said["text"]}

@@ -11,6 +11,7 @@ from cratescope.errors import UserError
 from cratescope.explain import explained
 from cratescope.explain.controls import OWN
 from cratescope.explain.explained import Explanation, Judgement, Simulation
+from cratescope.neurons import sample
 from cratescope.neurons.records import (
     Histogram,
     Moments,
@@ -19,6 +20,9 @@ from cratescope.neurons.records import (
     Stratum,
     TokenMean,
     Window,
+    bytes_per_row,
+    layer_file,
+    read_columns,
     read_records,
     write_records,
 )
@@ -136,3 +140,18 @@ def test_explanations_simulations_judgements_and_scores_come_back_by_neuron(tmp_
 def test_windows_overlap_only_when_they_share_a_token():
     assert record(0, 5).overlaps(record(0, 8)) and record(0, 8).overlaps(record(0, 5))
     assert not record(0, 5).overlaps(record(0, 9)) and not record(0, 5).overlaps(record(1, 5))
+
+
+def test_neurons_from_all_over_a_file_are_read_as_many_at_a_time_as_fit(tmp_path, monkeypatch):
+    path = layer_file(tmp_path, 0)
+    write_records(path, [neuron(index, [record(index, 5)], [record(index, 20)]) for index in range(40)])
+    drawn = np.random.default_rng(0).permutation(40).tolist()
+    chunks, reads = [drawn[start : start + 3] for start in range(0, 40, 3)], []
+    monkeypatch.setattr(sample, "read_columns", lambda *given: reads.append(given) or read_columns(*given))
+    for held, times in ((1 << 29, 1), (20 * bytes_per_row(path), 2), (1, 7)):
+        monkeypatch.setattr(sample, "HELD", held)
+        reads.clear()
+        found = list(sample.with_records(path, iter(chunks), 2))
+        assert [chunk for chunk, _ in found] == chunks and len(reads) == times
+        for chunk, records in found:
+            assert {index: records[index].neuron.index for index in chunk} == {index: index for index in chunk}

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import integrate, stats
 
+from cratescope.score import inference
 from cratescope.score.inference import (
     Mean,
     compare_neurons,
@@ -74,6 +75,27 @@ def test_the_interval_of_many_neurons_is_that_of_the_normal_distribution() -> No
     assert interval(layers) == interval(layers) != interval(layers, seed=1)
     assert interval([[0.1], layers[0]]) is None and interval([]) is None
     assert interval([[], layers[0]]) == interval([layers[0]])
+
+
+def test_the_interval_of_very_many_neurons_is_that_of_their_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of skewed values, and beside a small layer that is still resampled neuron by neuron."""
+    rng = np.random.default_rng(0)
+    large, small = rng.beta(0.3, 3, size=25_000).tolist(), rng.normal(0.3, 0.1, size=50).tolist()
+    for layers in ([large], [large, small]):
+        error = mean_over_layers([mean_of(layer) for layer in layers]).standard_error
+        quick = interval(layers)
+        with monkeypatch.context() as patch:
+            patch.setattr(inference, "MANY", 10**9)
+            exact = interval(layers)
+        assert error is not None and quick is not None and exact is not None
+        assert quick == pytest.approx(exact, abs=0.2 * error) and quick == interval(layers) != exact
+
+
+def test_resamples_are_the_same_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = np.random.default_rng(0).normal(size=700).tolist()
+    whole = interval([values])
+    monkeypatch.setattr(inference, "_AT_ONCE", 5000)
+    assert interval([values]) == pytest.approx(whole, rel=1e-12)
 
 
 @settings(deadline=None, max_examples=30)

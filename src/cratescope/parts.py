@@ -263,7 +263,7 @@ class Tables:
         """
         parts = self._parts(layer)
         if len(parts) > MOST:
-            sizes = [path.stat().st_size for path in parts]
+            sizes = [self._checked(path).metadata.num_rows for path in parts]
             first = next(place for place, size in enumerate(sizes) if size <= sum(sizes[place + 1 :]))
             self._merge(parts[first:], parts[-1])
 

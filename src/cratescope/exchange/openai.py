@@ -29,9 +29,9 @@ from cratescope.neurons.records import (
     NeuronRecord,
     Stratum,
     Window,
+    each_record,
     layer_file,
     read_columns,
-    read_records,
     write_records,
 )
 from cratescope.run import Run, claim, made_from, versions
@@ -53,8 +53,8 @@ def write(config: ExportConfig, run: Run, files: Mapping[int, Path], identity: J
         read_columns(path, ["index"])
     claim(config.out, identity)
     for layer, path in files.items():
-        records = read_records(path).values()
-        for record in track(records, f"export layer {layer}", console=STDERR, transient=True):
+        label, total = f"export layer {layer}", read_columns(path, ["index"]).num_rows
+        for record in track(each_record(path), label, total, console=STDERR, transient=True):
             target = config.out / str(layer) / f"{record.neuron.index}.json"
             if not target.exists():
                 write_text(target, json.dumps(_openai_json(record, vocabulary), ensure_ascii=False, allow_nan=False))

@@ -21,9 +21,8 @@ from cratescope.llm.answers import EMPTY_ANSWER, ONLY_REASONING
 from cratescope.llm.interface import LanguageModel, NoAnswer, RefusedError
 from cratescope.llm.open import llm_identity, open_llm
 from cratescope.llm.reasoning import without_reasoning
-from cratescope.neurons.records import NeuronRecord, layer_file
+from cratescope.neurons.records import AT_ONCE, NeuronRecord, layer_file
 from cratescope.neurons.sample import (
-    AT_ONCE,
     DEAD,
     UNDECODABLE,
     draw_neurons,

@@ -20,8 +20,8 @@ from cratescope.explain.waiting import ENOUGH, keeping
 from cratescope.llm.answers import EMPTY_ANSWER
 from cratescope.llm.interface import LanguageModel, RefusedError
 from cratescope.llm.open import llm_identity, open_llm
-from cratescope.neurons.records import NeuronRecord, Window, layer_file
-from cratescope.neurons.sample import AT_ONCE, DEAD, UNDECODABLE, find_site, undecodable, with_records
+from cratescope.neurons.records import AT_ONCE, NeuronRecord, Window, layer_file
+from cratescope.neurons.sample import DEAD, UNDECODABLE, find_site, undecodable, with_records
 from cratescope.progress import progress
 from cratescope.run import Run, claim
 from cratescope.text.tokenizer import vocabulary_strings

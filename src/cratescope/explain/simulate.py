@@ -23,8 +23,8 @@ from cratescope.llm.interface import LanguageModel, RefusedError
 from cratescope.llm.open import llm_identity, open_llm
 from cratescope.locks import locked
 from cratescope.neurons.kept import Kept
-from cratescope.neurons.records import NeuronId, NeuronRecord, Window, layer_file
-from cratescope.neurons.sample import AT_ONCE, UNDECODABLE, find_site, undecodable, with_records
+from cratescope.neurons.records import AT_ONCE, NeuronId, NeuronRecord, Window, layer_file
+from cratescope.neurons.sample import UNDECODABLE, find_site, undecodable, with_records
 from cratescope.progress import progress
 from cratescope.run import Run, claim
 from cratescope.text.tokenizer import vocabulary_strings

@@ -6,7 +6,7 @@ Rows are keyed by NeuronId, never by their place in a list. Imports nothing else
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -175,6 +175,8 @@ SCHEMA = pa.schema(
     ],
     metadata=CHECKED,
 )
+AT_ONCE = 512
+"""Records held in memory at once."""
 _NEURONS_A_READ = 64
 """Neurons in one row group, the least that is read from disk at once."""
 
@@ -275,6 +277,13 @@ def read_records(path: Path, indices: Sequence[int] | None = None, strata: bool 
     """
     names = [name for name in SCHEMA.names if strata or name not in STRATIFICATIONS]
     return records_of(path, read_columns(path, names, indices), indices)
+
+
+def each_record(path: Path, strata: bool = True) -> Iterator[NeuronRecord]:
+    """All records of a layer in the order of the file, `AT_ONCE` in memory at a time. Errors as of `read_records`."""
+    indices = read_columns(path, ["index"]).column("index").to_pylist()
+    for start in range(0, len(indices), AT_ONCE):
+        yield from read_records(path, indices[start : start + AT_ONCE], strata).values()
 
 
 def records_of(path: Path, table: pa.Table, indices: Sequence[int] | None = None) -> dict[int, NeuronRecord]:

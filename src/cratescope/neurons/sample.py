@@ -18,8 +18,6 @@ from cratescope.run import IDENTITY, Run, claim
 
 FORMAT = 2
 """Of the files that explain, simulate, judge and score write: 1 was a JSON file per neuron."""
-AT_ONCE = 512
-"""Records held in memory at once."""
 HELD = 1 << 29
 """Bytes of records that are held as columns, which take a fraction of the room."""
 DEAD = "dead neuron"

@@ -19,7 +19,7 @@ import numpy as np
 
 from cratescope.errors import UserError
 from cratescope.files import Shape, read_json, write_json
-from cratescope.neurons.records import NeuronRecord, Window, layer_file, read_records
+from cratescope.neurons.records import NeuronRecord, Window, each_record, layer_file
 from cratescope.neurons.sample import records_identity
 from cratescope.run import Run
 from cratescope.score.inference import mean_of
@@ -49,8 +49,8 @@ def write_quality(run: Run, site: str, layers: Sequence[int]) -> Path:
             return path
     neurons: list[Row] = []
     for layer in layers:
-        records = read_records(layer_file(run.records(site), layer), strata=False)
-        neurons += [{"layer": layer, "index": index} | activation_quality(record) for index, record in records.items()]
+        for record in each_record(layer_file(run.records(site), layer), strata=False):
+            neurons.append({"layer": layer, "index": record.neuron.index} | activation_quality(record))
     rows = [{"layer": layer} | _summary([row for row in neurons if row["layer"] == layer]) for layer in layers]
     columns = {name: [row[name] for row in neurons] for name in (neurons[0] if neurons else ())}
     write_json(path, {"made_from": made_from, "layers": rows, "model": _model(rows), "neurons": columns})

@@ -18,8 +18,8 @@ from cratescope.explain.protocols import Protocol, protocols_named
 from cratescope.files import Shape, read_json, write_json
 from cratescope.locks import locked
 from cratescope.neurons.kept import Kept
-from cratescope.neurons.records import NeuronRecord, layer_file, read_records
-from cratescope.neurons.sample import AT_ONCE, check_identity, find_site, records_identity
+from cratescope.neurons.records import AT_ONCE, NeuronRecord, layer_file, read_records
+from cratescope.neurons.sample import check_identity, find_site, records_identity
 from cratescope.progress import progress
 from cratescope.run import Run, made_from
 from cratescope.score.config import ScoreConfig

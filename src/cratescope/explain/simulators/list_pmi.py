@@ -86,7 +86,9 @@ class ListPMI:
         # The texts of one neuron are asked for on the same windows, one after the other.
         self._spelled: tuple[list[bytes], list[tuple[np.ndarray, np.ndarray]]] = ([], [])
         self._texts: list[str] = []
-        self._tables: dict[str, Float[np.ndarray, " vocab"]] = {}
+        self._places: dict[str, int] = {}
+        # Nearly all values of a text are 0, and a layer may have a hundred thousand texts: what is not, and where.
+        self._values: dict[str, tuple[Int[np.ndarray, " n"], Float[np.ndarray, " n"]]] = {}
         self._generic = self._list_logprobs(GENERIC_EXPLANATIONS).mean(0)
 
     @classmethod
@@ -98,17 +100,21 @@ class ListPMI:
         return {"prompt": VERSION, "scale": "nats", "items": ITEMS, "threshold": THRESHOLD, "smallest": SMALLEST}
 
     def plan(self, texts: Sequence[str]) -> None:
-        self._texts, self._tables = list(dict.fromkeys(texts)), {}
+        self._texts, self._values = list(dict.fromkeys(texts)), {}
+        self._places = {text: place for place, text in enumerate(self._texts)}
 
     def __call__(self, text: str, windows: Sequence[Window]) -> list[Float[np.ndarray, " w"]]:
-        if text not in self._tables:
-            start = self._texts.index(text) // self._batch * self._batch
+        if text not in self._values:
+            start = self._places[text] // self._batch * self._batch
             chunk = self._texts[start : start + self._batch]
-            values = np.maximum(self._list_logprobs(chunk) - self._generic - THRESHOLD, 0)
-            self._tables |= dict(zip(chunk, np.pad(values, ((0, 0), (0, 1))), strict=True))
+            for one, values in zip(chunk, self._list_logprobs(chunk) - self._generic - THRESHOLD, strict=True):
+                (there,) = np.nonzero(~(values <= 0))  # NaN too, which is reported
+                self._values[one] = there, values[there]
         if self._spelled[0] != (ids := tokens_of(windows)):
             self._spelled = ids, [self._columns(window) for window in windows]
-        table = self._tables[text]
+        table = np.zeros(len(self._generic) + 1)
+        there, values = self._values[text]
+        table[there] = values
         return [np.maximum.reduceat(table[columns], starts) for columns, starts in self._spelled[1]]
 
     def _columns(self, window: Window) -> tuple[Int[np.ndarray, " m"], Int[np.ndarray, " w"]]:
