@@ -28,7 +28,8 @@ import tyro
 
 from cratescope.files import write_json, write_text
 from cratescope.neurons.records import Window
-from cratescope.score.measures import every_word_alike, measure, specific, split
+from cratescope.score.measures import measure, specific, split
+from cratescope.score.weights import Weights, every_word_alike
 from cratescope.score.words import Words
 from cratescope.text.shards import TokenData
 from cratescope.text.tokenizer import vocabulary_strings
@@ -237,7 +238,7 @@ def ranks(values: Row) -> Row:
 
 def balanced_specific(case: Case, said: Row) -> float:
     """`specific` with every different word weighing alike."""
-    weights = every_word_alike(np.ones((1, len(said))), case.words)
+    weights = every_word_alike(Weights.once(len(said)), case.words)
     return float(specific(case.truth, said, weights)[0])
 
 

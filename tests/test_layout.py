@@ -37,7 +37,7 @@ HOUSE = {
             for name in ("__init__", "language", "phrases", "texts", "features", "predict", "selection", "fit")
         ),
     ),
-    "score": ("config", "words", "measures", "inference", "sanity", "quality", "scores", "score"),
+    "score": ("config", "words", "weights", "measures", "inference", "sanity", "quality", "scores", "score"),
     "results": ("estimates", "scores", "runs", "neuron", "compare", "tables"),
     "report": ("config", "text", "html", "card", "figures", "verdict", "report"),
     "exchange": ("config", "reference", "openai", "delphi", "export"),
