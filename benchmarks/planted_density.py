@@ -30,7 +30,7 @@ from cratescope.files import write_json, write_text
 from cratescope.neurons.records import Window
 from cratescope.score.measures import measure, specific, split
 from cratescope.score.weights import Weights, every_word_alike
-from cratescope.score.words import Words
+from cratescope.score.words import Reader, Words
 from cratescope.text.shards import TokenData
 from cratescope.text.tokenizer import vocabulary_strings
 
@@ -84,10 +84,9 @@ class Case:
 def text(options: Options) -> Row:
     """The number of each token's word (excerpts, CONTEXT)."""
     data = TokenData.open(options.data)
-    vocabulary = vocabulary_strings(data.tokenizer)
     excerpts = data.split("heldout").spaced(options.excerpts, CONTEXT)
     windows = [Window(tokens, np.zeros(CONTEXT), row, 0, 0) for row, tokens in enumerate(excerpts)]
-    return Words.of(windows, (), vocabulary).number.reshape(excerpts.shape)
+    return Words.of(windows, (), Reader(vocabulary_strings(data.tokenizer))).number.reshape(excerpts.shape)
 
 
 def drawn(rng: np.random.Generator, frequency: Row, share: float, free: Row) -> Row:

@@ -139,8 +139,8 @@ def active(truth: Float[np.ndarray, " n"]) -> Bool[np.ndarray, " n"]:
     """The tokens of the highest activations, 1 % of them (with those equal to the last), and above 0."""
     if not len(truth):
         return np.zeros(0, dtype=bool)
-    last = -np.sort(-truth)[int(np.ceil(ACTIVE * len(truth))) - 1]
-    return (truth >= last) & (truth > 0)
+    last = len(truth) - int(np.ceil(ACTIVE * len(truth)))
+    return (truth >= np.partition(truth, last)[last]) & (truth > 0)
 
 
 def predicted(simulated: Float[np.ndarray, " n"]) -> Bool[np.ndarray, " n"]:
@@ -221,10 +221,12 @@ def _by_value(
     values: Num[np.ndarray, " n"], weights: Float[np.ndarray, "b n"]
 ) -> tuple[Int[np.ndarray, " n"], Float[np.ndarray, "b v"]]:
     """Index of each token among the distinct values in rising order, and the weight of each value."""
-    distinct, place = np.unique(values, return_inverse=True)
-    order = np.argsort(place, kind="stable")
-    starts = np.searchsorted(place[order], np.arange(len(distinct)))
-    return place, np.add.reduceat(weights[:, order], starts, axis=1)
+    order = np.argsort(values, kind="stable")
+    ordered = values[order]
+    first = np.append(True, ordered[1:] != ordered[:-1])
+    place = np.empty(len(values), dtype=np.int64)
+    place[order] = np.cumsum(first) - 1
+    return place, np.add.reduceat(weights[:, order], np.flatnonzero(first), axis=1)
 
 
 def cosine(

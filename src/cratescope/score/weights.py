@@ -10,9 +10,6 @@ from jaxtyping import Float, Int
 
 from cratescope.score.words import Words
 
-_AT_ONCE = 2**16
-"""Weights that are worked on at a time: more of them than a processor's cache holds take several times as long."""
-
 
 @dataclass(frozen=True, eq=False)
 class Weights:
@@ -54,20 +51,16 @@ Weigher = Callable[[Weights, Words], Weights]
 
 def every_word_alike(weights: Weights, words: Words) -> Weights:
     """The weights of the tokens of each word scaled to add up to 1 in every sample, so that it counts once in all."""
-    n_cells, samples = weights.of_cells.shape
-    # The tokens of a word in one cell weigh alike again; such pairs are sorted by word.
-    pairs, pair, size = np.unique(words.number * n_cells + weights.cell, return_inverse=True, return_counts=True)
-    word, cell = np.divmod(pairs, n_cells)
-    starts = np.flatnonzero(np.diff(word, prepend=-1))
-    repeats = np.diff(starts, append=len(pairs))
-    found = np.empty((len(pairs), samples))
-    step = max(_AT_ONCE // len(pairs), 1)
-    for part in (slice(start, start + step) for start in range(0, samples, step)):
-        drawn = weights.of_cells[cell, part]
-        total = np.add.reduceat(drawn * size[:, None], starts)
-        total[total == 0] = 1  # a sample without the word
-        np.divide(drawn, np.repeat(total, repeats, axis=0), out=found[:, part])
-    return Weights(pair, found)
+    # The tokens of a word in one cell weigh alike again: they are a cell of what is returned.
+    shape = int(words.number.max(initial=-1)) + 1, len(weights.of_cells)
+    place = np.ravel_multi_index((words.number, weights.cell), shape)
+    count = np.bincount(place, minlength=shape[0] * shape[1])
+    total = count.reshape(shape).astype(np.float64) @ weights.of_cells
+    np.maximum(total, np.finfo(np.float64).tiny, out=total)  # 0 for a sample without the word
+    word, cell = np.divmod(np.flatnonzero(count), shape[1])
+    scaled = weights.of_cells.take(cell, axis=0)
+    scaled /= total.take(word, axis=0)
+    return Weights((np.cumsum(count > 0) - 1)[place], scaled)
 
 
 def unseen_words(weights: Weights, words: Words) -> Weights:
