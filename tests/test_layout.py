@@ -27,15 +27,16 @@ HOUSE = {
     ),
     "explain": (
         *("config", "protocols", "shown", "phrase", "slots", "openai_wording", "wording", "controls"),
-        *("explained", "waiting", "explain"),
-        *(f"simulators.{name}" for name in ("__init__", "list_pmi", "list_in_context", "all_at_once")),
-        "simulate",
-        *(f"judges.{name}" for name in ("__init__", "yes_no", "intruder")),
-        "judge",
+        *("explained", "waiting", "simulators.__init__"),
         *(
             f"terms.{name}"
             for name in ("__init__", "language", "phrases", "texts", "features", "predict", "selection", "fit")
         ),
+        *("terms.explainer", "asking", "explain"),
+        *(f"simulators.{name}" for name in ("list_pmi", "list_in_context", "all_at_once")),
+        "simulate",
+        *(f"judges.{name}" for name in ("__init__", "yes_no", "intruder")),
+        "judge",
     ),
     "score": ("config", "words", "measures", "inference", "sanity", "quality", "scores", "score"),
     "results": ("estimates", "scores", "runs", "neuron", "compare", "tables"),

@@ -419,7 +419,8 @@ def test_every_simulator_and_scorer_can_be_named_on_the_command_line() -> None:
     assert get_args(config.Simulator) == (*SIMULATORS,)
     assert get_args(config.Scorer) == (*SCORERS,)
     for name in SIMULATORS:
-        assert simulator_named(name).made_with(SimulateConfig(Path("run"), simulator=name))["prompt"]
+        made_with = simulator_named(name).made_with(SimulateConfig(Path("run"), simulator=name))
+        assert made_with["prediction" if name == "terms" else "prompt"]
     assert len({question_named(scorer).version for scorer in SCORERS}) == len(SCORERS)
 
 
