@@ -51,9 +51,9 @@ preset = "gpt2-1l"
 [evaluate]
 crops = 8
 [collect]
-excerpts = 40
-window = 8
-part = 8
+excerpts = 160
+window = 16
+part = 32
 [explain]
 neurons = 12
 llm = "{llm}"
@@ -61,6 +61,9 @@ llm_batch = 4
 [simulate]
 llm = "{llm}"
 llm_batch = 4
+[terms]
+terms = 2
+neurons = 20
 [report]
 cards = 2
 """
@@ -103,8 +106,12 @@ def test_a_study_ends_in_a_report_of_every_model(whole):
     page = (whole / "report" / "report.html").read_text()
     assert "A small study" in page and "crate" in page and "gpt2" in page
     for name, site in (("crate", "codes"), ("gpt2", "mlp")):
-        (table,) = (whole / "runs" / name / "explanations" / site).rglob("layer-00.parquet")
-        assert len(pd.read_parquet(table)) == 12
+        tables = sorted((whole / "runs" / name / "explanations" / site).rglob("layer-00.parquet"))
+        by_terms, by_llm = map(pd.read_parquet, sorted(tables, key=lambda path: path.parts[-3] != "terms"))
+        assert len(by_llm) == 12 and len(by_terms) == 20
+        assert by_terms["text"].str.contains(r"\(\+10\)|\(-10\)").any()
+    assert "· by terms" in page and "· by tmp-" in page, "cards show both"
+    assert (whole / "report-list-pmi" / "report.html").exists()
 
 
 def test_a_second_study_does_nothing_again(whole, plan):
@@ -173,8 +180,8 @@ cards = 1
 
 def test_milestones_sites_simulators_and_judges_of_a_study_are_all_reported(text_folder, tmp_path, monkeypatch):
     llm = ScriptedLLM(lambda prompt: f" words like {len(prompt)}", lambda prompt, token: float(len(prompt + token) % 7))
-    for stage in ("explain", "simulate", "judge"):
-        monkeypatch.setattr(f"cratescope.explain.{stage}.open_llm", lambda config: llm)
+    for module in ("asking", "simulate", "judge"):
+        monkeypatch.setattr(f"cratescope.explain.{module}.open_llm", lambda config: llm)
     (tmp_path / "plan.toml").write_text(MILESTONES.format(text=text_folder))
     page = study(StudyConfig(tmp_path / "plan.toml", tmp_path / "out"))
     assert page == tmp_path / "out" / "report" / "report.html"

@@ -65,6 +65,16 @@ class TermsConfig(Checked):
 
 
 @dataclass(frozen=True)
+class LanguageConfig(Checked):
+    """List all that explanations by terms may say: classes of words, parts of words, and places."""
+
+    language: Path | None = None
+    """TOML file of the language; the packaged one by default."""
+    toml: bool = False
+    """Print the packaged language as a TOML file, to make one's own from."""
+
+
+@dataclass(frozen=True)
 class ExplainConfig(Checked):
     """Say what each neuron finds: a phrase of an LLM from its top windows, or terms that follow its activations."""
 
