@@ -402,6 +402,29 @@ def test_the_untrained_pair_is_compared_last(seeds: list[Results]) -> None:
     assert "untrained" in headline(groups[1])
 
 
+def test_at_equal_loss_the_faster_arm_is_taken_between_two_of_its_milestones(
+    runs: tuple[Path, Path], tmp_path: Path
+) -> None:
+    early = Path(fake_run(tmp_path / "gpt2-early", Fake("gpt2", quality=0.2)).root)
+    edit_arm(early, tokens_trained=1_000_000)
+    edit(early / "evaluation.json", loss=5.9)
+    results = load_results((*runs, early))
+    crate, final, milestone = (item.scores.mean("random-only", over="shuffled").mean for item in results)
+    losses = [item.evaluation["loss"] for item in results]
+    assert losses == [5.5, 5.2, 5.9]
+    tokens, loss = comparisons(results, PRIMARY)
+    assert tokens[0].loss is None and loss[0].loss == 5.5 and loss[0].tokens_trained is None
+    share = 0.4 / 0.7
+    assert loss[0].a.mean == crate and loss[0].b.mean == pytest.approx(share * final + (1 - share) * milestone)
+    assert loss[0].b.loss == pytest.approx(5.5) and loss[0].test is None
+    assert "at a validation loss of 5.50 nats" in headline(loss)
+    options = ReportConfig((*runs, early), tmp_path / "report", primary="random-only/pearson/shuffled")
+    page = report(options, fake_tokenizer())
+    assert "loss 5.50" in page.read_text()
+    edit(early / "evaluation.json", loss=5.4)
+    assert len(comparisons(load_results((*runs, early)), PRIMARY)) == 1, "it had that loss before its first milestone"
+
+
 @pytest.mark.parametrize("text", ["uniform", "a/b/c/d", "uniform//shuffled"])
 def test_a_primary_measure_that_is_none_is_refused(text: str) -> None:
     with pytest.raises(UserError, match="protocol/measure/control"):
