@@ -38,7 +38,7 @@ HOUSE = {
         *(f"judges.{name}" for name in ("__init__", "yes_no", "intruder")),
         "judge",
     ),
-    "score": ("config", "words", "measures", "inference", "sanity", "quality", "scores", "score"),
+    "score": ("config", "words", "weights", "measures", "inference", "sanity", "quality", "scores", "score"),
     "results": ("estimates", "scores", "runs", "neuron", "compare", "tables"),
     "report": ("config", "text", "html", "card", "figures", "verdict", "report"),
     "exchange": ("config", "reference", "openai", "delphi", "export"),

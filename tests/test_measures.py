@@ -28,6 +28,7 @@ from cratescope.score.measures import (
     split,
 )
 from cratescope.score.sanity import FALL
+from cratescope.score.weights import Weights
 from cratescope.score.words import Words
 
 seeds = st.integers(0, 10_000)
@@ -123,7 +124,7 @@ def test_the_other_measures_equal_their_definitions(seed: int, n: int) -> None:
 def test_weighting_tokens_is_repeating_them(seed: int, name: str) -> None:
     truth, simulated = sides(seed, 30)
     weights = np.random.default_rng(seed).integers(0, 3, size=(4, 30)).astype(float)
-    found = MEASURES[name](truth / 40, simulated / 40, weights)
+    found = MEASURES[name](truth / 40, simulated / 40, Weights.each(weights))
     for row, value in zip(weights.astype(int), found, strict=True):
         plain = measure(name, np.repeat(truth, row), np.repeat(simulated, row))
         assert math.isnan(value) if plain is None else value == pytest.approx(plain, abs=1e-9)
@@ -134,7 +135,9 @@ def test_weighting_tokens_is_repeating_them(seed: int, name: str) -> None:
 def test_a_weight_of_two_is_the_token_twice_for_every_measure(seed: int, name: str) -> None:
     """All tokens alike, so that what counts as active stays the same."""
     truth, simulated = sides(seed, 40)
-    once, twice = (MEASURES[name](truth / 40, simulated / 40, np.full((1, 40), weight)) for weight in (1.0, 2.0))
+    once, twice = (
+        MEASURES[name](truth / 40, simulated / 40, Weights.each(np.full((1, 40), weight))) for weight in (1.0, 2.0)
+    )
     np.testing.assert_allclose(once, twice)
 
 
@@ -230,8 +233,8 @@ def test_a_token_drawn_twice_is_a_token_that_stands_there_twice_also_where_words
     truth, simulated = sides(seed, 30)
     rng = np.random.default_rng(seed)
     number, times = rng.integers(0, 9, size=30), rng.integers(0, 3, size=(4, 30))
-    drawn = WEIGHERS[name](times.astype(float), words_of(number, (0, 2, 4)))
-    assert (drawn >= 0).all()
+    drawn = WEIGHERS[name](Weights.each(times.astype(float)), words_of(number, (0, 2, 4)))
+    assert (drawn.of_tokens >= 0).all()
     found = MEASURES[name](truth / 40, simulated / 40, drawn)
     for row, value in zip(times, found, strict=True):
         again = words_of(np.repeat(number, row), (0, 2, 4))

@@ -233,9 +233,17 @@ def test_fields_of_crate_have_ranges_too(field):
 
 @pytest.mark.parametrize("text", ["nosuch/pearson", "uniform/nosuch", "uniform/pearson/nosuch"])
 def test_a_primary_measure_of_unknown_names_is_refused(text):
-    with pytest.raises(UserError, match=r"there is no \w+ 'nosuch'; choose from"):
+    with pytest.raises(UserError, match=r"(there is|uniform has) no \w+ 'nosuch'; choose from"):
         Quantity.parse(text)
     assert Quantity.parse("detection-top/auroc/untrained").measure == "auroc"
+
+
+def test_a_primary_measure_is_one_that_the_protocol_has():
+    for name in ("balanced", "unseen", "specific"):
+        assert Quantity.parse(f"uniform/{name}/shuffled") == Quantity("uniform", name, "shuffled")
+    for text in ("top-and-random/balanced/shuffled", "detection/pearson", "uniform/accuracy"):
+        with pytest.raises(UserError, match=f"--primary {text}: .* has no measure '.*'; choose from"):
+            Quantity.parse(text)
 
 
 def test_paths_may_hold_what_looks_like_markup(place):

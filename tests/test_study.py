@@ -388,6 +388,7 @@ def test_a_model_name_that_is_no_folder_of_its_own_is_refused(tmp_path, name, me
         ("judge", "scorer = []", r"scorer = \[\]"),
         ("report", "cards = [1, 2]", r"cards = \[1, 2\]"),
         ("report", "primary = 'nosuch/pearson'", "there is no protocol 'nosuch'"),
+        ("report", "primary = 'uniform/specifc/shuffled'", "uniform has no measure 'specifc'; .*unseen, specific"),
     ],
 )
 def test_a_wrong_option_is_found_before_any_work_by_section_and_name(tmp_path, section, line, message):
