@@ -12,7 +12,6 @@ from jaxtyping import Bool, Int
 from cratescope.explain.config import TERMS
 from cratescope.explain.protocols import PROTOCOLS, Protocol
 from cratescope.explain.shown import same_word
-from cratescope.explain.terms.selection import selected
 from cratescope.neurons.records import NeuronRecord, Window
 
 
@@ -57,6 +56,8 @@ def words_for(explainer: str, reader: Reader) -> WordsOf:
 def known_windows(explainer: str, protocol: Protocol, record: NeuronRecord) -> Sequence[Window]:
     """The windows that the explainer's explanation of a neuron was made from: `unseen` leaves their words out."""
     if explainer == TERMS:
+        from cratescope.explain.terms.selection import selected  # slow to import
+
         return [one.window for one in selected(record, [*PROTOCOLS.values()])]
     return protocol.set.windows(record)
 
