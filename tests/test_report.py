@@ -441,6 +441,15 @@ def test_runs_that_differ_in_more_than_the_arm_are_not_compared(
     assert "no comparison" in " ".join(caveats(results, [], PRIMARY))
 
 
+def test_an_arm_names_the_blocks_of_a_variant() -> None:
+    paper, variant = (
+        Arm.trained("crate-2l", 0, 0, fields) for fields in ({}, {"attention": "mhsa", "ista_steps": "3"})
+    )
+    assert (paper.attention, paper.feed_forward, paper.name) == ("mssa", "ista", "crate")
+    assert (variant.attention, variant.feed_forward) == ("mhsa", "ista")
+    assert variant.name == "crate attention=mhsa ista_steps=3"
+
+
 def test_a_variant_is_an_arm_of_its_own(runs: tuple[Path, Path], tmp_path: Path) -> None:
     run = Path(shutil.copytree(runs[0], tmp_path / "steps"))
     edit_arm(run, variant="ista_steps=3")
