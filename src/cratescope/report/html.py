@@ -81,7 +81,7 @@ def page_environment() -> Environment:
 
 
 def page_card(neuron: Neuron, sets: Sequence[str], decode: Decode, rank: int | None = None) -> Card:
-    """A neuron with what `sets` say of it; `decode` gives the texts of token ids."""
+    """A neuron with what those of `sets` say that say something of it; `decode` gives the texts of token ids."""
     record = neuron.record
     labelled = [(f"top {place}", window) for place, window in enumerate(record.top[:TOP_EXCERPTS], 1)]
     labelled += [("random", window) for window in record.random[:RANDOM_EXCERPTS]]
@@ -89,7 +89,7 @@ def page_card(neuron: Neuron, sets: Sequence[str], decode: Decode, rank: int | N
     return Card(
         neuron=neuron.id,
         rank=rank,
-        said=[_entry(neuron.said[name], record, decode) for name in sets]
+        said=[_entry(neuron.said[name], record, decode) for name in sets if name in neuron.said]
         or [Entry("", f"not explained by {neuron.explainer}", [], [], None)],
         density=record.density,
         maximum=peak,

@@ -15,6 +15,7 @@ from markupsafe import Markup
 from transformers import PreTrainedTokenizerFast
 
 from cratescope.errors import UserError
+from cratescope.explain.config import SCORERS
 from cratescope.explain.controls import CONTROLS
 from cratescope.explain.explained import Explained
 from cratescope.files import read_json, write_json, write_text
@@ -244,12 +245,13 @@ def _groups(item: Results, config: ReportConfig, decode: text.Decode) -> Iterato
 
 
 def _neurons(item: Results, config: ReportConfig, layer: int, indices: Sequence[int]) -> list[Neuron]:
-    """Neurons of a layer; each has been simulated from every explanation set that was scored."""
+    """Neurons of a layer, which a set may say nothing of; those that it scores have been simulated from it."""
     where = {"site": item.site, "explainer": config.explainer, "simulator": config.simulator}
     neurons = read_neurons(item.run, layer, indices, scores=item.scores, **where)
     for neuron in neurons:
-        for name in item.scores.sets:
-            if name not in neuron.said or neuron.said[name].simulation is None:
+        for name, said in neuron.said.items():
+            simulated = any(row.protocol not in SCORERS for row in said.scores.every(neuron.id))
+            if simulated and said.simulation is None:
                 folder = Explained(item.run, item.site, config.explainer, name).simulations(config.simulator).folder
                 what = f"{layer_file(folder, layer)}: has no neuron {neuron.id.index}"
                 raise UserError(f"{what}; run `cratescope simulate {item.run.root}` first")
