@@ -41,7 +41,7 @@ HOUSE = {
     "score": ("config", "words", "weights", "measures", "inference", "sanity", "quality", "scores", "score"),
     "results": ("estimates", "scores", "runs", "neuron", "compare", "tables"),
     "report": ("config", "text", "html", "card", "figures", "verdict", "report"),
-    "exchange": ("config", "reference", "openai", "delphi", "export"),
+    "exchange": ("config", "reference", "imports", "openai", "delphi", "export"),
     " ": ("config", "stages", "study", "cli", "__main__"),
 }
 ORDER = {

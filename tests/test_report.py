@@ -464,6 +464,15 @@ def test_runs_that_differ_in_more_than_the_arm_are_not_compared(
     assert "no comparison" in " ".join(caveats(results, [], PRIMARY))
 
 
+def test_an_arm_names_the_blocks_of_a_variant() -> None:
+    paper, variant = (
+        Arm.trained("crate-2l", 0, 0, fields) for fields in ({}, {"attention": "mhsa", "ista_steps": "3"})
+    )
+    assert (paper.attention, paper.feed_forward, paper.name) == ("mssa", "ista", "crate")
+    assert (variant.attention, variant.feed_forward) == ("mhsa", "ista")
+    assert variant.name == "crate attention=mhsa ista_steps=3"
+
+
 def test_a_variant_is_an_arm_of_its_own(runs: tuple[Path, Path], tmp_path: Path) -> None:
     run = Path(shutil.copytree(runs[0], tmp_path / "steps"))
     edit_arm(run, variant="ista_steps=3")
@@ -510,6 +519,30 @@ def test_two_explanation_sets_are_shown_each_with_its_own_scores(runs: tuple[Pat
     )
     with_one = load_results((runs[0],))
     assert results[0].matter != with_one[0].matter, "the other set was made by another model"
+
+
+def test_a_set_that_says_nothing_of_a_neuron_is_left_out_of_its_card(runs: tuple[Path, Path], tmp_path: Path) -> None:
+    """As when fewer neurons were explained for one protocol than for another; one of them was only judged."""
+    run = Run(copy_of(runs[0], tmp_path))
+    explained = Explained(run, "codes", "offline", "top")
+    second = dataclasses.replace(explained, set="second")
+    first_neuron = min(explained.explanations.read(0))
+    told = explained.explanations.read(0)[first_neuron]
+    second.explanations.write([dataclasses.replace(told, text="rain in spring")])
+    folder = run.scores("codes", "offline", "list-pmi")
+    scores = scored.scores(folder)
+    row = next(one for one in scores.read(0)[first_neuron] if one.control == "own")
+    judged = dataclasses.replace(row, protocol="detection", set="second", measure="accuracy", value=0.75)
+    scores.replace(0, (item + [judged] * (index == first_neuron) for index, item in scores.read(0).items()))
+    made_with = read_json(folder / "scores.json")["made_with"]
+    edit(folder / "scores.json", made_with=made_with | {"second": made_with["top"]})
+    config = ReportConfig(runs=(run.root,), out=tmp_path / "out", cards=20)
+    page = plain_text(report(config, tokenizer=fake_tokenizer()).read_text())
+    assert page.count("rain in spring · from second") == page.count(" · from top") == 1 < page.count("rank ")
+    for layer in range(2):
+        explained.simulations("list-pmi").replace(layer, [])
+    with pytest.raises(UserError, match="has no neuron .* run `cratescope simulate"):
+        report(dataclasses.replace(config, out=tmp_path / "again"), tokenizer=fake_tokenizer())
 
 
 def test_two_sites_of_one_run_are_two_rows_with_one_loss_curve(runs: tuple[Path, Path], tmp_path: Path) -> None:
