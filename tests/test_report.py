@@ -45,7 +45,7 @@ from cratescope.results.tables import (
 from cratescope.run import Run
 from cratescope.score import scores as scored
 from cratescope.score.scores import read_scores
-from fake_run import Fake, fake_run, fake_tokenizer
+from fake_run import PROTOCOLS, Fake, fake_run, fake_tokenizer
 from kept_files import change
 
 PRIMARY = Quantity("random-only", "pearson", "shuffled")
@@ -111,7 +111,8 @@ def edit_arm(run: Path, **changes: Any) -> None:
 def test_the_score_table_follows_from_the_rows_of_score(runs: tuple[Path, Path], written: Path) -> None:
     names = ("model", "protocol", "measure", "layer")
     rows = {tuple(row[name] for name in names): row for row in rows_of(written / "scores.csv")}
-    assert len(rows) == 2 * 2 * 2 * 3
+    measured = sum(len(protocol.measures) for protocol in PROTOCOLS.values())
+    assert len(rows) == 2 * measured * 3, "a model's measures, on two layers and as mean"
     for path, site in zip(runs, ("codes", "mlp"), strict=True):
         lines = read_scores(Run(path).scores(site, "offline", "list-pmi"))
         for (model, protocol, measure, layer), row in rows.items():
