@@ -33,9 +33,9 @@ from planted_rules import words
 from rich.console import Console
 from rich.progress import track
 
+from cratescope.explain.asking import Asking
 from cratescope.explain.config import SimulateConfig
 from cratescope.explain.controls import EMPTY_EXPLANATION, OWN, SHUFFLED
-from cratescope.explain.explain import Asking
 from cratescope.explain.explained import Explanation, Judgement, Told
 from cratescope.explain.judge import Judge
 from cratescope.explain.judges import question_named

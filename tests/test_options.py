@@ -33,8 +33,8 @@ OPTIONS = [(kind, name) for kind in KINDS for name in ranges(kind)]
 def make(kind, **changes):
     """Settings of `kind` with something for whatever has no default."""
     fillings = {"source": "x", "runs": (Path("x"),), "layer": 0, "neuron": 0}
-    required = [field.name for field in dataclasses.fields(kind) if field.default is dataclasses.MISSING]
-    required = [name for name in required if name != "llm"]
+    options = dataclasses.fields(kind)
+    required = [one.name for one in options if one.default is one.default_factory is dataclasses.MISSING]
     return kind(**({name: fillings.get(name, Path("x")) for name in required} | changes))
 
 

@@ -75,7 +75,7 @@ def test_a_neuron_is_the_same_alone_and_among_its_layer(run: cs.Run) -> None:
     assert [one.id.index for one in run.neurons(1, [4, 2])] == [4, 2]
     for one in together:
         alone = run.neuron(1, one.id.index)
-        assert str(alone) == str(one) and alone.said.keys() == one.said.keys()
+        assert str(alone) == str(one) and len(alone.said) == len(one.said)
 
 
 def test_a_neuron_knows_what_the_files_say(run: cs.Run) -> None:
@@ -86,8 +86,8 @@ def test_a_neuron_knows_what_the_files_say(run: cs.Run) -> None:
     for row in rows:
         assert neuron.score(row.protocol, row.control, row.measure) == row.value
     assert neuron.score("no such protocol") is None and dead.score("random-only") is None
-    assert dead.text == "" and dead.said["top"].shown == "no explanation: dead neuron"
-    assert dead.said["top"].simulation.skipped == "dead neuron"
+    assert dead.text == "" and dead.said[0].shown == "no explanation: dead neuron"
+    assert dead.said[0].simulation.skipped == "dead neuron"
 
 
 def test_a_neuron_knows_what_was_judged_and_said_from_each_set(run: cs.Run, tmp_path: Path) -> None:
@@ -99,11 +99,26 @@ def test_a_neuron_knows_what_was_judged_and_said_from_each_set(run: cs.Run, tmp_
     said = Explanation(neuron, "the sea", "offline", "words")
     dataclasses.replace(explained, set="anthropic").explanations.write([said])
     found = copy.neuron(0, 1)
-    assert found.said["top"].judgements == {"detection": judged} and found.said["anthropic"].judgements == {}
-    assert found.said["anthropic"].text == "the sea" and found.said["anthropic"].scores.protocols == []
-    assert copy.neuron(0, 2).said.keys() == {"top"}
+    anthropic, top = found.said
+    assert top.judgements == {"detection": judged} and anthropic.judgements == {}
+    assert anthropic.text == "the sea" and anthropic.scores.protocols == []
+    assert [one.set for one in copy.neuron(0, 2).said] == ["top"]
     for shown in (str(found), found._repr_html_()):
         assert "from anthropic" in shown and "from top" in shown
+
+
+def test_a_card_shows_the_explanations_of_all_explainers_and_of_one_when_asked(run: cs.Run, tmp_path: Path) -> None:
+    copy = cs.Run(shutil.copytree(run.root, tmp_path / "copy"))
+    neuron = copy.neuron(0, 1).id
+    by_terms = Explanation(neuron, "numbers (+10)", "terms", "english 1")
+    Explained(copy, "codes", "terms", "top").explanations.write([by_terms])
+    both = copy.neuron(0, 1)
+    assert [said.explainer for said in both.said] == ["offline", "terms"]
+    for shown in (str(both), both._repr_html_()):
+        assert "months and dates" in shown and "by offline" in shown
+        assert "numbers (+10)" in shown and "by terms" in shown
+    alone = str(copy.neuron(0, 1, explainer="terms"))
+    assert "numbers (+10)" in alone and "by terms" not in alone and "months and dates" not in alone
 
 
 def test_a_neuron_shows_itself_in_a_terminal(run: cs.Run) -> None:
@@ -152,8 +167,8 @@ def test_all_that_a_notebook_shows_is_escaped(tmp_path: Path) -> None:
 
 def test_a_neuron_that_nobody_explained_has_a_card(tmp_path: Path) -> None:
     bare = make_run(tmp_path / "bare").neuron(0, 1)
-    assert bare.said == {} and bare.text == "" and "not explained by offline" in str(bare)
-    assert "not explained by offline" in bare._repr_html_() and "top 1" in bare._repr_html_()
+    assert bare.said == () and bare.text == "" and "not explained" in str(bare)
+    assert "not explained" in bare._repr_html_() and "top 1" in bare._repr_html_()
 
 
 def test_what_is_not_there_is_named(run: cs.Run) -> None:

@@ -46,7 +46,7 @@ from cratescope.results.tables import (
 from cratescope.run import Run
 from cratescope.score import scores as scored
 from cratescope.score.scores import read_scores
-from fake_run import Fake, fake_run, fake_tokenizer
+from fake_run import PROTOCOLS, Fake, fake_run, fake_tokenizer
 from kept_files import change
 
 PRIMARY = Quantity("random-only", "pearson", "shuffled")
@@ -112,7 +112,8 @@ def edit_arm(run: Path, **changes: Any) -> None:
 def test_the_score_table_follows_from_the_rows_of_score(runs: tuple[Path, Path], written: Path) -> None:
     names = ("model", "protocol", "measure", "layer")
     rows = {tuple(row[name] for name in names): row for row in rows_of(written / "scores.csv")}
-    assert len(rows) == 2 * (2 + 5) * 3, "models, measures of both protocols, layers and their mean"
+    measured = sum(len(protocol.measures) for protocol in PROTOCOLS.values())
+    assert len(rows) == 2 * measured * 3, "a model's measures, on two layers and as mean"
     for path, site in zip(runs, ("codes", "mlp"), strict=True):
         lines = read_scores(Run(path).scores(site, "offline", "list-pmi"))
         for (model, protocol, measure, layer), row in rows.items():
@@ -413,6 +414,29 @@ def test_the_untrained_pair_is_compared_last(seeds: list[Results]) -> None:
     assert "untrained" in headline(groups[1])
 
 
+def test_at_equal_loss_the_faster_arm_is_taken_between_two_of_its_milestones(
+    runs: tuple[Path, Path], tmp_path: Path
+) -> None:
+    early = Path(fake_run(tmp_path / "gpt2-early", Fake("gpt2", quality=0.2)).root)
+    edit_arm(early, tokens_trained=1_000_000)
+    edit(early / "evaluation.json", loss=5.9)
+    results = load_results((*runs, early))
+    crate, final, milestone = (item.scores.mean("random-only", over="shuffled").mean for item in results)
+    losses = [item.evaluation["loss"] for item in results]
+    assert losses == [5.5, 5.2, 5.9]
+    tokens, loss = comparisons(results, PRIMARY)
+    assert tokens[0].loss is None and loss[0].loss == 5.5 and loss[0].tokens_trained is None
+    share = 0.4 / 0.7
+    assert loss[0].a.mean == crate and loss[0].b.mean == pytest.approx(share * final + (1 - share) * milestone)
+    assert loss[0].b.loss == pytest.approx(5.5) and loss[0].test is None
+    assert "at a validation loss of 5.50 nats" in headline(loss)
+    options = ReportConfig((*runs, early), tmp_path / "report", primary="random-only/pearson/shuffled")
+    page = report(options, fake_tokenizer())
+    assert "loss 5.50" in page.read_text()
+    edit(early / "evaluation.json", loss=5.4)
+    assert len(comparisons(load_results((*runs, early)), PRIMARY)) == 1, "it had that loss before its first milestone"
+
+
 @pytest.mark.parametrize("text", ["uniform", "a/b/c/d", "uniform//shuffled"])
 def test_a_primary_measure_that_is_none_is_refused(text: str) -> None:
     with pytest.raises(UserError, match="protocol/measure/control"):
@@ -465,6 +489,15 @@ def test_runs_that_differ_in_more_than_the_arm_are_not_compared(
     assert "no comparison" in " ".join(caveats(results, [], PRIMARY))
 
 
+def test_an_arm_names_the_blocks_of_a_variant() -> None:
+    paper, variant = (
+        Arm.trained("crate-2l", 0, 0, fields) for fields in ({}, {"attention": "mhsa", "ista_steps": "3"})
+    )
+    assert (paper.attention, paper.feed_forward, paper.name) == ("mssa", "ista", "crate")
+    assert (variant.attention, variant.feed_forward) == ("mhsa", "ista")
+    assert variant.name == "crate attention=mhsa ista_steps=3"
+
+
 def test_a_variant_is_an_arm_of_its_own(runs: tuple[Path, Path], tmp_path: Path) -> None:
     run = Path(shutil.copytree(runs[0], tmp_path / "steps"))
     edit_arm(run, variant="ista_steps=3")
@@ -511,6 +544,30 @@ def test_two_explanation_sets_are_shown_each_with_its_own_scores(runs: tuple[Pat
     )
     with_one = load_results((runs[0],))
     assert results[0].matter != with_one[0].matter, "the other set was made by another model"
+
+
+def test_a_set_that_says_nothing_of_a_neuron_is_left_out_of_its_card(runs: tuple[Path, Path], tmp_path: Path) -> None:
+    """As when fewer neurons were explained for one protocol than for another; one of them was only judged."""
+    run = Run(copy_of(runs[0], tmp_path))
+    explained = Explained(run, "codes", "offline", "top")
+    second = dataclasses.replace(explained, set="second")
+    first_neuron = min(explained.explanations.read(0))
+    told = explained.explanations.read(0)[first_neuron]
+    second.explanations.write([dataclasses.replace(told, text="rain in spring")])
+    folder = run.scores("codes", "offline", "list-pmi")
+    scores = scored.scores(folder)
+    row = next(one for one in scores.read(0)[first_neuron] if one.control == "own")
+    judged = dataclasses.replace(row, protocol="detection", set="second", measure="accuracy", value=0.75)
+    scores.replace(0, (item + [judged] * (index == first_neuron) for index, item in scores.read(0).items()))
+    made_with = read_json(folder / "scores.json")["made_with"]
+    edit(folder / "scores.json", made_with=made_with | {"second": made_with["top"]})
+    config = ReportConfig(runs=(run.root,), out=tmp_path / "out", cards=20)
+    page = plain_text(report(config, tokenizer=fake_tokenizer()).read_text())
+    assert page.count("rain in spring · from second") == page.count(" · from top") == 1 < page.count("rank ")
+    for layer in range(2):
+        explained.simulations("list-pmi").replace(layer, [])
+    with pytest.raises(UserError, match="has no neuron .* run `cratescope simulate"):
+        report(dataclasses.replace(config, out=tmp_path / "again"), tokenizer=fake_tokenizer())
 
 
 def test_two_sites_of_one_run_are_two_rows_with_one_loss_curve(runs: tuple[Path, Path], tmp_path: Path) -> None:

@@ -68,15 +68,15 @@ def test_the_card_says_what_the_files_say(run: Run) -> None:
 
 def test_a_measure_without_a_value_is_shown_with_its_reason(run: Run) -> None:
     neuron = run.neuron(0, 1)
-    [own] = [own for own, _ in neuron.said["top"].scored(neuron.id) if own.protocol == "random-only"]
-    rows = {row.measure: row for row in neuron.said["top"].beside(own)}
+    [own] = [own for own, _ in neuron.said[0].scored(neuron.id) if own.protocol == "random-only"]
+    rows = {row.measure: row for row in neuron.said[0].beside(own)}
     assert [*rows] == [*ON_UNIFORM_TEXT]
     missing = dataclasses.replace(rows["unseen"], value=None, low=None, high=None, reason="no unseen word")
-    said = dataclasses.replace(neuron.said["top"], scores=Scores([own, rows["balanced"], missing]))
+    said = dataclasses.replace(neuron.said[0], scores=Scores([own, rows["balanced"], missing]))
     assert [row.measure for row in said.beside(own)] == ["balanced", "unseen"]
     silent = dataclasses.replace(own, value=None, reason="no unseen word")
     assert [row.measure for row in said.beside(silent)] == ["balanced"], "the same reason is not said twice"
-    text = str(dataclasses.replace(neuron, said={"top": said}))
+    text = str(dataclasses.replace(neuron, said=(said,)))
     assert "· unseen – (no unseen word)" in text and "specific" not in text
 
 
@@ -106,8 +106,8 @@ def test_a_dead_neuron_and_one_without_explanation_have_a_card(run: Run, tmp_pat
     dead = shown(run, neuron=5)
     assert "no explanation: dead neuron" in dead and "never" in dead and "top 1" not in dead
     bare = shown(make_run(tmp_path / "bare"))
-    assert "not explained by offline" in bare and "█" not in bare and "top 1" in bare
-    assert "not explained by another" in shown(run, explainer="another")
+    assert "not explained" in bare and "█" not in bare and "top 1" in bare
+    assert "not explained" in shown(run, explainer="another")
 
 
 def test_line_breaks_and_tabs_in_tokens_are_seen(run: Run) -> None:

@@ -166,6 +166,9 @@ neurons = 2
 simulators = ["list-pmi", "all-at-once"]
 judges = ["detection", "intruder"]
 llm = "scripted"
+[terms]
+terms = 2
+neurons = 5
 [report]
 cards = 1
 """
@@ -173,20 +176,24 @@ cards = 1
 
 def test_milestones_sites_simulators_and_judges_of_a_study_are_all_reported(text_folder, tmp_path, monkeypatch):
     llm = ScriptedLLM(lambda prompt: f" words like {len(prompt)}", lambda prompt, token: float(len(prompt + token) % 7))
-    for stage in ("explain", "simulate", "judge"):
-        monkeypatch.setattr(f"cratescope.explain.{stage}.open_llm", lambda config: llm)
+    for module in ("asking", "simulate", "judge"):
+        monkeypatch.setattr(f"cratescope.explain.{module}.open_llm", lambda config: llm)
     (tmp_path / "plan.toml").write_text(MILESTONES.format(text=text_folder))
     page = study(StudyConfig(tmp_path / "plan.toml", tmp_path / "out"))
     assert page == tmp_path / "out" / "report" / "report.html"
-    for name in ("report", "report-all-at-once"):
+    simulators = {"report": "terms", "report-list-pmi": "list-pmi", "report-all-at-once": "all-at-once"}
+    for name, simulator in simulators.items():
         rows = list(csv.DictReader((tmp_path / "out" / name / "scores.csv").read_text().splitlines()))
         assert {(row["model"], int(row["tokens_trained"])) for row in rows} == {
             (f"{run} · {site}", steps * 128)
             for run, steps in (("crate", 6), ("crate-step-000002", 2), ("crate-step-000004", 4))
             for site in ("codes", "residual")
         }
-        assert {row["protocol"] for row in rows} == {"uniform", "detection", "intruder"}
-        assert {row["simulator"] for row in rows} == {"all-at-once" if "-" in name else "list-pmi"}
+        judged = set() if simulator == "terms" else {"detection", "intruder"}
+        assert {row["protocol"] for row in rows} == {"uniform"} | judged
+        assert {row["simulator"] for row in rows} == {simulator}
+    explanations = pd.read_parquet(tmp_path / "out/runs/crate/explanations/codes/terms/top/layer-00.parquet")
+    assert len(explanations) == 5
     asked = len(llm.asked)
     assert study(StudyConfig(tmp_path / "plan.toml", tmp_path / "out")) == page
     assert len(llm.asked) == asked

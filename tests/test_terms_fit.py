@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 
 from cratescope.errors import UserError
+from cratescope.explain.config import TermsConfig
 from cratescope.explain.protocols import PROTOCOLS, ExplanationSet, Pick, Protocol
 from cratescope.explain.terms import fit
 from cratescope.explain.terms.features import Features, Lexicon
-from cratescope.explain.terms.fit import DEAD, NOTHING, TOO_FEW, Options, Skipped, explain
+from cratescope.explain.terms.fit import DEAD, NOTHING, TOO_FEW, Skipped, explain, identity
 from cratescope.explain.terms.language import load_language
 from cratescope.explain.terms.phrases import read, written
 from cratescope.explain.terms.predict import TermsSimulator, predict
@@ -94,7 +95,7 @@ def texts_of(found):
 @pytest.mark.parametrize("name", ["numbers", "colours", "pieces", "among"])
 def test_a_rule_that_the_language_has_a_word_for_is_found(records, name):
     place = list(RULES).index(name)
-    (found,) = explain([records[place]], VOCABULARY, LEXICON, Options())
+    (found,) = explain([records[place]], VOCABULARY, LEXICON, TermsConfig())
     windows = PROTOCOLS["uniform"].windows(records[place])
     truth = np.concatenate([window.activations for window in windows])
     simulated = np.concatenate(TermsSimulator(VOCABULARY, LEXICON)(written(found), windows))
@@ -105,13 +106,13 @@ def test_a_rule_that_the_language_has_a_word_for_is_found(records, name):
 def test_a_joint_is_found_with_joints_only(records):
     place = [list(RULES).index("after")]
     one = [records[number] for number in place]
-    (alone,), (joined,) = (explain(one, VOCABULARY, LEXICON, Options(joints=joints)) for joints in (False, True))
+    (alone,), (joined,) = (explain(one, VOCABULARY, LEXICON, TermsConfig(joints=joints)) for joints in (False, True))
     assert written(joined).startswith("numbers after colours")
     assert not any(term.what and term.where for term in alone)
 
 
 @pytest.mark.parametrize(
-    "options", [Options(), Options(5, named_only=False), Options(4, named_only=False, joints=True)]
+    "options", [TermsConfig(), TermsConfig(5, named_only=False), TermsConfig(4, named_only=False, joints=True)]
 )
 def test_what_is_found_for_a_neuron_does_not_depend_on_those_beside_it(records, monkeypatch, options):
     alone = [texts_of(explain([one], VOCABULARY, LEXICON, options))[0] for one in records]
@@ -153,7 +154,7 @@ def test_one_and_two_threads_find_the_same():
 
 def all_texts():
     made = [record(activations_of(text, seed=number), number) for number, text in enumerate(RULES.values())]
-    return texts_of(explain(made, VOCABULARY, LEXICON, Options(4, named_only=False, joints=True)))
+    return texts_of(explain(made, VOCABULARY, LEXICON, TermsConfig(4, named_only=False, joints=True)))
 
 
 def test_the_terms_are_those_of_plain_forward_selection(records):
@@ -184,14 +185,14 @@ def test_the_terms_are_those_of_plain_forward_selection(records):
         expected = {
             parts[place]: round(weight / np.abs(beta).max() * 10) for place, weight in zip(chosen, beta, strict=True)
         }
-        (found,) = explain([one], VOCABULARY, LEXICON, Options())
+        (found,) = explain([one], VOCABULARY, LEXICON, TermsConfig())
         assert {(term.what, term.where): term.weight for term in found} == {k: v for k, v in expected.items() if v}
 
 
 def test_the_text_alone_predicts_what_was_fitted(records):
     sample = selected(records[0], EVERY)
     windows = [one.window for one in sample]
-    (found,) = explain([records[0]], VOCABULARY, LEXICON, Options(5, named_only=False, joints=True))
+    (found,) = explain([records[0]], VOCABULARY, LEXICON, TermsConfig(5, named_only=False, joints=True))
     features = Features(Texts.of(windows, VOCABULARY), LEXICON)
     said = np.concatenate(TermsSimulator(VOCABULARY, LEXICON)(written(found), windows))
     np.testing.assert_array_equal(said, predict(found, features))
@@ -235,8 +236,7 @@ def test_windows_that_a_new_protocol_uses_are_not_looked_at(records):
     assert not looked_at(selected(records[0], every))
 
 
-def test_every_protocol_is_spared_unless_one_names_fewer(records):
-    assert Options().protocols == tuple(PROTOCOLS)
+def test_the_more_protocols_are_spared_the_fewer_tokens_are_looked_at(records):
     few = [PROTOCOLS[name] for name in ("uniform", "top-and-random")]
     assert looked_at(selected(records[0], EVERY)) < looked_at(selected(records[0], few))
 
@@ -255,7 +255,7 @@ def test_what_a_neuron_does_on_scored_tokens_changes_nothing(records):
         random=tuple(map(spoilt, one.random)),
         by_quantile=tuple(replace(s, windows=tuple(map(spoilt, s.windows))) for s in one.by_quantile),
     )
-    found = [texts_of(explain([each], VOCABULARY, LEXICON, Options())) for each in (one, changed)]
+    found = [texts_of(explain([each], VOCABULARY, LEXICON, TermsConfig())) for each in (one, changed)]
     assert found[0] == found[1]
 
 
@@ -278,33 +278,34 @@ def test_dead_neurons_and_records_that_are_too_small_are_named_skips(records):
     )
     silent = record(np.zeros((EXCERPTS, LENGTH), np.float32))
     constant = replace(silent, density=1.0)
-    found = explain([dead, records[0], few, constant], VOCABULARY, LEXICON, Options())
+    found = explain([dead, records[0], few, constant], VOCABULARY, LEXICON, TermsConfig())
     assert [one.reason for one in found if isinstance(one, Skipped)] == [DEAD, TOO_FEW, NOTHING]
-    assert found[1] == explain([records[0]], VOCABULARY, LEXICON, Options())[0]
+    assert found[1] == explain([records[0]], VOCABULARY, LEXICON, TermsConfig())[0]
 
 
 def test_a_record_without_windows_by_quantile_is_told_in_one_line(records):
     for strata in ((), records[0].by_quantile[:3]):
         with pytest.raises(UserError, match="layer 0 neuron 0 of model: records have (no|3) samples") as caught:
-            explain([replace(records[0], by_quantile=strata)], VOCABULARY, LEXICON, Options())
+            explain([replace(records[0], by_quantile=strata)], VOCABULARY, LEXICON, TermsConfig())
         assert "\n" not in str(caught.value)
 
 
 def test_records_without_windows_by_rank_and_level_will_do(records):
     bare = replace(records[0], by_rank=(), by_level=())
-    assert texts_of(explain([bare], VOCABULARY, LEXICON, Options()))[0].startswith("numbers")
+    assert texts_of(explain([bare], VOCABULARY, LEXICON, TermsConfig()))[0].startswith("numbers")
 
 
 def test_activations_of_any_scale_give_the_same_terms():
     values = activations_of(RULES["pieces"])
     found = [
-        texts_of(explain([record(values * scale)], VOCABULARY, LEXICON, Options())) for scale in (1, 2.0**60, 2.0**-60)
+        texts_of(explain([record(values * scale)], VOCABULARY, LEXICON, TermsConfig()))
+        for scale in (1, 2.0**60, 2.0**-60)
     ]
     assert found[0] == found[1] == found[2]
 
 
 def test_what_decides_an_explanation_is_in_its_identity():
     language = load_language()
-    identities = [options.identity(language) for options in (Options(), Options(4), Options(protocols=("uniform",)))]
+    identities = [identity(config, language) for config in (TermsConfig(), TermsConfig(4), TermsConfig(joints=True))]
     assert len({str(one) for one in identities}) == 3
     assert identities[0] | language.identity == identities[0]

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import tyro
 
-from cratescope.explain.config import DEFAULT_PROTOCOLS, Scorer, Simulator
+from cratescope.explain.config import DEFAULT_PROTOCOLS, Scorer, Simulator, TermsConfig
 from cratescope.llm.config import LLMConfig
 from cratescope.options import LARGEST_SEED, Checked, PositionalPath, within
 
@@ -30,6 +30,14 @@ class NeuronsConfig(Checked):
     judges: tuple[Scorer, ...] = ()
     """Scorers of `judge`; none by default, unless there is a section [judge]."""
     llm: Annotated[LLMConfig, tyro.conf.arg(name="")] = field(default_factory=LLMConfig)
+
+
+@dataclass(frozen=True)
+class BesideConfig(TermsConfig):
+    """Section [terms] of a study: explanations by terms beside those of a language model, in a report of their own."""
+
+    neurons: Annotated[int | None, within(1)] = None
+    """Neurons per layer that are explained by terms; all by default."""
 
 
 @dataclass(frozen=True)

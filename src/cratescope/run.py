@@ -213,9 +213,14 @@ class Run:
         return load_folder(self.trained_model())
 
     def neuron(
-        self, layer: int, index: int, site: str = "auto", explainer: str = "offline", simulator: str = "list-pmi"
+        self,
+        layer: int,
+        index: int,
+        site: str = "auto",
+        explainer: str | None = None,
+        simulator: str | None = None,
     ) -> Neuron:
-        """Everything known of one neuron; a notebook shows it as a card.
+        """Everything known of one neuron, or what one explainer and simulator say; a notebook shows it as a card.
 
         Raises:
             UserError: no records, no such site, layer or neuron; or a file is damaged.
@@ -227,8 +232,8 @@ class Run:
         layer: int,
         indices: Sequence[int] | None = None,
         site: str = "auto",
-        explainer: str = "offline",
-        simulator: str = "list-pmi",
+        explainer: str | None = None,
+        simulator: str | None = None,
     ) -> list[Neuron]:
         """Neurons of one layer, in the order of `indices`; all of them unless given. Errors as of `neuron`."""
         from cratescope.results.neuron import read_neurons

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from cratescope.config import StudyConfig
 from cratescope.exchange.config import ConvertConfig, ExportConfig, ImportConfig
-from cratescope.explain.config import ExplainConfig, JudgeConfig, SimulateConfig
+from cratescope.explain.config import ExplainConfig, JudgeConfig, LanguageConfig, SimulateConfig
 from cratescope.lm.config import EvaluateConfig, TrainConfig
 from cratescope.neurons.config import CollectConfig
 from cratescope.report.config import ReportConfig, ShowConfig
@@ -34,14 +34,15 @@ STAGES: dict[str, Stage] = {
     "train": Stage(TrainConfig, "lm.train:train", "Train one language model with the paper's recipe."),
     "evaluate": Stage(EvaluateConfig, "lm.evaluate:evaluate", "Measure loss and bits per byte on any text."),
     "collect": Stage(CollectConfig, "neurons.collect:collect", "Read text and write what every neuron does."),
-    "explain": Stage(ExplainConfig, "explain.explain:explain", "Ask an LLM for one phrase per neuron."),
+    "explain": Stage(ExplainConfig, "explain.explain:explain", "Say what each neuron finds."),
     "simulate": Stage(SimulateConfig, "explain.simulate:simulate", "Predict activations from explanations."),
     "judge": Stage(JudgeConfig, "explain.judge:judge", "Ask an LLM about whole windows instead."),
     "score": Stage(ScoreConfig, "score.score:score", "Compare predicted and true activations."),
+    "terms": Stage(LanguageConfig, "explain.terms.language:print_language", "List what explanations by terms may say."),
     "show": Stage(ShowConfig, "report.card:neuron_card", "Print all that is known of one neuron."),
     "report": Stage(ReportConfig, "report.report:report", "Write one HTML page about some runs."),
     "study": Stage(StudyConfig, "study:study", "Do all of this for the models of one TOML file."),
     "export": Stage(ExportConfig, "exchange.export:export", "Write records in another tool's format."),
-    "import": Stage(ImportConfig, "exchange.openai:import_records", "Read records of another tool into a run."),
+    "import": Stage(ImportConfig, "exchange.imports:import_records", "Read records of another tool into a run."),
     "convert": Stage(ConvertConfig, "exchange.reference:convert", "Turn the authors' checkpoint into ours, or back."),
 }

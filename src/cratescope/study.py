@@ -12,13 +12,13 @@ import itertools
 import tomllib
 import unicodedata
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from cratescope.config import NeuronsConfig, StudyConfig
+from cratescope.config import BesideConfig, NeuronsConfig, StudyConfig
 from cratescope.errors import UserError, first_line
 from cratescope.explain.config import JudgeConfig
 from cratescope.files import decode_text
@@ -44,6 +44,10 @@ GIVEN = {
 """Section -> the options that the study itself gives. Without judges [judge] is left out."""
 SHARED = "neurons"
 """The section of what several sections share: an option of it is one of every stage that has it."""
+BESIDE = "terms"
+"""The section of explanations by terms beside those of a language model."""
+ALSO = {"explain": ("layers", "neuron_seed", "protocols"), "simulate": ("protocols",)}
+"""Options of a section that hold for terms, too; others are about the language model."""
 LOOPS = {"sites": "site", "simulators": "simulator", "judges": "scorer"}
 """Options of [neurons] that name several, and what each of them is in the sections that have it."""
 
@@ -53,6 +57,7 @@ class Plan:
     """A study file, checked: sections hold what [neurons] shares with them.
 
     models: the options of training that are a model's own, by name. sites, simulators, judges: as they were given.
+    terms: section [terms], if there is one.
     """
 
     path: Path
@@ -62,6 +67,23 @@ class Plan:
     sites: tuple[str, ...]
     simulators: tuple[str, ...]
     judges: tuple[Any, ...]
+    terms: Settings | None = None
+
+    @property
+    def explaining(self) -> list[Plan]:
+        """One for each explainer: the section [terms] adds one, which reports come first."""
+        if self.terms is None:
+            return [self]
+        kept = {name: {k: v for k, v in self.sections[name].items() if k in also} for name, also in ALSO.items()}
+        kept["explain"] |= {"explainer": "terms"} | self.terms
+        kept["simulate"] |= {name: value for name, value in self.terms.items() if name == "language"}
+        return [replace(self, sections=self.sections | kept, simulators=("terms",), judges=()), self]
+
+    @property
+    def explainer(self) -> str:
+        """Name of the explainer in files."""
+        name: str = self.options("explain", run="x").explainer_name
+        return name
 
     def options(self, section: str, own: Settings | None = None, **given: Any) -> Any:
         """The settings of a section: what the study gives, over a model's `own`, over the file's, over the defaults."""
@@ -110,22 +132,23 @@ def study(config: StudyConfig) -> Path:
             say(_loss(plan.do("evaluate", run=run.root)))
             collected = [plan.do("collect", run=run.root, site=site) for site in plan.sites]
             sites[run.root] = list(dict.fromkeys(folder.name for folder in collected))
-    explainer = plan.options("explain", run=config.out).llm.llm_name
-    for root, of_run in sites.items():
+    for one, (root, of_run) in itertools.product(plan.explaining, sites.items()):
         for site in of_run:
-            _score_neurons(plan, {"run": root, "site": site}, explainer, say)
+            _score_neurons(one, {"run": root, "site": site}, say)
     say("report")
     pages: list[Path] = []
-    for simulator in plan.simulators:
-        given = {"title": plan.title, "explainer": explainer, "simulator": simulator}
-        folder = config.out / (f"report-{simulator}" if pages else "report")
-        pages.append(plan.do("report", runs=tuple(sites), out=folder, **given))
+    for one in plan.explaining:
+        for simulator in one.simulators:
+            folder = config.out / (f"report-{simulator}" if pages else "report")
+            given: Settings = {"title": plan.title, "explainer": one.explainer, "simulator": simulator}
+            pages.append(plan.do("report", runs=tuple(sites), out=folder, **given))
     return pages[0]
 
 
-def _score_neurons(plan: Plan, place: Settings, explainer: str, say: Callable[[str], None]) -> None:
+def _score_neurons(plan: Plan, place: Settings, say: Callable[[str], None]) -> None:
     """Explain, judge, simulate and score the neurons of one site of a run."""
-    say(f"explain, {'judge, ' if plan.judges else ''}simulate, score {place['run']} {place['site']}")
+    explainer = plan.explainer
+    say(f"explain by {explainer}, {'judge, ' if plan.judges else ''}simulate, score {place['run']} {place['site']}")
     plan.do("explain", **place)
     for scorer in plan.judges:
         plan.do("judge", **place, explainer=explainer, scorer=scorer)
@@ -167,6 +190,7 @@ def check(table: Settings, path: Path) -> Plan:
     for section in sorted(GIVEN, key=lambda name: plan.sections[name].keys().isdisjoint(LOOPS.values())):
         for own in _variants(plan, section):
             _look_up(plan.options(section, own, **dict.fromkeys(GIVEN[section], "x")), f"{path}: [{section}]")
+    _look_up_explainers(plan)
     for section, options in plan.sections.items():
         for several, single in LOOPS.items():
             if single in options and _listed(options[single]) != getattr(plan, several):
@@ -198,7 +222,9 @@ def _plan(table: Settings, path: Path, neurons: NeuronsConfig) -> Plan:
         elif given := [options[single] for options in sections.values() if single in options]:
             loops[several] = _listed(given[0])
     models = {model["name"]: {key: value for key, value in model.items() if key != "name"} for model in table["model"]}
-    return Plan(path, table["title"], sections, models, **loops)
+    terms = table.get(BESIDE)
+    from_table(BesideConfig, terms or {}, f"{path}: [{BESIDE}]")
+    return Plan(path, table["title"], sections, models, **loops, terms=terms)
 
 
 def _listed(value: Any) -> tuple[Any, ...]:
@@ -238,6 +264,22 @@ def _look_up(parsed: Any, where: str) -> None:
         raise UserError(f"{where} {error}") from error
 
 
+def _look_up_explainers(plan: Plan) -> None:
+    """Raises UserError when two explainers would be the same, or the language of terms is not valid."""
+    from cratescope.explain.terms.language import load_language
+
+    for one in plan.explaining:
+        where = f"{plan.path}: [{'explain' if one is plan else BESIDE}]"
+        config = one.options("explain", run="x")
+        if one is plan and plan.terms is not None and config.explainer == "terms":
+            raise UserError(f"{where} explainer = 'terms' is what [{BESIDE}] adds; leave out one of them")
+        if config.terms.language:
+            try:
+                load_language(config.terms.language)
+            except UserError as error:
+                raise UserError(f"{where} language: {error}") from error
+
+
 def _look_up_sites(plan: Plan) -> None:
     """Raises UserError for a site or a layer that one of the models does not have."""
     from cratescope.models.folder import skeleton
@@ -267,7 +309,7 @@ def read_plan(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not valid TOML ({first_line(error)})") from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    sections = (*GIVEN, SHARED)
+    sections = (*GIVEN, SHARED, BESIDE)
     unknown = plan.keys() - {*sections, "title", "model"}
     if unknown:
         raise UserError(f"{path}: no section [{sorted(unknown)[0]}]; there are {', '.join(sections)} and [[model]]")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from importlib import import_module
+from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import tyro
@@ -21,11 +22,12 @@ class Simulates(NamedTuple):
     worded: bool = False
 
 
-Simulator = Literal["list-pmi", "list-in-context", "all-at-once"]
+Simulator = Literal["list-pmi", "list-in-context", "all-at-once", "terms"]
 SIMULATORS: dict[str, Simulates] = {
     "list-pmi": Simulates("simulators.list_pmi:ListPMI", "whole vocabulary"),
     "list-in-context": Simulates("simulators.list_in_context:ListInContext", "whole vocabulary"),
     "all-at-once": Simulates("simulators.all_at_once:AllAtOnce", "likeliest tokens", worded=True),
+    "terms": Simulates("terms.predict:TermsSimulator", "nothing"),
 }
 Scorer = Literal["detection", "fuzzing", "intruder"]
 SCORERS: dict[str, str] = {
@@ -42,12 +44,39 @@ def load(place: str) -> Any:
 
 
 Prompts = Literal["own", "openai"]
+Explainer = Literal["llm", "terms"]
+TERMS = "terms"
+"""Name of the explainer by terms, where a language model has its own."""
 DEFAULT_PROTOCOLS = ("top-and-random", "random-only")
 
 
 @dataclass(frozen=True)
+class TermsConfig(Checked):
+    """How the explainer `terms` chooses."""
+
+    terms: Annotated[int, within(1, 64)] = 3
+    """terms: the most of them in an explanation."""
+    named_only: bool = True
+    """terms: only what has a name in the language; otherwise also single words and pieces, in quotation marks."""
+    joints: bool = False
+    """terms: also what a word is together with where it stands, such as "numbers after commas"; takes longer."""
+    language: Path | None = None
+    """terms: TOML file of the language; the packaged one, which `cratescope terms` prints, by default."""
+
+
+@dataclass(frozen=True)
+class LanguageConfig(Checked):
+    """List all that explanations by terms may say: classes of words, parts of words, and places."""
+
+    language: Path | None = None
+    """TOML file of the language; the packaged one by default."""
+    toml: bool = False
+    """Print the packaged language as a TOML file, to make one's own from."""
+
+
+@dataclass(frozen=True)
 class ExplainConfig(Checked):
-    """Ask an LLM for one phrase a neuron, from its highest-activating records."""
+    """Say what each neuron finds: a phrase of an LLM from its top windows, or terms that follow its activations."""
 
     run: PositionalPath
     """Run directory with neuron records."""
@@ -61,12 +90,33 @@ class ExplainConfig(Checked):
     """Seed of the draw of neurons; a larger --neurons keeps those already done."""
     protocols: tuple[str, ...] = DEFAULT_PROTOCOLS
     """Protocols to explain for (docs/evaluation.md); those that explain from the same windows share explanations."""
+    explainer: Explainer = "llm"
+    """`llm`, or `terms`: weighted terms of a small language, chosen by a fit, without a language model."""
     prompts: Prompts = "own"
-    """`own`, or `openai`: the exact ones, from an installed automated-interpretability."""
+    """llm: `own`, or `openai`: the exact ones, from an installed automated-interpretability."""
     worker: Worker = "auto"
     ray: RayTasks = 0
     ray_gpus: RayGPUs = 0
+    terms: Annotated[TermsConfig, tyro.conf.arg(name="")] = field(default_factory=TermsConfig)
     llm: Annotated[LLMConfig, tyro.conf.arg(name="")] = field(default_factory=LLMConfig)
+
+    @property
+    def explainer_name(self) -> str:
+        """Name used in files, and by --explainer of later stages."""
+        return TERMS if self.explainer == "terms" else self.llm.llm_name
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.explainer == "llm" and (given := _changed(self.terms)):
+            raise UserError(f"--{given}: goes with --explainer terms")
+        if self.explainer == "terms" and self.prompts != "own":
+            raise UserError("--prompts: goes with --explainer llm")
+
+
+def _changed(settings: Checked) -> str | None:
+    """The first option, as on the command line, that is not at its default."""
+    found = (one.name for one in fields(settings) if getattr(settings, one.name) != one.default)
+    return next((name.replace("_", "-") for name in found), None)
 
 
 @dataclass(frozen=True)
@@ -78,10 +128,10 @@ class SimulateConfig(Checked):
     site: str = "auto"
     """Site of the records, as given to `collect`."""
     explainer: str = "offline"
-    """Explainer whose explanations to use: the --llm given to `explain`."""
+    """Explainer whose explanations to use: the --llm given to `explain`, or `terms`."""
     simulator: Simulator = "list-pmi"
-    """`list-pmi` (one forward pass per explanation, ignores context), `list-in-context` (one per window), or
-    `all-at-once` (OpenAI's protocol: values 0 to 10)."""
+    """`list-pmi` (one forward pass per explanation, ignores context), `list-in-context` (one per window),
+    `all-at-once` (OpenAI's protocol: values 0 to 10), or `terms` (no LLM; explanations of the explainer terms)."""
     neurons: Annotated[int | None, within(1)] = None
     """Use only this many of the explained neurons per layer; all by default."""
     protocols: tuple[str, ...] = DEFAULT_PROTOCOLS
@@ -90,6 +140,8 @@ class SimulateConfig(Checked):
     """Wording of all-at-once: `own`, or `openai` for OpenAI's, from an installed automated-interpretability."""
     reference_quirks: bool = False
     """all-at-once: read values as the reference code does (docs/evaluation.md)."""
+    language: Path | None = None
+    """terms: the --language that was given to `explain`."""
     worker: Worker = "auto"
     ray: RayTasks = 0
     ray_gpus: RayGPUs = 0
@@ -102,6 +154,8 @@ class SimulateConfig(Checked):
             raise UserError(
                 f"--simulator {self.simulator} is our own; --reference-quirks and --prompts go with all-at-once"
             )
+        if self.language and self.simulator != "terms":
+            raise UserError("--language: goes with --simulator terms")
         if self.llm.served and (kind.needs == "whole vocabulary" or self.reference_quirks):
             raise UserError(
                 f"--llm {self.llm.llm}: a server tells of the likeliest tokens only, and the list simulators and "

@@ -1,47 +1,53 @@
-"""Ask a language model for one phrase a neuron, from the words that excite it most."""
+"""Explain neurons: with a phrase of a language model, or with terms fitted to what they do."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Container, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-
-from transformers import PreTrainedTokenizerFast
+from typing import Any, Protocol, runtime_checkable
 
 from cratescope.errors import UserError
 from cratescope.explain.config import ExplainConfig
 from cratescope.explain.explained import Explained, Explanation
-from cratescope.explain.phrase import clean_answer
 from cratescope.explain.protocols import ExplanationSet, protocols_named
-from cratescope.explain.shown import Shown
 from cratescope.explain.waiting import Waiting, keeping
-from cratescope.explain.wording import Wording, wording_named
-from cratescope.llm.answers import EMPTY_ANSWER, ONLY_REASONING
-from cratescope.llm.interface import LanguageModel, NoAnswer, RefusedError
-from cratescope.llm.open import llm_identity, open_llm
-from cratescope.llm.reasoning import without_reasoning
+from cratescope.llm.interface import LanguageModel
 from cratescope.neurons.records import AT_ONCE, NeuronRecord, layer_file
-from cratescope.neurons.sample import (
-    DEAD,
-    UNDECODABLE,
-    draw_neurons,
-    find_site,
-    record_files,
-    records_identity,
-    undecodable,
-    with_records,
-)
+from cratescope.neurons.sample import draw_neurons, find_site, record_files, records_identity, with_records
 from cratescope.progress import progress
 from cratescope.run import Run, claim
-from cratescope.text.tokenizer import token_strings, vocabulary_strings
 from cratescope.workers import share
 
-MAX_TOKENS = 60
-"""Longest answer (paper section 4)."""
 ENOUGH = 16
 """So many refusals and useless answers, and nothing else, are no matter of single neurons."""
-NOTHING_TO_SHOW = "no readable token"
+
+
+@runtime_checkable
+class Explainer(Protocol):
+    """Says what neurons find. batch: how many of them it is given at a time."""
+
+    batch: int
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What decides its explanations besides records and windows."""
+
+    def explained(
+        self, chosen: ExplanationSet, records: Sequence[NeuronRecord]
+    ) -> Sequence[tuple[Explanation, UserError | None]]:
+        """One a neuron, each with what to tell the user where it is missing and no other is there."""
+
+
+def _explainer(config: ExplainConfig, run: Run, llm: LanguageModel | None) -> Explainer:
+    """Only now what it needs is imported, so that neither waits for the other's libraries."""
+    if config.explainer == "terms":
+        from cratescope.explain.terms.explainer import ByTerms
+
+        return ByTerms(config.terms, run)
+    from cratescope.explain.asking import Asks
+
+    return Asks(config, run, llm)
 
 
 def explain(config: ExplainConfig, llm: LanguageModel | None = None) -> list[Path]:
@@ -51,30 +57,27 @@ def explain(config: ExplainConfig, llm: LanguageModel | None = None) -> list[Pat
     that the sample stays what was drawn. Finished rows are kept.
 
     Raises:
-        UserError: no such site, layer, protocol or number of neurons; a folder holds explanations of something else; or
-            a server gives no answer that can be used.
+        UserError: no such site, layer, protocol or number of neurons; a folder holds explanations of something else; a
+            server gives no answer that can be used; or terms cannot be chosen from such records or tokens.
     """
     run = Run(config.run)
     site = find_site(run, config.site)
     samples = _samples(config, run.records(site))
-    wording = wording_named(config.prompts)
-    max_tokens = config.llm.llm_max_tokens or MAX_TOKENS
-    made_with = {"prompt": wording.explain_version, "max_tokens": max_tokens, "neuron_seed": config.neuron_seed}
-    made_with = records_identity(run, site) | llm_identity(config.llm, llm) | made_with
+    explainer = _explainer(config, run, llm)
+    made_with = records_identity(run, site) | explainer.identity | {"neuron_seed": config.neuron_seed}
     folders = []
     for chosen in protocols_named(config.protocols):
-        kept = Explained(run, site, config.llm.llm_name, chosen.name).explanations
+        kept = Explained(run, site, config.explainer_name, chosen.name).explanations
         begin = functools.partial(claim, kept.folder, made_with | {"explained": chosen.name})
         folders.append(kept.folder)
         with keeping(kept, begin, ENOUGH, lambda item: bool(item.text)) as waiting:
             for layer, indices in samples.items():
-                indices = share(indices, config.worker, config.llm.llm_batch)
+                indices = share(indices, config.worker, explainer.batch)
                 done = kept.done(layer) & {*indices}
                 if len(done) < len(indices):
-                    llm = llm or open_llm(config.llm)
-                    asking = Asking(llm, run.tokenizer, wording, chosen, config.llm.llm_name, max_tokens)
                     path = layer_file(run.records(site), layer)
-                    _explain_layer(path, layer, indices, done, waiting, asking.asked, config.llm.llm_batch)
+                    ask = functools.partial(explainer.explained, chosen)
+                    _explain_layer(path, layer, indices, done, waiting, ask, explainer.batch)
     return folders
 
 
@@ -115,60 +118,3 @@ def _explain_layer(
         for explanation, problem in found:
             if explanation.neuron.index not in done:
                 waiting.add(explanation, problem)
-
-
-@dataclass(frozen=True)
-class Asking:
-    """Who is asked for explanations, in which words, and from which windows."""
-
-    llm: LanguageModel
-    tokenizer: PreTrainedTokenizerFast
-    wording: Wording
-    windows: ExplanationSet
-    explainer: str
-    max_tokens: int = MAX_TOKENS
-
-    def explanations(self, records: Sequence[NeuronRecord]) -> list[Explanation]:
-        """One a neuron, in one call of the model."""
-        return [explanation for explanation, _ in self.asked(records)]
-
-    def asked(self, records: Sequence[NeuronRecord]) -> list[tuple[Explanation, UserError | None]]:
-        """The same, each with what to say where a server's answer cannot be used and no other can."""
-        asked = [self._prompt(record) for record in records]
-        prompts = [self.llm.encode(prompt) for prompt, _ in asked if prompt]
-        answers = iter(self._answers(prompts) if prompts else [])
-        found = []
-        for record, (prompt, reason) in zip(records, asked, strict=True):
-            answer = next(answers) if prompt else ""
-            text, problem = "", None
-            if isinstance(answer, NoAnswer):
-                reason, problem = answer.reason, self._problem(answer)
-            elif prompt:
-                text = clean_answer(answer)
-                unsaid = ONLY_REASONING if answer.strip() and not without_reasoning(answer).strip() else EMPTY_ANSWER
-                reason = None if text else unsaid
-            one = Explanation(record.neuron, text, self.explainer, self.wording.explain_version, reason)
-            found.append((one, problem))
-        return found
-
-    def _answers(self, prompts: Sequence[list[int]]) -> Sequence[str | NoAnswer]:
-        prefix = self.llm.encode(self.wording.explain_prefix())
-        try:
-            return self.llm.generate(prefix, prompts, self.max_tokens, "\n")
-        except RefusedError as error:
-            return error.answers
-
-    def _problem(self, answer: NoAnswer) -> UserError:
-        told = f"{self.explainer}: none of its answers can be used, the first one for this reason: {answer.reason}"
-        return UserError(f"{told}; {answer.fix}")
-
-    def _prompt(self, record: NeuronRecord) -> tuple[str, str | None]:
-        """The neuron's own part of the prompt, or why there is none."""
-        if record.dead:
-            return "", DEAD
-        windows = self.windows.windows(record)
-        if undecodable(windows, len(vocabulary_strings(self.tokenizer))):
-            return "", UNDECODABLE
-        shown = [Shown(token_strings(self.tokenizer, window.tokens.tolist()), window.activations) for window in windows]
-        prompt = self.wording.explain_prompt(shown, record.moments.maximum)
-        return prompt, None if prompt else NOTHING_TO_SHOW

@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 
+from cratescope.errors import UserError
 from cratescope.explain.config import SIMULATORS, SimulateConfig
-from cratescope.explain.controls import EVERY, SIMULATED, Material, planned, texts_of, token_means
+from cratescope.explain.controls import EVERY, OWN, SIMULATED, Material, planned, texts_of, token_means
 from cratescope.explain.explained import Explained, Simulation, Told
 from cratescope.explain.protocols import ExplanationSet, Protocol, protocols_named, scoring_windows
-from cratescope.explain.simulators import Simulator, simulator_named
+from cratescope.explain.simulators import Simulator, UnreadableError, simulator_named
 from cratescope.explain.waiting import ENOUGH, keeping
 from cratescope.files import read_json, write_json
 from cratescope.llm.answers import REFUSED
@@ -32,6 +33,7 @@ from cratescope.workers import share
 
 DECIMALS = 4
 UNREAD = "a slot without a value"
+UNREADABLE = "not read by the simulator: "
 
 
 def simulate(config: SimulateConfig, llm: LanguageModel | None = None) -> list[Path]:
@@ -85,8 +87,20 @@ def _simulate_set(
 def _identity(config: SimulateConfig, explained: Explained, llm: LanguageModel | None) -> dict[str, Any]:
     """What decides simulations; the language model only for a simulator that needs one."""
     asked = {} if SIMULATORS[config.simulator].needs == "nothing" else llm_identity(config.llm, llm)
-    made_with = simulator_named(config.simulator).made_with(config)
-    return explained.origin | asked | {"explanations": explained.identity()} | made_with
+    explanations, made_with = explained.identity(), simulator_named(config.simulator).made_with(config)
+    _check_language(explanations, made_with)
+    return explained.origin | asked | {"explanations": explanations} | made_with
+
+
+def _check_language(explanations: dict[str, Any], simulator: dict[str, Any]) -> None:
+    """Refuse to read terms in another language than they were written in: a word may be of other classes there."""
+    written, read = (one.get("language_sha256") for one in (explanations, simulator))
+    if written and read and written != read:
+        name = f"{explanations['language']} {explanations['language_version']} (sha256 {written[:12]})"
+        raise UserError(
+            f"--language: the explanations are in the language {name}, and this one is {simulator['language']} "
+            f"{simulator['language_version']} (sha256 {read[:12]}); name the file that `cratescope explain` was given"
+        )
 
 
 def _tasks(
@@ -162,14 +176,15 @@ class Task:
         return (
             found is not None
             and found.texts == self.texts
-            and (found.skipped in (self.skipped, UNREAD) or str(found.skipped).startswith(REFUSED))
+            and (found.skipped in (self.skipped, UNREAD) or str(found.skipped).startswith((REFUSED, UNREADABLE)))
             and keys <= {*found.keys}
         )
 
     def simulate(self, simulator: Simulator, name: str) -> tuple[Simulation, RefusedError | None]:
         """Also on the windows that are kept of other protocols, so that none of them loses its own.
 
-        A control whose prompts a server refuses is missing; the refusal is returned when all of them are.
+        A control whose prompts a server refuses, or whose text the simulator cannot read, is missing; the refusal is
+        returned when all of them are refused.
         """
         keys = {window.key for window in self.windows} | {*(self.found.keys if self.found else ())}
         windows = [window for window in self.possible if window.key in keys]
@@ -180,6 +195,11 @@ class Task:
                 rows = [values(self.material, window) for window in windows] if values else simulator(text, windows)
             except RefusedError as error:
                 skipped, refused = error.answers[0].reason, error
+                continue
+            except UnreadableError as error:
+                # A control that is not in the simulator's language is missing, and no fault of the neuron.
+                skipped = UNREADABLE + error.reason if control == OWN else skipped
+                answered = True
                 continue
             answered |= values is None
             if any(np.isnan(row).any() for row in rows):

@@ -16,7 +16,7 @@ from rich.text import Text
 from cratescope.neurons.records import NeuronRecord, TokenMean, Window
 from cratescope.report.config import ShowConfig
 from cratescope.report.text import Decode, number, percent, sparkline, visible
-from cratescope.results.neuron import Neuron, read_neuron
+from cratescope.results.neuron import Neuron, read_neuron, source_of
 from cratescope.run import Run
 from cratescope.score.scores import Score
 from cratescope.text.tokenizer import token_strings
@@ -68,12 +68,12 @@ def card_text(neuron: Neuron) -> str:
 
 
 def _explained(neuron: Neuron) -> Iterator[Text]:
-    """The explanation of each set, with the scores by each protocol's own measure that were made from it."""
-    explained = [said for said in neuron.said.values() if said.explanation]
+    """Each explanation, with the scores by each protocol's own measure that were made from it."""
+    explained = [said for said in neuron.said if said.explanation]
     if not explained:
-        yield Text(f"not explained by {neuron.explainer}", "dim italic")
+        yield Text("not explained", "dim italic")
     for said in explained:
-        source = f" · from {said.set}" if len(explained) > 1 else ""
+        source = f" · {source_of(said, explained)}" if len(explained) > 1 else ""
         yield Text.assemble((visible(said.shown), "bold"), (source, "dim"))
         for own, controls in said.scored(neuron.id):
             yield _scored(own, controls)

@@ -24,10 +24,10 @@ class ShowConfig(Checked):
     """Its index in the layer, counted from 0."""
     site: str = "auto"
     """Site of the records, as given to `collect`."""
-    explainer: str = "offline"
-    """Explainer whose explanation to show: the --llm given to `explain`."""
-    simulator: Simulator = "list-pmi"
-    """Simulator whose scores to show."""
+    explainer: str | None = None
+    """Show only the explanation of this explainer: the --llm given to `explain`, or `terms`."""
+    simulator: Simulator | None = None
+    """Show only scores of this simulator."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class ReportConfig(Checked):
     out: Path
     """Folder to write."""
     explainer: str = "offline"
-    """Explainer whose explanations to report."""
+    """Explainer whose explanations to report; cards show those of others too."""
     simulator: Simulator = "list-pmi"
     """Simulator whose simulations to report."""
     primary: str = "uniform/pearson/shuffled"

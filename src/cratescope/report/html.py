@@ -17,7 +17,7 @@ from cratescope.explain.explained import Simulation
 from cratescope.neurons.records import NeuronId, NeuronRecord, Window
 from cratescope.report import text
 from cratescope.report.text import Decode, visible
-from cratescope.results.neuron import Neuron, Said
+from cratescope.results.neuron import Neuron, Said, source_of
 from cratescope.score.scores import Score
 from cratescope.text.tokenizer import token_strings
 
@@ -43,7 +43,7 @@ class Entry:
     scores: of each protocol, by its own measure, of its controls, and by the measures beside it.
     """
 
-    explained: str
+    source: str
     text: str
     scores: list[tuple[Score, dict[str, Score], list[Score]]]
     scored: list[Excerpt]
@@ -66,7 +66,7 @@ class Card:
 def card_html(neuron: Neuron) -> str:
     """The card of a notebook: the same as the report's, with its style."""
     tokenizer = neuron.run.tokenizer
-    card = page_card(neuron, list(neuron.said), lambda ids: token_strings(tokenizer, ids))
+    card = page_card(neuron, lambda ids: token_strings(tokenizer, ids))
     return page_environment().get_template("notebook.html").render(neuron=neuron, card=card)
 
 
@@ -83,8 +83,8 @@ def page_environment() -> Environment:
     return environment
 
 
-def page_card(neuron: Neuron, sets: Sequence[str], decode: Decode, rank: int | None = None) -> Card:
-    """A neuron with what `sets` say of it; `decode` gives the texts of token ids."""
+def page_card(neuron: Neuron, decode: Decode, rank: int | None = None) -> Card:
+    """A neuron with all that was said of it; `decode` gives the texts of token ids."""
     record = neuron.record
     labelled = [(f"top {place}", window) for place, window in enumerate(record.top[:TOP_EXCERPTS], 1)]
     labelled += [("random", window) for window in record.random[:RANDOM_EXCERPTS]]
@@ -92,8 +92,8 @@ def page_card(neuron: Neuron, sets: Sequence[str], decode: Decode, rank: int | N
     return Card(
         neuron=neuron.id,
         rank=rank,
-        said=[_entry(neuron.said[name], record, decode) for name in sets]
-        or [Entry("", f"not explained by {neuron.explainer}", [], [], None)],
+        said=[_entry(said, source_of(said, neuron.said), record, decode) for said in neuron.said]
+        or [Entry("", "not explained", [], [], None)],
         density=record.density,
         maximum=peak,
         histogram=text.sparkline(record.histogram, peak, HISTOGRAM_BINS) if record.histogram else "",
@@ -104,10 +104,10 @@ def page_card(neuron: Neuron, sets: Sequence[str], decode: Decode, rank: int | N
     )
 
 
-def _entry(said: Said, record: NeuronRecord, decode: Decode) -> Entry:
+def _entry(said: Said, source: str, record: NeuronRecord, decode: Decode) -> Entry:
     simulation = said.simulation
     return Entry(
-        explained=said.set,
+        source=source,
         text=said.shown,
         scores=[(own, controls, said.beside(own)) for own, controls in said.scored(record.neuron)],
         scored=list(_compared(record, simulation, decode)) if simulation else [],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,10 @@ from markupsafe import Markup
 from transformers import PreTrainedTokenizerFast
 
 from cratescope.errors import UserError
+from cratescope.explain.config import SCORERS
 from cratescope.explain.controls import CONTROLS
 from cratescope.explain.explained import Explained
-from cratescope.files import read_json, write_json, write_text
+from cratescope.files import read_json, slug, write_json, write_text
 from cratescope.locks import locked
 from cratescope.neurons.records import layer_file
 from cratescope.report import text, verdict
@@ -33,7 +34,7 @@ from cratescope.results.scores import measures_of
 from cratescope.run import made_from
 from cratescope.score.quality import QUALITIES
 
-VERSION = 2
+VERSION = 3
 """Of the page: raise it when the same results look different."""
 CSV = ("scores", "neurons", "losses", "activity", "quality", "matched", "sanity")
 
@@ -73,7 +74,7 @@ def report(config: ReportConfig, tokenizer: PreTrainedTokenizerFast | None = Non
 def _made_from(config: ReportConfig) -> dict[str, str]:
     """Every number and text that the report shows, and the settings."""
     inputs = ["run.json", "evaluation.json", "metrics.jsonl", "scores/*/*.json", "scores/*/*/*/*.json"]
-    inputs += ["scores/*/*/*/layer-*.parquet", "simulations/*/*/*/*/manifest.json"]
+    inputs += ["scores/*/*/*/layer-*.parquet", "simulations/*/*/*/*/manifest.json", "explanations/*/*/*/*"]
     files = [path for run in config.runs for pattern in inputs for path in sorted(run.glob(pattern))]
     settings = {name: value for name, value in vars(config).items() if name != "out"}
     return made_from((path for path in files if path.is_file()), Path(), version=VERSION, **settings)
@@ -238,22 +239,24 @@ def _groups(item: Results, config: ReportConfig, decode: text.Decode) -> Iterato
         chosen = spread(ranking, config.cards)
         neurons = _neurons(item, config, layer, [index for _, index in chosen]) if chosen else []
         ranked = zip(neurons, chosen, strict=True)
-        cards = [page_card(neuron, item.scores.sets, decode, rank) for neuron, (rank, _) in ranked]
+        cards = [page_card(neuron, decode, rank) for neuron, (rank, _) in ranked]
         mean, distinct = item.scores.mean(protocol, layer=layer), item.distinct(item.scores.sets[0], layer)
         yield Group(item, layer, mean, _unscored(item, protocol, layer), len(ranking), distinct, cards)
 
 
 def _neurons(item: Results, config: ReportConfig, layer: int, indices: Sequence[int]) -> list[Neuron]:
-    """Neurons of a layer; each has been simulated from every explanation set that was scored."""
-    where = {"site": item.site, "explainer": config.explainer, "simulator": config.simulator}
-    neurons = read_neurons(item.run, layer, indices, scores=item.scores, **where)
-    for neuron in neurons:
-        for name in item.scores.sets:
-            if name not in neuron.said or neuron.said[name].simulation is None:
-                folder = Explained(item.run, item.site, config.explainer, name).simulations(config.simulator).folder
+    """Neurons of a layer, the reported explainer's explanations first; those that are scored have been simulated."""
+    reported = slug(config.explainer), slug(config.simulator)
+    found = []
+    for neuron in read_neurons(item.run, layer, indices, site=item.site):
+        ours = [said for said in neuron.said if (said.explainer, said.simulator) == reported]
+        for said in ours:
+            if said.simulation is None and any(row.protocol not in SCORERS for row in said.scores.every(neuron.id)):
+                folder = Explained(item.run, item.site, config.explainer, said.set).simulations(config.simulator).folder
                 what = f"{layer_file(folder, layer)}: has no neuron {neuron.id.index}"
                 raise UserError(f"{what}; run `cratescope simulate {item.run.root}` first")
-    return neurons
+        found.append(replace(neuron, said=(*ours, *(said for said in neuron.said if said not in ours))))
+    return found
 
 
 def _unscored(item: Results, protocol: str, layer: int) -> str:

@@ -16,6 +16,8 @@ def headline(pairs: Sequence[Comparison]) -> str:
     first = pairs[0]
     tokens = first.tokens_trained
     trained = "as adopted" if tokens is None else f"after {count(tokens)} training tokens" if tokens else "untrained"
+    if first.loss is not None:
+        trained = f"at a validation loss of {first.loss:.2f} nats"
     named = f"on the primary measure ({first.quantity.name})" if first.primary else f"on {first.quantity.name}"
     a, b = (f"{number(side.mean)} ± {number(side.standard_error)}" for side in (first.a, first.b))
     text = (

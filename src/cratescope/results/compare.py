@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -12,7 +13,7 @@ from cratescope.errors import UserError
 from cratescope.explain.config import SCORERS
 from cratescope.explain.controls import CONTROLS, SHUFFLED
 from cratescope.explain.protocols import PROTOCOLS
-from cratescope.results.estimates import Estimate, over
+from cratescope.results.estimates import Estimate, finite, over
 from cratescope.results.runs import Results, protocols, untrained_copy
 from cratescope.results.scores import measures_of
 from cratescope.score.inference import Difference, compare_neurons, compare_seeds, mean_of, needed
@@ -99,8 +100,9 @@ class Side:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Side a against side b of one size, on the same data, context and number of training tokens.
+    """Side a against side b of one size, on the same data and context, after as many training tokens or at equal loss.
 
+    loss: the validation loss, as mean over seeds, at which they are compared; None where it is at equal tokens.
     test: over seeds when both sides have at least two, else over the neurons of the one pair of runs there is; None
     where neither can be made. layers: how many, each with the same number of neurons.
     """
@@ -113,6 +115,7 @@ class Comparison:
     b: Side
     test: Difference | None
     layers: int
+    loss: float | None = None
 
     @property
     def difference(self) -> float:
@@ -168,23 +171,79 @@ def sides(results: Sequence[Results], chosen: Sequence[str] = ()) -> tuple[str, 
     return (found[0], found[1]) if len(found) == 2 else None
 
 
+Mix = tuple[tuple[Results, float], ...]
+"""A run, or two milestones of one with the weights of an interpolation between them."""
+
+
 def comparisons(results: Sequence[Results], primary: Quantity, chosen: Sequence[str] = ()) -> list[list[Comparison]]:
-    """All comparisons the runs allow: one list per size and number of training tokens, the primary quantity first."""
+    """All comparisons the runs allow: one list per size and number of training tokens, the primary quantity first.
+
+    Where runs have milestones, a list at equal loss follows that at equal tokens.
+    """
     pair = sides(results, chosen)
     if pair is None:
         return []
-    groups: dict[tuple[Any, ...], dict[str, list[Results]]] = {}
-    for item in results:
-        if item.site == item.arm.site:
-            groups.setdefault((item.matter, item.arm.tokens_trained), {}).setdefault(item.arm.name, []).append(item)
-    shared = [(key, {name: arms[name] for name in pair}) for key, arms in groups.items() if arms.keys() >= set(pair)]
-    # The end of training before its milestones, untrained controls last.
-    shared.sort(key=lambda group: (group[0][1] == 0, group[0][0], -(group[0][1] or 0)))
+    native = [item for item in results if item.site == item.arm.site]
+    groups = _at_equal_tokens(native, pair) + _at_equal_loss(native, pair)
     quantities = _quantities(results, primary)
     return [
-        [found for quantity in quantities if (found := _compare(arms, quantity, primary, results)) is not None]
-        for _, arms in shared
+        [found for quantity in quantities if (found := _compare(arms, quantity, primary, results, loss)) is not None]
+        for arms, loss in groups
     ]
+
+
+Arms = list[dict[int, Mix]]
+"""Of either side: what is compared, by seed."""
+
+
+def _at_equal_tokens(results: Sequence[Results], pair: tuple[str, str]) -> list[tuple[Arms, float | None]]:
+    """The end of training before its milestones, untrained controls last."""
+    groups: dict[tuple[Any, ...], dict[str, dict[int, Mix]]] = {}
+    for item in results:
+        arms = groups.setdefault((item.matter, item.arm.tokens_trained), {})
+        # Seeds are the unit of replication, so a second run of a seed (the first given stays) is none.
+        arms.setdefault(item.arm.name, {}).setdefault(item.arm.seed or 0, ((item, 1.0),))
+    shared = [(key, [arms[name] for name in pair]) for key, arms in groups.items() if arms.keys() >= set(pair)]
+    shared.sort(key=lambda group: (group[0][1] == 0, group[0][0], -(group[0][1] or 0)))
+    return [(arms, None) for _, arms in shared]
+
+
+def _at_equal_loss(results: Sequence[Results], pair: tuple[str, str]) -> list[tuple[Arms, float | None]]:
+    """For each seed at the worse of the two final losses: the other arm is taken back to where it had that."""
+    courses: dict[tuple[Any, ...], dict[tuple[str, int], list[Results]]] = {}
+    for item in results:
+        if item.arm.tokens_trained and _loss(item) is not None:
+            courses.setdefault(item.matter, {}).setdefault((item.arm.name, item.arm.seed or 0), []).append(item)
+    found: list[tuple[Arms, float | None]] = []
+    for _, of_arms in sorted(courses.items(), key=lambda entry: entry[0]):
+        arms: Arms = [{}, {}]
+        losses = []
+        for seed in sorted({seed for _, seed in of_arms}):
+            both = [sorted(of_arms.get((name, seed), ()), key=lambda item: item.arm.tokens_trained) for name in pair]
+            target = max((_loss(course[-1]) or 0.0 for course in both if course), default=0.0)
+            mixes = [_at_loss(course, target) for course in both]
+            if mixes[0] and mixes[1] and max(map(len, both)) > 1:
+                arms[0][seed], arms[1][seed] = mixes
+                losses.append(target)
+        if losses:
+            found.append((arms, statistics.fmean(losses)))
+    return found
+
+
+def _loss(item: Results) -> float | None:
+    return finite(item.evaluation["loss"])
+
+
+def _at_loss(course: Sequence[Results], target: float) -> Mix:
+    """Where a run had a loss: its end, or between the two milestones around that; nothing before the first of them."""
+    losses = [_loss(item) or 0.0 for item in course]
+    if losses and losses[-1] >= target:
+        return ((course[-1], 1.0),)
+    for place, (before, after) in enumerate(itertools.pairwise(losses)):
+        if before >= target > after:
+            share = (before - target) / (before - after)
+            return (course[place], 1 - share), (course[place + 1], share)
+    return ()
 
 
 def _quantities(results: Sequence[Results], primary: Quantity) -> list[Quantity]:
@@ -195,43 +254,54 @@ def _quantities(results: Sequence[Results], primary: Quantity) -> list[Quantity]
 
 
 def _compare(
-    arms: Mapping[str, list[Results]], quantity: Quantity, primary: Quantity, results: Sequence[Results]
+    arms: Arms, quantity: Quantity, primary: Quantity, results: Sequence[Results], loss: float | None
 ) -> Comparison | None:
-    # Seeds are the unit of replication, so a second run of a seed (the first given stays) is none.
-    runs = [[*{item.arm.seed or 0: item for item in reversed(items)}.values()][::-1] for items in arms.values()]
-    a, b = (_side(items, quantity, results) for items in runs)
+    a, b = (_side(mixes, quantity, results) for mixes in arms)
     if a is None or b is None:
         return None
     test = compare_seeds(a.seeds, b.seeds)
     if min(len(a.seeds), len(b.seeds)) < 2 and quantity.over != UNTRAINED:
-        first = [
-            next(item for item in items if item.arm.seed in side.seeds)
-            for items, side in zip(runs, (a, b), strict=True)
-        ]
-        test = compare_neurons(*(quantity.layers(item) for item in first))
-    one = runs[0][0]
+        first = [next(iter(mixes[seed] for seed in side.seeds)) for mixes, side in zip(arms, (a, b), strict=True)]
+        # Milestones of one run are the same neurons, so that those of two cannot be tested as if they were others.
+        whole = all(len(mix) == 1 for mix in first)
+        test = compare_neurons(*(quantity.layers(mix[0][0]) for mix in first)) if whole else None
+    one = next(iter(arms[0].values()))[0][0]
     layers = max(len(quantity.layers(one)), 1)
-    return Comparison(one.arm.size, one.arm.tokens_trained, quantity, quantity == primary, a, b, test, layers)
+    tokens = one.arm.tokens_trained if loss is None else None
+    return Comparison(one.arm.size, tokens, quantity, quantity == primary, a, b, test, layers, loss)
 
 
-def _side(items: Sequence[Results], quantity: Quantity, results: Sequence[Results]) -> Side | None:
+def _side(mixes: Mapping[int, Mix], quantity: Quantity, results: Sequence[Results]) -> Side | None:
     """None when no run has the quantity."""
-    means = {item.arm.seed or 0: quantity.mean(item, results) for item in items}
+    means = {
+        seed: _mixed([(quantity.mean(item, results), share) for item, share in mix]) for seed, mix in mixes.items()
+    }
     seeds = {seed: mean.mean for seed, mean in means.items() if mean.mean is not None}
     if not seeds:
         return None
     over_seeds = mean_of([*seeds.values()])
     error = over_seeds.standard_error if len(seeds) > 1 else means[next(iter(seeds))].standard_error
-    layers = [layer for item in items for layer in quantity.layers(item)]
+    layers = [layer for mix in mixes.values() for layer in quantity.layers(mix[-1][0])]
     deviations = [value for layer in layers if (value := mean_of(layer).standard_deviation) is not None]
-    losses = [loss for item in items if (loss := item.evaluation["loss"]) is not None and math.isfinite(loss)]
+    losses = [_mixed([(Estimate(_loss(item), None), share) for item, share in mix]).mean for mix in mixes.values()]
+    known = [loss for loss in losses if loss is not None]
+    arm = next(iter(mixes.values()))[0][0].arm
     return Side(
-        arm=items[0].arm.name,
-        title=items[0].arm.title,
+        arm=arm.name,
+        title=arm.title,
         seeds=seeds,
         neurons=sum(map(len, layers)),
         mean=statistics.fmean(seeds.values()),
         standard_error=error,
         deviation=math.sqrt(statistics.fmean(value**2 for value in deviations)) if deviations else None,
-        loss=statistics.fmean(losses) if losses else None,
+        loss=statistics.fmean(known) if known else None,
     )
+
+
+def _mixed(parts: Sequence[tuple[Estimate, float]]) -> Estimate:
+    """A weighted mean; its error as if the parts were independent."""
+    if any(part.mean is None for part, _ in parts):
+        return Estimate(None, None)
+    errors = [part.standard_error for part, _ in parts]
+    error = None if None in errors else math.hypot(*(share * (part.standard_error or 0) for part, share in parts))
+    return Estimate(sum(share * (part.mean or 0) for part, share in parts), error)

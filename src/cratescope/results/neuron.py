@@ -13,6 +13,7 @@ from cratescope.explain.config import SCORERS
 from cratescope.explain.controls import CONTROLS, OWN
 from cratescope.explain.explained import Explained, Explanation, Judgement, Simulation
 from cratescope.explain.protocols import ON_UNIFORM_TEXT
+from cratescope.files import slug
 from cratescope.neurons.kept import Kept
 from cratescope.neurons.records import NeuronId, NeuronRecord, layer_file, read_records
 from cratescope.neurons.sample import find_site, record_files
@@ -25,13 +26,16 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True, eq=False)
 class Said:
-    """What a neuron was said to find by one explanation set, and how well that predicts it.
+    """What an explainer said of a neuron from one explanation set, and how well a simulator predicts it by that.
 
+    explainer, simulator: as their folders are named; no simulator before `simulate`.
     simulation: None before `simulate`. judgements: by scorer, one per control.
-    scores: this neuron's rows of this set only.
+    scores: this neuron's rows of this explainer, set and simulator only.
     """
 
+    explainer: str
     set: str
+    simulator: str
     explanation: Explanation | None
     simulation: Simulation | None
     judgements: dict[str, list[Judgement]]
@@ -61,20 +65,28 @@ class Said:
         return [row for row in rows if row is not None and (row.value is not None or row.reason != own.reason)]
 
 
+def source_of(said: Said, among: Sequence[Said]) -> str:
+    """What tells an explanation from the others `among` which it is shown, such as "by offline, from top"."""
+    explainers = {one.explainer for one in among}
+    words = [f"by {said.explainer}"] if len(explainers) > 1 else []
+    words += [f"from {said.set}"] if len({one.set for one in among}) > 1 else []
+    # Where each explainer has a simulator of its own, that needs no words.
+    if said.simulator and len({(one.explainer, one.simulator) for one in among}) > len(explainers):
+        words.append(f"simulated by {said.simulator}")
+    return ", ".join(words)
+
+
 @dataclass(frozen=True, eq=False)
 class Neuron:
     """Everything known of one neuron at one site of one run.
 
-    site: the name of its folder of records. said: by explanation set, in the order of the sets' names.
-    explainer, simulator: whose explanations and simulations these are.
+    site: the name of its folder of records. said: in the order of explainers, simulators and explanation sets.
     """
 
     run: Run
     site: str
     record: NeuronRecord
-    explainer: str
-    simulator: str
-    said: dict[str, Said]
+    said: tuple[Said, ...]
 
     @property
     def id(self) -> NeuronId:
@@ -83,11 +95,14 @@ class Neuron:
     @property
     def text(self) -> str:
         """The first explanation there is; empty when there is none."""
-        return next((said.text for said in self.said.values() if said.text), "")
+        return next((said.text for said in self.said if said.text), "")
 
     def score(self, protocol: str, control: str = OWN, measure: str | None = None) -> float | None:
-        """A score (plain, not x100) by the protocol's own measure or another; None where there is none."""
-        for said in self.said.values():
+        """The first score there is (plain, not x100) by the protocol's own measure or another; None without one.
+
+        Those of one explainer or simulator are in `said`, or in a neuron that was read for these alone.
+        """
+        for said in self.said:
             if row := said.scores.of(self.id, protocol, control, measure):
                 return row.value
         return None
@@ -121,13 +136,12 @@ def read_neurons(
     layer: int,
     indices: Sequence[int] | None = None,
     site: str = "auto",
-    explainer: str = "offline",
-    simulator: str = "list-pmi",
-    scores: Scores | None = None,
+    explainer: str | None = None,
+    simulator: str | None = None,
 ) -> list[Neuron]:
     """Neurons of one layer, in the order of `indices`; all of them unless given.
 
-    scores: those of this site, explainer and simulator where they have been read already.
+    explainer, simulator: what is said by these alone; by all there are, unless given.
 
     Raises:
         UserError: no records, no such site, layer or neuron; or a file is damaged.
@@ -138,30 +152,46 @@ def read_neurons(
         known = ", ".join(map(str, files)) or "none"
         raise UserError(f"layer {layer}: no such layer; {run.records(site)} has layers {known}")
     records = read_records(files[layer], indices)
-    if scores is None:
-        scores = Scores.read(run.scores(site, explainer, simulator), [layer], indices)
     ids = [record.neuron for record in records.values()]
-    said: dict[NeuronId, dict[str, Said]] = {neuron: {} for neuron in ids}
-    names = {*(one.set for one in Explained.every(run, site, explainer)), *scores.sets}
-    for explained in (Explained(run, site, explainer, name) for name in sorted(names)):
-        for neuron, one in _said(explained, simulator, ids, scores).items():
-            said[neuron][explained.set] = one
-    return [Neuron(run, site, record, explainer, simulator, said[record.neuron]) for record in records.values()]
+    said: dict[NeuronId, list[Said]] = {neuron: [] for neuron in ids}
+    for names in _sources(run, site, explainer, simulator) if ids else ():
+        for neuron, one in _said(run, site, names, ids):
+            said[neuron].append(one)
+    return [Neuron(run, site, record, tuple(said[record.neuron])) for record in records.values()]
 
 
-def _said(explained: Explained, simulator: str, ids: Sequence[NeuronId], scores: Scores) -> dict[NeuronId, Said]:
-    """What an explanation set says of each neuron; those it says nothing of are left out."""
-    told = _read(explained.explanations, ids)
-    simulated = _simulations(explained.simulations(simulator), ids)
-    judged_by = {scorer: _read(explained.judgements(scorer), ids) for scorer in SCORERS}
-    said = {}
-    for neuron in ids:
-        rows = [row for row in scores.every(neuron) if row.set == explained.set]
-        judged = {scorer: items[neuron] for scorer, items in judged_by.items() if neuron in items}
-        one = Said(explained.set, told.get(neuron), simulated.get(neuron), judged, Scores(rows))
-        if one.explanation or one.simulation or judged or rows:
-            said[neuron] = one
-    return said
+def _sources(run: Run, site: str, explainer: str | None, simulator: str | None) -> list[tuple[str, str]]:
+    """Explainers and simulators that there is something of; one without a name where nothing was simulated."""
+
+    def folders(stage: str, *names: str) -> set[str]:
+        return {path.name for path in run.root.joinpath(stage, slug(site), *names).glob("*") if path.is_dir()}
+
+    stages = ("explanations", "simulations", "judgements", "scores")
+    explainers = set().union(*map(folders, stages)) if explainer is None else {slug(explainer)}
+    return [
+        (name, other)
+        for name in sorted(explainers)
+        for other in ([simulator] if simulator else sorted(folders("simulations", name) | folders("scores", name)))
+        or [""]
+    ]
+
+
+def _said(run: Run, site: str, names: tuple[str, str], ids: Sequence[NeuronId]) -> Iterator[tuple[NeuronId, Said]]:
+    """What an explainer says of each neuron of a layer, by explanation set, and a simulator predicts by it."""
+    explainer, simulator = names
+    folder, indices = run.scores(site, explainer, simulator), [neuron.index for neuron in ids]
+    scores = Scores.read(folder, [ids[0].layer], indices) if simulator else Scores()
+    sets = {*(one.set for one in Explained.every(run, site, explainer)), *scores.sets}
+    for explained in (Explained(run, site, explainer, name) for name in sorted(sets)):
+        told = _read(explained.explanations, ids)
+        simulated = _simulations(explained.simulations(simulator), ids) if simulator else {}
+        judged_by = {scorer: _read(explained.judgements(scorer), ids) for scorer in SCORERS}
+        for neuron in ids:
+            rows = [row for row in scores.every(neuron) if row.set == explained.set]
+            judged = {scorer: items[neuron] for scorer, items in judged_by.items() if neuron in items}
+            about = told.get(neuron), simulated.get(neuron), judged
+            if any(about) or rows:
+                yield neuron, Said(explainer, explained.set, simulator, *about, Scores(rows))
 
 
 def _read(kept: Kept[Item], ids: Sequence[NeuronId]) -> dict[NeuronId, Item]:

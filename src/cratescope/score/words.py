@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool, Int
 
-from cratescope.explain.protocols import Protocol
+from cratescope.explain.config import TERMS
+from cratescope.explain.protocols import PROTOCOLS, Protocol
 from cratescope.explain.shown import same_word
 from cratescope.neurons.records import NeuronRecord, Window
 
@@ -53,10 +54,11 @@ def words_for(explainer: str, reader: Reader) -> WordsOf:
 
 
 def known_windows(explainer: str, protocol: Protocol, record: NeuronRecord) -> Sequence[Window]:
-    """The windows that the explainer's explanation of a neuron was made from: `unseen` leaves their words out.
+    """The windows that the explainer's explanation of a neuron was made from: `unseen` leaves their words out."""
+    if explainer == TERMS:
+        from cratescope.explain.terms.selection import selected  # slow to import
 
-    An explainer that learns from others than those of the protocol's explanation set gets a line of its own here.
-    """
+        return [one.window for one in selected(record, [*PROTOCOLS.values()])]
     return protocol.set.windows(record)
 
 

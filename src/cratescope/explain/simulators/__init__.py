@@ -1,6 +1,7 @@
 """Simulators: how the activations of a neuron are predicted from a text. One per module, with its prompt and constants.
 
-A new one is a module here and a line in the table `SIMULATORS` of `cratescope.explain.config`.
+A new one is a module here and a line in the table `SIMULATORS` of `cratescope.explain.config`. The one that needs no
+language model is with its explainer, in `cratescope.explain.terms`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,14 @@ from jaxtyping import Float
 from cratescope.explain.config import SIMULATORS, SimulateConfig, load
 from cratescope.llm.interface import LanguageModel
 from cratescope.neurons.records import Window
+
+
+class UnreadableError(Exception):
+    """A simulator cannot read a text; `reason` says why, for tables."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
 
 
 @runtime_checkable
@@ -39,6 +48,7 @@ class Simulator(Protocol):
 
         Raises:
             RefusedError: a server refuses the prompts.
+            UnreadableError: the text is none that it can simulate.
         """
 
 

@@ -23,6 +23,7 @@ import numpy as np
 import scipy.sparse as sp
 from jaxtyping import Bool, Float, Int
 
+from cratescope.explain.config import TermsConfig
 from cratescope.explain.protocols import PROTOCOLS
 from cratescope.explain.terms.features import Block, Features, Lexicon, Parts
 from cratescope.explain.terms.language import Language
@@ -52,21 +53,10 @@ TOO_FEW = f"fewer than {LEAST_TOKENS} tokens that no protocol shows or scores"
 NOTHING = "no term follows it on the tokens that no protocol shows or scores"
 
 
-@dataclass(frozen=True)
-class Options:
-    """terms: at most so many. named_only: no words and pieces in quotation marks. joints: "numbers after commas".
-
-    protocols: terms are chosen on tokens that none of these shows or scores; all, unless windows are too few.
-    """
-
-    terms: int = 3
-    named_only: bool = True
-    joints: bool = False
-    protocols: tuple[str, ...] = tuple(PROTOCOLS)
-
-    def identity(self, language: Language) -> dict[str, Any]:
-        """What decides the explanations of given records."""
-        return {"terms_version": VERSION} | asdict(self) | language.identity
+def identity(config: TermsConfig, language: Language) -> dict[str, Any]:
+    """What decides the explanations of given records: a new protocol spares other tokens."""
+    options = {name: value for name, value in asdict(config).items() if name != "language"}
+    return {"terms_version": VERSION, "protocols": list(PROTOCOLS)} | options | language.identity
 
 
 @dataclass(frozen=True)
@@ -77,9 +67,9 @@ class Skipped:
 
 
 def explain(
-    records: Sequence[NeuronRecord], vocabulary: Vocabulary, lexicon: Lexicon, options: Options
+    records: Sequence[NeuronRecord], vocabulary: Vocabulary, lexicon: Lexicon, config: TermsConfig
 ) -> list[Terms | Skipped]:
-    """The terms of each neuron, chosen on the tokens that no protocol of the options shows or scores.
+    """The terms of each neuron, chosen on the tokens that no protocol shows or scores.
 
     Raises:
         UserError: a record has no windows by quantile.
@@ -87,28 +77,27 @@ def explain(
     found: list[Terms | Skipped] = []
     for start in range(0, len(records), AT_ONCE):
         chunk = records[start : start + AT_ONCE]
-        protocols = [PROTOCOLS[name] for name in options.protocols]
-        windows = [[] if record.dead else selected(record, protocols) for record in chunk]
+        windows = [[] if record.dead else selected(record, [*PROTOCOLS.values()]) for record in chunk]
         enough = [sum(np.count_nonzero(one.weights) for one in of_one) >= LEAST_TOKENS for of_one in windows]
         samples = [of_one for of_one, is_enough in zip(windows, enough, strict=True) if is_enough]
-        terms = iter(fit(samples, vocabulary, lexicon, options))
+        terms = iter(fit(samples, vocabulary, lexicon, config))
         for record, is_enough in zip(chunk, enough, strict=True):
             found.append((next(terms) or Skipped(NOTHING)) if is_enough else Skipped(DEAD if record.dead else TOO_FEW))
     return found
 
 
 def fit(
-    samples: Sequence[Sequence[Selected]], vocabulary: Vocabulary, lexicon: Lexicon, options: Options
+    samples: Sequence[Sequence[Selected]], vocabulary: Vocabulary, lexicon: Lexicon, config: TermsConfig
 ) -> list[Terms]:
     """The terms of neurons from the windows of each; none for one that is constant on them."""
     if not samples:
         return []
     texts = Texts.of([one.window for sample in samples for one in sample], vocabulary)
-    blocks = tuple(Features(texts, lexicon).blocks(options.named_only))
+    blocks = tuple(Features(texts, lexicon).blocks(config.named_only))
     data = _Data.of(samples)
     search = _Search(data, _Candidates(data, blocks))
-    joints = [_joints(search, neuron, lexicon) for neuron in range(len(samples))] if options.joints else None
-    for _ in range(options.terms):
+    joints = [_joints(search, neuron, lexicon) for neuron in range(len(samples))] if config.joints else None
+    for _ in range(config.terms):
         search.add(joints)
     return [search.terms(neuron) for neuron in range(len(samples))]
 

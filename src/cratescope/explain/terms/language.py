@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from cratescope.errors import UserError, first_line
+from cratescope.explain.config import LanguageConfig
 from cratescope.files import decode_text
 
 PACKAGED = Path(__file__).with_name("language.toml")
 SECTIONS = ("lists", "spellings", "shapes", "parts", "places", "joints")
 PARTS = ("endings", "beginnings")
 JOINTS = ("places",)
-FIX = "`cratescope terms` prints the packaged language as an example"
+FIX = "`cratescope terms --toml` prints the packaged language as an example"
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,9 @@ class Back:
 
     back: int
 
+    def __str__(self) -> str:
+        return "X is the word before" if self.back == 1 else f"X is the word {self.back} words before"
+
 
 @dataclass(frozen=True)
 class Among:
@@ -38,12 +42,18 @@ class Among:
 
     last: int
 
+    def __str__(self) -> str:
+        return f"the share of X among the {self.last} words before"
+
 
 @dataclass(frozen=True)
 class First:
     """The word before is of the class `after`."""
 
     after: str
+
+    def __str__(self) -> str:
+        return f"the word before is one of: {self.after}"
 
 
 @dataclass(frozen=True)
@@ -57,6 +67,9 @@ class Inside:
     close: str
     ends: str
 
+    def __str__(self) -> str:
+        return f"between any of {self.open} and of {self.close}, up to {self.ends}"
+
 
 @dataclass(frozen=True)
 class Repeated:
@@ -64,12 +77,18 @@ class Repeated:
 
     repeated: int
 
+    def __str__(self) -> str:
+        return f"the same word, of {self.repeated} letters or more, stood before"
+
 
 @dataclass(frozen=True)
 class Rest:
     """A token that goes on with the word of the token before."""
 
     rest: bool
+
+    def __str__(self) -> str:
+        return "goes on with the word of the token before"
 
 
 @dataclass(frozen=True)
@@ -81,6 +100,9 @@ class Start:
 
     start: int
     after: str
+
+    def __str__(self) -> str:
+        return f"the first word of the text or after {self.after}; half of that {self.start} words later"
 
 
 Place = Back | Among | First | Inside | Repeated | Rest | Start
@@ -173,7 +195,14 @@ class Language:
         yield f'words that begin with "...": {" ".join(self.beginnings)}'
         for phrase, place in self.places.items():
             more = "; may follow what a word is" if phrase in self.joints else ""
-            yield f"{phrase}{' ...' * isinstance(place, Back | Among)}: {place}{more}"
+            yield f"{phrase}{' X' * isinstance(place, Back | Among)}: {place}{more}"
+
+
+def print_language(config: LanguageConfig) -> str:
+    """The text of `cratescope terms`. Errors as of `load_language`."""
+    if config.toml:
+        return decode_text(PACKAGED.read_bytes(), errors="strict").rstrip("\n")
+    return "\n".join(load_language(config.language).listing())
 
 
 def ends_in(word: str, ending: str) -> bool:

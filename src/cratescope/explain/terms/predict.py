@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
+from cratescope.explain.config import SimulateConfig
+from cratescope.explain.simulators import UnreadableError
 from cratescope.explain.terms.features import Features, Lexicon
+from cratescope.explain.terms.language import load_language
 from cratescope.explain.terms.phrases import Terms, Unreadable, read
 from cratescope.explain.terms.texts import Texts, Vocabulary
+from cratescope.llm.interface import LanguageModel
 from cratescope.neurons.records import Window
 
 VERSION = 1
@@ -27,11 +32,25 @@ class TermsSimulator:
         self._vocabulary, self._lexicon = vocabulary, lexicon
         self._features: tuple[list[tuple[bytes, bool]], Features] | None = None
 
-    def __call__(self, text: str, windows: Sequence[Window]) -> list[Float[np.ndarray, " w"]] | Unreadable:
-        """A value for every token of every window; why there is none for a text that is not in the language."""
+    @classmethod
+    def open(
+        cls, config: SimulateConfig, vocabulary: Sequence[str], llm: Callable[[], LanguageModel]
+    ) -> TermsSimulator:
+        """It asks no `llm`. Raises UserError when the vocabulary has hardly a word, or the language is not valid."""
+        return cls(Vocabulary.of(vocabulary), Lexicon(load_language(config.language)))
+
+    @classmethod
+    def made_with(cls, config: SimulateConfig) -> dict[str, Any]:
+        return {"prediction": VERSION} | load_language(config.language).identity
+
+    def plan(self, texts: Sequence[str]) -> None:
+        """Each text is read by itself."""
+
+    def __call__(self, text: str, windows: Sequence[Window]) -> list[Float[np.ndarray, " w"]]:
+        """A value for every token of every window. Raises UnreadableError for a text that is not in the language."""
         terms = read(text, self._lexicon.language)
         if isinstance(terms, Unreadable):
-            return terms
+            raise UnreadableError(terms.reason)
         features = self._of(windows)
         values, bounds = predict(terms, features), features.texts.bounds
         return [values[start:end] for start, end in itertools.pairwise(bounds)]
