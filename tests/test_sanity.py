@@ -105,7 +105,11 @@ def test_measures_that_look_at_words_are_tested_with_the_words_of_each_neuron() 
     found = {item.measure: item for item in on_records([protocol], [graded()] * 20, words)}
     assert list(found) == list(protocol.measures)
     assert all(found[name].passes for name in ("pearson", "balanced", "unseen", "specific"))
-    assert asked == ["uniform"] * 20
+    assert {item.n_neurons for item in found.values()} == {20} and asked == ["uniform"] * 20
+    nothing_unseen = on_records(
+        [protocol], [graded()], lambda protocol, record: Words.of(record.random, record.random, reader)
+    )
+    assert {item.measure: item.n_neurons for item in nothing_unseen if not item.n_neurons} == {"unseen": 0}
     on_records([PROTOCOLS["top-and-random"]], [graded()], words)
     assert "top-and-random" not in asked, "its measures do not look at words"
     without = on_records([protocol], [graded()] * 2)
