@@ -273,6 +273,11 @@ def _look_up_explainers(plan: Plan) -> None:
     for one in plan.explaining:
         where = f"{plan.path}: [{'explain' if one is plan else BESIDE}]"
         config = one.options("explain", run="x")
+        if config.explainer == "selected":
+            raise UserError(
+                f"{where} explainer = 'selected': a study explains by an LLM and by terms; run `cratescope explain "
+                "--explainer selected` on its runs afterwards"
+            )
         if one is plan and plan.terms is not None and config.explainer == "terms":
             raise UserError(f"{where} explainer = 'terms' is what [{BESIDE}] adds; leave out one of them")
         if config.terms.language:

@@ -38,8 +38,7 @@ class Asks:
         self._max_tokens = config.llm.llm_max_tokens or MAX_TOKENS
         self.batch = config.llm.llm_batch
 
-    @property
-    def identity(self) -> dict[str, Any]:
+    def made_with(self, chosen: ExplanationSet) -> dict[str, Any]:
         asked = {"prompt": self._wording.explain_version, "max_tokens": self._max_tokens}
         return llm_identity(self._config.llm, self._llm) | asked
 

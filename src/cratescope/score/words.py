@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool, Int
 
-from cratescope.explain.config import TERMS
+from cratescope.explain.config import SELECTED, TERMS
 from cratescope.explain.protocols import PROTOCOLS, Protocol
 from cratescope.explain.shown import same_word
 from cratescope.neurons.records import NeuronRecord, Window
@@ -55,11 +55,12 @@ def words_for(explainer: str, reader: Reader) -> WordsOf:
 
 def known_windows(explainer: str, protocol: Protocol, record: NeuronRecord) -> Sequence[Window]:
     """The windows that the explainer's explanation of a neuron was made from: `unseen` leaves their words out."""
-    if explainer == TERMS:
-        from cratescope.explain.terms.selection import selection_windows  # slow to import
+    if explainer not in (TERMS, SELECTED):
+        return protocol.set.windows(record)
+    from cratescope.explain.terms.selection import selection_windows  # slow to import
 
-        return selection_windows(record, [*PROTOCOLS.values()])
-    return protocol.set.windows(record)
+    chosen_on = selection_windows(record, [*PROTOCOLS.values()])
+    return [*chosen_on, *protocol.set.windows(record)] if explainer == SELECTED else chosen_on
 
 
 class Reader:
