@@ -13,7 +13,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from rich.console import Console
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Cache, DynamicCache
 
@@ -35,6 +34,7 @@ from cratescope.llm.prefix import (
 )
 from cratescope.lm.head import UNFIT, looks_ahead, plain_pass
 from cratescope.models.folder import longest_context, model_config
+from cratescope.progress import say
 from cratescope.text.tokenizer import named_tokenizer
 from cratescope.workers import rank
 
@@ -160,7 +160,7 @@ class LocalLLM:
             "reread": "keeps what it has read in a way of its own, so all is read again for every answer; much slower",
         }
         if llm.way in said:
-            Console(stderr=True).print(f"--llm {config.llm} {said[llm.way]}", soft_wrap=True, markup=False)
+            say(f"--llm {config.llm} {said[llm.way]}")
         return llm
 
     @property

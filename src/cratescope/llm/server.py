@@ -20,7 +20,6 @@ from urllib.parse import urlsplit
 import httpx2
 import numpy as np
 from jaxtyping import Float
-from rich.console import Console
 from transformers import PreTrainedTokenizerFast
 
 from cratescope.errors import UserError, first_line
@@ -42,6 +41,7 @@ from cratescope.llm.cache import AnswerCache
 from cratescope.llm.config import LLMConfig
 from cratescope.llm.interface import Choices, Ids, NoAnswer, RefusedError, check_slots, encode, heads, spelled
 from cratescope.llm.reasoning import phrase, whole_characters, without_reasoning
+from cratescope.progress import say
 from cratescope.text.offline import cache
 from cratescope.text.tokenizer import named_tokenizer, token_strings
 
@@ -64,7 +64,6 @@ LOGPROBS: tuple[dict[str, Any], ...] = (
 CONTINUE = "Continue the user's text. Write only what comes next, without repeating any of it, on one line."
 SPACES = ("\u2581", "\u0120")
 """Signs for a space in the pieces of SentencePiece's and GPT-2's vocabularies."""
-STDERR = Console(stderr=True)
 
 
 class _StoppedError(Exception):
@@ -389,8 +388,7 @@ class ServerLLM:
             self._stop.wait(at - time.monotonic())
 
     def _say(self, text: str) -> None:
-        line = text if self._url in text else f"{self._url}: {text}"
-        STDERR.print(line, soft_wrap=True, markup=False, highlight=False)
+        say(text if self._url in text else f"{self._url}: {text}")
 
     def _words(self, text: str) -> str:
         """A server's message, with the key removed in case it repeats it."""

@@ -11,13 +11,11 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Int64
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import track
 from transformers import PreTrainedTokenizerFast
 
 from cratescope.errors import UserError, first_line
 from cratescope.files import Shape, read_json, sha256, stamp, write_json
+from cratescope.progress import progress
 from cratescope.text.tokenizer import load_tokenizer
 
 _SHARD: Shape = {"file": str, "tokens": int, "sha256": str}
@@ -166,7 +164,7 @@ def _verify(folder: Path, shards: Sequence[dict[str, Any]]) -> None:
     if not new:
         return
     try:
-        for shard in track(new, escape(f"checking {folder}"), console=Console(stderr=True), transient=True):
+        for shard in progress(new, f"checking {folder}"):
             if sha256(folder / shard["file"]) != shard["sha256"]:
                 raise _damaged(folder / shard["file"], "SHA-256 differs")
             seals[shard["file"]] = shard_stamp(folder, shard)

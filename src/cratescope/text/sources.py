@@ -98,17 +98,17 @@ class Source:
     sha256: Callable[[], str | None]
 
 
-def open_sources(source: str, report: Callable[[str], None]) -> tuple[dict[str, str], list[Source], dict[str, str]]:
+def open_sources(source: str) -> tuple[dict[str, str], list[Source], dict[str, str]]:
     """Open `offline`, a file, a folder or a hub name: a cheap identity of its content, and its sources.
 
-    Also returns the files of a folder that are left out, with reasons; `report` receives the first few.
+    Also returns the files of a folder that are left out, with reasons.
 
     Raises:
         UserError: nothing there, or an unknown format.
     """
     path, left_out = Path(os.path.expanduser(source)), dict[str, str]()  # Path.expanduser raises for unknown names
     if source == "offline":
-        offline.fetch_all((name for part in offline.CORPUS for name in part.archives), report)
+        offline.fetch_all(name for part in offline.CORPUS for name in part.archives)
         sources = []
         for part in offline.CORPUS:
             read, digest = partial(Documents, part.documents), partial(str, part.sha256)
@@ -116,8 +116,6 @@ def open_sources(source: str, report: Callable[[str], None]) -> tuple[dict[str, 
         listing = [part.sha256 for part in offline.CORPUS]
     elif path.exists():
         files, left_out = _files(path)
-        if left_out:
-            report(f"{path}: {name_some(left_out)}")
         sources = [_file_source(name, file) for name, file in files]
         listing = [f"{name} {file.stat().st_size}" for name, file in files]
     else:
