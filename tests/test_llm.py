@@ -47,9 +47,9 @@ from cratescope.llm.config import LLMConfig
 from cratescope.llm.interface import LanguageModel
 from cratescope.llm.local import LocalLLM
 from cratescope.llm.open import llm_identity, open_llm
-from cratescope.llm.scripted import ScriptedLLM
 from cratescope.models import CrateConfig
 from cratescope.text.tokenizer import train_bpe
+from scripted import ScriptedLLM
 from tiny_models import tiny_config, tiny_model
 
 LINES = ["the dog saw the cat, and the cat ran.", "ten boats on the river\n\tand one bridge"] * 8

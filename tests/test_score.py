@@ -18,7 +18,6 @@ from cratescope.explain.protocols import ON_UNIFORM_TEXT, PROTOCOLS, TOP, Protoc
 from cratescope.explain.simulate import simulate
 from cratescope.files import read_json, write_json
 from cratescope.llm.answers import EMPTY_ANSWER
-from cratescope.llm.scripted import ScriptedLLM
 from cratescope.neurons.records import NeuronRecord, layer_file, read_records
 from cratescope.neurons.sample import DEAD
 from cratescope.results.scores import Scores
@@ -40,10 +39,11 @@ from cratescope.score.score import (
     score_judgement,
     score_neuron,
 )
-from cratescope.score.scores import Score, read_scores
+from cratescope.score.scores import Score
 from cratescope.score.words import Reader, Words, WordsOf, words_for
 from cratescope.text.tokenizer import vocabulary_strings
-from kept_files import change, drop, flip
+from kept_files import change, drop, flip, read_scores
+from scripted import ScriptedLLM
 from test_explain import DEAD_INDEX, N_NEURONS, files, first_word, make_run, settings_for
 from test_simulate import config_for, knowing
 

@@ -56,8 +56,3 @@ def scores(folder: Path) -> Kept[list[Score]]:
         lambda items: [row_of(item) for item in items],
         lambda rows: [item_of(Score, row) for row in rows],
     )
-
-
-def read_scores(folder: Path) -> list[Score]:
-    """Every score in a folder that `score` wrote, in layer and index order."""
-    return [score for _, items in scores(folder).all() for score in items]
