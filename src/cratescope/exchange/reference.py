@@ -14,7 +14,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedModel
 
-from cratescope.errors import UserError, first_line, last_line
+from cratescope.errors import UserError, as_user_error, first_line, last_line
 from cratescope.exchange.config import ConvertConfig
 from cratescope.files import atomic_folder, atomic_path, mark_whole
 from cratescope.models import CrateConfig
@@ -98,11 +98,8 @@ def _check_sums(path: Path) -> None:
     """Compare the files inside a .pt with their CRC-32, which torch does not; its format of old has none."""
     if not zipfile.is_zipfile(path):
         return
-    try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-    except Exception as error:  # what is raised on a damaged archive depends on its bytes
-        raise UserError(f"{path}: not a readable PyTorch checkpoint ({first_line(error)})") from error
+    with as_user_error(f"{path}: not a readable PyTorch checkpoint", "copy it again"), zipfile.ZipFile(path) as archive:
+        damaged = archive.testzip()
     if damaged is not None:
         raise UserError(f"{path}: damaged (the CRC-32 of {damaged} in it is another); copy it again")
 

@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Cache, DynamicCache
 
-from cratescope.errors import UserError, first_line
+from cratescope.errors import UserError, as_user_error, first_line
 from cratescope.hardware import pick_device, pick_dtype
 from cratescope.llm.config import LLMConfig
 from cratescope.llm.interface import Choices, Ids, check_slots, encode, heads, spelled
@@ -195,7 +195,7 @@ class LocalLLM:
 
     def _tried(self) -> Literal["shared", "copied", "reread"]:
         """Find the fastest way to run prompts after a prefix that agrees with plain passes. UserError if none does."""
-        try:
+        with as_user_error(f"--llm {self.name}: fails on a few tokens", "choose another", UNFIT):
             if looks_ahead(self.model, trial_tokens(self.model)):
                 raise UserError(f"--llm {self.name}: its logits depend on tokens behind; choose a causal model")
             own = in_one_pass(self.model)
@@ -203,9 +203,6 @@ class LocalLLM:
                 raise UserError(f"--llm {self.name}: its weights give NaN; get them again, or try --llm-dtype float32")
             if share_prefix(self.model, own[0]):
                 return "shared"
-        except UNFIT as error:
-            said = first_line(error)
-            raise UserError(f"--llm {self.name}: fails on a few tokens ({said}); choose another") from error
         ways: tuple[Literal["copied", "reread"], ...] = ("copied", "reread")
         for self.way in ways:
             if self._is_plain(own):

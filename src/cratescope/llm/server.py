@@ -22,7 +22,7 @@ import numpy as np
 from jaxtyping import Float
 from transformers import PreTrainedTokenizerFast
 
-from cratescope.errors import UserError, first_line
+from cratescope.errors import UserError, as_user_error, first_line
 from cratescope.llm.answers import (
     BY_ID,
     PROMPT,
@@ -119,13 +119,9 @@ class ServerLLM:
             raise UserError(f"--llm {config.llm}: name one of the server's models with --llm-model")
         tokenizer = None
         if config.llm_tokenizer:
-            try:
+            what, fix = f"--llm-tokenizer {config.llm_tokenizer}", "give the hub name or folder of the served model"
+            with as_user_error(f"{what}: cannot load it", fix):
                 tokenizer = named_tokenizer(config.llm_tokenizer)
-            except Exception as error:  # what the library raises on damaged files depends on their bytes
-                raise UserError(
-                    f"--llm-tokenizer {config.llm_tokenizer}: cannot load it ({first_line(error)}); "
-                    "give the hub name or folder of the served model"
-                ) from error
         logging.getLogger("httpx2").setLevel(logging.WARNING)  # it would log every request
         return cls(config, AnswerCache(cache() / "answers.sqlite3"), tokenizer)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from cratescope.errors import UserError, first_line
+from cratescope.errors import UserError, as_user_error
 
 
 def identity(folder: Path | None) -> str | None:
@@ -67,13 +67,9 @@ def run_tasks(
 
     wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=context)
     for name in names:
-        try:
+        fix = "a YAML file of --task-folder can name local files"
+        with as_user_error(f"--tasks {name}: its data cannot be read", fix):
             manager.load([name])
-        except Exception as error:  # the data library raises many kinds, for the network and for wrong YAML
-            raise UserError(
-                f"--tasks {name}: its data cannot be read ({first_line(error)}); "
-                "a YAML file of --task-folder can name local files"
-            ) from error
         with contextlib.redirect_stdout(sys.stderr):  # it prints progress, and stdout is for results
             found = lm_eval.simple_evaluate(wrapped, tasks=[name], task_manager=manager, log_samples=False)
         result = {

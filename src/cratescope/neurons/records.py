@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from cratescope.errors import UserError, first_line
+from cratescope.errors import UserError, as_user_error
 from cratescope.files import atomic_path
 from cratescope.parts import CHECKED, is_sealed, seal
 from cratescope.parts import layer_file as layer_file
@@ -311,7 +311,8 @@ def read_columns(path: Path, columns: Sequence[str], indices: Sequence[int] | No
     if not path.exists():
         raise UserError(f"{path}: no such file; run `cratescope collect` first, or check the layer")
     chosen = None if indices is None else _among(indices)
-    try:
+    fix, kinds = "delete it and run `cratescope collect`", (OSError, ValueError, pa.ArrowException)
+    with as_user_error(f"{path}: damaged Parquet file", fix, kinds):
         sealed = is_sealed(path)
         schema = pq.read_schema(path)
         if (schema.metadata or {}).get(b"checksum") and not sealed:
@@ -319,9 +320,6 @@ def read_columns(path: Path, columns: Sequence[str], indices: Sequence[int] | No
         if not all(field.name in schema.names and schema.field(field.name).type == field.type for field in SCHEMA):
             raise UserError(f"{path}: made by an older version; delete {path.parent} and run `cratescope collect`")
         return pq.read_table(path, columns=[*columns], filters=chosen, page_checksum_verification=True)
-    except (OSError, ValueError, pa.ArrowException) as error:
-        said = first_line(error)
-        raise UserError(f"{path}: damaged Parquet file ({said}); delete it and run `cratescope collect`") from error
 
 
 def bytes_per_row(path: Path) -> int:

@@ -10,7 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from cratescope.errors import UserError, first_line
+from cratescope.errors import UserError, as_user_error
 from cratescope.files import SURROGATES, sha256
 from cratescope.progress import say
 from cratescope.text.sources import as_document, name_some, open_sources
@@ -131,11 +131,7 @@ def _hub_rows(name: str, entry: HubSet) -> Iterator[dict[str, Any]]:
         raise UserError(f"--on {name}: reading it needs pip install 'cratescope[hub]'") from error
     datasets.disable_progress_bars()
     files = {entry.split: entry.data_files} if entry.data_files else None
-    try:
+    what = entry.data_files or f"{entry.path} of the hub"
+    fix = f"give a local copy, such as --on {name.partition('=')[0]}=FILE.jsonl"
+    with as_user_error(f"--on {name}: {what} cannot be read", fix):
         yield from datasets.load_dataset(entry.path, entry.config, data_files=files, split=entry.split, streaming=True)
-    except Exception as error:  # the library raises many kinds, for the network, the name and damaged files
-        what = entry.data_files or f"{entry.path} of the hub"
-        raise UserError(
-            f"--on {name}: {what} cannot be read ({first_line(error)}); "
-            f"give a local copy, such as --on {name.partition('=')[0]}=FILE.jsonl"
-        ) from error

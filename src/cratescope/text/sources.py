@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import zstandard
 
-from cratescope.errors import UserError, first_line
+from cratescope.errors import UserError, as_user_error, first_line
 from cratescope.files import encoding_of, parse_json, sha256
 from cratescope.text import offline
 
@@ -68,18 +68,13 @@ class HubDocuments:
         return self.rows.state_dict()
 
     def __iter__(self) -> Iterator[str]:
-        try:
+        with as_user_error(f"{self.name}: reading stopped", "the same command resumes from there"):
             for row in self.rows:
                 text = as_document(row["text"]) if "text" in row else None
                 if text is None:
                     what = f"no `text` column of strings, only {', '.join(row)}"
                     raise UserError(f"{self.name}: {what}; use a data set with one")
                 yield text
-        except UserError:
-            raise
-        except Exception as error:  # the network and the many formats raise anything
-            reason = first_line(error)
-            raise UserError(f"{self.name}: reading stopped ({reason}); the same command resumes from there") from error
 
 
 @dataclass(frozen=True)
@@ -324,17 +319,15 @@ def jsonl_documents(path: Path) -> Iterator[str]:
 
 def parquet_documents(path: Path) -> Iterator[str]:
     """The `text` column, row by row, of strings or of bytes that are UTF-8; missing values are empty documents."""
-    try:
-        with pq.ParquetFile(path) as file:
-            _check_column(path, file.schema_arrow)
-            for batch in file.iter_batches(batch_size=256, columns=["text"]):
-                column = batch.column(0)
-                column = column.dictionary_decode() if isinstance(column, pa.DictionaryArray) else column
-                # As bytes: a string that is not UTF-8 would raise.
-                documents = (as_document(value) or "" for value in column.cast(pa.large_binary()).to_pylist())
-                yield from _without_nuls(path, documents)
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path}: damaged Parquet file ({first_line(error)}); get it again") from error
+    damaged = as_user_error(f"{path}: damaged Parquet file", "get it again", (pa.ArrowException, OSError))
+    with damaged, pq.ParquetFile(path) as file:
+        _check_column(path, file.schema_arrow)
+        for batch in file.iter_batches(batch_size=256, columns=["text"]):
+            column = batch.column(0)
+            column = column.dictionary_decode() if isinstance(column, pa.DictionaryArray) else column
+            # As bytes: a string that is not UTF-8 would raise.
+            documents = (as_document(value) or "" for value in column.cast(pa.large_binary()).to_pylist())
+            yield from _without_nuls(path, documents)
 
 
 def _check_column(path: Path, schema: pa.Schema) -> None:

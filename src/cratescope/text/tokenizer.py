@@ -17,7 +17,7 @@ from jaxtyping import Int
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from cratescope.errors import UserError, first_line
+from cratescope.errors import UserError, as_user_error
 from cratescope.files import check_whole, read_json
 from cratescope.text.offline import gpt2_files
 
@@ -43,17 +43,13 @@ def load_tokenizer(spec: str | Path) -> PreTrainedTokenizerFast:
         raise UserError(f"tokenizer {spec}: no such folder; use `gpt2`, `bpe:N`, or a folder with tokenizer.json")
     if Path(spec).is_dir():
         check_whole(Path(spec), weights=False)
-    try:
+    fix = "use `gpt2`, `bpe:N`, or a folder with tokenizer.json"
+    with as_user_error(f"tokenizer {spec}: cannot be loaded", fix):
         tokenizer: Any = (
             PreTrainedTokenizerFast.from_pretrained(str(spec), trust_remote_code=False)
             if _is_plain(Path(spec))
             else named_tokenizer(str(spec))
         )
-    except Exception as error:  # what the library raises on damaged files depends on their bytes
-        reason = first_line(error)
-        raise UserError(
-            f"tokenizer {spec}: cannot be loaded ({reason}); use `gpt2`, `bpe:N`, or a folder with tokenizer.json"
-        ) from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise UserError(f"tokenizer {spec}: is not a fast tokenizer; convert it to tokenizer.json, or use `gpt2`")
     if tokenizer.eos_token_id is None:
