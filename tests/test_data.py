@@ -85,7 +85,7 @@ def test_the_manifest_counts_documents_tokens_and_bytes(prepared):
     for split in SPLITS:
         row, found = prepared.manifest["splits"][split], texts(prepared, split)
         assert row["documents"] == len(found)
-        assert row["bytes"] == prepared.split(split).n_bytes == sum(len(text.encode()) for text in found)
+        assert row["bytes"] == sum(len(text.encode()) for text in found)
         assert row["tokens"] == prepared.split(split).n_tokens == sum(shard["tokens"] for shard in row["shards"])
         assert all(shard["tokens"] == 500 for shard in row["shards"][:-1])
     assert prepared.manifest["dtype"] == "uint16" and prepared.split("train").shards[0].dtype == np.uint16
@@ -106,7 +106,7 @@ def test_reshaping_keeps_the_values_and_fills_all_but_the_last(sizes, length):
 @settings(deadline=None, max_examples=100)
 def test_a_window_across_shards_is_a_slice_of_the_whole(sizes, draw):
     whole = np.arange(sum(sizes), dtype=np.uint16)
-    split = TokenSplit("train", tuple(np.split(whole, np.cumsum(sizes)[:-1])), 0)
+    split = TokenSplit("train", tuple(np.split(whole, np.cumsum(sizes)[:-1])))
     start = draw.draw(st.integers(0, len(whole)))
     length = draw.draw(st.integers(0, len(whole) - start))
     window = split.window(start, length)
@@ -118,7 +118,7 @@ def test_a_window_across_shards_is_a_slice_of_the_whole(sizes, draw):
 @given(st.integers(1, 60), st.integers(1, 12), st.integers(1, 12))
 @settings(deadline=None, max_examples=100)
 def test_spaced_windows_share_no_token_or_the_split_is_too_short(n_tokens, n, length):
-    split = TokenSplit("heldout", (np.arange(n_tokens, dtype=np.uint16),), 0)
+    split = TokenSplit("heldout", (np.arange(n_tokens, dtype=np.uint16),))
     if n * length > n_tokens:
         with pytest.raises(UserError, match=f"room for {n_tokens // length} windows of {length}"):
             split.spaced(n, length)
@@ -432,7 +432,7 @@ def test_a_damaged_or_missing_shard_is_named_and_prepare_makes_it_again(tmp_path
     for use in (lambda: TokenData.open(out).split("train"), lambda: prepare(config(source, out))):
         with pytest.raises(UserError, match=r"train-00001.npy: damaged .SHA-256 differs.; delete it"):
             use()
-    assert TokenData.open(out).split("heldout").n_tokens and TokenData.open(out, verify=False).split("train").n_tokens
+    assert TokenData.open(out).split("heldout").n_tokens, "the others can be read"
     shard.write_bytes(shard.read_bytes()[:-2])
     with pytest.raises(UserError, match=r"train-00001.npy: damaged .its size differs.; delete it"):
         TokenData.open(out)
@@ -468,7 +468,7 @@ def test_an_opened_split_pickles_as_names_of_files(prepared):
     assert len(packed) < 1000 < sum(shard.nbytes for shard in split.shards)
     again = pickle.loads(packed)
     assert np.array_equal(again.window(0, again.n_tokens), split.window(0, split.n_tokens))
-    assert isinstance(again.shards[0], np.memmap) and again.n_bytes == split.n_bytes
+    assert isinstance(again.shards[0], np.memmap)
 
 
 def damaged_zst(path: Path) -> None:

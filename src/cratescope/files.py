@@ -16,10 +16,11 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from cratescope.errors import DISK_FULL, UNUSABLE, UserError, first_line, shown_path
 
+T = TypeVar("T")
 Shape = Any
 """Required shape of a JSON value; see `misfit`."""
 SURROGATES = re.compile("[\ud800-\udfff]")
@@ -339,14 +340,13 @@ def stamp(path: Path) -> tuple[int, int, int, int]:
     return stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
 
-@functools.lru_cache(1024)
-def _sha256_of(path: Path, _stamp: tuple[int, int, int, int]) -> str:
-    return sha256(path)
+def until_touched(work: Callable[[Path], T]) -> Callable[[Path], T]:
+    """What a function makes of a file, remembered within this process until the file is touched."""
+    known = functools.lru_cache(1024)(lambda path, _stamp: work(path))
+    return functools.wraps(work)(lambda path: known(path, stamp(path)))
 
 
-def known_sha256(path: Path) -> str:
-    """`sha256`, remembered within this process until the file is touched."""
-    return _sha256_of(path, stamp(path))
+known_sha256 = until_touched(sha256)
 
 
 WHOLE = "whole.json"

@@ -69,24 +69,13 @@ class Judgement:
 
 
 _KEY = pa.struct([("excerpt", pa.int32()), ("start", pa.int32()), ("width", pa.int32())])
-_EXPLANATION = schema(
-    ("text", pa.string()), ("explainer", pa.string()), ("prompt", pa.string()), ("skipped", pa.string())
-)
+_NUMBERS = pa.list_(pa.float64())
+_EXPLANATION = schema("text", "explainer", "prompt", "skipped")
 _SIMULATION = schema(
-    ("simulator", pa.string()),
-    ("control", pa.string()),
-    ("text", pa.string()),
-    ("windows", pa.list_(_KEY)),
-    ("simulated", pa.list_(pa.list_(pa.float64()))),
-    ("skipped", pa.string()),
+    "simulator", "control", "text", ("windows", pa.list_(_KEY)), ("simulated", pa.list_(_NUMBERS)), "skipped"
 )
 _JUDGEMENT = schema(
-    ("scorer", pa.string()),
-    ("control", pa.string()),
-    ("text", pa.string()),
-    ("probabilities", pa.list_(pa.float64())),
-    ("labels", pa.list_(pa.bool_())),
-    ("skipped", pa.string()),
+    "scorer", "control", "text", ("probabilities", _NUMBERS), ("labels", pa.list_(pa.bool_())), "skipped"
 )
 
 

@@ -19,8 +19,10 @@ T = TypeVar("T")
 _NEURON = [("model", pa.string()), ("site", pa.string()), ("layer", pa.int32()), ("index", pa.int32())]
 
 
-def schema(*columns: tuple[str, pa.DataType]) -> pa.Schema:
-    return pa.schema([*_NEURON, *columns], metadata=CHECKED)
+def schema(*columns: str | tuple[str, pa.DataType]) -> pa.Schema:
+    """The columns that name a neuron, and these; a name alone is one of texts."""
+    typed = [(column, pa.string()) if isinstance(column, str) else column for column in columns]
+    return pa.schema([*_NEURON, *typed], metadata=CHECKED)
 
 
 @dataclass(frozen=True)

@@ -17,12 +17,12 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from cratescope.explain.controls import OWN, SHUFFLED
 from cratescope.files import atomic_path
 from cratescope.report.text import count
+from cratescope.results.compare import USUAL
 from cratescope.results.estimates import finite
 from cratescope.results.runs import Results, one_per_run, protocols
 
 # Okabe and Ito's, distinguishable with every common kind of colour vision: CRATE blue, GPT-2 vermilion, others in turn.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
-USUAL = ("crate", "gpt2")
 INK = "#1c2024"
 WIDTH = 9.6
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from rich.console import RenderableType
 
@@ -124,11 +124,6 @@ class Neuron:
         from cratescope.report.html import card_html
 
         return card_html(self)
-
-
-def read_neuron(run: Run, layer: int, index: int, **options: Any) -> Neuron:
-    """One neuron; options as of `read_neurons`."""
-    return read_neurons(run, layer, [index], **options)[0]
 
 
 def read_neurons(

@@ -18,7 +18,7 @@ from cratescope.explain.protocols import PROTOCOLS
 from cratescope.neurons.records import NeuronId
 from cratescope.neurons.sample import DEAD
 from cratescope.results.estimates import NOTHING, Estimate, gains, of_layer, of_model
-from cratescope.score.scores import Score
+from cratescope.score.scores import SCHEMA, Score
 from cratescope.score.scores import scores as scores_in
 
 JUDGED = ("accuracy", "auroc")
@@ -132,6 +132,12 @@ class Scores:
         """The explanation sets, in the order of their protocols."""
         return list(dict.fromkeys(self._sets[name] for name in self.protocols))
 
+    def scored(self, layer: int, explained: str | None = None) -> set[int]:
+        """Neurons of a layer that there are rows of, from one explanation set or any."""
+        names = (name for name in self.protocols if explained in (None, self._sets[name]))
+        columns = (self.columns(name).get(layer) for name in names)
+        return {index for column in columns if column is not None for index in column.index.tolist()}
+
     def set_of(self, protocol: str) -> str:
         """The explanation set that a protocol scores."""
         return self._sets[protocol]
@@ -233,15 +239,5 @@ class Scores:
         return sorted(values, key=lambda index: (-values[index], index))
 
 
-_ROW = pa.schema(
-    [
-        *((name, pa.string()) for name in ("protocol", "measure", "control", "set")),
-        ("index", pa.int32()),
-        ("value", pa.float64()),
-        ("n", pa.int64()),
-        ("low", pa.float64()),
-        ("high", pa.float64()),
-        ("reason", pa.string()),
-    ]
-)
+_ROW = pa.schema([field for field in SCHEMA if field.name not in ("model", "site", "layer")])
 """What is kept of a row."""

@@ -150,9 +150,8 @@ def read_about(folder: Path) -> dict[str, Any]:
         UserError: a file is missing or damaged, or of an older version.
     """
     path = folder / "scores.json"
-    old = not path.exists() and (folder / "summary.json").exists()
-    about = {} if old else read_json(path, ABOUT, "`cratescope score`")
-    if old or about["made_from"].get("version") != str(VERSION):
+    about = read_json(path, ABOUT, "`cratescope score`")
+    if about["made_from"].get("version") != str(VERSION):
         raise UserError(f"{folder}: scored by another version of cratescope; run `cratescope score` again")
     for table in (layer_file(folder, layer) for layer in about["layers"]):
         if not table.exists():
@@ -300,14 +299,11 @@ def score_judgement(item: Judgement, protocol: str, name: str) -> list[Score]:
     if group > 1 and len(labels):
         groups = labels.reshape(-1, group), answers.reshape(-1, group)
         values["accuracy"] = float((groups[0].argmax(1) == groups[1].argmax(1)).mean())
+    key, missing = (item.neuron, protocol, name, item.control), item.skipped or ONE_ANSWER
     return [
-        Score(item.neuron, protocol, name, item.control, measure, value, len(labels), reason=_unjudged(item, value))
+        Score(*key, measure, value, len(labels), reason=missing if value is None else None)
         for measure, value in values.items()
     ]
-
-
-def _unjudged(item: Judgement, value: float | None) -> str | None:
-    return None if value is not None else item.skipped or ONE_ANSWER
 
 
 def _read(explained: Explained, simulator: str, protocols: Sequence[Protocol], words: WordsOf | None) -> ScoredSet:

@@ -32,11 +32,10 @@ NPY_HEADER = 128
 
 @dataclass(frozen=True, eq=False)
 class TokenSplit:
-    """One split as one long row of tokens, spread over shards on disk. n_bytes: bytes of its text, without <eos>."""
+    """One split as one long row of tokens, spread over shards on disk."""
 
     name: str
     shards: tuple[np.ndarray, ...]
-    n_bytes: int
 
     @cached_property
     def starts(self) -> np.ndarray:
@@ -49,7 +48,7 @@ class TokenSplit:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle file names: a memmap would pickle all of its data, so a worker process opens the file itself."""
-        return _reopen, (self.name, tuple(getattr(shard, "filename", shard) for shard in self.shards), self.n_bytes)
+        return _reopen, (self.name, tuple(getattr(shard, "filename", shard) for shard in self.shards))
 
     def window(self, start: int, length: int) -> Int64[np.ndarray, " length"]:
         """`length` tokens from position `start` on, across shards. Raises IndexError past the end."""
@@ -76,21 +75,20 @@ class TokenSplit:
         return np.stack([self.window(index * self.n_tokens // n, length) for index in range(n)])
 
 
-def _reopen(name: str, shards: tuple[Any, ...], n_bytes: int) -> TokenSplit:
-    opened = tuple(one if isinstance(one, np.ndarray) else np.load(one, "r", allow_pickle=False) for one in shards)
-    return TokenSplit(name, opened, n_bytes)
+def _reopen(name: str, shards: tuple[Any, ...]) -> TokenSplit:
+    opened = (one if isinstance(one, np.ndarray) else np.load(one, "r", allow_pickle=False) for one in shards)
+    return TokenSplit(name, tuple(opened))
 
 
 @dataclass(frozen=True)
 class TokenData:
-    """A data folder made by `prepare`. verify: compare shards with their SHA-256 (one of several processes does)."""
+    """A data folder made by `prepare`."""
 
     path: Path
     manifest: dict[str, Any]
-    verify: bool = True
 
     @classmethod
-    def open(cls, path: Path | str, verify: bool = True) -> TokenData:
+    def open(cls, path: Path | str) -> TokenData:
         """Open a finished data folder, checking only its manifest and the sizes of its shards.
 
         Raises:
@@ -111,7 +109,7 @@ class TokenData:
                 raise UserError(f"{file}: no such file; run the same `cratescope prepare` again")
             if file.stat().st_size != NPY_HEADER + width * shard["tokens"]:
                 raise _damaged(file, "its size differs")
-        return cls(path, manifest, verify)
+        return cls(path, manifest)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerFast:
@@ -135,15 +133,14 @@ class TokenData:
         if name not in self.manifest["splits"]:
             raise UserError(f"split {name}: not in {self.path}, which has {', '.join(self.manifest['splits'])}")
         entry = self.manifest["splits"][name]
-        if self.verify:
-            _verify(self.path, entry["shards"])
+        _verify(self.path, entry["shards"])
         shards = []
         for shard in entry["shards"]:
             try:
                 shards.append(np.load(self.path / shard["file"], mmap_mode="r", allow_pickle=False))
             except (OSError, ValueError) as error:
                 raise UserError(f"{self.path / shard['file']}: cannot be opened ({first_line(error)})") from error
-        return TokenSplit(name, tuple(shards), entry["bytes"])
+        return TokenSplit(name, tuple(shards))
 
 
 def _damaged(file: Path, why: str) -> UserError:

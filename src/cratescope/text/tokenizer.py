@@ -101,14 +101,10 @@ def _same_kind(made: Tokenizer, stated: Tokenizer) -> bool:
 def _is_plain(folder: Path) -> bool:
     """Whether AutoTokenizer would choose PreTrainedTokenizerFast, as for our own models; found without torch."""
     kinds = {"config.json": "model_type", "tokenizer_config.json": "tokenizer_class"}
-    found = {key: _said(folder / name, key) for name, key in kinds.items()}
-    ours = found["model_type"] in (None, "crate", "gpt2")
-    return ours and found["tokenizer_class"] == PreTrainedTokenizerFast.__name__
-
-
-def _said(path: Path, key: str) -> Any:
-    """The value of `key` in a JSON file; None if there is none."""
-    return read_json(path).get(key) if path.is_file() else None
+    paths = {key: folder / name for name, key in kinds.items()}
+    found = {key: read_json(path).get(key) for key, path in paths.items() if path.is_file()}
+    ours = found.get("model_type") in (None, "crate", "gpt2")
+    return ours and found.get("tokenizer_class") == PreTrainedTokenizerFast.__name__
 
 
 def vocabulary_size(spec: str) -> int | None:
