@@ -69,8 +69,8 @@ class Asks:
             return error.answers
 
     def _problem(self, answer: NoAnswer) -> UserError:
-        told = f"{self._config.explainer_name}: none of its answers can be used, the first one for this reason: {answer.reason}"
-        return UserError(f"{told}; {answer.fix}")
+        told = f"none of its answers can be used, the first one for this reason: {answer.reason}"
+        return UserError(f"{self._config.explainer_name}: {told}; {answer.fix}")
 
     def _prompt(self, chosen: ExplanationSet, record: NeuronRecord) -> tuple[str, str | None]:
         """The neuron's own part of the prompt, or why there is none."""
