@@ -392,7 +392,7 @@ def test_scores_know_the_explanations_they_were_made_from(tmp_path: Path) -> Non
     explain(settings_for(run, protocols=both), ScriptedLLM(first_word))
     simulate(config_for(run, protocols=both), knowing())
     scores = scored(run, protocols=both)
-    assert [(name, scores.set_of(name)) for name in scores.protocols] == [
+    assert [(name, scores.set_of[name]) for name in scores.protocols] == [
         ("top-and-random", "top"),
         ("openai", "openai"),
     ]

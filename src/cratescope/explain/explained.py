@@ -119,12 +119,10 @@ def judgements(folder: Path) -> Kept[list[Judgement]]:
     return Kept(
         Tables(folder, _JUDGEMENT, "judge", ("index", "control")),
         lambda items: [row_of(item) for item in items],
-        lambda rows: [item_of(Judgement, _as_tuples(row)) for row in rows],
+        lambda rows: [
+            item_of(Judgement, row | {name: tuple(row[name]) for name in ("probabilities", "labels")}) for row in rows
+        ],
     )
-
-
-def _as_tuples(row: Row) -> Row:
-    return row | {name: tuple(row[name]) for name in ("probabilities", "labels")}
 
 
 class Told(NamedTuple):

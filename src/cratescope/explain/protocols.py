@@ -175,11 +175,7 @@ PROTOCOLS: dict[str, Protocol] = {
 
 
 def protocols_named(names: Sequence[str]) -> dict[ExplanationSet, list[Protocol]]:
-    """The named protocols by explanation set.
-
-    Raises:
-        UserError: there is no such protocol, or none is named.
-    """
+    """The named protocols by explanation set. Raises UserError: there is no such protocol, or none is named."""
     unknown = [name for name in names if name not in PROTOCOLS]
     if unknown or not names:
         raise UserError(f"--protocols {' '.join(unknown)}: not a protocol; choose from {', '.join(PROTOCOLS)}")

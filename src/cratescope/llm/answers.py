@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from cratescope.errors import UserError
+from cratescope.files import SURROGATES
 from cratescope.llm.interface import NoAnswer
-from cratescope.llm.reasoning import whole_characters, without_controls, without_reasoning
+from cratescope.llm.reasoning import without_controls, without_reasoning
 
 EMPTY_ANSWER = "empty answer"
 ONLY_REASONING = "reasoning without an answer"
@@ -110,7 +111,7 @@ _SAYS = (
 
 def words(text: str) -> str:
     """A server's message on one line: those of an error in any of the usual shapes, or the text itself."""
-    said = without_controls(whole_characters(_said(text))[0])
+    said = without_controls(SURROGATES.sub("\ufffd", _said(text)))
     return " ".join(said.split())[:WORDS_SHOWN].strip()
 
 

@@ -23,6 +23,7 @@ from jaxtyping import Float
 from transformers import PreTrainedTokenizerFast
 
 from cratescope.errors import UserError, as_user_error, first_line
+from cratescope.files import SURROGATES
 from cratescope.llm.answers import (
     BY_ID,
     PROMPT,
@@ -40,7 +41,7 @@ from cratescope.llm.answers import (
 from cratescope.llm.cache import AnswerCache
 from cratescope.llm.config import LLMConfig
 from cratescope.llm.interface import Choices, Ids, NoAnswer, RefusedError, check_slots, encode, heads, spelled
-from cratescope.llm.reasoning import phrase, whole_characters, without_reasoning
+from cratescope.llm.reasoning import phrase, without_reasoning
 from cratescope.progress import say
 from cratescope.text.offline import cache
 from cratescope.text.tokenizer import named_tokenizer, token_strings
@@ -142,7 +143,7 @@ class ServerLLM:
         found, halves = [], 0
         for answer in answers:
             if isinstance(answer, str):
-                text, lone = whole_characters(answer)
+                text, lone = SURROGATES.subn("\ufffd", answer)
                 halves += lone > 0
                 answer = phrase(text, stop)
                 answer = answer.lstrip() if self._config.llm_chat else answer

@@ -66,7 +66,7 @@ def _score_row(item: Results, copy: Results | None, protocol: str, measure: str,
     row = _start(item) | {
         "explainer": item.about["explainer"],
         "simulator": item.about["simulator"],
-        "explanation_set": item.scores.set_of(protocol),
+        "explanation_set": item.scores.set_of[protocol],
         "protocol": protocol,
         "measure": measure,
         "layer": "mean" if layer is None else layer,
@@ -136,7 +136,7 @@ def _neuron_columns(
     columns: dict[str, Sequence[Any]] = {"explanation_set": [explained] * len(indices)}
     columns["explanation"] = [texts.get(index) for index in indices.tolist()]
     for name in names:
-        ours = name in item.scores.protocols and item.scores.set_of(name) == explained
+        ours = name in item.scores.protocols and item.scores.set_of[name] == explained
         for measure, start in _shown_measures(name).items():
             own = item.scores.columns(name, measure).get(layer) if ours else None
             for suffix, number in (("score", "value"), ("low", "low"), ("high", "high")):
