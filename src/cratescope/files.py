@@ -50,14 +50,14 @@ def decode_text(data: bytes, errors: str | None = None) -> str:
     return data.decode(encoding, errors or handler)
 
 
-def parse_json(text: str | bytes, where: str, fix: str) -> Any:
-    """Parse JSON that came from outside; `where` begins the message of an error and `fix` ends it.
+def parse_json(text: str | bytes, where: str, fix: str, constant: Callable[[str], Any] | None = None) -> Any:
+    """Parse JSON; `where` begins the message of an error and `fix` ends it. constant: what NaN and Infinity become.
 
     Raises:
         UserError: not JSON, nested too deeply, or a number of more digits than Python reads.
     """
     try:
-        return json.loads(text)
+        return json.loads(text, parse_constant=constant)
     except RecursionError as error:
         raise UserError(f"{where}: not valid JSON (nested too deeply); {fix}") from error
     except ValueError as error:  # not only JSONDecodeError: numbers of thousands of digits raise ValueError too
@@ -245,16 +245,15 @@ def read_json(path: Path, shape: Shape = None, maker: str = "the stage that make
     Raises:
         UserError: the file is missing, damaged, or holds something else; names the file and the fix.
     """
+    again = f"delete it and run {maker} again"
     try:
-        value = json.loads(path.read_bytes(), parse_constant=_no_number)
+        value = parse_json(path.read_bytes(), str(path), again, _no_number)
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file") from error
-    except (ValueError, RecursionError) as error:  # not all that json raises is a JSONDecodeError
-        raise UserError(f"{path}: not valid JSON ({first_line(error)}); delete it and run {maker} again") from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     if shape is not None and (wrong := misfit(value, shape)):
-        raise UserError(f"{path}: damaged or not a file of cratescope ({wrong}); delete it and run {maker} again")
+        raise UserError(f"{path}: damaged or not a file of cratescope ({wrong}); {again}")
     return value
 
 
@@ -310,16 +309,15 @@ def read_jsonl(
     rows: list[dict[str, Any]] = []
     lines = text.splitlines()
     for number, line in enumerate(lines, 1):
+        where, again = f"{path}: line {number}", f"delete the file and run {maker} again"
         try:
-            rows.append(json.loads(line, parse_constant=_no_number))
-        except (ValueError, RecursionError) as error:
+            rows.append(parse_json(line, where, again, _no_number))
+        except UserError:
             if number == len(lines) and _is_cut_short(text) and not whole:
                 break
-            raise UserError(
-                f"{path}: line {number} is not valid JSON ({first_line(error)}); delete the file and run {maker} again"
-            ) from error
+            raise
         if wrong := misfit(rows[-1], {} if shape is None else shape, "it"):
-            raise UserError(f"{path}: line {number}: {wrong}; delete the file and run {maker} again")
+            raise UserError(f"{where}: {wrong}; {again}")
     return rows
 
 

@@ -163,10 +163,6 @@ class LocalLLM:
             say(f"--llm {config.llm} {said[llm.way]}")
         return llm
 
-    @property
-    def shares_prefix(self) -> bool:
-        return self.way == "shared"
-
     def encode(self, text: str) -> list[int]:
         return encode(self.tokenizer, text)
 
@@ -238,13 +234,13 @@ class LocalLLM:
 
     def _groups(self, lengths: Sequence[int]) -> list[list[int]]:
         """Groups of rows that run together: all of them, or those of one length."""
-        if self.shares_prefix:
+        if self.way == "shared":
             return [list(range(len(lengths)))]
         return [[row for row, one in enumerate(lengths) if one == length] for length in sorted(set(lengths))]
 
     def _logits(self, prefix: Ids, trees: Sequence[Tree]) -> list[Float[Tensor, "places vocab"]]:
         """float32 logits of the next token at every place of every tree."""
-        rows = list(trees) if self.shares_prefix else [path for tree in trees for path in tree.paths()]
+        rows = list(trees) if self.way == "shared" else [path for tree in trees for path in tree.paths()]
         found: list[Tensor] = [torch.empty(0)] * len(rows)
         for group in self._groups([len(row.ids) for row in rows]):
             _, logits = self._start(prefix, [rows[row] for row in group])
@@ -257,11 +253,11 @@ class LocalLLM:
         depths = [row.depths() for row in rows]
         self._check_room(len(prefix) + 1 + max(max(row) for row in depths) + room)
         known = self._prefix(tuple(prefix))
-        cache = SharedPrefix(known) if self.shares_prefix else copy.deepcopy(known)
-        if not self.shares_prefix:
+        cache = SharedPrefix(known) if self.way == "shared" else copy.deepcopy(known)
+        if self.way != "shared":
             cache.batch_repeat_interleave(len(rows))
         ids, positions = (self._padded(lists) for lists in ([row.ids for row in rows], depths))
-        mask = self._mask(rows) if self.shares_prefix else None
+        mask = self._mask(rows) if self.way == "shared" else None
         return cache, self._run(cache, ids, positions + known.get_seq_length(), mask, [row.places for row in rows])
 
     def _continue(self, prefix: Ids, prompts: Sequence[Ids], max_new_tokens: int, stop: str) -> list[str]:
@@ -287,7 +283,7 @@ class LocalLLM:
                 rows = [rows[place] for place in keep]
                 tokens, seen, positions = tokens[keep], seen[keep], positions[keep]
             seen = torch.cat([seen, seen.new_ones(len(rows), 1)], 1)
-            mask = self._hidden(seen)[:, None, None] if self.shares_prefix else None
+            mask = self._hidden(seen)[:, None, None] if self.way == "shared" else None
             logits = self._run(cache, tokens[:, None], positions, mask, [[0]] * len(rows))
             positions = positions + 1
         return [texts[row] for row in range(len(prompts))]
@@ -301,7 +297,7 @@ class LocalLLM:
             if self.way == "reread":
                 known = Reread(ids)
             else:
-                known = empty_prefix(self.model) if self.shares_prefix else DynamicCache(config=self.model.config)
+                known = empty_prefix(self.model) if self.way == "shared" else DynamicCache(config=self.model.config)
                 if ids.numel():
                     self._run(known, ids, torch.arange(ids.shape[1], device=self.model.device)[None], None, [[]])
         self._prefixes[prefix] = known

@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from typing import Any, NamedTuple
+from typing import Any
 from urllib.parse import urlsplit
 
 import httpx2
@@ -69,12 +69,6 @@ SPACES = ("\u2581", "\u0120")
 
 class _StoppedError(Exception):
     """Raised after another request has failed; that request's reason is the one to report."""
-
-
-class _Reply(NamedTuple):
-    status: int
-    retry_after: float | None
-    text: str
 
 
 class ServerLLM:
@@ -306,8 +300,8 @@ class ServerLLM:
         fix = "answers so far are cached, so fix it and rerun the same command"
         raise UserError(self._redacted(f"{url}: {problem}, {TRIES} times; {fix}"))
 
-    def _reply(self, url: str, sent: dict[str, Any]) -> _Reply:
-        """The whole answer within --llm-timeout, even if the server sends blanks to keep the connection alive."""
+    def _reply(self, url: str, sent: dict[str, Any]) -> tuple[int, float | None, str]:
+        """Status, Retry-After and text, whole within --llm-timeout, even if blanks keep the connection alive."""
         end = time.monotonic() + self._config.llm_timeout
         content = bytearray()
         with self._client.stream("POST", url, json=sent) as response:
@@ -321,7 +315,7 @@ class ServerLLM:
         text = content.decode("utf-8", "replace")
         if 300 <= response.status_code < 400:
             text = f"moved to {headers.get('location', 'another place')}"
-        return _Reply(response.status_code, wait, text)
+        return response.status_code, wait, text
 
     def _no_answer(self, error: httpx2.RequestError) -> str:
         told = f"no answer ({type(error).__name__}: {first_line(error)})"

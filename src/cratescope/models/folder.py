@@ -63,13 +63,8 @@ def skeleton(config: Any) -> PreTrainedModel:
     Raises:
         UserError: it is not a causal language model, or needs a package that is not installed.
     """
-    try:
-        with torch.device("meta"):
-            model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except Exception as error:  # what a model's code raises on inconsistent sizes depends on the model
-        said = " ".join(str(error).split())[:200]
-        raise UserError(f"a {config.model_type} model cannot be made here ({said}); give another model") from error
-    return model
+    with as_user_error(f"a {config.model_type} model cannot be made here", "give another model"), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 
 def load_folder(folder: Path, dtype: str = "auto") -> PreTrainedModel:

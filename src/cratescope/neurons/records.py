@@ -323,11 +323,7 @@ def read_columns(path: Path, columns: Sequence[str], indices: Sequence[int] | No
 
 
 def bytes_per_row(path: Path) -> int:
-    """How much of memory the columns of one neuron take, at least 1.
-
-    Raises:
-        UserError: the file is missing, damaged or of another version.
-    """
+    """How much of memory the columns of one neuron take, at least 1. Errors as of `read_columns`."""
     read_columns(path, ["index"], [])
     about = pq.read_metadata(path)
     size = sum(about.row_group(number).total_byte_size for number in range(about.num_row_groups))

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Int64
 from transformers import PreTrainedTokenizerFast
 
-from cratescope.errors import UserError, first_line
+from cratescope.errors import UserError, as_user_error
 from cratescope.files import Shape, read_json, sha256, stamp, write_json
 from cratescope.progress import progress
 from cratescope.text.tokenizer import load_tokenizer
@@ -135,11 +135,9 @@ class TokenData:
         entry = self.manifest["splits"][name]
         _verify(self.path, entry["shards"])
         shards = []
-        for shard in entry["shards"]:
-            try:
-                shards.append(np.load(self.path / shard["file"], mmap_mode="r", allow_pickle=False))
-            except (OSError, ValueError) as error:
-                raise UserError(f"{self.path / shard['file']}: cannot be opened ({first_line(error)})") from error
+        for path in (self.path / shard["file"] for shard in entry["shards"]):
+            with as_user_error(f"{path}: cannot be opened", "delete it and run the same `cratescope prepare`"):
+                shards.append(np.load(path, mmap_mode="r", allow_pickle=False))
         return TokenSplit(name, tuple(shards))
 
 

@@ -344,16 +344,14 @@ def _hub(source: str) -> Source:
     """A data set of the hub, streamed: `owner/name` or `owner/name:configuration`, split `train`."""
     name, _, configuration = source.partition(":")
     missing = f"{source}: no such file or folder"
+    fix = "give `offline`, a file, a folder, or a data set name of the hub"
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.lower().endswith(SUFFIXES):
-        raise UserError(f"{missing}; give `offline`, a file, a folder, or a data set name of the hub")
+        raise UserError(f"{missing}; {fix}")
     try:
         import datasets
     except ImportError as error:
         raise UserError(f"{missing}; if it is a data set of the hub: pip install 'cratescope[hub]'") from error
-    try:
+    with as_user_error(f"{missing}, and no data set of that name can be opened from the hub", fix):
         rows = datasets.load_dataset(name, configuration or None, split="train", streaming=True)
-    except Exception as error:  # the library raises many kinds, for the network, the name and the configuration
-        reason = first_line(error)
-        raise UserError(f"{missing}, and no data set of that name can be opened from the hub ({reason})") from error
     licence = (rows.info and rows.info.license) or "not stated"
     return Source(source, licence, f"hub data set {source}", None, partial(HubDocuments, source, rows), lambda: None)
