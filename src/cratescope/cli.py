@@ -112,11 +112,7 @@ def overview() -> str:
 
 
 def run(arguments: list[str]) -> str:
-    """Parse the command line, run the subcommand and return its output.
-
-    Raises:
-        UserError: no such subcommand, or whatever the subcommand refuses.
-    """
+    """Parse the command line, run the subcommand and return its output. Raises UserError for whatever is refused."""
     name, rest = (arguments or ["--help"])[0], arguments[1:]
     if name in ("--help", "-h"):
         return overview()

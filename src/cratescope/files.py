@@ -363,10 +363,7 @@ def mark_whole(folder: Path) -> None:
 def check_whole(folder: Path, weights: bool = True) -> None:
     """Compare the files of a folder with what was written; an unmarked folder is accepted as it is.
 
-    weights: look at *.safetensors too, which are large.
-
-    Raises:
-        UserError: a file is missing or has changed; names it.
+    weights: look at *.safetensors too, which are large. UserError names a file that is missing or has changed.
     """
     path = folder / WHOLE
     if not path.exists():

@@ -83,14 +83,11 @@ def _known(value: float | None) -> float | None:
 
 
 def read(paths: Sequence[Path], model: str, texts: TokenTexts) -> Iterator[tuple[int, list[NeuronRecord]]]:
-    """Each layer with its records, from files in the order of `files`.
+    """Each layer with its records, from files in the order of `files`. UserError names a file that is no NeuronRecord.
 
     What a NeuronRecord lacks is left open: the number of tokens read is 0, the density NaN (0 for a neuron that is
     silent in all of its windows), missing moments NaN; the maximum is that of the windows. A top window's peak is its
     highest token, another window's its middle one.
-
-    Raises:
-        UserError: a file is not a NeuronRecord (names the file and the field).
     """
     for layer, group in itertools.groupby(paths, lambda path: int(path.parent.name)):
         work: Any = progress(list(group), f"import layer {layer}")

@@ -182,11 +182,7 @@ def _check_claims(config: CrateConfig | GPT2Config, theirs: dict[str, Tensor], n
 
 
 def to_reference(model: PreTrainedModel) -> dict[str, Any]:
-    """The nanoGPT-style checkpoint of one of our models, without optimiser state.
-
-    Raises:
-        UserError: the reference code cannot express this model.
-    """
+    """The nanoGPT-style checkpoint of one of our models, without optimiser state. UserError if it cannot be one."""
     config = model.config
     if not isinstance(config, CrateConfig | GPT2Config):
         raise UserError(f"a {config.model_type} model: the reference code has CRATE and GPT-2 only")

@@ -174,11 +174,7 @@ class Explained:
         return check_identity(self.explanations.folder, self.origin)
 
     def layers(self) -> dict[int, list[Told]]:
-        """Every layer's explanations in the order in which neurons were drawn.
-
-        Raises:
-            UserError: there are none, or they belong to another model.
-        """
+        """Every layer's explanations in the order of the draw. UserError: there are none, or of another model."""
         found = {layer: kept for layer in self.explanations.layers if (kept := self.explanations.read(layer))}
         if not found:
             raise UserError(

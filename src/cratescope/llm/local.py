@@ -130,11 +130,7 @@ class LocalLLM:
 
     @classmethod
     def open(cls, config: LLMConfig) -> LocalLLM:
-        """Load `config.llm`.
-
-        Raises:
-            UserError: neither on the hub nor a model on this disk; or 4 bits were requested but are not supported here.
-        """
+        """Load `config.llm`. UserError: neither on the hub nor a model on this disk, or no 4 bits here."""
         source, options = _source(config.llm)
         if torch.cuda.is_available():
             torch.cuda.set_device(rank(local=True))

@@ -95,11 +95,7 @@ class ServerLLM:
 
     @classmethod
     def open(cls, config: LLMConfig) -> ServerLLM:
-        """Prepare the client, without a request.
-
-        Raises:
-            UserError: no model named, a key in the address, or a tokenizer that cannot be loaded.
-        """
+        """Prepare the client, without a request. UserError: no model named, a bad address, or no such tokenizer."""
         fix = "write it like http://HOST:PORT/v1"
         try:
             address = urlsplit(config.llm)
@@ -221,8 +217,7 @@ class ServerLLM:
     ) -> list[Any]:
         """Apply `reads` to the answers, from disk where cached and else from the server, each stored immediately.
 
-        Raises:
-            RefusedError: all prompts are refused; or one of them is, where all are needed.
+        Raises RefusedError when all prompts are refused, or one of them where `all_needed`.
         """
         requests = [{"url": self._url, "path": path, "body": body} for body in bodies]
         keys = [json.dumps(request, sort_keys=True) for request in requests]

@@ -89,8 +89,7 @@ def measures(
 ) -> dict[str, Any]:
     """Loss, perplexity and bits per byte from sums over each document, with standard errors over documents.
 
-    Raises:
-        UserError: a loss is not a number, or there are fewer than two tokens or no bytes.
+    Raises UserError where a loss is not a number, or there are fewer than two tokens or no bytes.
     """
     if tokens.sum() < 2 or not n_bytes.sum():
         raise UserError(f"{where}: has fewer than 2 tokens of text; give more")

@@ -59,8 +59,7 @@ def run_tasks(
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Run tasks one by one, yielding each name with lm-eval's metrics, standard errors, versions and sample counts.
 
-    Raises:
-        UserError: the data of a task is not available.
+    Raises UserError where the data of a task is not available.
     """
     import lm_eval
     from lm_eval.models.huggingface import HFLM

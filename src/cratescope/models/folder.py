@@ -43,11 +43,7 @@ def longest_context(config: Any) -> int | None:
 
 
 def model_config(source: str | Path) -> Any:
-    """The configuration of a model's folder or hub name.
-
-    Raises:
-        UserError: no such model, or a class that transformers does not implement itself.
-    """
+    """The configuration of a folder or hub name. UserError: no such model, or a class that transformers has not."""
     with as_user_error(f"model {source}: cannot be loaded", "give a folder or a hub name"):
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         layers = getattr(text_config(config), "num_hidden_layers", 0)
@@ -60,8 +56,7 @@ def model_config(source: str | Path) -> Any:
 def skeleton(config: Any) -> PreTrainedModel:
     """Build the model without weights, to inspect its modules: it takes no memory and almost no time.
 
-    Raises:
-        UserError: it is not a causal language model, or needs a package that is not installed.
+    Raises UserError for what is no causal language model, or needs a package that is not installed.
     """
     with as_user_error(f"a {config.model_type} model cannot be made here", "give another model"), torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=False)

@@ -268,12 +268,9 @@ def _bins(histogram: Histogram | None) -> list[dict[str, float]]:
 
 
 def read_records(path: Path, indices: Sequence[int] | None = None, strata: bool = True) -> dict[int, NeuronRecord]:
-    """Read one layer's records by neuron index; only `indices` when given.
+    """Read one layer's records by neuron index; only `indices` when given. Errors as of `read_columns`, `records_of`.
 
     strata: read the stratified windows too, most of what a record holds.
-
-    Raises:
-        UserError: the file is missing or damaged, or an index is not in it.
     """
     names = [name for name in SCHEMA.names if strata or name not in STRATIFICATIONS]
     return records_of(path, read_columns(path, names, indices), indices)
@@ -287,11 +284,7 @@ def each_record(path: Path, strata: bool = True) -> Iterator[NeuronRecord]:
 
 
 def records_of(path: Path, table: pa.Table, indices: Sequence[int] | None = None) -> dict[int, NeuronRecord]:
-    """The records in some rows of the file at `path`; only `indices` when given, in this order.
-
-    Raises:
-        UserError: an index is not in it.
-    """
+    """The records in some rows of a file; only `indices` when given, in this order. UserError for one not in it."""
     if indices is not None:
         rows = {index: row for row, index in enumerate(table.column("index").to_pylist())}
         missing = [index for index in indices if index not in rows]

@@ -32,11 +32,7 @@ WEAK, STRONG = (58, 66, 84), (255, 150, 30)
 
 
 def neuron_card(config: ShowConfig) -> RenderableType:
-    """Render everything known about one neuron for a rich console.
-
-    Raises:
-        UserError: no records, no such site, layer or neuron.
-    """
+    """Render everything known about one neuron for a rich console. Errors as of `Run.neuron`."""
     return card(Run(config.run).neuron(config.layer, config.neuron, config.site, config.explainer, config.simulator))
 
 

@@ -37,11 +37,7 @@ class Quantity:
 
     @classmethod
     def parse(cls, text: str) -> Quantity:
-        """`protocol/measure` or `protocol/measure/control`.
-
-        Raises:
-            UserError: anything else, an unknown name, or a measure that the protocol does not have.
-        """
+        """`protocol/measure` or `protocol/measure/control`. Raises UserError for anything else, or unknown names."""
         parts = text.split("/")
         if len(parts) not in (2, 3) or not all(parts):
             raise UserError(f"--primary {text}: write protocol/measure/control, such as uniform/pearson/shuffled")
@@ -155,11 +151,7 @@ class Comparison:
 
 
 def sides(results: Sequence[Results], chosen: Sequence[str] = ()) -> tuple[str, str] | None:
-    """The arms to compare: those chosen, else CRATE and GPT-2, else the first two there are.
-
-    Raises:
-        UserError: an arm that no run has, or not two of them.
-    """
+    """The arms to compare: those chosen, else CRATE and GPT-2, else the first two. UserError: not two of the runs'."""
     names = list(dict.fromkeys(item.arm.name for item in results))
     if chosen:
         unknown = [name for name in chosen if name not in names]

@@ -134,12 +134,9 @@ def read_neurons(
     explainer: str | None = None,
     simulator: str | None = None,
 ) -> list[Neuron]:
-    """Neurons of one layer, in the order of `indices`; all of them unless given.
+    """Neurons of one layer, in the order of `indices`; all of them unless given. Errors as of `Run.neuron`.
 
     explainer, simulator: what is said by these alone; by all there are, unless given.
-
-    Raises:
-        UserError: no records, no such site, layer or neuron; or a file is damaged.
     """
     site = find_site(run, site)
     files = record_files(run.records(site))

@@ -163,8 +163,7 @@ def _load_run(run: Run, explainer: str, simulator: str) -> Iterator[Results]:
 def _metrics(run: Run, manifest: Row) -> list[Row]:
     """The log of a run's training, up to its last step.
 
-    Raises:
-        UserError: its end is missing; a cut at the end of a line would else pass for a shorter training.
+    UserError: its end is missing; a cut at the end of a line would else pass for a shorter training.
     """
     rows = read_jsonl(run.metrics, METRICS, "`cratescope train`")
     steps, settings = manifest.get("steps", 0), manifest.get("settings", {})

@@ -144,11 +144,7 @@ def _finished(folder: Path, inputs: dict[str, str]) -> bool:
 
 
 def read_about(folder: Path) -> dict[str, Any]:
-    """The scores.json of a folder whose tables are all there.
-
-    Raises:
-        UserError: a file is missing or damaged, or of an older version.
-    """
+    """The scores.json of a folder whose tables are all there. UserError: a missing, damaged or older file."""
     path = folder / "scores.json"
     about = read_json(path, ABOUT, "`cratescope score`")
     if about["made_from"].get("version") != str(VERSION):
@@ -288,8 +284,7 @@ def _simulated(
 def score_judgement(item: Judgement, protocol: str, name: str) -> list[Score]:
     """Accuracy and AUROC of yes-or-no answers; accuracy of groups is how often the right one was likeliest.
 
-    Raises:
-        UserError: there are not as many answers as labels, or one is no probability.
+    Raises UserError unless there are as many answers as labels, all of them probabilities.
     """
     labels, answers = np.array(item.labels, dtype=bool), np.array(item.probabilities, dtype=np.float64)
     if len(labels) != len(answers) or not ((answers >= 0) & (answers <= 1)).all():

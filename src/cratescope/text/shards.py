@@ -125,11 +125,7 @@ class TokenData:
         return self.manifest["tokenizer"]["eos_id"]
 
     def split(self, name: str) -> TokenSplit:
-        """One of train, validation and heldout; its shards are compared with their SHA-256 the first time.
-
-        Raises:
-            UserError: no such split, or a shard is damaged.
-        """
+        """train, validation or heldout, compared with its hashes the first time. UserError: not there, or damaged."""
         if name not in self.manifest["splits"]:
             raise UserError(f"split {name}: not in {self.path}, which has {', '.join(self.manifest['splits'])}")
         entry = self.manifest["splits"][name]

@@ -96,10 +96,7 @@ class Source:
 def open_sources(source: str) -> tuple[dict[str, str], list[Source], dict[str, str]]:
     """Open `offline`, a file, a folder or a hub name: a cheap identity of its content, and its sources.
 
-    Also returns the files of a folder that are left out, with reasons.
-
-    Raises:
-        UserError: nothing there, or an unknown format.
+    Also returns the files of a folder that are left out, with reasons. Raises UserError for an unknown name or format.
     """
     path, left_out = Path(os.path.expanduser(source)), dict[str, str]()  # Path.expanduser raises for unknown names
     if source == "offline":

@@ -108,11 +108,7 @@ def _is_plain(folder: Path) -> bool:
 
 
 def vocabulary_size(spec: str) -> int | None:
-    """N of the tokenizer spec `bpe:N`; None for any other spec.
-
-    Raises:
-        UserError: N is not a number, leaves no room for the 256 bytes and the end-of-text token, or is too large.
-    """
+    """N of the tokenizer spec `bpe:N`, None for another spec. UserError: N is no number from 257 to LARGEST_BPE."""
     if not spec.startswith("bpe:"):
         return None
     match = re.fullmatch(r"bpe:0*([0-9]{1,9})", spec)
