@@ -53,8 +53,7 @@ def decode_text(data: bytes, errors: str | None = None) -> str:
 def parse_json(text: str | bytes, where: str, fix: str, constant: Callable[[str], Any] | None = None) -> Any:
     """Parse JSON; `where` begins the message of an error and `fix` ends it. constant: what NaN and Infinity become.
 
-    Raises:
-        UserError: not JSON, nested too deeply, or a number of more digits than Python reads.
+    Raises UserError: not JSON, nested too deeply, or a number of more digits than Python reads.
     """
     try:
         return json.loads(text, parse_constant=constant)
@@ -242,8 +241,7 @@ def as_json(value: Any) -> str:
 def read_json(path: Path, shape: Shape = None, maker: str = "the stage that makes it") -> Any:
     """Read a JSON file whose value has a `shape` (see `misfit`); `maker` is what writes the file.
 
-    Raises:
-        UserError: the file is missing, damaged, or holds something else; names the file and the fix.
+    Raises UserError: the file is missing, damaged, or holds something else; names the file and the fix.
     """
     again = f"delete it and run {maker} again"
     try:
@@ -299,8 +297,7 @@ def read_jsonl(
 ) -> list[dict[str, Any]]:
     """Read a JSON-lines log of objects; a last line cut short by a kill is left out, unless it has to be `whole`.
 
-    Raises:
-        UserError: a line is damaged or has another `shape`.
+    Raises UserError: a line is damaged or has another `shape`.
     """
     try:
         text = path.read_text(encoding="utf-8") if path.exists() else ""

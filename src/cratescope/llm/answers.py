@@ -49,13 +49,9 @@ def parsed(text: str) -> Any:
     """
     text = re.sub(r"\A(?::.*|\s)+", "", text.lstrip("\ufeff")).strip()  # less comments that keep a line open
     if re.match(r"(?:data|event|id|retry)?:", text):
-        return _joined(_events(text))
+        lines = [line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("data:")]
+        return _joined([json.loads(line) for line in lines if line not in ("", "[DONE]")])
     return json.loads(text)
-
-
-def _events(text: str) -> list[Any]:
-    lines = [line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("data:")]
-    return [json.loads(line) for line in lines if line not in ("", "[DONE]")]
 
 
 def _joined(events: Sequence[Any]) -> Any:

@@ -29,8 +29,7 @@ def identity(folder: Path | None) -> str | None:
 def open_tasks(names: Sequence[str], folder: Path | None) -> Any:
     """lm-eval's TaskManager, which knows every task of `names`.
 
-    Raises:
-        UserError: lm-eval is not installed, or has no task, group or tag of that name.
+    Raises UserError: lm-eval is not installed, or has no task, group or tag of that name.
     """
     try:
         from lm_eval.tasks import TaskManager

@@ -46,7 +46,7 @@ class Kept(Generic[T]):
         return self.tables.done(layer)
 
     def read(self, layer: int, indices: Sequence[int] | None = None) -> dict[int, T]:
-        """Items by neuron index, in index order; only of some neurons when `indices` are given. Errors as of `Tables.read`."""
+        """Items by neuron index, in index order; only of some when given `indices`. Errors as of `Tables.read`."""
         return dict(self._items(layer, indices))
 
     def _items(self, layer: int, indices: Sequence[int] | None = None) -> Iterator[tuple[int, T]]:

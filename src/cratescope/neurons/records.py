@@ -298,8 +298,7 @@ def records_of(path: Path, table: pa.Table, indices: Sequence[int] | None = None
 def read_columns(path: Path, columns: Sequence[str], indices: Sequence[int] | None = None) -> pa.Table:
     """Some columns of one layer's records, a row per neuron; only of some neurons when `indices` are given.
 
-    Raises:
-        UserError: the file is missing, damaged or of another version.
+    Raises UserError: the file is missing, damaged or of another version.
     """
     if not path.exists():
         raise UserError(f"{path}: no such file; run `cratescope collect` first, or check the layer")

@@ -27,8 +27,7 @@ UNDECODABLE = "tokens the tokenizer does not have"
 def find_site(run: Run, site: str) -> str:
     """The name of the records folder meant by `site`: `auto` is the arm's native site, or the only one there is.
 
-    Raises:
-        UserError: no such folder, or several and `auto` cannot choose.
+    Raises UserError: no such folder, or several and `auto` cannot choose.
     """
     site = site.replace("{layer}", "N")  # as `collect` names the folder of a pattern
     folder = run.root / "records"

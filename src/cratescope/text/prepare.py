@@ -75,7 +75,9 @@ def prepare(config: PrepareConfig) -> TokenData:
 def _prepare(
     config: PrepareConfig, identity: dict[str, Any], sources: Sequence[Source], left_out: Mapping[str, str]
 ) -> None:
-    fractions = _fractions(sources, config.max_megabytes)
+    fractions = [1.0] * len(sources)
+    if config.max_megabytes is not None and sources[0].size is not None:
+        fractions = shares([source.size or 0 for source in sources], config.max_megabytes * 1e6)
     tokenizer = _tokenizer(config, sources, fractions)
     work = config.out / ".work"
     past = Past.load(work)
@@ -152,12 +154,6 @@ def shares(sizes: Sequence[float], budget: float) -> list[float]:
         fractions[index] = take / sizes[index] if sizes[index] else 1.0
         budget -= take
     return fractions
-
-
-def _fractions(sources: Sequence[Source], max_megabytes: float | None) -> list[float]:
-    if max_megabytes is None or sources[0].size is None:
-        return [1.0] * len(sources)
-    return shares([source.size or 0 for source in sources], max_megabytes * 1e6)
 
 
 def _tokenizer(config: PrepareConfig, sources: Sequence[Source], fractions: Sequence[float]) -> PreTrainedTokenizerFast:
