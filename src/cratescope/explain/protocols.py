@@ -30,7 +30,7 @@ class Pick:
     """
 
     source: Source
-    ranks: Iterable[int] | None
+    ranks: Sequence[int] | None
     width: int = 64
 
     def windows(self, record: NeuronRecord) -> Iterator[Window]:
