@@ -277,7 +277,7 @@ def plain(told: dict[str, Any], llm: Any) -> dict[str, float]:
 
 def ours(told: dict[str, Any], llm: Any) -> dict[str, float]:
     prefix, prompts, digits = excerpts(told, llm)
-    if not llm.shares_prefix:
+    if llm.way != "shared":
         raise SystemExit(
             f"{llm.dtype}: the model did not pass the trial of the shared prefix, so copies would be timed"
         )

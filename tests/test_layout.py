@@ -19,7 +19,7 @@ HOUSE = {
     "lm": ("config", "loss", "head", "load", "adopt", "harness", "evaluate", "checkpoints", "trainer", "train"),
     "llm": (
         *("config", "interface", "reasoning", "precision", "prefix", "local"),
-        *("cache", "answers", "server", "scripted", "open"),
+        *("cache", "answers", "server", "open"),
     ),
     "neurons": (
         *("config", "records", "kept", "sample", "sites"),

@@ -17,13 +17,13 @@ from cratescope.config import StudyConfig
 from cratescope.errors import UserError
 from cratescope.explain.config import ExplainConfig
 from cratescope.llm.config import LLMConfig
-from cratescope.llm.scripted import ScriptedLLM
 from cratescope.lm.config import TrainConfig
 from cratescope.options import from_table
 from cratescope.report.config import ReportConfig
 from cratescope.results.compare import Quantity
 from cratescope.study import check, read_plan, study
 from cratescope.text.shards import TokenData
+from scripted import ScriptedLLM
 
 PLAN = """
 title = "A small study"

@@ -11,7 +11,7 @@ import tyro
 
 from cratescope.errors import UserError
 from cratescope.llm.config import LLMConfig
-from cratescope.options import LARGEST_SEED, Checked, PositionalPath, RayGPUs, RayTasks, Worker, within
+from cratescope.options import LARGEST_SEED, Checked, PositionalPath, RayGPUs, RayTasks, Site, Worker, within
 
 
 class Simulates(NamedTuple):
@@ -95,8 +95,7 @@ class ExplainConfig(Checked):
 
     run: PositionalPath
     """Run directory with neuron records."""
-    site: str = "auto"
-    """Site of the records, as given to `collect`."""
+    site: Site = "auto"
     layers: Annotated[tuple[int, ...] | None, within(0)] = None
     """Layers to explain; all by default."""
     neurons: Annotated[int | None, within(1)] = None
@@ -143,8 +142,7 @@ class SimulateConfig(Checked):
 
     run: PositionalPath
     """Run directory with explanations."""
-    site: str = "auto"
-    """Site of the records, as given to `collect`."""
+    site: Site = "auto"
     explainer: str = "offline"
     """Explainer whose explanations to use: the --llm given to `explain`, or `terms`."""
     simulator: Simulator = "list-pmi"
@@ -193,8 +191,7 @@ class JudgeConfig(Checked):
 
     run: PositionalPath
     """Run directory with explanations."""
-    site: str = "auto"
-    """Site of the records, as given to `collect`."""
+    site: Site = "auto"
     explainer: str = "offline"
     """Whose explanations: the --llm given to `explain`."""
     scorer: Scorer = "detection"
