@@ -5,6 +5,7 @@ Everything is found for many windows at once. A window is all there is: what sta
 
 from __future__ import annotations
 
+import itertools
 import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -149,6 +150,22 @@ class Texts:
         filled = np.flatnonzero(~self.is_blank)
         place = self.before - words
         return np.where(place >= self.starts, filled[np.maximum(place, 0)], -1) if len(filled) else place * 0 - 1
+
+    @cached_property
+    def ahead(self) -> Int[np.ndarray, " u"]:
+        """The word after each one, blank ones not counted; -1 where the window has none."""
+        filled = np.flatnonzero(~self.is_blank)
+        place = self.before + ~self.is_blank
+        found = np.append(filled, -1)[np.minimum(place, len(filled))]
+        return np.where((found >= 0) & (self.window[found] == self.window), found, -1)
+
+    @cached_property
+    def strings(self) -> list[list[str]]:
+        """The texts of the tokens of each window."""
+        return [
+            [self.vocabulary.strings[token] for token in self.tokens[start:end].tolist()]
+            for start, end in itertools.pairwise(self.bounds)
+        ]
 
 
 def _spellings(
