@@ -129,13 +129,16 @@ class ListPMI:
         reading = self._readings[text]
         if isinstance(reading, Listed):
             return self._listed(reading.phrase, windows)
+        if not windows:
+            return []
         features = self._features_of(windows)
         reader = Reader(features, lambda phrase: np.concatenate(self._listed(phrase, windows)), MOST)
         values, bounds = reader(reading), features.texts.bounds
         return [values[start:end] for start, end in itertools.pairwise(bounds)]
 
     def _features_of(self, windows: Sequence[Window]) -> Features:
-        if self._features is None or self._features[0] != (key := key_of(windows)):
+        key = key_of(windows)
+        if self._features is None or self._features[0] != key:
             # Not `Vocabulary.of`: a tokenizer without words has lists as well.
             texts = Texts.of(windows, Vocabulary((*self._vocabulary, "")))
             self._features = key, Features(texts, self._lexicon)
