@@ -52,6 +52,7 @@ def alike(*names):
     [
         ('the word "of"', word("of")),
         ("The word 'Of'.", word("of")),
+        ('all occurrences of the word "of"', word("of")),
         ("“of” and “the”", word("of", "the")),
         ('the words "a", "an", and "the"', word("a", "an", "the")),
         ("the contraction word 'don't'", word("don't")),
@@ -211,6 +212,8 @@ def values(reading, pieces, listed=None, start=1):
         ("words inside brackets", [" a", " (", " b", ",", " c", ")", " d"], [0, 0, 1, 0, 1, 0, 0]),
         ("inside brackets", [" a", " (", " b", ",", " c", ")", " d"], [0, 0, 1, 1, 1, 0, 0]),
         ("the first word of a sentence", [" x", ".", " Y", "es", " z"], [0, 0, 1, 1, 0]),
+        ("the first word of a sentence", ["?", "\n", " ", "\n", " Y", "es", "\n", " z"], [0, 0, 0, 0, 1, 1, 0, 0]),
+        ("at the start of a sentence", [".", ".", " Y"], [0, 1, 1]),
         ("the first word of a line", ["\n", "  ", " y", "\n", "-", " z"], [0, 0, 1, 0, 0, 0]),
         ("numbers among commas", [" 1", ",", " 1", ",", " 1"], [0, 0, 0.25, 0, 0.5]),
         ('numbers two words after "of"', [" of", " x", " 1", " 1"], [0, 0, 1, 0]),
@@ -222,12 +225,12 @@ def test_tokens_have_the_values_that_one_would_give_them(phrase, pieces, expecte
     assert values(phrase, pieces) == expected
 
 
-def test_a_list_counts_only_at_its_place_and_by_how_sure_the_other_one_is():
+def test_a_list_counts_only_at_its_place_and_the_other_one_says_yes_or_no():
     pieces = [" to", " go", " run", " may", " go"]
     listed = {"a verb": [0, 0.6, 0.4, 0, 0.6], "a modal verb": [0, 0, 0, 0.5, 0]}
     assert values('a verb after "to"', pieces, listed) == [0, 0.6, 0, 0, 0]
-    assert values("a verb after a modal verb", pieces, listed) == [0, 0, 0, 0, 0.3]
-    assert values('the word "go" before a modal verb', [" go", " may"], {"a modal verb": [0, 0.5]}) == [0.5, 0]
+    assert values("a verb after a modal verb", pieces, listed) == [0, 0, 0, 0, 0.6]
+    assert values('the word "go" before a modal verb', [" go", " may"], {"a modal verb": [0, 0.5]}) == [1, 0]
 
 
 def test_a_place_does_not_reach_into_the_next_window():

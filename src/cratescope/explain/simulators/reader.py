@@ -19,12 +19,15 @@ WHOLE, FIRST, LAST = slice(None), slice(1), slice(-1, None)
 """Which tokens of a quoted text count: the word after "part of" is behind its last one, that before it its first."""
 
 
+SENTENCE = "at the start of a sentence"
+
+
 @dataclass(frozen=True, eq=False)
 class Reader:
     """Values of readings on the tokens (n,) of some texts.
 
-    listed: the values of what the language model lists for a phrase, from 0 to `most`. What is literal has the value
-    `most`; what is placed has its value times that of what it is next to, as a share of `most`.
+    listed: the values of what the language model lists for a phrase, none below 0. What is literal has the value
+    `most`. What is placed has its own value where the place holds; next to Y it holds where Y has a value above 0.
     """
 
     features: Features
@@ -73,22 +76,35 @@ class Reader:
     # Where words stand: from 0 to 1.
 
     def _where(self, place: str, other: Reading | None) -> Float[np.ndarray, " n"]:
-        if other is None:
-            return self.features.value(Term(None, Where(place), 1))
         texts = self.features.texts
+        if other is None:
+            return self._sentence() if place == SENTENCE else self.features.value(Term(None, Where(place), 1))
         if place == BEFORE:
-            return self._beside(texts.ahead, self(other, FIRST)[texts.first])
+            return self._beside(texts.ahead, self._holds(other, FIRST)[texts.first])
         match self.features.lexicon.language.places[place]:
             case Back(back):
-                return self._beside(texts.back(back), self(other, LAST)[texts.last])
+                return self._beside(texts.back(back), self._holds(other, LAST)[texts.last])
             case Among(last):
-                near = (self(other)[texts.first] / self.most)[~texts.is_blank]
+                near = self._holds(other, WHOLE)[texts.first][~texts.is_blank]
                 return self.features.shares(near[:, None], last)[texts.word, 0]
         raise AssertionError(f"{place} stands by itself")
 
+    def _holds(self, other: Reading, part: slice) -> Float[np.ndarray, " n"]:
+        return (self(other, part) > 0).astype(np.float64)
+
     def _beside(self, neighbour: Int[np.ndarray, " u"], values: Float[np.ndarray, " u"]) -> Float[np.ndarray, " n"]:
-        """For every token the share of the word that is next to its word; 0 where there is none (-1)."""
-        return np.where(neighbour >= 0, values[neighbour] / self.most, 0)[self.features.texts.word]
+        """For every token the value of the word that is next to its word; 0 where there is none (-1)."""
+        return np.where(neighbour >= 0, values[neighbour], 0)[self.features.texts.word]
+
+    def _sentence(self) -> Float[np.ndarray, " n"]:
+        """Behind the end of a sentence; unlike in the language of terms line breaks may stand between."""
+        texts = self.features.texts
+        ends, breaks = (
+            self._is(What("class", name), WHOLE)[texts.first] for name in ("ends of sentences", "line breaks")
+        )
+        written = np.where((breaks > ends) | texts.is_blank, -1, np.arange(len(ends)))
+        before = np.append(-1, np.maximum.accumulate(written)[:-1])
+        return self._beside(np.where(texts.window[before] == texts.window, before, -1), ends)
 
 
 def signs_of(word: str) -> list[str]:

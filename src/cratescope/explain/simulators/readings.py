@@ -98,7 +98,10 @@ _QUOTE = re.compile(
     r'"([^"\n]+)"|“([^”\n]+)”|„([^“”\n]+)[“”]|«([^»\n]+)»|`([^`\n]+)`|‘(.+?)’(?!\w)|(?<!\w)\'(?=\S)(.+?)(?<=\S)\'(?!\w)'
 )
 _Q = r'"\d+"'
-_THE = "(?:(?:the|an?|any|all|every|each|both|some|single|first|next|exact|specific) )*"
+_THE = (
+    "(?:(?:the|an?|any|all|every|each|both|some|single|first|next|exact|specific|"
+    "(?:instance|occurrence|mention|use)s? of) )*"
+)
 _NOUN = (
     "(?:word|token|term|name|noun|verb|adjective|adverb|pronoun|preposition|conjunction|article|determiner|participle|"
     "number|numeral|digit|letter|sign|symbol|mark|character|phrase|abbreviation|acronym|initial|suffix|prefix|ending)"
