@@ -18,7 +18,6 @@ from cratescope.explain.terms.texts import together
 WHOLE, FIRST, LAST = slice(None), slice(1), slice(-1, None)
 """Which tokens of a quoted text count: the word after "part of" is behind its last one, that before it its first."""
 
-
 SENTENCE = "at the start of a sentence"
 
 
@@ -90,7 +89,7 @@ class Reader:
         raise AssertionError(f"{place} stands by itself")
 
     def _holds(self, other: Reading, part: slice) -> Float[np.ndarray, " n"]:
-        return (self(other, part) > 0).astype(np.float64)
+        return np.sign(self(other, part))  # NaN stays, and is reported
 
     def _beside(self, neighbour: Int[np.ndarray, " u"], values: Float[np.ndarray, " u"]) -> Float[np.ndarray, " n"]:
         """For every token the value of the word that is next to its word; 0 where there is none (-1)."""
@@ -100,9 +99,10 @@ class Reader:
         """Behind the end of a sentence; unlike in the language of terms line breaks may stand between."""
         texts = self.features.texts
         ends, breaks = (
-            self._is(What("class", name), WHOLE)[texts.first] for name in ("ends of sentences", "line breaks")
+            self.features.value(Term(What("class", name), None, 1))[texts.first]
+            for name in ("ends of sentences", "line breaks")
         )
-        written = np.where((breaks > ends) | texts.is_blank, -1, np.arange(len(ends)))
+        written = np.where((breaks > 0) | texts.is_blank, -1, np.arange(len(ends)))
         before = np.append(-1, np.maximum.accumulate(written)[:-1])
         return self._beside(np.where(texts.window[before] == texts.window, before, -1), ends)
 

@@ -150,7 +150,7 @@ _AFFIXED = re.compile(
 _ALL = re.compile(rf"{_THE}(?:tokens?|text|anything|everything|what)?", re.I)
 _KIND = re.compile(rf"{_THE}{_KIND_OF}{_NOUN}\b", re.I)
 _SPOKEN_OF = re.compile(r"(?:^|\W)(?:and|or|as|like|including|the|an?|e\.g\.?)$|[,:;(]$", re.I)
-_SAYING = re.compile(r"(?:and|or|in|of|to|which|that|each|one|all|them|it)\b|[,.:;)]|\W*$", re.I)
+_SAYING = re.compile(r"(?:and|or|in|of|to|which|that|each other|one|them|it|all\W*$)\b|[,.:;)]|\W*$", re.I)
 """Before the one and behind the other, "after" is a word that is spoken of, or part of a saying."""
 
 
