@@ -52,6 +52,7 @@ from rich.table import Table
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 import cratescope.exchange.export
+import cratescope.exchange.imports
 import cratescope.exchange.openai
 import cratescope.explain.judge
 import cratescope.llm.local

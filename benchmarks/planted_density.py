@@ -28,8 +28,9 @@ import tyro
 
 from cratescope.files import write_json, write_text
 from cratescope.neurons.records import Window
-from cratescope.score.measures import every_word_alike, measure, specific, split
-from cratescope.score.words import Words
+from cratescope.score.measures import measure, specific, split
+from cratescope.score.weights import Weights, every_word_alike
+from cratescope.score.words import Reader, Words
 from cratescope.text.shards import TokenData
 from cratescope.text.tokenizer import vocabulary_strings
 
@@ -83,10 +84,9 @@ class Case:
 def text(options: Options) -> Row:
     """The number of each token's word (excerpts, CONTEXT)."""
     data = TokenData.open(options.data)
-    vocabulary = vocabulary_strings(data.tokenizer)
     excerpts = data.split("heldout").spaced(options.excerpts, CONTEXT)
     windows = [Window(tokens, np.zeros(CONTEXT), row, 0, 0) for row, tokens in enumerate(excerpts)]
-    return Words.of(windows, (), vocabulary).number.reshape(excerpts.shape)
+    return Words.of(windows, (), Reader(vocabulary_strings(data.tokenizer))).number.reshape(excerpts.shape)
 
 
 def drawn(rng: np.random.Generator, frequency: Row, share: float, free: Row) -> Row:
@@ -237,7 +237,7 @@ def ranks(values: Row) -> Row:
 
 def balanced_specific(case: Case, said: Row) -> float:
     """`specific` with every different word weighing alike."""
-    weights = every_word_alike(np.ones((1, len(said))), case.words)
+    weights = every_word_alike(Weights.once(len(said)), case.words)
     return float(specific(case.truth, said, weights)[0])
 
 

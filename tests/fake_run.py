@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,6 +35,8 @@ from cratescope.score import scores as scored
 from cratescope.score.quality import write_quality
 from cratescope.score.sanity import on_records
 from cratescope.score.score import VERSION, score_neuron
+from cratescope.score.words import Reader, WordsOf, words_for
+from cratescope.text.tokenizer import vocabulary_strings
 
 PROTOCOLS = {name: EVERY_PROTOCOL[name] for name in ("top-and-random", "random-only")}
 TOPICS = {
@@ -55,6 +58,11 @@ def fake_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<|endoftext|>"))
     tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>")
+
+
+@functools.cache
+def fake_words() -> WordsOf:
+    return words_for("offline", Reader(vocabulary_strings(fake_tokenizer())))
 
 
 @dataclass(frozen=True)
@@ -95,7 +103,7 @@ def fake_run(root: Path, fake: Fake | None = None) -> Run:
     folder = run.scores(fake.site, "offline", "list-pmi")
     made_with = {"top": {"site": fake.site, "llm": "offline", "records": {"excerpts": 20}}}
     about = {"explainer": "offline", "simulator": "list-pmi", "site": fake.site, "layers": [*range(fake.layers)]}
-    sanity = [verdict.row() for verdict in on_records(PROTOCOLS.values(), every)]
+    sanity = [verdict.row() for verdict in on_records(PROTOCOLS.values(), every, fake_words())]
     inputs = {"version": str(VERSION)}
     write_json(folder / "scores.json", about | {"sanity": sanity, "made_with": made_with, "made_from": inputs})
     write_quality(run, fake.site, range(fake.layers))
@@ -187,7 +195,7 @@ def _explain_and_score(
     simulations = [simulation for _, simulation in made]
     explained.simulations("list-pmi").write(simulations)
     scores = [
-        [score for protocol in PROTOCOLS.values() for score in score_neuron(record, simulation, protocol)]
+        [score for protocol in PROTOCOLS.values() for score in score_neuron(record, simulation, protocol, fake_words())]
         for record, simulation in zip(records, simulations, strict=True)
     ]
     scored.scores(run.scores(fake.site, "offline", "list-pmi")).replace(layer, scores)

@@ -116,6 +116,7 @@ def test_a_kill_between_parts_loses_no_whole_part_and_changes_no_byte(run_of_one
     assert not (folder / ".parts").exists()
 
 
+@pytest.mark.slow  # test_kills.py kills this stage at other moments
 def test_killed_in_mid_part_a_run_resumes_to_the_same_bytes(run_of_one, data_folder, collected):
     options = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()]
     process = processes.start(["collect", str(run_of_one), f"--data={data_folder}", *options])

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from cratescope.errors import UserError
 from cratescope.exchange.config import ConvertConfig
 from cratescope.exchange.reference import _names, _transposed, convert, from_reference, load_checkpoint, to_reference
+from cratescope.models.presets import CRATE_FIELDS
 from cratescope.neurons.sites import Intervention, intervene, read_site, site_named
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -145,11 +146,12 @@ def test_a_truncated_checkpoint_is_refused(tmp_path):
         convert(ConvertConfig(tmp_path / "cut.pt", tmp_path / "out"))
 
 
-def test_a_model_the_reference_code_cannot_express_is_refused():
+@pytest.mark.parametrize("field", CRATE_FIELDS)
+def test_a_variant_the_reference_code_cannot_express_is_refused(field):
     path = FIXTURES / "reference-crate-2l.pt"
     model = from_reference(load_checkpoint(path), path)
-    model.config.ista_skip = True
-    with pytest.raises(UserError, match="ista_skip = True"):
+    vars(model.config)[field] = "another"
+    with pytest.raises(UserError, match=f"{field} = another: the reference code has"):
         to_reference(model)
 
 

@@ -7,6 +7,9 @@ import math
 import os
 import shutil
 import subprocess
+import sys
+import types
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,7 @@ from safetensors.numpy import load_file
 from cratescope.errors import UserError
 from cratescope.exchange.config import ExportConfig, ImportConfig
 from cratescope.exchange.export import export
-from cratescope.exchange.openai import IMPORTED, _tokenizer, import_records
+from cratescope.exchange.imports import IMPORTED, TokenTexts, import_records
 from cratescope.explain.controls import OWN
 from cratescope.explain.explain import explain
 from cratescope.explain.explained import Explained
@@ -141,8 +144,9 @@ def test_imported_records_are_explained_simulated_and_scored_like_their_original
 @settings(deadline=None, max_examples=20)
 @given(st.lists(st.text(st.characters(codec="utf-8"), max_size=8), max_size=12, unique=True))
 def test_any_text_can_be_a_token(strings: list[str]) -> None:
-    vocabulary = {text: index for index, text in enumerate(dict.fromkeys([EOS, *strings]))}
-    assert token_strings(_tokenizer(vocabulary), range(len(vocabulary))) == list(vocabulary)
+    texts = TokenTexts()
+    ids = [texts.id(text, Path("a file")) for text in strings]
+    assert token_strings(texts.tokenizer(), [0, *ids]) == [EOS, *strings]
 
 
 def test_bytes_that_are_no_text_become_the_replacement_character(odd_run: Run, tmp_path: Path) -> None:
@@ -167,6 +171,32 @@ def good_file(tmp_path: Path) -> Path:
     path.parent.mkdir(parents=True)
     path.write_text(json.dumps(row))
     return path
+
+
+def test_another_format_is_a_module_that_finds_files_and_reads_layers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "7.txt").write_text("a\ud83d c", errors="surrogatepass")
+
+    def read(paths: Sequence[Path], model: str, texts: TokenTexts) -> Iterator[tuple[int, list[NeuronRecord]]]:
+        words = paths[0].read_text(errors="surrogatepass").split(" ")
+        ids = np.array([texts.id(word, paths[0]) for word in words])
+        window = Window(ids, np.array([0, 1], np.float32), 0, 0, 1)
+        moments = Moments(0, math.nan, math.nan, None, None, 1.0)
+        yield 3, [NeuronRecord(NeuronId(model, IMPORTED, 3, 7), (window,), (), moments, math.nan)]
+
+    found = [tmp_path / "source" / "7.txt"]
+    module = types.SimpleNamespace(files=lambda source: (found, {"b.txt": "empty"}), read=read)
+    monkeypatch.setitem(sys.modules, "cratescope.exchange.words", module)
+    config = ImportConfig(tmp_path / "source", tmp_path / "run", format="words")  # type: ignore[arg-type]
+    folder = import_records(config)
+    record = read_records(layer_file(folder, 3))[7]
+    assert texts(Run(tmp_path / "run"), record.top[0]) == ["a\ufffd", "c"]
+    manifest = read_json(folder / "manifest.json")
+    assert (manifest["identity"]["imported"], manifest["invalid_utf8"]) == ("words", 1)
+    said = " ".join(capsys.readouterr().err.split())
+    assert "left out: b.txt (empty)" in said and "1 tokens had invalid UTF-8" in said
 
 
 def test_a_record_with_required_fields_alone_is_read(tmp_path: Path) -> None:

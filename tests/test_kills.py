@@ -26,7 +26,7 @@ from conftest import SMALL_TRAINING
 from cratescope import parts
 from cratescope.exchange.config import ConvertConfig, ExportConfig, ImportConfig
 from cratescope.exchange.export import export
-from cratescope.exchange.openai import import_records
+from cratescope.exchange.imports import import_records
 from cratescope.exchange.reference import convert
 from cratescope.explain.config import ExplainConfig, JudgeConfig, SimulateConfig
 from cratescope.explain.explain import explain

@@ -44,8 +44,9 @@ from transformers import (
 from cratescope.errors import UserError
 from cratescope.llm import prefix as engine
 from cratescope.llm.config import LLMConfig
+from cratescope.llm.interface import LanguageModel
 from cratescope.llm.local import LocalLLM
-from cratescope.llm.open import open_llm
+from cratescope.llm.open import llm_identity, open_llm
 from cratescope.llm.scripted import ScriptedLLM
 from cratescope.models import CrateConfig
 from cratescope.text.tokenizer import train_bpe
@@ -457,7 +458,9 @@ def test_open_llm_reads_a_saved_folder(tmp_path: Path, tokenizer: PreTrainedToke
     model = tiny("llama", tokenizer)
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    llm = open_llm(LLMConfig(llm=str(tmp_path), llm_device="cpu", llm_dtype="float32"))
+    config = LLMConfig(llm=str(tmp_path), llm_device="cpu", llm_dtype="float32")
+    llm = open_llm(config)
+    assert isinstance(llm, LanguageModel) and llm_identity(config, None) == llm_identity(config, llm)
     direct = LocalLLM(model, tokenizer, "direct")
     prefix, prompt = llm.encode(PREFIX), llm.encode("the")
     assert (llm.name, llm.dtype) == (str(tmp_path), "float32")

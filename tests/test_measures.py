@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
+from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -28,8 +31,10 @@ from cratescope.score.measures import (
     split,
 )
 from cratescope.score.sanity import FALL
+from cratescope.score.weights import Weights
 from cratescope.score.words import Words
 
+DOCS = Path(__file__).parent.parent / "docs" / "evaluation.md"
 seeds = st.integers(0, 10_000)
 
 
@@ -123,7 +128,7 @@ def test_the_other_measures_equal_their_definitions(seed: int, n: int) -> None:
 def test_weighting_tokens_is_repeating_them(seed: int, name: str) -> None:
     truth, simulated = sides(seed, 30)
     weights = np.random.default_rng(seed).integers(0, 3, size=(4, 30)).astype(float)
-    found = MEASURES[name](truth / 40, simulated / 40, weights)
+    found = MEASURES[name](truth / 40, simulated / 40, Weights.each(weights))
     for row, value in zip(weights.astype(int), found, strict=True):
         plain = measure(name, np.repeat(truth, row), np.repeat(simulated, row))
         assert math.isnan(value) if plain is None else value == pytest.approx(plain, abs=1e-9)
@@ -134,7 +139,9 @@ def test_weighting_tokens_is_repeating_them(seed: int, name: str) -> None:
 def test_a_weight_of_two_is_the_token_twice_for_every_measure(seed: int, name: str) -> None:
     """All tokens alike, so that what counts as active stays the same."""
     truth, simulated = sides(seed, 40)
-    once, twice = (MEASURES[name](truth / 40, simulated / 40, np.full((1, 40), weight)) for weight in (1.0, 2.0))
+    once, twice = (
+        MEASURES[name](truth / 40, simulated / 40, Weights.each(np.full((1, 40), weight))) for weight in (1.0, 2.0)
+    )
     np.testing.assert_allclose(once, twice)
 
 
@@ -182,20 +189,37 @@ def words_of(number: list[int] | np.ndarray, unseen: list[int] | tuple[int, ...]
     return Words(number, np.isin(number, list(unseen)))
 
 
-def test_the_example_of_the_docs() -> None:
-    """docs/evaluation.md, "Measures that look at words" and "Specific"."""
-    text = ["the", "cat", "saw", "the", "dog", "and", "the", "bird"]
+def cells(page: str, label: str) -> list[str]:
+    """The cells of the row of a table that begins with this label."""
+    [row] = re.findall(rf"^\| *{re.escape(label)} *\|(.*)\|$", page, re.MULTILINE)
+    return [cell.strip() for cell in row.split("|")]
+
+
+def test_the_examples_of_the_docs_are_what_is_computed() -> None:
+    page = DOCS.read_text(encoding="utf-8")
+    example = page[page.index("### Measures that look at words") : page.index("### Density and width")]
+    text = next(line for line in example.splitlines() if line.startswith("| | ")).strip("| ").split(" | ")
     names = {word: number for number, word in enumerate(dict.fromkeys(text))}
-    words = words_of([names[word] for word in text], [names["cat"], names["dog"], names["bird"], names["and"]])
-    truth = np.array([5.0, 0, 0, 5, 2, 0, 5, 2])
-    simulated = np.array([1.0, 0, 0, 1, 0.5, 0, 1, 0])
-    found = {name: measure(name, truth, simulated, words) for name in ("pearson", "balanced", "unseen")}
-    assert found["pearson"] == pytest.approx(0.953, abs=5e-4)
-    assert found["balanced"] == pytest.approx(0.908, abs=5e-4)
-    assert found["unseen"] == pytest.approx(0.577, abs=5e-4)
-    fires, broad = (np.arange(100) < 2).astype(float), (np.arange(100) < 20).astype(float)
-    assert measure("pearson", fires, broad) == pytest.approx(0.286, abs=5e-4)
-    assert measure("specific", fires, broad) == pytest.approx(0.130, abs=5e-4)
+    shown = re.search(r"had the words \*(\w+)\* and \*(\w+)\*", example)
+    assert shown
+    words = words_of([names[word] for word in text], [names[word] for word in names if word not in shown.groups()])
+    for name, weigher in WEIGHERS.items():
+        weights = [float(Fraction(cell)) for cell in cells(example, f"weight in `{name}`")]
+        assert weigher(Weights.once(len(text)), words).of_tokens[0].tolist() == pytest.approx(weights)
+    truth, simulated = (np.array(cells(example, name), dtype=np.float64) for name in ("truth", "simulated"))
+    stated = re.search(r"`pearson` is ([\d.]+), `balanced` ([\d.]+) and `unseen` ([\d.]+)\.", example)
+    assert stated
+    found = [measure(name, truth, simulated, words) for name in ("pearson", "balanced", "unseen")]
+    assert [f"{value:.3f}" for value in found] == [*stated.groups()]
+    stated = re.search(
+        r"on at (\d+) of 100 tokens, and .* these and (\d+) others. `pearson` is ([\d.]+),\s`specific`\s([\d.]+)\.",
+        page,
+    )
+    assert stated
+    fires, others = int(stated[1]), int(stated[2])
+    pair = [(np.arange(100) < n).astype(float) for n in (fires, fires + others)]
+    found = [measure(name, *pair) for name in ("pearson", "specific")]
+    assert [f"{value:.3f}" for value in found] == [stated[3], stated[4]]
 
 
 @settings(deadline=None, max_examples=40)
@@ -230,8 +254,8 @@ def test_a_token_drawn_twice_is_a_token_that_stands_there_twice_also_where_words
     truth, simulated = sides(seed, 30)
     rng = np.random.default_rng(seed)
     number, times = rng.integers(0, 9, size=30), rng.integers(0, 3, size=(4, 30))
-    drawn = WEIGHERS[name](times.astype(float), words_of(number, (0, 2, 4)))
-    assert (drawn >= 0).all()
+    drawn = WEIGHERS[name](Weights.each(times.astype(float)), words_of(number, (0, 2, 4)))
+    assert (drawn.of_tokens >= 0).all()
     found = MEASURES[name](truth / 40, simulated / 40, drawn)
     for row, value in zip(times, found, strict=True):
         again = words_of(np.repeat(number, row), (0, 2, 4))

@@ -19,7 +19,7 @@ from cratescope.errors import UserError
 from cratescope.models import CrateConfig, CrateForCausalLM
 from cratescope.models.cost import count_parameters
 from cratescope.models.modeling_crate import ISTA, MSSA
-from cratescope.models.presets import PRESETS, build, preset_config
+from cratescope.models.presets import CRATE_FIELDS, PRESETS, build, preset_config
 
 # Paper section 2, table, in millions; S is printed as 55.9M there but its own architecture gives 59.9M.
 PAPER_PARAMETERS = {
@@ -251,6 +251,16 @@ def test_a_saved_folder_loads_without_cratescope_installed(tmp_path):
     )
     assert run.returncode == 0, run.stderr
     assert int(run.stdout.split()[-1]) == model(tokens).logits[0, -1].argmax().item()
+
+
+def test_a_variant_changes_any_field_that_the_twin_has_not_and_no_other():
+    paper = CrateConfig()
+    assert {"ista_steps", "ista_tied"} <= {*CRATE_FIELDS}
+    for field in CRATE_FIELDS:
+        assert getattr(preset_config("crate-1l", crate={field: str(getattr(paper, field))}), field) is not None
+    for field in ("n_embd", "n_layer", "vocab_size", "layer_norm_epsilon", "tie_word_embeddings", "eos_token_id"):
+        with pytest.raises(UserError, match=f"no field {field!r}"):
+            preset_config("crate-1l", crate={field: "1"})
 
 
 def test_wrong_settings_are_refused():

@@ -33,8 +33,8 @@ OPTIONS = [(kind, name) for kind in KINDS for name in ranges(kind)]
 def make(kind, **changes):
     """Settings of `kind` with something for whatever has no default."""
     fillings = {"source": "x", "runs": (Path("x"),), "layer": 0, "neuron": 0}
-    required = [field.name for field in dataclasses.fields(kind) if field.default is dataclasses.MISSING]
-    required = [name for name in required if name != "llm"]
+    options = dataclasses.fields(kind)
+    required = [one.name for one in options if one.default is one.default_factory is dataclasses.MISSING]
     return kind(**({name: fillings.get(name, Path("x")) for name in required} | changes))
 
 
@@ -233,9 +233,17 @@ def test_fields_of_crate_have_ranges_too(field):
 
 @pytest.mark.parametrize("text", ["nosuch/pearson", "uniform/nosuch", "uniform/pearson/nosuch"])
 def test_a_primary_measure_of_unknown_names_is_refused(text):
-    with pytest.raises(UserError, match=r"there is no \w+ 'nosuch'; choose from"):
+    with pytest.raises(UserError, match=r"(there is|uniform has) no \w+ 'nosuch'; choose from"):
         Quantity.parse(text)
     assert Quantity.parse("detection-top/auroc/untrained").measure == "auroc"
+
+
+def test_a_primary_measure_is_one_that_the_protocol_has():
+    for name in ("balanced", "unseen", "specific"):
+        assert Quantity.parse(f"uniform/{name}/shuffled") == Quantity("uniform", name, "shuffled")
+    for text in ("top-and-random/balanced/shuffled", "detection/pearson", "uniform/accuracy"):
+        with pytest.raises(UserError, match=f"--primary {text}: .* has no measure '.*'; choose from"):
+            Quantity.parse(text)
 
 
 def test_paths_may_hold_what_looks_like_markup(place):

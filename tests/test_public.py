@@ -107,6 +107,20 @@ def test_a_neuron_knows_what_was_judged_and_said_from_each_set(run: cs.Run, tmp_
         assert "from anthropic" in shown and "from top" in shown
 
 
+def test_a_card_shows_the_explanations_of_all_explainers_and_of_one_when_asked(run: cs.Run, tmp_path: Path) -> None:
+    copy = cs.Run(shutil.copytree(run.root, tmp_path / "copy"))
+    neuron = copy.neuron(0, 1).id
+    by_terms = Explanation(neuron, "numbers (+10)", "terms", "english 1")
+    Explained(copy, "codes", "terms", "top").explanations.write([by_terms])
+    both = copy.neuron(0, 1)
+    assert [said.explainer for said in both.said] == ["offline", "terms"]
+    for shown in (str(both), both._repr_html_()):
+        assert "months and dates" in shown and "by offline" in shown
+        assert "numbers (+10)" in shown and "by terms" in shown
+    alone = str(copy.neuron(0, 1, explainer="terms"))
+    assert "numbers (+10)" in alone and "by terms" not in alone and "months and dates" not in alone
+
+
 def test_a_neuron_shows_itself_in_a_terminal(run: cs.Run) -> None:
     neuron = run.neuron(0, 1)
     console = Console(file=io.StringIO(), width=100, color_system="truecolor", force_terminal=True)

@@ -21,6 +21,7 @@ from cratescope.arm import Arm
 from cratescope.errors import UserError
 from cratescope.explain.controls import OWN
 from cratescope.explain.explained import Explained
+from cratescope.explain.protocols import ON_UNIFORM_TEXT
 from cratescope.files import read_json, write_json
 from cratescope.neurons.records import Histogram, layer_file, read_records
 from cratescope.report.config import ReportConfig
@@ -45,7 +46,7 @@ from cratescope.results.tables import (
 from cratescope.run import Run
 from cratescope.score import scores as scored
 from cratescope.score.scores import read_scores
-from fake_run import Fake, fake_run, fake_tokenizer
+from fake_run import PROTOCOLS, Fake, fake_run, fake_tokenizer
 from kept_files import change
 
 PRIMARY = Quantity("random-only", "pearson", "shuffled")
@@ -111,7 +112,8 @@ def edit_arm(run: Path, **changes: Any) -> None:
 def test_the_score_table_follows_from_the_rows_of_score(runs: tuple[Path, Path], written: Path) -> None:
     names = ("model", "protocol", "measure", "layer")
     rows = {tuple(row[name] for name in names): row for row in rows_of(written / "scores.csv")}
-    assert len(rows) == 2 * 2 * 2 * 3
+    measured = sum(len(protocol.measures) for protocol in PROTOCOLS.values())
+    assert len(rows) == 2 * measured * 3, "a model's measures, on two layers and as mean"
     for path, site in zip(runs, ("codes", "mlp"), strict=True):
         lines = read_scores(Run(path).scores(site, "offline", "list-pmi"))
         for (model, protocol, measure, layer), row in rows.items():
@@ -125,7 +127,8 @@ def test_the_score_table_follows_from_the_rows_of_score(runs: tuple[Path, Path],
             own = {item.neuron: item.value for item in mine if item.control == OWN and item.value is not None}
             assert float(row["mean"]) == pytest.approx(np.mean([*own.values()]))
             assert float(row["standard_error"]) == pytest.approx(np.std([*own.values()], ddof=1) / np.sqrt(len(own)))
-            assert (row["n_scored"], row["n_none"], row["n_dead"], row["n_neurons"]) == (str(len(own)), "2", "1", "6")
+            counts = {"n_scored": str(len(own)), "n_none": str(6 - len(own)), "n_dead": "1", "n_neurons": "6"}
+            assert {name: row[name] for name in counts} == counts and 3 <= len(own) <= 4
             for control in ("shuffled", "empty", "unigram"):
                 null = {item.neuron: item.value for item in mine if item.control == control and item.value is not None}
                 assert float(row[control]) == pytest.approx(np.mean([*null.values()]))
@@ -148,12 +151,21 @@ def test_the_neuron_table_has_every_neuron_with_its_scores(runs: tuple[Path, Pat
     rows = {(row["model"], int(row["layer"]), int(row["index"])): row for row in rows_of(written / "neurons.csv")}
     assert len(rows) == 2 * 2 * 6
     for score in read_scores(Run(runs[0]).scores("codes", "offline", "list-pmi")):
+        if score.measure in ON_UNIFORM_TEXT and score.control == OWN:
+            cell, name = rows["crate", score.neuron.layer, score.neuron.index], f"{score.protocol}_{score.measure}"
+            numbers = (score.value, score.low, score.high)
+            assert [cell[f"{name}_{what}"] for what in ("score", "low", "high")] == [
+                "" if value is None else repr(value) for value in numbers
+            ]
         if score.measure == "pearson":
             cell = rows["crate", score.neuron.layer, score.neuron.index]
             name = f"{score.protocol}_{'score' if score.control == OWN else score.control}"
             assert cell[name] == ("" if score.value is None else repr(score.value))
             if score.control == OWN:
                 assert cell[f"{score.protocol}_low"] == ("" if score.low is None else repr(score.low))
+    assert (
+        rows["crate", 0, 1]["random-only_specific_low"] and "top-and-random_specific_score" not in rows["crate", 0, 1]
+    )
     assert rows["crate", 0, 5]["explanation"] == "" and float(rows["crate", 0, 5]["density"]) == 0
     assert rows["gpt2", 0, 1]["explanation"] == NASTY
 
@@ -439,6 +451,19 @@ def test_a_primary_measure_that_was_not_scored_is_said_to_be_missing(runs: tuple
     assert f"({primary.name}) was not scored" in " ".join(caveats(results, groups, primary))
 
 
+@pytest.mark.parametrize("name", ON_UNIFORM_TEXT)
+def test_a_measure_on_uniform_text_may_be_the_primary_one(seeds: list[Results], name: str) -> None:
+    primary = Quantity.parse(f"random-only/{name}/shuffled")
+    pair = comparisons(seeds, primary)[0][0]
+    rows = [row for row in score_rows(seeds) if (row["protocol"], row["measure"]) == ("random-only", name)]
+    trained = [row for row in rows if row["layer"] == "mean" and row["tokens_trained"]]
+    for side, family in ((pair.a, "crate"), (pair.b, "gpt2")):
+        gained = [row["over_shuffled"] for row in trained if row["family"] == family]
+        assert len(gained) == 2 and side.mean == pytest.approx(np.mean(gained))
+    assert pair.primary and f"primary measure (random-only, {name}, gain over shuffled)" in headline([pair])
+    assert pair.difference != comparisons(seeds, PRIMARY)[0][0].difference
+
+
 def test_activity_is_compared_at_matched_density_too(seeds: list[Results]) -> None:
     rows = matched_rows(seeds, sides(seeds))
     assert [(row["a"], row["b"]) for row in rows] == [
@@ -462,6 +487,15 @@ def test_runs_that_differ_in_more_than_the_arm_are_not_compared(
     results = load_results((run, runs[1]))
     assert comparisons(results, PRIMARY) == []
     assert "no comparison" in " ".join(caveats(results, [], PRIMARY))
+
+
+def test_an_arm_names_the_blocks_of_a_variant() -> None:
+    paper, variant = (
+        Arm.trained("crate-2l", 0, 0, fields) for fields in ({}, {"attention": "mhsa", "ista_steps": "3"})
+    )
+    assert (paper.attention, paper.feed_forward, paper.name) == ("mssa", "ista", "crate")
+    assert (variant.attention, variant.feed_forward) == ("mhsa", "ista")
+    assert variant.name == "crate attention=mhsa ista_steps=3"
 
 
 def test_a_variant_is_an_arm_of_its_own(runs: tuple[Path, Path], tmp_path: Path) -> None:
@@ -510,6 +544,30 @@ def test_two_explanation_sets_are_shown_each_with_its_own_scores(runs: tuple[Pat
     )
     with_one = load_results((runs[0],))
     assert results[0].matter != with_one[0].matter, "the other set was made by another model"
+
+
+def test_a_set_that_says_nothing_of_a_neuron_is_left_out_of_its_card(runs: tuple[Path, Path], tmp_path: Path) -> None:
+    """As when fewer neurons were explained for one protocol than for another; one of them was only judged."""
+    run = Run(copy_of(runs[0], tmp_path))
+    explained = Explained(run, "codes", "offline", "top")
+    second = dataclasses.replace(explained, set="second")
+    first_neuron = min(explained.explanations.read(0))
+    told = explained.explanations.read(0)[first_neuron]
+    second.explanations.write([dataclasses.replace(told, text="rain in spring")])
+    folder = run.scores("codes", "offline", "list-pmi")
+    scores = scored.scores(folder)
+    row = next(one for one in scores.read(0)[first_neuron] if one.control == "own")
+    judged = dataclasses.replace(row, protocol="detection", set="second", measure="accuracy", value=0.75)
+    scores.replace(0, (item + [judged] * (index == first_neuron) for index, item in scores.read(0).items()))
+    made_with = read_json(folder / "scores.json")["made_with"]
+    edit(folder / "scores.json", made_with=made_with | {"second": made_with["top"]})
+    config = ReportConfig(runs=(run.root,), out=tmp_path / "out", cards=20)
+    page = plain_text(report(config, tokenizer=fake_tokenizer()).read_text())
+    assert page.count("rain in spring · from second") == page.count(" · from top") == 1 < page.count("rank ")
+    for layer in range(2):
+        explained.simulations("list-pmi").replace(layer, [])
+    with pytest.raises(UserError, match="has no neuron .* run `cratescope simulate"):
+        report(dataclasses.replace(config, out=tmp_path / "again"), tokenizer=fake_tokenizer())
 
 
 def test_two_sites_of_one_run_are_two_rows_with_one_loss_curve(runs: tuple[Path, Path], tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from cratescope.explain.protocols import PROTOCOLS, Protocol
 from cratescope.neurons.records import Histogram, Moments, NeuronId, NeuronRecord, Window
 from cratescope.score.measures import MEASURES
 from cratescope.score.sanity import SYNTHETIC_ACTIVE, Case, Verdict, on_records, on_synthetic, verdict
-from cratescope.score.words import Words
+from cratescope.score.words import Reader, Words
 
 DOCS = Path(__file__).parent.parent / "docs" / "evaluation.md"
 
@@ -95,14 +94,25 @@ def test_real_neurons_are_tested_on_the_windows_of_each_protocol() -> None:
 
 
 def test_measures_that_look_at_words_are_tested_with_the_words_of_each_neuron() -> None:
-    protocol = dataclasses.replace(PROTOCOLS["uniform"], measures=("pearson", "balanced", "unseen", "specific"))
-    vocabulary = [f" w{number % 40}" for number in range(64)]
+    protocol, asked = PROTOCOLS["uniform"], []
+    reader = Reader([f" w{number % 40}" for number in range(64)])
 
     def words(protocol: Protocol, record: NeuronRecord) -> Words:
-        return Words.of(protocol.windows(record), {"w1", "w2"}, vocabulary)
+        asked.append(protocol.name)
+        return Words.of(protocol.windows(record), [known], reader)
 
+    known = Window(np.array([1, 2]), np.zeros(2, dtype=np.float32), 0, 0, 0)
     found = {item.measure: item for item in on_records([protocol], [graded()] * 20, words)}
-    assert list(found) == list(protocol.measures) and all(item.passes for item in found.values())
-    assert found["balanced"] != found["pearson"]
+    assert list(found) == list(protocol.measures)
+    assert all(found[name].passes for name in ("pearson", "balanced", "unseen", "specific"))
+    assert {item.n_neurons for item in found.values()} == {20} and asked == ["uniform"] * 20
+    nothing_unseen = on_records(
+        [protocol], [graded()], lambda protocol, record: Words.of(record.random, record.random, reader)
+    )
+    assert {item.measure: item.n_neurons for item in nothing_unseen if not item.n_neurons} == {"unseen": 0}
+    on_records([PROTOCOLS["top-and-random"]], [graded()], words)
+    assert "top-and-random" not in asked, "its measures do not look at words"
     without = on_records([protocol], [graded()] * 2)
-    assert [item.measure for item in without] == ["pearson", "specific"]
+    assert [item.measure for item in without] == [
+        name for name in protocol.measures if name not in ("balanced", "unseen")
+    ]

@@ -14,7 +14,7 @@ from cratescope.errors import UserError
 from cratescope.explain.controls import OWN
 from cratescope.explain.explain import explain
 from cratescope.explain.explained import Explained, Judgement, Simulation
-from cratescope.explain.protocols import PROTOCOLS, TOP, Protocol, scoring_windows
+from cratescope.explain.protocols import ON_UNIFORM_TEXT, PROTOCOLS, TOP, Protocol, scoring_windows
 from cratescope.explain.simulate import simulate
 from cratescope.files import read_json, write_json
 from cratescope.llm.answers import EMPTY_ANSWER
@@ -24,9 +24,16 @@ from cratescope.neurons.sample import DEAD
 from cratescope.results.scores import Scores
 from cratescope.run import Run, claim
 from cratescope.score.config import ScoreConfig
-from cratescope.score.score import (
+from cratescope.score.measures import (
     CONSTANT_SIMULATION,
     CONSTANT_TRUTH,
+    NO_UNSEEN_WORD,
+    NO_WINDOWS,
+    bootstrap,
+    measure,
+)
+from cratescope.score.score import (
+    NO_TOKENIZER,
     ONE_ANSWER,
     read_about,
     score,
@@ -34,6 +41,8 @@ from cratescope.score.score import (
     score_neuron,
 )
 from cratescope.score.scores import Score, read_scores
+from cratescope.score.words import Reader, Words, WordsOf, words_for
+from cratescope.text.tokenizer import vocabulary_strings
 from kept_files import change, drop, flip
 from test_explain import DEAD_INDEX, N_NEURONS, files, first_word, make_run, settings_for
 from test_simulate import config_for, knowing
@@ -56,9 +65,23 @@ def run(tmp_path: Path) -> Run:
 
 
 @pytest.fixture(scope="module")
-def records(tmp_path_factory: pytest.TempPathFactory) -> dict[int, NeuronRecord]:
-    run = make_run(tmp_path_factory.mktemp("score") / "run", layers=(0,))
-    return read_records(layer_file(run.records("codes"), 0))
+def small(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return make_run(tmp_path_factory.mktemp("score") / "run", layers=(0,))
+
+
+@pytest.fixture(scope="module")
+def records(small: Run) -> dict[int, NeuronRecord]:
+    return read_records(layer_file(small.records("codes"), 0))
+
+
+@pytest.fixture(scope="module")
+def reader(small: Run) -> Reader:
+    return Reader(vocabulary_strings(small.tokenizer))
+
+
+@pytest.fixture(scope="module")
+def words(reader: Reader) -> WordsOf:
+    return words_for("scripted", reader)
 
 
 @pytest.fixture(scope="module")
@@ -84,24 +107,78 @@ def values_of(scores: list[Score]) -> dict[tuple[str, str], float | None]:
 @pytest.mark.parametrize("protocol", OF_TOP, ids=lambda protocol: protocol.name)
 @pytest.mark.parametrize(("scale", "offset"), [(1.0, 0.0), (0.01, 3.0), (500.0, -2.0)])
 def test_a_perfect_simulation_correlates_fully_on_any_scale(
-    record: NeuronRecord, protocol: Protocol, scale: float, offset: float
+    record: NeuronRecord, protocol: Protocol, scale: float, offset: float, words: WordsOf
 ) -> None:
-    scores = score_neuron(record, made_of(record, lambda truth: scale * truth + offset), protocol)
+    scores = score_neuron(record, made_of(record, lambda truth: scale * truth + offset), protocol, words)
     found = values_of(scores)
-    for name in ("pearson", "spearman"):
+    for name in {*protocol.measures} & {"pearson", "spearman", "balanced", "specific"}:
         assert found[OWN, name] == pytest.approx(1.0, abs=1e-6)
         assert found["shuffled", name] == pytest.approx(-1.0, abs=1e-6)
-    assert [item.reason for item in scores if item.value is not None] == [None] * len(scores)
-    own = next(item for item in scores if item.control == OWN)
-    assert own.low == pytest.approx(1) and own.high == pytest.approx(1)
-    assert {item.low for item in scores if item is not own} == {None}
+    assert {item.measure: item.reason for item in scores if item.reason} in ({}, {"unseen": NO_UNSEEN_WORD})
+    bounded = {protocol.measures[0], *ON_UNIFORM_TEXT}
+    for item in scores:
+        between = item.control == OWN and item.measure in bounded and item.value is not None
+        assert (item.low, item.high) == (pytest.approx((1, 1)) if between else (None, None))
 
 
-def test_a_perfect_simulation_on_uniform_text_has_every_measure_at_one(record: NeuronRecord) -> None:
-    found = values_of(score_neuron(record, made_of(record, lambda truth: truth), PROTOCOLS["uniform"]))
-    assert set(found) == {(control, name) for control in (OWN, "shuffled") for name in PROTOCOLS["uniform"].measures}
-    assert [found[OWN, name] for name in PROTOCOLS["uniform"].measures] == pytest.approx([1.0] * 6)
+def test_a_perfect_simulation_on_uniform_text_has_every_measure_at_one(record: NeuronRecord, reader: Reader) -> None:
+    def all_unseen(protocol: Protocol, record: NeuronRecord) -> Words:
+        return Words.of(protocol.windows(record), (), reader)
+
+    protocol = PROTOCOLS["uniform"]
+    found = values_of(score_neuron(record, made_of(record, lambda truth: truth), protocol, all_unseen))
+    assert set(found) == {(control, name) for control in (OWN, "shuffled") for name in protocol.measures}
+    assert [found[OWN, name] for name in protocol.measures] == pytest.approx([1.0] * 9)
     assert found["shuffled", "f1"] == 0.0
+
+
+@pytest.mark.parametrize("name", ["uniform", "random-only"])
+def test_measures_on_uniform_text_are_rows_beside_plain_r(record: NeuronRecord, words: WordsOf, name: str) -> None:
+    """Each is what the measure says of the words, and of the windows explained from, with an interval of its own."""
+    rng, protocol = np.random.default_rng(0), PROTOCOLS[name]
+    silent = np.unique(record.random[0].tokens[record.random[0].activations == 0])[:4]
+    shown = dataclasses.replace(record.top[0], tokens=np.resize(silent, 16))
+    record = dataclasses.replace(record, top=(shown,) * 20)
+    windows = protocol.windows(record)
+    made = made_of(record, lambda truth: 0.5 * truth + (rng.random(len(truth)) < 0.4))
+    rows = {item.measure: item for item in score_neuron(record, made, protocol, words) if item.control == OWN}
+    tokens = np.concatenate([window.tokens for window in windows])
+    truth = np.concatenate([window.activations for window in windows])
+    by_key = dict(zip(made.keys, made.expected[OWN], strict=True))
+    guess = np.concatenate([by_key[window.key] for window in windows])
+    weight = {
+        "pearson": np.ones(len(tokens)),
+        "balanced": np.array([1 / (tokens == token).sum() for token in tokens]),
+        "unseen": ~np.isin(tokens, silent) * 1.0,
+    }
+    for measured, weights in weight.items():
+        covariance = np.cov(truth, guess, aweights=weights)
+        wanted = covariance[0, 1] / np.sqrt(covariance[0, 0] * covariance[1, 1])
+        assert rows[measured].value == pytest.approx(wanted, abs=1e-9)
+    assert rows["specific"].value == measure("specific", truth, guess)
+    assert len({rows[measured].value for measured in (*weight, "specific")}) == 4
+    for measured in ("pearson", *ON_UNIFORM_TEXT):
+        row = rows[measured]
+        assert row.low < row.value < row.high and row.n == len(tokens)
+    number = np.repeat(np.arange(len(windows)), 16)
+    again = bootstrap("balanced", truth, guess, number, (0, record.neuron.index), words=words(protocol, record))
+    assert (rows["balanced"].low, rows["balanced"].high) == again
+    assert all(item.low is None for item in score_neuron(record, made, protocol, words) if item.control != OWN)
+
+
+def test_protocols_on_other_windows_do_not_have_the_measures_of_uniform_text() -> None:
+    having = {name for name, protocol in PROTOCOLS.items() if {*ON_UNIFORM_TEXT} <= {*protocol.measures}}
+    drawn = {name for name, protocol in PROTOCOLS.items() if {pick.source for pick in protocol.picks} == {"random"}}
+    assert having == drawn == {"uniform", "random-only"}
+    assert all(
+        {*protocol.measures}.isdisjoint(ON_UNIFORM_TEXT) for name, protocol in PROTOCOLS.items() if name not in having
+    )
+
+
+def test_without_windows_the_reason_is_that_there_are_none(record: NeuronRecord, words: WordsOf) -> None:
+    empty = dataclasses.replace(record, random=())
+    rows = score_neuron(empty, made_of(record, lambda truth: truth), PROTOCOLS["uniform"], words)
+    assert {(item.value, item.reason, item.n) for item in rows} == {(None, NO_WINDOWS, 0)}
 
 
 def test_a_constant_simulation_has_no_correlation(record: NeuronRecord) -> None:
@@ -180,7 +257,8 @@ def test_a_whole_run_with_a_knowing_model_scores_one(run: Run) -> None:
     scores = scored(run)
     assert scores.protocols == [protocol.name for protocol in DEFAULT] and scores.sets == ["top"]
     for name in scores.protocols:
-        assert scores.measures(name) == ["pearson", "spearman"] and {"shuffled", "unigram"} <= {*scores.controls(name)}
+        assert scores.measures(name) == [*PROTOCOLS[name].measures]
+        assert {"shuffled", "unigram"} <= {*scores.controls(name)}
         for layer in (0, 1):
             own = scores.mean(name, layer=layer)
             assert own.mean == pytest.approx(1.0, abs=1e-6) and own.low == pytest.approx(1.0, abs=1e-6)
@@ -198,7 +276,9 @@ def test_a_whole_run_with_a_knowing_model_scores_one(run: Run) -> None:
         assert model.variance_over_layers == pytest.approx(0.0, abs=1e-9)
     about = read_json(run.scores("codes", "scripted", "list-pmi") / "scores.json")
     assert (about["explainer"], about["simulator"], about["site"]) == ("scripted", "list-pmi", "codes")
-    assert {row["sample"] for row in about["sanity"]} == {protocol.name for protocol in DEFAULT}
+    assert [(row["sample"], row["measure"]) for row in about["sanity"]] == [
+        (protocol.name, name) for protocol in DEFAULT for name in protocol.measures
+    ]
     assert about["made_with"]["top"]["explanations"]["explained"] == "top"
     assert len(read_json(run.quality("codes"))["neurons"]["lookup"]) == 2 * N_NEURONS
 
@@ -224,6 +304,28 @@ def test_empty_answers_are_counted_and_get_no_score(tmp_path: Path) -> None:
     assert scores.reasons("top-and-random", 0) == {DEAD: 1, EMPTY_ANSWER: N_NEURONS - 1}
     assert scores.mean("top-and-random").mean is None
     assert scores.mean("top-and-random", control="unigram").mean is not None, "it needs no explanation"
+
+
+def test_without_a_tokenizer_the_measures_of_words_are_missing_for_that_reason(run: Run) -> None:
+    whole = scored(run)
+    assert whole.mean("random-only", "balanced").mean == pytest.approx(1.0)
+    kept = {path: path.read_bytes() for path in run.model.glob("*token*")}
+    for path in kept:
+        path.unlink()
+    scores = scored(Run(run.root))
+    for name in ("balanced", "unseen"):
+        assert scores.mean("random-only", name).mean is None
+        assert scores.reasons("random-only", 0, name) == {NO_TOKENIZER: N_NEURONS - 1, DEAD: 1}
+    for name in ("pearson", "specific"):
+        assert scores.mean("random-only", name).mean == whole.mean("random-only", name).mean
+    about = read_about(run.scores("codes", "scripted", "list-pmi"))
+    assert {row["measure"] for row in about["sanity"]} == {"pearson", "spearman", "specific"}
+    for path, content in kept.items():
+        path.write_bytes(content)
+    assert scored(Run(run.root)).mean("random-only", "balanced").mean == pytest.approx(1.0), "made again"
+    next(iter(kept)).write_bytes(b"{")
+    with pytest.raises(UserError, match="tokenizer .*cannot be loaded|not valid JSON"):
+        score(config(Run(run.root)))
 
 
 def test_scoring_again_writes_the_same_bytes(run: Run) -> None:
@@ -375,11 +477,11 @@ def test_an_intruder_is_found_when_it_is_the_likeliest_of_its_group(record: Neur
 
 
 def test_scores_of_another_version_are_refused_and_made_again(run: Run) -> None:
-    """An older one called a neuron's own explanation by another name."""
+    """Version 1 called a neuron's own explanation by another name, 2 had no measures that look at words."""
     score(config(run))
     path = run.scores("codes", "scripted", "list-pmi") / "scores.json"
     about = read_json(path)
-    write_json(path, about | {"made_from": about["made_from"] | {"version": "1"}})
+    write_json(path, about | {"made_from": about["made_from"] | {"version": "2"}})
     with pytest.raises(UserError, match="scored by another version of cratescope; run `cratescope score` again"):
         read_about(path.parent)
     score(config(run))

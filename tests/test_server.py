@@ -303,7 +303,9 @@ def test_the_whole_vocabulary_is_refused_with_what_to_do(config: LLMConfig) -> N
 
 
 def test_files_are_named_after_the_model_and_not_the_address(config: LLMConfig) -> None:
-    assert llm_identity(config, None) == llm_identity(config, opened(config)) == {"llm": "tiny", "dtype": "served"}
+    llm = opened(config)
+    assert isinstance(llm, LanguageModel)
+    assert llm_identity(config, None) == llm_identity(config, llm) == {"llm": "tiny", "dtype": "served"}
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import re
 import subprocess
@@ -16,10 +17,12 @@ from rich.console import Console
 from cratescope import cli
 from cratescope.errors import UserError
 from cratescope.explain.controls import OWN
+from cratescope.explain.protocols import ON_UNIFORM_TEXT
 from cratescope.neurons.records import layer_file, read_records
 from cratescope.report.card import neuron_card, shade
 from cratescope.report.config import ShowConfig
-from cratescope.report.text import visible
+from cratescope.report.text import number, visible
+from cratescope.results.scores import Scores
 from cratescope.run import Run
 from cratescope.score.scores import read_scores
 from fake_run import Fake, fake_run, fake_tokenizer
@@ -53,11 +56,28 @@ def test_the_card_says_what_the_files_say(run: Run) -> None:
     ]
     assert "crate · codes · layer 0 · neuron 1" in text and "months and dates" in text
     assert re.search(rf"random-only {100 * own:.1f} \[.*\] · shuffled", text)
-    for number in (record.moments.mean, record.moments.variance, record.moments.maximum):
-        assert f"{number:.4g}" in text
+    for name in ON_UNIFORM_TEXT:
+        [row] = [row for row in scores if (row.neuron, row.control, row.measure) == (record.neuron, OWN, name)]
+        assert f"{name} {number(row.value)} [{number(row.low)}, {number(row.high)}]" in text
+    for value in (record.moments.mean, record.moments.variance, record.moments.maximum):
+        assert f"{value:.4g}" in text
     assert f"{100 * record.density:.1f} %" in text and "10,000" in text
     assert [len(re.findall(label, text)) for label in ("top 5", "top 6", r"│ random +\d")] == [1, 0, 3]
     assert "from 2 " in text and "█" in text and "top tokens" in text and "bottom tokens" in text
+
+
+def test_a_measure_without_a_value_is_shown_with_its_reason(run: Run) -> None:
+    neuron = run.neuron(0, 1)
+    [own] = [own for own, _ in neuron.said[0].scored(neuron.id) if own.protocol == "random-only"]
+    rows = {row.measure: row for row in neuron.said[0].beside(own)}
+    assert [*rows] == [*ON_UNIFORM_TEXT]
+    missing = dataclasses.replace(rows["unseen"], value=None, low=None, high=None, reason="no unseen word")
+    said = dataclasses.replace(neuron.said[0], scores=Scores([own, rows["balanced"], missing]))
+    assert [row.measure for row in said.beside(own)] == ["balanced", "unseen"]
+    silent = dataclasses.replace(own, value=None, reason="no unseen word")
+    assert [row.measure for row in said.beside(silent)] == ["balanced"], "the same reason is not said twice"
+    text = str(dataclasses.replace(neuron, said=(said,)))
+    assert "· unseen – (no unseen word)" in text and "specific" not in text
 
 
 @pytest.mark.parametrize("width", [50, 80, 200])
@@ -86,8 +106,8 @@ def test_a_dead_neuron_and_one_without_explanation_have_a_card(run: Run, tmp_pat
     dead = shown(run, neuron=5)
     assert "no explanation: dead neuron" in dead and "never" in dead and "top 1" not in dead
     bare = shown(make_run(tmp_path / "bare"))
-    assert "not explained by offline" in bare and "█" not in bare and "top 1" in bare
-    assert "not explained by another" in shown(run, explainer="another")
+    assert "not explained" in bare and "█" not in bare and "top 1" in bare
+    assert "not explained" in shown(run, explainer="another")
 
 
 def test_line_breaks_and_tabs_in_tokens_are_seen(run: Run) -> None:

@@ -219,6 +219,7 @@ def test_the_control_does_not_depend_on_what_is_already_simulated(run: Run) -> N
     assert files(*simulate(config_for(run), knowing())) == expected
 
 
+@pytest.mark.slow  # test_kills.py kills this stage at other moments
 def test_an_interrupted_run_ends_with_the_same_files(tmp_path: Path) -> None:
     whole, cut = (make_run(tmp_path / name / "run", layers=(0,)) for name in "ab")
     for item in (whole, cut):

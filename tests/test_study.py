@@ -51,9 +51,9 @@ preset = "gpt2-1l"
 [evaluate]
 crops = 8
 [collect]
-excerpts = 160
-window = 16
-part = 32
+excerpts = 40
+window = 8
+part = 8
 [explain]
 neurons = 12
 llm = "{llm}"
@@ -61,9 +61,6 @@ llm_batch = 4
 [simulate]
 llm = "{llm}"
 llm_batch = 4
-[terms]
-terms = 2
-neurons = 20
 [report]
 cards = 2
 """
@@ -106,12 +103,8 @@ def test_a_study_ends_in_a_report_of_every_model(whole):
     page = (whole / "report" / "report.html").read_text()
     assert "A small study" in page and "crate" in page and "gpt2" in page
     for name, site in (("crate", "codes"), ("gpt2", "mlp")):
-        tables = sorted((whole / "runs" / name / "explanations" / site).rglob("layer-00.parquet"))
-        by_terms, by_llm = map(pd.read_parquet, sorted(tables, key=lambda path: path.parts[-3] != "terms"))
-        assert len(by_llm) == 12 and len(by_terms) == 20
-        assert by_terms["text"].str.contains(r"\(\+10\)|\(-10\)").any()
-    assert "· by terms" in page and "· by tmp-" in page, "cards show both"
-    assert (whole / "report-list-pmi" / "report.html").exists()
+        (table,) = (whole / "runs" / name / "explanations" / site).rglob("layer-00.parquet")
+        assert len(pd.read_parquet(table)) == 12
 
 
 def test_a_second_study_does_nothing_again(whole, plan):
@@ -173,6 +166,9 @@ neurons = 2
 simulators = ["list-pmi", "all-at-once"]
 judges = ["detection", "intruder"]
 llm = "scripted"
+[terms]
+terms = 2
+neurons = 5
 [report]
 cards = 1
 """
@@ -185,15 +181,19 @@ def test_milestones_sites_simulators_and_judges_of_a_study_are_all_reported(text
     (tmp_path / "plan.toml").write_text(MILESTONES.format(text=text_folder))
     page = study(StudyConfig(tmp_path / "plan.toml", tmp_path / "out"))
     assert page == tmp_path / "out" / "report" / "report.html"
-    for name in ("report", "report-all-at-once"):
+    simulators = {"report": "terms", "report-list-pmi": "list-pmi", "report-all-at-once": "all-at-once"}
+    for name, simulator in simulators.items():
         rows = list(csv.DictReader((tmp_path / "out" / name / "scores.csv").read_text().splitlines()))
         assert {(row["model"], int(row["tokens_trained"])) for row in rows} == {
             (f"{run} · {site}", steps * 128)
             for run, steps in (("crate", 6), ("crate-step-000002", 2), ("crate-step-000004", 4))
             for site in ("codes", "residual")
         }
-        assert {row["protocol"] for row in rows} == {"uniform", "detection", "intruder"}
-        assert {row["simulator"] for row in rows} == {"all-at-once" if "-" in name else "list-pmi"}
+        judged = set() if simulator == "terms" else {"detection", "intruder"}
+        assert {row["protocol"] for row in rows} == {"uniform"} | judged
+        assert {row["simulator"] for row in rows} == {simulator}
+    explanations = pd.read_parquet(tmp_path / "out/runs/crate/explanations/codes/terms/top/layer-00.parquet")
+    assert len(explanations) == 5
     asked = len(llm.asked)
     assert study(StudyConfig(tmp_path / "plan.toml", tmp_path / "out")) == page
     assert len(llm.asked) == asked
@@ -388,6 +388,7 @@ def test_a_model_name_that_is_no_folder_of_its_own_is_refused(tmp_path, name, me
         ("judge", "scorer = []", r"scorer = \[\]"),
         ("report", "cards = [1, 2]", r"cards = \[1, 2\]"),
         ("report", "primary = 'nosuch/pearson'", "there is no protocol 'nosuch'"),
+        ("report", "primary = 'uniform/specifc/shuffled'", "uniform has no measure 'specifc'; .*unseen, specific"),
     ],
 )
 def test_a_wrong_option_is_found_before_any_work_by_section_and_name(tmp_path, section, line, message):

@@ -51,11 +51,12 @@ class Arm:
 
     @classmethod
     def trained(cls, preset: str, seed: int, tokens: int, overrides: Mapping[str, Any]) -> Arm:
-        """The arm of a run of `cratescope train`."""
+        """The arm of a run of `cratescope train`; overrides called attention and feed_forward name those blocks."""
         family, _, size = preset.partition("-")
         attention, feed_forward, site = _BUILT_IN[family]
+        blocks = overrides.get("attention", attention), overrides.get("feed_forward", feed_forward)
         variant = " ".join(f"{name}={value}" for name, value in sorted(overrides.items()))
-        return cls(family, attention, feed_forward, size, site, seed, tokens, variant)
+        return cls(family, *blocks, size, site, seed, tokens, variant)
 
     @classmethod
     def adopted(cls, source: str, family: str, layers: int | None, parameters: int, site: str) -> Arm:

@@ -43,6 +43,6 @@ STAGES: dict[str, Stage] = {
     "report": Stage(ReportConfig, "report.report:report", "Write one HTML page about some runs."),
     "study": Stage(StudyConfig, "study:study", "Do all of this for the models of one TOML file."),
     "export": Stage(ExportConfig, "exchange.export:export", "Write records in another tool's format."),
-    "import": Stage(ImportConfig, "exchange.openai:import_records", "Read records of another tool into a run."),
+    "import": Stage(ImportConfig, "exchange.imports:import_records", "Read records of another tool into a run."),
     "convert": Stage(ConvertConfig, "exchange.reference:convert", "Turn the authors' checkpoint into ours, or back."),
 }

@@ -35,6 +35,8 @@ class ImportConfig(Checked):
     """Folder with one {layer}/{neuron}.json per neuron."""
     out: Path
     """Run directory to write; it will hold records and a tokenizer, but no model."""
+    format: Literal["openai"] = "openai"
+    """What the files are: NeuronRecords of `openai`."""
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,7 @@ import json
 import math
 import re
 import reprlib
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -16,13 +15,11 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 from rich.progress import track
-from tokenizers import Tokenizer, decoders, models
-from transformers import PreTrainedTokenizerFast
 
 from cratescope.errors import UserError
-from cratescope.exchange.config import ExportConfig, ImportConfig
-from cratescope.files import SURROGATES, atomic_folder, decode_text, mark_whole, parse_json, write_json, write_text
-from cratescope.locks import locked
+from cratescope.exchange.config import ExportConfig
+from cratescope.exchange.imports import IMPORTED, TokenTexts
+from cratescope.files import decode_text, parse_json, write_text
 from cratescope.neurons.records import (
     Moments,
     NeuronId,
@@ -30,16 +27,12 @@ from cratescope.neurons.records import (
     Stratum,
     Window,
     each_record,
-    layer_file,
     read_columns,
-    write_records,
 )
-from cratescope.run import Run, claim, made_from, versions
+from cratescope.run import Run, claim
 from cratescope.text.sources import files_below, name_some
-from cratescope.text.tokenizer import EOS, load_tokenizer, vocabulary_strings
+from cratescope.text.tokenizer import load_tokenizer, vocabulary_strings
 
-IMPORTED = "imported"
-"""Site of imported records: a NeuronRecord does not say of what its activations are."""
 LARGEST = float(np.finfo(np.float32).max)
 LARGEST_INDEX = (1 << 31) - 1
 STDERR = Console(stderr=True)
@@ -91,61 +84,27 @@ def _known(value: float | None) -> float | None:
     return None if value is None or math.isnan(value) else value
 
 
-def import_records(config: ImportConfig) -> Path:
-    """Write the NeuronRecords of a folder as records of a new run, and return their folder.
+def read(paths: Sequence[Path], model: str, texts: TokenTexts) -> Iterator[tuple[int, list[NeuronRecord]]]:
+    """Each layer with its records, from files in the order of `files`.
 
-    The tokens of a NeuronRecord are texts of a tokenizer that may not be here, so the run gets a tokenizer of its own,
-    with one id for every different text. What a NeuronRecord lacks is left open: the number of tokens read is
-    0, the density NaN (0 for a neuron that is silent in all of its windows), missing moments NaN; the maximum is that
-    of the windows. A top window's peak is its highest token, another window's its middle one. Tokens that hold what
-    has no UTF-8 get U+FFFD in its place; they are counted in the folder's manifest, with a warning.
+    What a NeuronRecord lacks is left open: the number of tokens read is 0, the density NaN (0 for a neuron that is
+    silent in all of its windows), missing moments NaN; the maximum is that of the windows. A top window's peak is its
+    highest token, another window's its middle one.
 
     Raises:
-        UserError: no such files, a file that is not a NeuronRecord (names the file and the field), or `config.out` is
-            the run of a model or holds other records.
+        UserError: a file is not a NeuronRecord (names the file and the field).
     """
-    run, (paths, left_out) = Run(config.out), _record_paths(config.source)
-    if run.manifest.exists():
-        raise UserError(f"{run.root}: is the run of a model; give --out a folder of its own")
-    if left_out:
-        _say(f"{config.source}: {name_some(left_out)}")
-    folder = run.records(IMPORTED)
-    identity = {"imported": "openai", "sha256": made_from(paths, config.source)["files"]}
-    with locked(run.root, "import"):
-        if folder.exists():
-            claim(folder, identity)
-        else:
-            _write_imported(run, config, folder, paths, identity)
-    return folder
+    for layer, group in itertools.groupby(paths, lambda path: int(path.parent.name)):
+        work: Any = track(list(group), f"import layer {layer}", console=STDERR, transient=True)
+        with closing(work):  # else, if a file is refused, the bar stays until garbage collection
+            yield layer, [_read(path, model, texts) for path in work]
 
 
-def _write_imported(run: Run, config: ImportConfig, folder: Path, paths: Sequence[Path], identity: Json) -> None:
-    vocabulary, invalid = {EOS: 0}, Counter[Path]()
-    with atomic_folder(folder) as temporary:
-        for layer, group in itertools.groupby(paths, lambda path: int(path.parent.name)):
-            work: Any = track(list(group), f"import layer {layer}", console=STDERR, transient=True)
-            with closing(work):  # else, if a file is refused, the bar stays until garbage collection
-                records = [_read(path, run.name, vocabulary, invalid) for path in work]
-            write_records(layer_file(temporary, layer), records)
-        counted = {"invalid_utf8": invalid.total()}
-        write_json(temporary / "manifest.json", {"identity": identity, "versions": versions()} | counted)
-        with atomic_folder(run.model) as model:
-            _tokenizer(vocabulary).save_pretrained(model)
-            mark_whole(model)
-    if invalid:
-        found = f"{invalid.total()} tokens had invalid UTF-8, now U+FFFD; the first are in {next(iter(invalid))}"
-        _say(f"warning: {config.source}: {found}")
-
-
-def _say(line: str) -> None:
-    STDERR.print(line, markup=False, highlight=False, soft_wrap=True)
-
-
-def _record_paths(folder: Path) -> tuple[list[Path], dict[str, str]]:
-    """Every {layer}/{neuron}.json in order, and reasons for what is left out, by name."""
-    files, left_out = files_below(folder, (".json",)) if folder.is_dir() else ([], {})
+def files(folder: Path) -> tuple[list[Path], dict[str, str]]:
+    """Every {layer}/{neuron}.json in order, and reasons for what is left out, by name. UserError if there is none."""
+    found, left_out = files_below(folder, (".json",)) if folder.is_dir() else ([], {})
     paths: dict[tuple[int, int], Path] = {}
-    for name, path in files:
+    for name, path in found:
         if name.count("/") != 1:
             left_out[name] = "not in a layer's folder"
             continue
@@ -164,31 +123,16 @@ def _record_paths(folder: Path) -> tuple[list[Path], dict[str, str]]:
     return [paths[place] for place in sorted(paths)], left_out
 
 
-def _tokenizer(vocabulary: dict[str, int]) -> PreTrainedTokenizerFast:
-    """Build a tokenizer that decodes ids to exactly these texts; it does not encode."""
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=EOS))
-    tokenizer.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS, clean_up_tokenization_spaces=False)
-
-
-def _read(path: Path, model: str, vocabulary: dict[str, int], invalid: Counter[Path]) -> NeuronRecord:
-    """Read the record in a file; new token texts are added to `vocabulary`, and repaired ones counted in `invalid`."""
+def _read(path: Path, model: str, texts: TokenTexts) -> NeuronRecord:
     row = _read_json(path)
     neuron = NeuronId(model, IMPORTED, *_neuron_id(path, row))
-
-    def token_id(token: str) -> int:
-        mended = SURROGATES.sub("\ufffd", token)
-        if mended != token:
-            invalid[path] += 1
-        return vocabulary.setdefault(mended, len(vocabulary))
-
     excerpts = itertools.count()  # whether two windows overlap is not known: each counts as an excerpt of its own
 
     def windows(name: str, rows: Any, at_highest: bool = False) -> tuple[Window, ...]:
         found = []
         for place, row in enumerate(_list(path, name, rows)):
             tokens, activations = _window(f"{path}: {name}[{place}]", row)
-            ids = np.array([token_id(token) for token in tokens], np.int64)
+            ids = np.array([texts.id(token, path) for token in tokens], np.int64)
             peak = int(activations.argmax()) if at_highest else len(tokens) // 2
             found.append(Window(ids, activations, next(excerpts), 0, peak))
         return tuple(found)

@@ -19,6 +19,7 @@ from cratescope.exchange.config import ConvertConfig
 from cratescope.files import atomic_folder, atomic_path, mark_whole
 from cratescope.models import CrateConfig
 from cratescope.models.folder import load_folder
+from cratescope.models.presets import CRATE_FIELDS
 
 # Our name -> theirs, inside one block. "*" is weight or bias.
 CRATE_BLOCK = {
@@ -197,7 +198,7 @@ def to_reference(model: PreTrainedModel) -> dict[str, Any]:
         raise UserError(f"activation_function = {config.activation_function}: the reference code has relu only")
     if isinstance(config, CrateConfig):
         paper = CrateConfig()
-        for field in ("ista_expansion", "ista_steps", "ista_step_size", "ista_lambda", "ista_skip", "ista_tied"):
+        for field in CRATE_FIELDS:
             ours, theirs = getattr(config, field), getattr(paper, field)
             if ours != theirs:
                 raise UserError(f"{field} = {ours}: the reference code has {theirs} only")

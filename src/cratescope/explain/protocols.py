@@ -14,6 +14,11 @@ from cratescope.errors import UserError
 from cratescope.neurons.records import NeuronRecord, Window
 
 Source = Literal["top", "random", "by_quantile", "by_rank", "by_level"]
+ON_UNIFORM_TEXT = ("balanced", "unseen", "specific")
+"""Measures of protocols that score windows drawn uniformly alone, where counts of words and widths are those of text.
+
+Beside a protocol's own measure they are the ones that are shown of single neurons, with intervals.
+"""
 
 
 @dataclass(frozen=True)
@@ -119,12 +124,18 @@ PROTOCOLS: dict[str, Protocol] = {
             measures=("pearson", "spearman"),
             source=_PAPER,
         ),
-        Protocol("random-only", TOP, picks=(_EVEN_RANDOM,), measures=("pearson", "spearman"), source=_PAPER),
+        Protocol(
+            "random-only",
+            TOP,
+            picks=(_EVEN_RANDOM,),
+            measures=("pearson", "spearman", *ON_UNIFORM_TEXT),
+            source=_PAPER,
+        ),
         Protocol(
             "uniform",
             TOP,
             picks=(Pick("random", None),),
-            measures=("pearson", "spearman", "cosine", "auprc", "f1", "iou"),
+            measures=("pearson", "spearman", "cosine", "auprc", "f1", "iou", *ON_UNIFORM_TEXT),
             source="Oikarinen et al. 2025",
         ),
         Protocol(

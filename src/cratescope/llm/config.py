@@ -1,10 +1,11 @@
-"""Settings of the language model that explains, simulates and judges."""
+"""Settings of the language model that explains, simulates and judges, and which engine runs it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
+from cratescope.hardware import pick_device, pick_dtype
 from cratescope.options import LARGEST_BATCH, Checked, within
 
 
@@ -46,6 +47,20 @@ class LLMConfig(Checked):
     def served(self) -> bool:
         """Whether the model runs on a server."""
         return self.llm.lower().startswith(("http://", "https://"))
+
+    @property
+    def engine(self) -> str:
+        """What runs the model: "module:class" of this room, whose `open` takes these settings."""
+        return "server:ServerLLM" if self.served else "local:LocalLLM"
+
+    @property
+    def number_format(self) -> str:
+        """Number format of the weights, known without opening the model; part of a result's identity."""
+        if self.served:
+            return "served"
+        if self.llm_quantize != "none":
+            return self.llm_quantize
+        return str(pick_dtype(self.llm_dtype, pick_device(self.llm_device))).removeprefix("torch.")
 
     @property
     def llm_name(self) -> str:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
+from importlib import import_module
 
-from cratescope.hardware import pick_device, pick_dtype
 from cratescope.llm.config import LLMConfig
 from cratescope.llm.interface import LanguageModel
 
@@ -12,20 +12,13 @@ from cratescope.llm.interface import LanguageModel
 @functools.lru_cache(maxsize=1)
 def open_llm(config: LLMConfig) -> LanguageModel:
     """Open the model named by `config.llm`; the last one opened is kept. Raises UserError when it cannot be loaded."""
-    if config.served:
-        from cratescope.llm.server import ServerLLM
-
-        return ServerLLM.open(config)
-    from cratescope.llm.local import LocalLLM
-
-    return LocalLLM.open(config)
+    module, _, name = config.engine.partition(":")
+    opened: LanguageModel = getattr(import_module(f"cratescope.llm.{module}"), name).open(config)
+    return opened
 
 
 def llm_identity(config: LLMConfig, llm: LanguageModel | None) -> dict[str, str]:
     """Identity of the model in results, known without opening it."""
     if llm is not None:
         return {"llm": llm.name, "dtype": llm.dtype}
-    if config.served or config.llm_quantize != "none":
-        return {"llm": config.llm_name, "dtype": "served" if config.served else config.llm_quantize}
-    dtype = pick_dtype(config.llm_dtype, pick_device(config.llm_device))
-    return {"llm": config.llm_name, "dtype": str(dtype).removeprefix("torch.")}
+    return {"llm": config.llm_name, "dtype": config.number_format}

@@ -28,6 +28,8 @@ class Size:
 SIZES = {f"{layers}l": Size(128, 4, layers) for layers in (1, 2, 3)}
 SIZES |= {"s": Size(768, 12, 6), "b": Size(768, 12, 12)}
 FAMILIES = ("crate", "gpt2")
+CRATE_FIELDS = tuple(name for name in CrateConfig.__annotations__ if not hasattr(GPT2Config, name))
+"""Fields that the GPT-2 twin has not: what a variant of CRATE changes, by `--crate`."""
 _BOOLS = {"true": True, "false": False}
 PRESETS = tuple(f"{family}-{size}" for family in FAMILIES for size in SIZES)
 
@@ -67,11 +69,10 @@ def preset_config(
 def _parse_crate(fields: dict[str, str]) -> dict[str, Any]:
     """Turn text into the types of the paper's defaults."""
     defaults = CrateConfig()
-    known = [name for name in vars(defaults) if name.startswith("ista_")]
     parsed: dict[str, Any] = {}
     for name, text in fields.items():
-        if name not in known:
-            raise UserError(f"--crate: CRATE has no field {name!r:.60}; choose from {', '.join(known)}")
+        if name not in CRATE_FIELDS:
+            raise UserError(f"--crate: CRATE has no field {name!r:.60}; choose from {', '.join(CRATE_FIELDS)}")
         default = getattr(defaults, name)
         try:
             parsed[name] = _BOOLS[str(text).lower()] if isinstance(default, bool) else type(default)(text)

@@ -77,14 +77,24 @@ def _explained(neuron: Neuron) -> Iterator[Text]:
         yield Text.assemble((visible(said.shown), "bold"), (source, "dim"))
         for own, controls in said.scored(neuron.id):
             yield _scored(own, controls)
+            if beside := said.beside(own):
+                yield Text(" " * len(f"{own.protocol} ") + " · ".join(map(_measured, beside)), "dim")
 
 
 def _scored(own: Score, controls: Mapping[str, Score]) -> Text:
     """One protocol's own measure with its interval, and its controls."""
-    between = f" [{number(own.low)}, {number(own.high)}]" if own.low is not None else ""
     listed = [f" · {control} {number(row.value)}" for control, row in controls.items()]
     beside = "".join(listed) + f" ({own.measure} × 100)"
-    return Text.assemble(f"{own.protocol} ", (number(own.value), "bold"), (between + beside, "dim"))
+    return Text.assemble(f"{own.protocol} ", (number(own.value), "bold"), (_interval(own) + beside, "dim"))
+
+
+def _measured(row: Score) -> str:
+    """Another measure by its name."""
+    return f"{row.measure} {number(row.value)}{_interval(row)}" + ("" if row.reason is None else f" ({row.reason})")
+
+
+def _interval(row: Score) -> str:
+    return "" if row.low is None else f" [{number(row.low)}, {number(row.high)}]"
 
 
 def _numbers(record: NeuronRecord) -> Text:

@@ -38,11 +38,14 @@ class Excerpt:
 
 @dataclass(frozen=True)
 class Entry:
-    """One explanation of a neuron on the card, with the windows it was scored on."""
+    """One explanation of a neuron on the card, with the windows it was scored on.
+
+    scores: of each protocol, by its own measure, of its controls, and by the measures beside it.
+    """
 
     source: str
     text: str
-    scores: list[tuple[Score, dict[str, Score]]]
+    scores: list[tuple[Score, dict[str, Score], list[Score]]]
     scored: list[Excerpt]
     shuffled: str | None
 
@@ -106,7 +109,7 @@ def _entry(said: Said, source: str, record: NeuronRecord, decode: Decode) -> Ent
     return Entry(
         source=source,
         text=said.shown,
-        scores=list(said.scored(record.neuron)),
+        scores=[(own, controls, said.beside(own)) for own, controls in said.scored(record.neuron)],
         scored=list(_compared(record, simulation, decode)) if simulation else [],
         shuffled=simulation.texts.get(SHUFFLED) if simulation else None,
     )

@@ -15,6 +15,7 @@ from markupsafe import Markup
 from transformers import PreTrainedTokenizerFast
 
 from cratescope.errors import UserError
+from cratescope.explain.config import SCORERS
 from cratescope.explain.controls import CONTROLS
 from cratescope.explain.explained import Explained
 from cratescope.files import read_json, slug, write_json, write_text
@@ -244,22 +245,18 @@ def _groups(item: Results, config: ReportConfig, decode: text.Decode) -> Iterato
 
 
 def _neurons(item: Results, config: ReportConfig, layer: int, indices: Sequence[int]) -> list[Neuron]:
-    """Neurons of a layer, the reported explainer's explanations first; it was simulated from every set scored."""
-    neurons = read_neurons(item.run, layer, indices, site=item.site)
+    """Neurons of a layer, the reported explainer's explanations first; those that are scored have been simulated."""
     reported = slug(config.explainer), slug(config.simulator)
-    for neuron in neurons:
-        simulated = {
-            said.set for said in neuron.said if (said.explainer, said.simulator) == reported and said.simulation
-        }
-        for name in item.scores.sets:
-            if name not in simulated:
-                folder = Explained(item.run, item.site, config.explainer, name).simulations(config.simulator).folder
+    found = []
+    for neuron in read_neurons(item.run, layer, indices, site=item.site):
+        ours = [said for said in neuron.said if (said.explainer, said.simulator) == reported]
+        for said in ours:
+            if said.simulation is None and any(row.protocol not in SCORERS for row in said.scores.every(neuron.id)):
+                folder = Explained(item.run, item.site, config.explainer, said.set).simulations(config.simulator).folder
                 what = f"{layer_file(folder, layer)}: has no neuron {neuron.id.index}"
                 raise UserError(f"{what}; run `cratescope simulate {item.run.root}` first")
-    return [
-        replace(neuron, said=tuple(sorted(neuron.said, key=lambda said: (said.explainer, said.simulator) != reported)))
-        for neuron in neurons
-    ]
+        found.append(replace(neuron, said=(*ours, *(said for said in neuron.said if said not in ours))))
+    return found
 
 
 def _unscored(item: Results, protocol: str, layer: int) -> str:

@@ -17,7 +17,6 @@ from cratescope.results.estimates import Estimate, finite, over
 from cratescope.results.runs import Results, protocols, untrained_copy
 from cratescope.results.scores import measures_of
 from cratescope.score.inference import Difference, compare_neurons, compare_seeds, mean_of, needed
-from cratescope.score.measures import MEASURES
 
 UNTRAINED = "untrained"
 GAINS = (SHUFFLED, UNTRAINED)
@@ -38,21 +37,25 @@ class Quantity:
 
     @classmethod
     def parse(cls, text: str) -> Quantity:
-        """`protocol/measure` or `protocol/measure/control`. Raises UserError for anything else, and unknown names."""
+        """`protocol/measure` or `protocol/measure/control`.
+
+        Raises:
+            UserError: anything else, an unknown name, or a measure that the protocol does not have.
+        """
         parts = text.split("/")
         if len(parts) not in (2, 3) or not all(parts):
             raise UserError(f"--primary {text}: write protocol/measure/control, such as uniform/pearson/shuffled")
         protocol, measure, over = *parts[:2], parts[2] if len(parts) == 3 else None
         judged = protocol.partition("-")[0]  # a scorer, or a scorer and the explanation set it judged
         known = (
-            ("protocol", judged if judged in SCORERS else protocol, (*PROTOCOLS, *SCORERS)),
-            ("measure", measure, tuple(MEASURES)),
-            ("control", over, (None, *CONTROLS, UNTRAINED)),
+            ("there is no protocol", judged if judged in SCORERS else protocol, (*PROTOCOLS, *SCORERS)),
+            (f"{protocol:.40} has no measure", measure, measures_of(protocol)),
+            ("there is no control", over, (None, *CONTROLS, UNTRAINED)),
         )
         for what, name, names in known:
             if name not in names:
                 listed = ", ".join(filter(None, names))
-                raise UserError(f"--primary {text:.80}: there is no {what} {name!r:.40}; choose from {listed}")
+                raise UserError(f"--primary {text:.80}: {what} {name!r:.40}; choose from {listed}")
         return cls(protocol, measure, over)
 
     @property

@@ -12,6 +12,7 @@ from cratescope.errors import UserError
 from cratescope.explain.config import SCORERS
 from cratescope.explain.controls import CONTROLS, OWN
 from cratescope.explain.explained import Explained, Explanation, Judgement, Simulation
+from cratescope.explain.protocols import ON_UNIFORM_TEXT
 from cratescope.files import slug
 from cratescope.neurons.kept import Kept
 from cratescope.neurons.records import NeuronId, NeuronRecord, layer_file, read_records
@@ -57,6 +58,11 @@ class Said:
             if own is not None:
                 rows = {control: self.scores.of(neuron, protocol, control) for control in CONTROLS}
                 yield own, {control: row for control, row in rows.items() if row is not None}
+
+    def beside(self, own: Score) -> list[Score]:
+        """By the measures ON_UNIFORM_TEXT of the protocol of `own`; not those that are missing for the same reason."""
+        rows = (self.scores.of(own.neuron, own.protocol, measure=measure) for measure in ON_UNIFORM_TEXT)
+        return [row for row in rows if row is not None and (row.value is not None or row.reason != own.reason)]
 
 
 def source_of(said: Said, among: Sequence[Said]) -> str:

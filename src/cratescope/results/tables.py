@@ -15,10 +15,12 @@ import numpy as np
 from jaxtyping import Int
 
 from cratescope.explain.controls import CONTROLS
+from cratescope.explain.protocols import ON_UNIFORM_TEXT
 from cratescope.files import atomic_path
 from cratescope.results.compare import DETECTABLE, UNTRAINED, Comparison
 from cratescope.results.estimates import NOTHING, Estimate, finite, over
 from cratescope.results.runs import Results, Row, one_per_run, protocols, untrained_copy
+from cratescope.results.scores import measures_of
 from cratescope.score.quality import QUALITIES, matched
 
 
@@ -101,7 +103,8 @@ def _beside(name: str, score: Estimate, gain: Estimate) -> Row:
 def neuron_rows(results: Sequence[Results]) -> Iterator[Row]:
     """One row per neuron and explanation set: the explanation, and the scores that were made from it.
 
-    Each protocol's own measure, its interval and its controls; empty for a protocol of another explanation set.
+    Each protocol's own measure, its interval and its controls, and its measures ON_UNIFORM_TEXT with theirs; empty for
+    a protocol of another explanation set.
     """
     names = protocols(results)
     for item in results:
@@ -136,9 +139,10 @@ def _neuron_columns(
     columns["explanation"] = [texts.get(index) for index in indices.tolist()]
     for name in names:
         ours = name in item.scores.protocols and item.scores.set_of(name) == explained
-        own = item.scores.columns(name).get(layer) if ours else None
-        for suffix, number in (("score", "value"), ("low", "low"), ("high", "high")):
-            columns[f"{name}_{suffix}"] = own.at(indices, number) if own else nothing
+        for measure, start in _shown_measures(name).items():
+            own = item.scores.columns(name, measure).get(layer) if ours else None
+            for suffix, number in (("score", "value"), ("low", "low"), ("high", "high")):
+                columns[f"{start}_{suffix}"] = own.at(indices, number) if own else nothing
         for control in CONTROLS:
             null = item.scores.columns(name, None, control).get(layer) if ours else None
             columns[f"{name}_{control}"] = null.at(indices) if null else nothing
@@ -146,6 +150,12 @@ def _neuron_columns(
     for name in ("density", "maximum"):
         columns[name] = [finite(value) for value in activity.at(indices, name)] if activity else nothing
     return columns
+
+
+def _shown_measures(protocol: str) -> dict[str, str]:
+    """The measures that neurons.csv has of a protocol, with what the names of their columns begin with."""
+    own, *others = measures_of(protocol)
+    return {own: protocol} | {name: f"{protocol}_{name}" for name in others if name in ON_UNIFORM_TEXT}
 
 
 def activity_rows(results: Sequence[Results]) -> list[Row]:

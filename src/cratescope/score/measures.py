@@ -1,9 +1,9 @@
 """Measures of how well simulated activations follow true ones, weighted, with a bootstrap over windows of text.
 
-A measure takes truth (n,), simulated (n,) and weights (b, n): b samples of the same n tokens, in each of which a token
-counts `weight` times. So one definition serves for the value (weights of 1) and for its bootstrap (how often each
-window was drawn), and repeating tokens or weighting them is the same thing. Where a measure does not exist it is NaN
-here, and None for whoever calls `measure`.
+A measure takes truth (n,), simulated (n,) and weights: b samples of the same n tokens, in each of which a token counts
+`weight` times. So one definition serves for the value (weights of 1) and for its bootstrap (how often each window was
+drawn), and repeating tokens or weighting them is the same thing. Where a measure does not exist it is NaN here, and
+None for whoever calls `measure`.
 
 Two measures look at words and weight the tokens by them (WEIGHERS): `balanced`, where every different word weighs
 alike, and `unseen`, on words that the explanation was not made from.
@@ -15,11 +15,13 @@ probability of 1/2). A token of activation 0 or less is never active. Both cuts 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Collection
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, Num
 
+from cratescope.score.weights import Weigher, Weights, every_word_alike, unseen_words
 from cratescope.score.words import Words
 
 ACTIVE = 0.01
@@ -37,12 +39,7 @@ CONSTANT_TRUTH = "constant truth"
 CONSTANT_SIMULATION = "constant simulation"
 NO_ACTIVE_TOKEN = "no active token"
 
-Measure = Callable[
-    [Float[np.ndarray, " n"], Float[np.ndarray, " n"], Float[np.ndarray, "b n"]], Float[np.ndarray, " b"]
-]
-
-
-Weigher = Callable[[Float[np.ndarray, "b n"], Words], Float[np.ndarray, "b n"]]
+Measure = Callable[[Float[np.ndarray, " n"], Float[np.ndarray, " n"], Weights], Float[np.ndarray, " b"]]
 
 
 def measure(
@@ -51,7 +48,7 @@ def measure(
     """The value of MEASURES[name], or None where it does not exist, for a `reason`. WEIGHERS need the words."""
     if len(truth) < 2:
         return None
-    value = _values(name, _scaled(truth), _scaled(simulated), np.ones((1, len(truth))), words)[0]
+    value = _values(name, _scaled(truth), _scaled(simulated), Weights.once(len(truth)), words)[0]
     return float(value) if np.isfinite(value) else None
 
 
@@ -62,7 +59,7 @@ def reason(
     if not len(truth):
         return NO_WINDOWS
     if name in WEIGHERS:
-        counts = WEIGHERS[name](np.ones((1, len(truth))), _needed(name, words))[0] > 0
+        counts = WEIGHERS[name](Weights.once(len(truth)), _needed(name, words)).of_tokens[0] > 0
         truth, simulated = truth[counts], simulated[counts]
     if not len(truth):
         return NO_UNSEEN_WORD
@@ -75,7 +72,7 @@ def _values(
     name: str,
     truth: Float[np.ndarray, " n"],
     simulated: Float[np.ndarray, " n"],
-    weights: Float[np.ndarray, "b n"],
+    weights: Weights,
     words: Words | None,
 ) -> Float[np.ndarray, " b"]:
     if name in WEIGHERS:
@@ -106,11 +103,10 @@ def bootstrap(
     n_windows = int(window.max(initial=-1)) + 1
     if n_windows < 2:
         return None
-    rng = np.random.default_rng(seed)
-    counts = rng.multinomial(n_windows, np.full(n_windows, 1 / n_windows), size=resamples).astype(np.float64)
-    rows = max(_CHUNK // len(truth), 1)
+    times = _drawn(n_windows, resamples, seed)
+    step = max(_CHUNK // len(truth), 1)
     sides = _scaled(truth), _scaled(simulated)
-    parts = (counts[start : start + rows, window] for start in range(0, resamples, rows))
+    parts = (Weights(window, times[:, start : start + step]) for start in range(0, resamples, step))
     found = [_values(name, *sides, part, words) for part in parts]
     values = np.concatenate(found)
     values = values[np.isfinite(values)]
@@ -118,6 +114,14 @@ def bootstrap(
         return None
     low, high = np.quantile(values, [(1 - COVERAGE) / 2, (1 + COVERAGE) / 2])
     return float(low), float(high)
+
+
+@functools.lru_cache(maxsize=1)
+def _drawn(n_windows: int, resamples: int, seed: tuple[int, ...]) -> Float[np.ndarray, "w b"]:
+    """How often each sample has each window; kept for the next measure of the same neuron."""
+    rng = np.random.default_rng(seed)
+    counts = rng.multinomial(n_windows, np.full(n_windows, 1 / n_windows), size=resamples)
+    return np.ascontiguousarray(counts.T, dtype=np.float64)
 
 
 def _scaled(values: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
@@ -135,8 +139,8 @@ def active(truth: Float[np.ndarray, " n"]) -> Bool[np.ndarray, " n"]:
     """The tokens of the highest activations, 1 % of them (with those equal to the last), and above 0."""
     if not len(truth):
         return np.zeros(0, dtype=bool)
-    last = -np.sort(-truth)[int(np.ceil(ACTIVE * len(truth))) - 1]
-    return (truth >= last) & (truth > 0)
+    last = len(truth) - int(np.ceil(ACTIVE * len(truth)))
+    return (truth >= np.partition(truth, last)[last]) & (truth > 0)
 
 
 def predicted(simulated: Float[np.ndarray, " n"]) -> Bool[np.ndarray, " n"]:
@@ -149,19 +153,12 @@ def _ratio(over: Float[np.ndarray, " b"], under: Float[np.ndarray, " b"]) -> Flo
 
 
 def pearson(
-    truth: Float[np.ndarray, " n"], simulated: Float[np.ndarray, " n"], weights: Float[np.ndarray, "b n"]
+    truth: Float[np.ndarray, " n"], simulated: Float[np.ndarray, " n"], weights: Weights
 ) -> Float[np.ndarray, " b"]:
     """Pearson correlation over all tokens joined together; NaN for a constant side."""
     x, y = truth - truth.mean(), simulated - simulated.mean()  # or the differences below would cancel
-    share = _shares(weights)
-    mean_x, mean_y, xx, yy, xy = (share @ np.stack([x, y, x * x, y * y, x * y], 1)).T
+    mean_x, mean_y, xx, yy, xy = weights.means(np.stack([x, y, x * x, y * y, x * y]))
     return _correlation(xy - mean_x * mean_y, (xx, mean_x), (yy, mean_y))
-
-
-def _shares(weights: Float[np.ndarray, "b n"]) -> Float[np.ndarray, "b n"]:
-    """Adding up to 1 in every sample; all 0 in a sample without any weight."""
-    total = weights.sum(1, keepdims=True)
-    return np.divide(weights, total, out=np.zeros_like(weights), where=total > 0)
 
 
 def _correlation(covariance: Float[np.ndarray, " b"], *sides: tuple[np.ndarray, np.ndarray]) -> Float[np.ndarray, " b"]:
@@ -172,20 +169,8 @@ def _correlation(covariance: Float[np.ndarray, " b"], *sides: tuple[np.ndarray, 
     return np.clip(_ratio(covariance, np.sqrt(variances[0] * variances[1])), -1, 1)
 
 
-def every_word_alike(weights: Float[np.ndarray, "b n"], words: Words) -> Float[np.ndarray, "b n"]:
-    """The weights of the tokens of each word scaled to add up to 1, so that every different word counts once."""
-    place, by_word = _by_value(words.number, weights)
-    total = by_word[:, place]
-    return np.divide(weights, total, out=np.zeros_like(weights), where=total > 0)
-
-
-def unseen_words(weights: Float[np.ndarray, "b n"], words: Words) -> Float[np.ndarray, "b n"]:
-    """The weights of the tokens of words that the explanation was not made from; 0 for the others."""
-    return weights * words.unseen
-
-
 def specific(
-    truth: Float[np.ndarray, " n"], simulated: Float[np.ndarray, " n"], weights: Float[np.ndarray, "b n"]
+    truth: Float[np.ndarray, " n"], simulated: Float[np.ndarray, " n"], weights: Weights
 ) -> Float[np.ndarray, " b"]:
     """Pearson correlation times (the smaller over the larger width of the two sides) to the power of 3/4.
 
@@ -193,9 +178,8 @@ def specific(
     the tokens above the cut a side's width is sqrt(p (1 - p)). Why, and why 3/4: docs/evaluation.md. NaN for a constant
     side and for a truth without an active token.
     """
-    share = _shares(weights)
-    above = [share @ split(side).astype(float) for side in (np.maximum(truth, 0), simulated)]
-    widths = np.sqrt([part * (1 - part).clip(min=0) for part in above])
+    above = weights.means(np.array([split(side) for side in (np.maximum(truth, 0), simulated)], dtype=np.float64))
+    widths = np.sqrt(above * (1 - above).clip(min=0))
     alike = _ratio(widths.min(0), widths.max(0))
     return pearson(truth, simulated, weights) * np.where(alike > 0, alike, np.nan) ** WIDTH
 
@@ -216,12 +200,14 @@ def split(values: Float[np.ndarray, " n"]) -> Bool[np.ndarray, " n"]:
 
 
 def spearman(
-    truth: Float[np.ndarray, " n"], simulated: Float[np.ndarray, " n"], weights: Float[np.ndarray, "b n"]
+    truth: Float[np.ndarray, " n"], simulated: Float[np.ndarray, " n"], weights: Weights
 ) -> Float[np.ndarray, " b"]:
     """Pearson correlation of the ranks, ties sharing their mean rank."""
-    share = _shares(weights)
+    share = weights.of_tokens
+    total = share.sum(1, keepdims=True)
+    share = np.divide(share, total, out=np.zeros_like(share), where=total > 0)
     x, y = (_ranks(side, share) - 0.5 for side in (truth, simulated))  # the mean rank of all is 1/2
-    zero = np.zeros(len(weights))
+    zero = np.zeros(len(share))
     return _correlation((share * x * y).sum(1), *(((share * side**2).sum(1), zero) for side in (x, y)))
 
 
@@ -235,27 +221,30 @@ def _by_value(
     values: Num[np.ndarray, " n"], weights: Float[np.ndarray, "b n"]
 ) -> tuple[Int[np.ndarray, " n"], Float[np.ndarray, "b v"]]:
     """Index of each token among the distinct values in rising order, and the weight of each value."""
-    distinct, place = np.unique(values, return_inverse=True)
-    order = np.argsort(place, kind="stable")
-    starts = np.searchsorted(place[order], np.arange(len(distinct)))
-    return place, np.add.reduceat(weights[:, order], starts, axis=1)
+    order = np.argsort(values, kind="stable")
+    ordered = values[order]
+    first = np.append(True, ordered[1:] != ordered[:-1])
+    place = np.empty(len(values), dtype=np.int64)
+    place[order] = np.cumsum(first) - 1
+    return place, np.add.reduceat(weights[:, order], np.flatnonzero(first), axis=1)
 
 
 def cosine(
-    truth: Float[np.ndarray, " n"], simulated: Float[np.ndarray, " n"], weights: Float[np.ndarray, "b n"]
+    truth: Float[np.ndarray, " n"], simulated: Float[np.ndarray, " n"], weights: Weights
 ) -> Float[np.ndarray, " b"]:
     """Cosine of the angle between the two; unlike a correlation it is sensitive to the position of 0."""
-    return _ratio(weights @ (truth * simulated), np.sqrt((weights @ truth**2) * (weights @ simulated**2)))
+    xy, xx, yy = weights.sums(np.stack([truth * simulated, truth**2, simulated**2]))
+    return _ratio(xy, np.sqrt(xx * yy))
 
 
 def auprc(
-    truth: Float[np.ndarray, " n"], simulated: Float[np.ndarray, " n"], weights: Float[np.ndarray, "b n"]
+    truth: Float[np.ndarray, " n"], simulated: Float[np.ndarray, " n"], weights: Weights
 ) -> Float[np.ndarray, " b"]:
     """Average precision with which the simulation retrieves the active tokens; equal values are retrieved together.
 
     sum over the values v of the simulation, falling, of (recall at v - recall above v) x precision at v.
     """
-    hits, found = _above(active(truth), simulated, weights)
+    hits, found = _above(active(truth), simulated, weights.of_tokens)
     positives = hits[:, -1]
     gained = np.diff(hits, axis=1, prepend=0)
     precision = np.divide(hits, found, out=np.zeros_like(hits), where=found > 0)
@@ -271,10 +260,10 @@ def _above(
 
 
 def auroc(
-    truth: Float[np.ndarray, " n"], simulated: Float[np.ndarray, " n"], weights: Float[np.ndarray, "b n"]
+    truth: Float[np.ndarray, " n"], simulated: Float[np.ndarray, " n"], weights: Weights
 ) -> Float[np.ndarray, " b"]:
     """Chance that an active token has a higher simulated value than one that is not; ties count half."""
-    return _area(active(truth), simulated, weights)
+    return _area(active(truth), simulated, weights.of_tokens)
 
 
 def _area(
@@ -286,23 +275,22 @@ def _area(
 
 
 def _counts(
-    truth: Float[np.ndarray, " n"], simulated: Float[np.ndarray, " n"], weights: Float[np.ndarray, "b n"]
+    truth: Float[np.ndarray, " n"], simulated: Float[np.ndarray, " n"], weights: Weights
 ) -> tuple[Float[np.ndarray, " b"], Float[np.ndarray, " b"], Float[np.ndarray, " b"]]:
     """Weight of the tokens that are active and predicted, active, predicted."""
     labels, guesses = active(truth), predicted(simulated)
-    return weights @ (labels & guesses), weights @ labels.astype(float), weights @ guesses.astype(float)
+    both, labelled, guessed = weights.sums(np.array([labels & guesses, labels, guesses], dtype=np.float64))
+    return both, labelled, guessed
 
 
-def f1(
-    truth: Float[np.ndarray, " n"], simulated: Float[np.ndarray, " n"], weights: Float[np.ndarray, "b n"]
-) -> Float[np.ndarray, " b"]:
+def f1(truth: Float[np.ndarray, " n"], simulated: Float[np.ndarray, " n"], weights: Weights) -> Float[np.ndarray, " b"]:
     """Harmonic mean of precision and recall of predicted against active tokens; NaN without an active token."""
     both, labels, guesses = _counts(truth, simulated, weights)
     return np.where(labels > 0, _ratio(2 * both, labels + guesses), np.nan)
 
 
 def iou(
-    truth: Float[np.ndarray, " n"], simulated: Float[np.ndarray, " n"], weights: Float[np.ndarray, "b n"]
+    truth: Float[np.ndarray, " n"], simulated: Float[np.ndarray, " n"], weights: Weights
 ) -> Float[np.ndarray, " b"]:
     """Tokens both active and predicted, as a fraction of those that are either; NaN without an active token."""
     both, labels, guesses = _counts(truth, simulated, weights)
@@ -310,12 +298,12 @@ def iou(
 
 
 def accuracy(
-    truth: Float[np.ndarray, " n"], simulated: Float[np.ndarray, " n"], weights: Float[np.ndarray, "b n"]
+    truth: Float[np.ndarray, " n"], simulated: Float[np.ndarray, " n"], weights: Weights
 ) -> Float[np.ndarray, " b"]:
     """Balanced: the mean of the fractions of active and of other tokens that are predicted right."""
     labels, guesses = active(truth), predicted(simulated)
-    both, positives = weights @ (labels & guesses), weights @ labels.astype(float)
-    neither, negatives = weights @ (~labels & ~guesses), weights @ (~labels).astype(float)
+    counted = np.array([labels & guesses, labels, ~labels & ~guesses, ~labels], dtype=np.float64)
+    both, positives, neither, negatives = weights.sums(counted)
     return (_ratio(both, positives) + _ratio(neither, negatives)) / 2
 
 
@@ -334,6 +322,11 @@ MEASURES: dict[str, Measure] = {
 }
 WEIGHERS: dict[str, Weigher] = {"balanced": every_word_alike, "unseen": unseen_words}
 """How the measures that look at words weight the tokens."""
+
+
+def look_at_words(names: Collection[str]) -> bool:
+    """Does any of these measures need the words of the tokens?"""
+    return not WEIGHERS.keys().isdisjoint(names)
 
 
 def judged(name: str, labels: Bool[np.ndarray, " n"], probabilities: Float[np.ndarray, " n"]) -> float | None:

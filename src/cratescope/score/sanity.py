@@ -7,7 +7,7 @@ not fall says nothing about explanations that are too narrow, or too broad.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,8 +16,8 @@ from jaxtyping import Bool, Float
 
 from cratescope.explain.protocols import Protocol
 from cratescope.neurons.records import NeuronRecord
-from cratescope.score.measures import ACTIVE, MEASURES, WEIGHERS, measure
-from cratescope.score.words import Words
+from cratescope.score.measures import ACTIVE, MEASURES, WEIGHERS, look_at_words, measure
+from cratescope.score.words import Words, WordsOf
 
 FALL = 0.001
 """A score has fallen when it is lower by more than this (the source's epsilon)."""
@@ -28,8 +28,6 @@ SYNTHETIC_ACTIVE = (0.1, 0.01, 0.001)
 SYNTHETIC_NEURONS = 20
 SYNTHETIC_WORDS = 1000
 """Different words in the text of synthetic neurons; the n-th is the n-th most common, by Zipf's law."""
-
-WordsOf = Callable[[Protocol, NeuronRecord], Words]
 
 
 @dataclass(frozen=True)
@@ -114,7 +112,8 @@ def _case(protocol: Protocol, record: NeuronRecord, words: WordsOf | None) -> Ca
     rate = float(above[record.histogram.low >= max(threshold, 0)].max(initial=0) / above[0])
     if not labels.any() or rate >= 0.5:
         return None
-    return Case(truth, labels, rate, words(protocol, record) if words else None)
+    read = words(protocol, record) if words and look_at_words(protocol.measures) else None
+    return Case(truth, labels, rate, read)
 
 
 def on_synthetic(neurons: int = SYNTHETIC_NEURONS) -> list[Verdict]:

@@ -14,7 +14,7 @@ from cratescope.explain.config import SCORERS
 from cratescope.explain.controls import CONTROLS, OWN
 from cratescope.explain.explained import Explained, Explanation, Judgement, Simulation
 from cratescope.explain.judges import question_named
-from cratescope.explain.protocols import Protocol, protocols_named
+from cratescope.explain.protocols import ON_UNIFORM_TEXT, Protocol, protocols_named
 from cratescope.files import Shape, read_json, write_json
 from cratescope.locks import locked
 from cratescope.neurons.kept import Kept
@@ -23,17 +23,16 @@ from cratescope.neurons.sample import check_identity, find_site, records_identit
 from cratescope.progress import progress
 from cratescope.run import Run, made_from
 from cratescope.score.config import ScoreConfig
-from cratescope.score.measures import bootstrap, is_constant, judged, measure
+from cratescope.score.measures import WEIGHERS, bootstrap, judged, look_at_words, measure, reason
 from cratescope.score.quality import write_quality
 from cratescope.score.sanity import on_records
 from cratescope.score.scores import Score, scores
+from cratescope.score.words import Reader, Words, WordsOf, words_for
+from cratescope.text.tokenizer import vocabulary_strings
 
-CONSTANT_TRUTH = "constant truth"
-NO_ACTIVE_TOKEN = "no active token"
-CONSTANT_SIMULATION = "constant simulation"
-NO_WINDOWS = "no windows to score"
+NO_TOKENIZER = "no tokenizer, so no words"
 ONE_ANSWER = "windows of one kind only"
-VERSION = 2
+VERSION = 3
 """Of how scores are computed and named: raise it when the same simulations score otherwise."""
 AGAIN = "delete the file and run `cratescope simulate` again"
 SANITY_NEURONS = 64
@@ -52,13 +51,17 @@ ABOUT: Shape = {
 
 @dataclass(frozen=True)
 class ScoredSet:
-    """An explanation set, what was simulated and judged from it, and how; judged: by scorer, where there is any."""
+    """An explanation set, what was simulated and judged from it, and how.
+
+    judged: by scorer, where there is any. words: None without a tokenizer.
+    """
 
     explained: Explained
     simulations: Kept[Simulation]
     judged: dict[str, Kept[list[Judgement]]]
     protocols: Sequence[Protocol]
     made_with: dict[str, Any]
+    words: WordsOf | None
 
 
 def score(config: ScoreConfig) -> Path:
@@ -75,8 +78,9 @@ def score(config: ScoreConfig) -> Path:
     run = Run(config.run)
     site = find_site(run, config.site)
     folder = run.scores(site, config.explainer, config.simulator)
+    words = _words(run, config.explainer)
     sets = [
-        _read(Explained(run, site, config.explainer, chosen.name), config.simulator, protocols)
+        _read(Explained(run, site, config.explainer, chosen.name), config.simulator, protocols, words)
         for chosen, protocols in protocols_named(config.protocols).items()
     ]
     inputs = _made_from(run, site, config, sets)
@@ -92,7 +96,7 @@ def score(config: ScoreConfig) -> Path:
             work = progress(_layer_scores(path, layer, sets), f"score layer {layer}", len(indices))
             kept.replace(layer, work)
             sample += [*read_records(path, indices[:SANITY_NEURONS]).values()]
-        verdicts = on_records([protocol for one in sets for protocol in one.protocols], sample)
+        verdicts = on_records([protocol for one in sets for protocol in one.protocols], sample, words)
         write_quality(run, site, layers)
         about = {
             "explainer": config.explainer,
@@ -105,6 +109,15 @@ def score(config: ScoreConfig) -> Path:
         }
         write_json(folder / "scores.json", about)
     return folder
+
+
+def _words(run: Run, explainer: str) -> WordsOf | None:
+    """None for a run without a tokenizer; then measures that look at words have no value, for that reason."""
+    return words_for(explainer, Reader(vocabulary_strings(run.tokenizer))) if _tokenizer_files(run) else None
+
+
+def _tokenizer_files(run: Run) -> list[Path]:
+    return sorted(path for pattern in ("*token*", "vocab*") for path in run.model.glob(pattern))
 
 
 def _remove_stale(kept: Kept[list[Score]], layers: Sequence[int]) -> None:
@@ -154,6 +167,7 @@ def _made_from(run: Run, site: str, config: ScoreConfig, sets: Sequence[ScoredSe
         every += [one.explained.explanations, one.simulations, *one.judged.values()]
     files = [kept.folder / "manifest.json" for kept in every]
     files += [path for kept in every for layer in kept.layers for path in kept.tables.files(layer)]
+    files += _tokenizer_files(run)
     known = records_identity(run, site)
     return made_from(files, run.root, version=VERSION, site=site, protocols=config.protocols, records=known)
 
@@ -181,7 +195,7 @@ def _set_scores(
         _check_text(where, explained.get(index), simulation)
         try:
             for protocol in one.protocols:
-                for score in score_neuron(records[index], simulation, protocol):
+                for score in score_neuron(records[index], simulation, protocol, one.words):
                     yield index, score
         except ValueError as error:
             raise UserError(f"{where} {error}") from error
@@ -207,8 +221,13 @@ def _check_judged(where: str, explanation: Explanation | None, item: Judgement) 
         raise UserError(f"{where} judges another explanation than the one on file; run `cratescope judge` again")
 
 
-def score_neuron(record: NeuronRecord, simulation: Simulation, protocol: Protocol) -> list[Score]:
+def score_neuron(
+    record: NeuronRecord, simulation: Simulation, protocol: Protocol, words_of: WordsOf | None = None
+) -> list[Score]:
     """Every measure of a protocol, on its windows joined together, for the neuron's own explanation and each control.
+
+    The own explanation's scores by the protocol's own measure and by those ON_UNIFORM_TEXT have an interval. Without
+    `words_of` the measures that look at words have no value.
 
     Raises:
         ValueError: a window of the protocol was not simulated, or with another number of tokens, or as NaN.
@@ -216,19 +235,31 @@ def score_neuron(record: NeuronRecord, simulation: Simulation, protocol: Protoco
     windows = protocol.windows(record)
     truth = np.concatenate([window.activations for window in windows]) if windows else np.zeros(0)
     number = np.repeat(np.arange(len(windows)), [len(window.activations) for window in windows])
+    words = words_of(protocol, record) if words_of and look_at_words(protocol.measures) else None
+    bounded, seed = (protocol.measures[0], *ON_UNIFORM_TEXT), (record.neuron.layer, record.neuron.index)
     found = []
     for control in (OWN, *(name for name in CONTROLS if name in simulation.expected)):
         simulated = _simulated(simulation, control, protocol, [window.key for window in windows])
         for name in protocol.measures:
-            value = None if simulated is None else measure(name, truth, simulated)
-            reason = None if value is not None else simulation.skipped or _why(truth, simulated)
+            value, why = _value(name, truth, simulated, words, simulation.skipped)
             low, high = None, None
-            if simulated is not None and value is not None and (control, name) == (OWN, protocol.measures[0]):
-                seed = record.neuron.layer, record.neuron.index
-                low, high = bootstrap(name, truth, simulated, number, seed) or (None, None)
+            if simulated is not None and value is not None and control == OWN and name in bounded:
+                low, high = bootstrap(name, truth, simulated, number, seed, words=words) or (None, None)
             key = record.neuron, protocol.name, protocol.set.name, control, name
-            found.append(Score(*key, value, len(truth), low, high, reason))
+            found.append(Score(*key, value, len(truth), low, high, why))
     return found
+
+
+def _value(
+    name: str, truth: np.ndarray, simulated: np.ndarray | None, words: Words | None, skipped: str | None
+) -> tuple[float | None, str | None]:
+    """The value of a measure, or why there is none."""
+    if words is None and name in WEIGHERS:
+        return None, skipped or NO_TOKENIZER
+    if simulated is None:  # as if the same were said of all tokens
+        return None, skipped or reason(name, truth, np.zeros(len(truth)), words)
+    value = measure(name, truth, simulated, words)
+    return value, None if value is not None else skipped or reason(name, truth, simulated, words)
 
 
 def _simulated(
@@ -255,14 +286,6 @@ def _simulated(
     return values
 
 
-def _why(truth: np.ndarray, simulated: np.ndarray | None) -> str:
-    if not len(truth):
-        return NO_WINDOWS
-    if is_constant(truth):
-        return CONSTANT_TRUTH
-    return CONSTANT_SIMULATION if simulated is None or is_constant(simulated) else NO_ACTIVE_TOKEN
-
-
 def score_judgement(item: Judgement, protocol: str, name: str) -> list[Score]:
     """Accuracy and AUROC of yes-or-no answers; accuracy of groups is how often the right one was likeliest.
 
@@ -287,7 +310,7 @@ def _unjudged(item: Judgement, value: float | None) -> str | None:
     return None if value is not None else item.skipped or ONE_ANSWER
 
 
-def _read(explained: Explained, simulator: str, protocols: Sequence[Protocol]) -> ScoredSet:
+def _read(explained: Explained, simulator: str, protocols: Sequence[Protocol], words: WordsOf | None) -> ScoredSet:
     """An explanation set and all that was made from it, checked to belong to this model's records."""
     made = explained.simulations(simulator)
     if not made.layers:
@@ -301,7 +324,7 @@ def _read(explained: Explained, simulator: str, protocols: Sequence[Protocol]) -
     judged_by = {scorer: kept for scorer in SCORERS if (kept := explained.judgements(scorer)).layers}
     for kept in judged_by.values():
         check_identity(kept.folder, explained.origin)
-    return ScoredSet(explained, made, judged_by, protocols, made_with)
+    return ScoredSet(explained, made, judged_by, protocols, made_with, words)
 
 
 def _check_finished(made: Kept[Simulation]) -> None:

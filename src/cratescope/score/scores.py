@@ -19,7 +19,8 @@ class Score:
     protocol: of a simulation, or the scorer. set: the explanation set that was scored. control: "own" for the neuron's
     own explanation, else as in Simulation.
     value: None where there is none, for `reason`. n: tokens, or windows judged, that it was measured on.
-    low, high: bootstrap interval of 95 % over windows, of the protocol's own measure and the own explanation only.
+    low, high: bootstrap interval of 95 % over windows, of the own explanation only, by the protocol's own measure and
+    by those of protocols that score uniform text (`ON_UNIFORM_TEXT`).
     """
 
     neuron: NeuronId

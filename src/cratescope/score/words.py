@@ -3,68 +3,111 @@
 from __future__ import annotations
 
 import functools
-import itertools
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Bool, Int
 
+from cratescope.explain.config import TERMS
+from cratescope.explain.protocols import PROTOCOLS, Protocol
 from cratescope.explain.shown import same_word
-from cratescope.neurons.records import Window
+from cratescope.neurons.records import NeuronRecord, Window
 
 
 @dataclass(frozen=True, eq=False)
 class Words:
     """The words of n scored tokens.
 
-    number (n,): equal for tokens of equal words, from 0. unseen (n,): is the word in none of the windows that the
-    explanation was made from?
+    number (n,): equal for tokens of equal words, from 0 in the order in which they come. unseen (n,): is the word in
+    none of the windows that the explanation was made from?
     """
 
     number: Int[np.ndarray, " n"]
     unseen: Bool[np.ndarray, " n"]
 
     @classmethod
-    def of(cls, scored: Iterable[Window], known: Collection[str], vocabulary: Sequence[str]) -> Words:
-        """The words of `scored` windows joined together; `known` are those the explanation was made from."""
-        words = [word for window in scored for word in words_of(window, vocabulary)]
-        numbers = {word: number for number, word in enumerate(dict.fromkeys(words))}
-        unseen = np.array([word not in known for word in numbers], dtype=bool)
-        number = np.array([numbers[word] for word in words], dtype=np.int64)
-        return cls(number, unseen[number])
+    def of(cls, scored: Sequence[Window], known: Sequence[Window], reader: Reader) -> Words:
+        """The words of `scored` windows joined together; the explanation was made from the `known` ones."""
+        n = sum(len(window.tokens) for window in scored)
+        words, first, number = np.unique(reader.read([*scored, *known]), return_index=True, return_inverse=True)
+        unseen = np.ones(len(words), dtype=bool)
+        unseen[number[n:]] = False
+        rank = np.argsort(np.argsort(first))
+        return cls(rank[number[:n]], unseen[number[:n]])
 
 
-def words_of(window: Window, vocabulary: Sequence[str]) -> list[str]:
-    """The lower-cased word of every token of a window, without the spaces around it.
+WordsOf = Callable[[Protocol, NeuronRecord], Words]
+"""The words of a neuron's tokens that a protocol scores."""
+
+
+def words_for(explainer: str, reader: Reader) -> WordsOf:
+    """The words as they are to somebody who has read the windows that the explainer's explanation was made from.
+
+    They are the same for a control as for the neuron's own explanation, so that both are scored on the same tokens.
+    """
+
+    def words(protocol: Protocol, record: NeuronRecord) -> Words:
+        return Words.of(protocol.windows(record), known_windows(explainer, protocol, record), reader)
+
+    return words
+
+
+def known_windows(explainer: str, protocol: Protocol, record: NeuronRecord) -> Sequence[Window]:
+    """The windows that the explainer's explanation of a neuron was made from: `unseen` leaves their words out."""
+    if explainer == TERMS:
+        from cratescope.explain.terms.selection import selected  # slow to import
+
+        return [one.window for one in selected(record, [*PROTOCOLS.values()])]
+    return protocol.set.windows(record)
+
+
+class Reader:
+    """Reads tokens as words: whole ones as they stand in their window, in lower case and without the spaces around.
 
     A word is cut at the window's ends, as it is for whoever reads the window. Signs are words of their own token; so
     is an id that the vocabulary, `vocabulary_strings` of the tokenizer, does not have.
     """
-    return [word for run in _runs(_texts(window, vocabulary)) for word in [_lower("".join(run))] * len(run)]
+
+    def __init__(self, vocabulary: Sequence[str]) -> None:
+        """Most words are one token, so what these are is looked up once."""
+        self._texts = vocabulary
+        self._numbers: dict[str, int] = {}
+        self._alone = np.array([*(self._numbers.setdefault(_word(text), len(self._numbers)) for text in vocabulary), 0])
+        places: dict[str, int] = {}
+        ends = [(text[:1], text[-1:]) for text in (*vocabulary, " ")]  # the last for ids that are not there
+        self._ends = np.array([[places.setdefault(end, len(places)) for end in both] for both in ends])
+        self._characters = [*places]
+
+    def read(self, windows: Sequence[Window]) -> Int[np.ndarray, " n"]:
+        """A number for each token of the windows joined together, equal for those of equal words of this call."""
+        tokens = np.concatenate([window.tokens for window in windows] or [np.zeros(0)]).astype(np.int64)
+        place = np.where((tokens >= 0) & (tokens < len(self._texts)), tokens, len(self._texts))
+        number = np.repeat(np.arange(len(windows)), [len(window.tokens) for window in windows])
+        begins = np.append(True, ~self._joined(place) | (np.diff(number) > 0))[: len(tokens)]
+        first = np.flatnonzero(begins)
+        length = np.diff(first, append=len(tokens))
+        found, others = self._alone[place[first]], dict[str, int]()
+        for word in np.flatnonzero((length > 1) | (place[first] == len(self._texts))).tolist():
+            text = self._spelled(tokens[first[word] : first[word] + length[word]].tolist())
+            found[word] = self._numbers.get(text, -1 - others.setdefault(text, len(others)))
+        return np.repeat(found, length)
+
+    def _joined(self, place: Int[np.ndarray, " n"]) -> Bool[np.ndarray, " m"]:
+        """Of every token after the first: is it of one word with the one before it?"""
+        before, after = self._ends[place[:-1], 1], self._ends[place[1:], 0]
+        pairs, pair = np.unique(before * len(self._characters) + after, return_inverse=True)
+        ends = zip(*np.divmod(pairs, len(self._characters)), strict=True)
+        return np.array([_same_word(self._characters[one], self._characters[other]) for one, other in ends], bool)[pair]
+
+    def _spelled(self, tokens: Iterable[int]) -> str:
+        texts = (self._texts[token] if 0 <= token < len(self._texts) else f"<{token}>" for token in tokens)
+        return _word("".join(texts))
 
 
-def _texts(window: Window, vocabulary: Sequence[str]) -> list[str]:
-    tokens = window.tokens.tolist()
-    return [vocabulary[token] if 0 <= token < len(vocabulary) else f" <{token}> " for token in tokens]
+_same_word = functools.cache(same_word)
 
 
-def _runs(texts: Sequence[str]) -> Iterator[list[str]]:
-    """The texts of the tokens of each word."""
-    run: list[str] = list(texts[:1])
-    for before, text in itertools.pairwise(texts):
-        if not _joined(before[-1:], text[:1]):
-            yield run
-            run = []
-        run.append(text)
-    if run:
-        yield run
-
-
-_joined = functools.cache(same_word)
-
-
-@functools.lru_cache(maxsize=2**16)
-def _lower(word: str) -> str:
+def _word(text: str) -> str:
     """Spaces alone remain what they are."""
-    return (word.strip(" ") or word).lower()
+    return (text.strip(" ") or text).lower()

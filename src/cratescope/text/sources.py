@@ -236,7 +236,7 @@ def _has_nuls(text: str) -> bool:
 def _not_utf8(where: str) -> UserError:
     return UserError(
         f"{where}: full of NULs, so it is not UTF-8 text (UTF-16 without a byte-order mark?); "
-        "convert it first, e.g. with iconv -f UTF-16LE -t UTF-8"
+        "convert it first, e.g. with iconv -f UTF-16LE (or UTF-16BE) -t UTF-8"
     )
 
 
