@@ -52,6 +52,8 @@ def alike(*names):
     [
         ('the word "of"', word("of")),
         ("The word 'Of'.", word("of")),
+        ('the words "he," "she," and "they"', word("he", "she", "they")),
+        ("references to numbers", alike("numbers")),
         ('all occurrences of the word "of"', word("of")),
         ("“of” and “the”", word("of", "the")),
         ('the words "a", "an", and "the"', word("a", "an", "the")),
@@ -118,6 +120,9 @@ def test_what_is_literal_is_read(phrase, reading):
             Placed(alike("numbers"), "after", Placed(alike("commas"), "inside brackets")),
         ),
         ('a verb after the word "after"', Placed(Listed("a verb"), "after", word("after"))),
+        ('the word "is", when it comes after "this"', Placed(word("is"), "after", word("this"))),
+        ('the word "is" where preceded by "this"', Placed(word("is"), "after", word("this"))),
+        ("names only before commas", Placed(Listed("names"), "before", alike("commas"))),
         ('"quoted after" before "of"', Placed(word("quoted after"), "before", word("of"))),
         ('cities named "x" before nouns', Placed(Listed('cities named "x"'), "before", Listed("nouns"))),
     ],
@@ -139,6 +144,15 @@ OUT = [
     'forms of verb "be"',
     'words without letter "e"',
     'words containing letter "e"',
+    'no words that end in "ing"',
+    'words not after "of"',
+    "words that are not followed by a comma",
+    "words that aren't followed by a comma",
+    'words that never come after "of"',
+    "names outside and not inside brackets",
+    'names, especially after "Mr."',
+    'names, often preceded by "Mr."',
+    'every word except after "of"',
     'nouns not "of"',
     'words other than "the"',
     'the word "the" and other articles',
@@ -359,7 +373,7 @@ phrases = st.lists(st.sampled_from(FRAGMENTS) | st.text(max_size=8), max_size=12
 @example("words " + "and " * 45, [[0]])
 @example("-" * 199, [[0]])
 @example("words that end in " + "a, " * 60, [[0]])
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_any_phrase_is_read_and_has_a_finite_value_for_every_token(phrase, ids):
     reading = read(phrase, LANGUAGE)
     assert reading == Listed(phrase) or phrase.strip()

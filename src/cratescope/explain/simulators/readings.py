@@ -63,9 +63,10 @@ def read(phrase: str, language: Language) -> Reading:
     """What a phrase says: `Listed`, with the phrase as it is, where it is neither literal nor has a place."""
     if len(phrase) > LONGEST:
         return Listed(phrase)
-    quotes = list(_QUOTE.finditer(phrase))
+    text = _COMMA_INSIDE.sub(r"\1,", phrase)
+    quotes = list(_QUOTE.finditer(text))
     numbers = iter(range(len(quotes)))
-    text = _QUOTE.sub(lambda _: f'"{next(numbers)}"', phrase)
+    text = _QUOTE.sub(lambda _: f'"{next(numbers)}"', text)
     for pattern, wording in _REWORDED:
         text = pattern.sub(wording, text)
     parser = _Parser(language, [found[0] for found in quotes], [found[found.lastindex or 0] for found in quotes])
@@ -97,10 +98,12 @@ WORDS = ("words", "words with digits in them", "numbers", "short forms with an a
 _QUOTE = re.compile(
     r'"([^"\n]+)"|“([^”\n]+)”|„([^“”\n]+)[“”]|«([^»\n]+)»|`([^`\n]+)`|‘(.+?)’(?!\w)|(?<!\w)\'(?=\S)(.+?)(?<=\S)\'(?!\w)'
 )
+_COMMA_INSIDE = re.compile(r"(?<=\w),([\"'”’])(?=\s)")
+"""American lists: the words "he," "she," and "they"."""
 _Q = r'"\d+"'
 _THE = (
     "(?:(?:the|an?|any|all|every|each|both|some|single|first|next|exact|specific|"
-    "(?:instance|occurrence|mention|use)s? of) )*"
+    "(?:instance|occurrence|mention|use|reference)s? (?:of|to)) )*"
 )
 _NOUN = (
     "(?:word|token|term|name|noun|verb|adjective|adverb|pronoun|preposition|conjunction|article|determiner|participle|"
@@ -109,7 +112,7 @@ _NOUN = (
 )
 """What texts are made of."""
 _KIND_OF = (
-    r"(?:(?!(?:of|in|for|with|without|about|like|than|to|from|on|by|as|not|except|after|before|\w+ing)\b)[\w-]+ ){0,2}"
+    r"(?:(?!(?:no|non|of|in|for|with|without|about|like|than|to|from|on|by|as|not|except|after|before|\w+ing)\b)[\w-]+ ){0,2}"
 )
 """What may stand before such a noun: "past tense" before "verbs"."""
 _ANY = "(?:(?:the|an?|any|every|each|new) )*"
@@ -131,8 +134,9 @@ _REWORDED = tuple(
         (r"\b(?:following|(?:that|which) follows?|preceded by)\b", "after"),
         (r"\b(?:preceding|(?:that|which) precedes?|followed by)\b", "before"),
         (
-            r" (?:(?:that|which) )?(?:(?:is|are|comes?|coming|appears?|appearing|occurs?|occurring|stands?|standing) )?"
-            r"(?:(?:right|just|directly|immediately) )?(?=(?:after|before|among|inside|at the (?:start|beginning))\b)",
+            r"(?: (?:that|which)|,? (?:when|where|if)(?: it| they)?)?"
+            r"(?: (?:is|are|comes?|coming|appears?|appearing|occurs?|occurring|stands?|standing))?"
+            r"(?: (?:right|just|directly|immediately|only))? (?=(?:after|before|among|inside|at the (?:start|beginning))\b)",
             " ",
         ),
     )
@@ -149,7 +153,13 @@ _AFFIXED = re.compile(
 )
 _ALL = re.compile(rf"{_THE}(?:tokens?|text|anything|everything|what)?", re.I)
 _KIND = re.compile(rf"{_THE}{_KIND_OF}{_NOUN}\b", re.I)
-_SPOKEN_OF = re.compile(r"(?:^|\W)(?:and|or|as|like|including|the|an?|e\.g\.?)$|[,:;(]$", re.I)
+_SPOKEN_OF = re.compile(r"(?:^|\W)(?:and|or|as|like|including|the|an?|e\.g\.?)$|[:;(]$", re.I)
+_UNSURE = re.compile(
+    r"\b(?:not|never|cannot|\w+n['’]t|without|except|unless|than|rarely|seldom|hardly|"
+    r"especially|particularly|often|usually|sometimes|mostly|mainly|typically|commonly)$",
+    re.I,
+)
+"""Before a place: X is meant elsewhere, or there and elsewhere."""
 _SAYING = re.compile(r"(?:and|or|in|of|to|which|that|each other|one|them|it|all\W*$)\b|[,.:;)]|\W*$", re.I)
 """Before the one and behind the other, "after" is a word that is spoken of, or part of a saying."""
 
@@ -181,7 +191,7 @@ class _Parser:
         for found in re.finditer(rf"(?<![\w-])(?:{'|'.join(places)})(?![\w-])", text, re.I):
             x, y, place = text[: found.start()].strip(" ,"), text[found.end() :].strip(" ,"), found[0].lower()
             kind = self.language.places.get(place)
-            if _SPOKEN_OF.search(x):
+            if _SPOKEN_OF.search(x) or _UNSURE.search(x):
                 continue
             if place != BEFORE and not isinstance(kind, Back | Among):
                 if not y:

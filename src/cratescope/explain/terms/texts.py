@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from cratescope.errors import UserError
+from cratescope.explain.shown import same_word
 from cratescope.neurons.records import Window
 
 _UNSPACED = ("CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR")
@@ -72,16 +73,12 @@ class Vocabulary:
 
 
 def together(before: str, after: str) -> bool:
-    """Are these two characters, next to each other, of one word?"""
-    kinds = [unicodedata.category(character)[0] for character in (before, after)]
-    if kinds[1] == "M":  # vowel signs and accents of their own belong to what they stand on
-        return not before.isspace()
-    letters = kinds[0] in "LMN" and kinds[1] in "LN"
-    return letters and not (_is_unspaced(before) and _is_unspaced(after))
+    """Are these two characters, next to each other, of one word? Letters without spaces between words never are."""
+    return same_word(before, after) and not (_is_unspaced(before) and _is_unspaced(after))
 
 
 def _is_unspaced(character: str) -> bool:
-    return not character.isascii() and unicodedata.name(character, "").startswith(_UNSPACED)
+    return not character.isascii() and character.isalpha() and unicodedata.name(character, "").startswith(_UNSPACED)
 
 
 @dataclass(frozen=True, eq=False)
