@@ -112,7 +112,8 @@ _NOUN = (
 )
 """What texts are made of."""
 _KIND_OF = (
-    r"(?:(?!(?:no|non|of|in|for|with|without|about|like|than|to|from|on|by|as|not|except|after|before|\w+ing)\b)[\w-]+ ){0,2}"
+    r"(?:(?!(?:no|non|not|of|in|for|with|without|about|like|than|to|from|on|by|as|except|after|before|\w+ing)\b)"
+    r"[\w-]+ ){0,2}"
 )
 """What may stand before such a noun: "past tense" before "verbs"."""
 _ANY = "(?:(?:the|an?|any|every|each|new) )*"
@@ -136,7 +137,8 @@ _REWORDED = tuple(
         (
             r"(?: (?:that|which)|,? (?:when|where|if)(?: it| they)?)?"
             r"(?: (?:is|are|comes?|coming|appears?|appearing|occurs?|occurring|stands?|standing))?"
-            r"(?: (?:right|just|directly|immediately|only))? (?=(?:after|before|among|inside|at the (?:start|beginning))\b)",
+            r"(?: (?:right|just|directly|immediately|only))? "
+            r"(?=(?:after|before|among|inside|at the (?:start|beginning))\b)",
             " ",
         ),
     )
