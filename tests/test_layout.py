@@ -33,7 +33,7 @@ HOUSE = {
             for name in ("__init__", "language", "phrases", "texts", "features", "predict", "selection", "fit")
         ),
         *("terms.explainer", "asking", "selected", "explain"),
-        *(f"simulators.{name}" for name in ("list_pmi", "list_in_context", "all_at_once")),
+        *(f"simulators.{name}" for name in ("readings", "reader", "list_pmi", "list_in_context", "all_at_once")),
         "simulate",
         *(f"judges.{name}" for name in ("__init__", "yes_no", "intruder")),
         "judge",

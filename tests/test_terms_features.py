@@ -196,6 +196,12 @@ def test_characters_of_scripts_without_spaces_are_words_of_their_own():
     assert [texts.distinct[place] for place in texts.spelling] == ["漢", "字", "été"]
 
 
+def test_what_is_one_word_to_the_lists_of_a_language_model_is_one_to_terms_with_marks_joiners_and_colours():
+    vocabulary, one = windows_of([" ก", "ิ", " 👩", "\u200d", "💻", " 👍", "\U0001f3fd", " x"])
+    texts = Texts.of([one], vocabulary)
+    assert [texts.distinct[place] for place in texts.spelling] == ["กิ", "👩\u200d💻", "👍\U0001f3fd", "x"]
+
+
 @pytest.mark.parametrize("strings", [[], ["", ""], [".", ",", "\n"], ["<0x00>"[:1]] * 500 + ["a"]])
 def test_a_tokenizer_without_words_is_refused_in_one_line(strings):
     with pytest.raises(UserError, match="tokenizer: ") as caught:

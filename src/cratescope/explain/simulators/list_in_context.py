@@ -12,7 +12,7 @@ from cratescope.explain.config import SimulateConfig
 from cratescope.explain.controls import EMPTY_EXPLANATION
 from cratescope.explain.shown import display
 from cratescope.explain.simulators.list_pmi import VERSION as LIST_VERSION
-from cratescope.explain.simulators.list_pmi import ListPMI, tokens_of
+from cratescope.explain.simulators.list_pmi import Key, ListPMI, key_of
 from cratescope.explain.slots import SlotPrompt
 from cratescope.llm.interface import LanguageModel
 from cratescope.neurons.records import Window
@@ -58,7 +58,7 @@ class ListInContext:
         self._llm, self._batch, self._vocabulary = llm, batch, vocabulary
         self._words = ListPMI(llm, vocabulary, batch)
         self._prefix = llm.encode(context_prefix())
-        self._silent: tuple[list[bytes], list[Float[np.ndarray, " w"]]] = ([], [])
+        self._silent: tuple[Key, list[Float[np.ndarray, " w"]]] = ([], [])
 
     @classmethod
     def open(cls, config: SimulateConfig, vocabulary: Sequence[str], llm: Callable[[], LanguageModel]) -> ListInContext:
@@ -73,8 +73,8 @@ class ListInContext:
 
     def __call__(self, text: str, windows: Sequence[Window]) -> list[Float[np.ndarray, " w"]]:
         words = self._words(text, windows)
-        if self._silent[0] != (ids := tokens_of(windows)):
-            self._silent = ids, self._logprobs(EMPTY_EXPLANATION, windows)
+        if self._silent[0] != (key := key_of(windows)):
+            self._silent = key, self._logprobs(EMPTY_EXPLANATION, windows)
         told = self._logprobs(text, windows)
         return [
             value * np.exp(np.clip(new - old, -1, 1))

@@ -1,7 +1,11 @@
-"""list-pmi: what the LLM would list for an explanation, whatever stands around a word. The prompt is ours."""
+"""list-pmi: what the LLM would list for an explanation, and what the explanation says to the letter and of places.
+
+The prompt is ours.
+"""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,6 +14,12 @@ from jaxtyping import Float, Int
 
 from cratescope.explain.config import SimulateConfig
 from cratescope.explain.shown import UNREADABLE, whole_word
+from cratescope.explain.simulators import readings
+from cratescope.explain.simulators.reader import Reader
+from cratescope.explain.simulators.readings import Listed, Reading, lists
+from cratescope.explain.terms.features import Features, Lexicon
+from cratescope.explain.terms.language import load_language
+from cratescope.explain.terms.texts import Texts, Vocabulary
 from cratescope.llm.interface import LanguageModel
 from cratescope.neurons.records import Window
 
@@ -21,6 +31,8 @@ THRESHOLD = 1.5
 """Nats above the generic list below which a token counts as not meant."""
 SMALLEST = 1e-5
 """Probabilities below this are as good as none, so that rare words are not meant by chance."""
+MOST = float(-np.log(SMALLEST) - THRESHOLD)
+"""What a list could say at most, of a word that is all of it and in no generic list: the value of what is literal."""
 BULLET = "\n-"
 """Begins an item of the list: no word and no sign that could be an item."""
 EXAMPLES: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -70,12 +82,16 @@ def list_items(word: str) -> list[str]:
     return [f" {text}"] if any(map(str.isalnum, text)) else [f" {sign}" for sign in text if not sign.isspace()]
 
 
+Key = list[tuple[bytes, bool]]
+
+
 class ListPMI:
-    """A value for every word from what the LLM would list for an explanation, whatever stands around the word.
+    """A value for every word from what the LLM would list for an explanation; places and what is literal are read.
 
     value(word) = relu(log P(word | explanation) - mean over generic explanations of log P(word) - 1.5), P being the
     mean over the first three list items and 1e-5. A token has the value of the whole word it is part of, a word that of
-    the first LLM token of its list item, a run of punctuation that of its likeliest sign.
+    the first LLM token of its list item, a run of punctuation that of its likeliest sign. What is said to the letter,
+    or of a place, is not asked of the LLM (`readings`, `Reader`).
     """
 
     def __init__(self, llm: LanguageModel, vocabulary: Sequence[str], batch: int) -> None:
@@ -83,9 +99,12 @@ class ListPMI:
         self._prefix = llm.encode(list_prefix())
         self._bullet = llm.encode(BULLET)
         self._known: dict[str, list[int]] = {}
+        self._lexicon = Lexicon(load_language())
         # The texts of one neuron are asked for on the same windows, one after the other.
-        self._spelled: tuple[list[bytes], list[tuple[np.ndarray, np.ndarray]]] = ([], [])
-        self._texts: list[str] = []
+        self._spelled: tuple[Key, list[tuple[np.ndarray, np.ndarray]]] = ([], [])
+        self._features: tuple[Key, Features] | None = None
+        self._readings: dict[str, Reading] = {}
+        self._phrases: list[str] = []
         self._places: dict[str, int] = {}
         # Nearly all values of a text are 0, and a layer may have a hundred thousand texts: what is not, and where.
         self._values: dict[str, tuple[Int[np.ndarray, " n"], Float[np.ndarray, " n"]]] = {}
@@ -97,23 +116,46 @@ class ListPMI:
 
     @classmethod
     def made_with(cls, config: SimulateConfig) -> dict[str, Any]:
-        return {"prompt": VERSION, "scale": "nats", "items": ITEMS, "threshold": THRESHOLD, "smallest": SMALLEST}
+        read = {"version": readings.VERSION} | load_language().identity
+        lists = {"scale": "nats", "items": ITEMS, "threshold": THRESHOLD, "smallest": SMALLEST}
+        return {"prompt": VERSION, "readings": read} | lists
 
     def plan(self, texts: Sequence[str]) -> None:
-        self._texts, self._values = list(dict.fromkeys(texts)), {}
-        self._places = {text: place for place, text in enumerate(self._texts)}
+        self._readings = {text: readings.read(text, self._lexicon.language) for text in texts}
+        self._phrases = list(dict.fromkeys(phrase for one in self._readings.values() for phrase in lists(one)))
+        self._places, self._values = {phrase: place for place, phrase in enumerate(self._phrases)}, {}
 
     def __call__(self, text: str, windows: Sequence[Window]) -> list[Float[np.ndarray, " w"]]:
-        if text not in self._values:
-            start = self._places[text] // self._batch * self._batch
-            chunk = self._texts[start : start + self._batch]
+        reading = self._readings[text]
+        if isinstance(reading, Listed):
+            return self._listed(reading.phrase, windows)
+        if not windows:
+            return []
+        features = self._features_of(windows)
+        reader = Reader(features, lambda phrase: np.concatenate(self._listed(phrase, windows)), MOST)
+        values, bounds = reader(reading), features.texts.bounds
+        return [values[start:end] for start, end in itertools.pairwise(bounds)]
+
+    def _features_of(self, windows: Sequence[Window]) -> Features:
+        key = key_of(windows)
+        if self._features is None or self._features[0] != key:
+            # Not `Vocabulary.of`: a tokenizer without words has lists as well.
+            texts = Texts.of(windows, Vocabulary((*self._vocabulary, "")))
+            self._features = key, Features(texts, self._lexicon)
+        return self._features[1]
+
+    def _listed(self, phrase: str, windows: Sequence[Window]) -> list[Float[np.ndarray, " w"]]:
+        """The values of what the LLM would list for a phrase."""
+        if phrase not in self._values:
+            start = self._places[phrase] // self._batch * self._batch
+            chunk = self._phrases[start : start + self._batch]
             for one, values in zip(chunk, self._list_logprobs(chunk) - self._generic - THRESHOLD, strict=True):
                 (there,) = np.nonzero(~(values <= 0))  # NaN too, which is reported
                 self._values[one] = there, values[there]
-        if self._spelled[0] != (ids := tokens_of(windows)):
-            self._spelled = ids, [self._columns(window) for window in windows]
+        if self._spelled[0] != (key := key_of(windows)):
+            self._spelled = key, [self._columns(window) for window in windows]
         table = np.zeros(len(self._generic) + 1)
-        there, values = self._values[text]
+        there, values = self._values[phrase]
         table[there] = values
         return [np.maximum.reduceat(table[columns], starts) for columns, starts in self._spelled[1]]
 
@@ -145,6 +187,6 @@ class ListPMI:
         return np.logaddexp(mean, np.log(SMALLEST))
 
 
-def tokens_of(windows: Sequence[Window]) -> list[bytes]:
-    """Tells windows apart by their text: those of two neurons that were imported may have the same key."""
-    return [window.tokens.tobytes() for window in windows]
+def key_of(windows: Sequence[Window]) -> Key:
+    """Tells windows apart by their text: those of two neurons that were imported may have the same place."""
+    return [(window.tokens.tobytes(), window.start == 0) for window in windows]

@@ -14,7 +14,7 @@ from functools import cached_property
 
 import numpy as np
 import scipy.sparse as sp
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Num
 
 from cratescope.explain.terms.language import (
     Among,
@@ -209,12 +209,16 @@ class Features:
 
     def _shares(self, table: sp.csr_array, last: int) -> Float[np.ndarray, "u c"]:
         """For every word, the share of each column of a table of distinct words among the words before it."""
+        filled = self.texts.spelling[~self.texts.is_blank]
+        return self.shares(table.astype(np.int32)[filled].toarray(), last)
+
+    def shares(self, values: Num[np.ndarray, "f c"], last: int) -> Float[np.ndarray, "u c"]:
+        """For every word, the mean of values of the words that are not blank (f,) over the `last` of them before it."""
         texts = self.texts
-        filled = np.flatnonzero(~texts.is_blank)
-        counts = np.zeros((len(filled) + 1, table.shape[1]), dtype=np.int32)
-        np.cumsum(table[texts.spelling[filled]].toarray(), 0, out=counts[1:], dtype=np.int32)
+        total = np.zeros((len(values) + 1, values.shape[1]), dtype=values.dtype)
+        np.cumsum(values, 0, out=total[1:])
         start = np.maximum(texts.before - last, texts.starts)
-        return (counts[texts.before] - counts[start]) / np.maximum(texts.before - start, FEWEST)[:, None]
+        return (total[texts.before] - total[start]) / np.maximum(texts.before - start, FEWEST)[:, None]
 
     def _first(self, after: str) -> Float[np.ndarray, " n"]:
         back = self.texts.back(1)

@@ -44,7 +44,7 @@ TIED = 1e-9
 BEST_WHAT, BEST_WHERE = 24, 32
 """Joints are made of so many of the best terms of either kind."""
 LEAST_TOKENS = 256
-VERSION = 1
+VERSION = 2
 """Of how terms are chosen: raise it when the same records give other explanations."""
 AT_ONCE = 8
 """Neurons fitted together; it affects time and memory alone."""

@@ -18,7 +18,7 @@ from cratescope.explain.terms.texts import Texts, Vocabulary
 from cratescope.llm.interface import LanguageModel
 from cratescope.neurons.records import Window
 
-VERSION = 1
+VERSION = 2
 """Of what a text predicts: raise it when the same text and tokens give other numbers."""
 
 

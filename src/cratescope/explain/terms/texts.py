@@ -6,6 +6,7 @@ Everything is found for many windows at once. A window is all there is: what sta
 from __future__ import annotations
 
 import functools
+import itertools
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from cratescope.errors import UserError
+from cratescope.explain.shown import same_word
 from cratescope.neurons.records import Window
 
 _UNSPACED = ("CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR")
@@ -73,16 +75,12 @@ class Vocabulary:
 
 @functools.cache
 def together(before: str, after: str) -> bool:
-    """Are these two characters, next to each other, of one word?"""
-    kinds = [unicodedata.category(character)[0] for character in (before, after)]
-    if kinds[1] == "M":  # vowel signs and accents of their own belong to what they stand on
-        return not before.isspace()
-    letters = kinds[0] in "LMN" and kinds[1] in "LN"
-    return letters and not (_is_unspaced(before) and _is_unspaced(after))
+    """Are these two characters, next to each other, of one word? Letters without spaces between words never are."""
+    return same_word(before, after) and not (_is_unspaced(before) and _is_unspaced(after))
 
 
 def _is_unspaced(character: str) -> bool:
-    return not character.isascii() and unicodedata.name(character, "").startswith(_UNSPACED)
+    return not character.isascii() and character.isalpha() and unicodedata.name(character, "").startswith(_UNSPACED)
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,6 +149,22 @@ class Texts:
         filled = np.flatnonzero(~self.is_blank)
         place = self.before - words
         return np.where(place >= self.starts, filled[np.maximum(place, 0)], -1) if len(filled) else place * 0 - 1
+
+    @cached_property
+    def ahead(self) -> Int[np.ndarray, " u"]:
+        """The word after each one, blank ones not counted; -1 where the window has none."""
+        filled = np.flatnonzero(~self.is_blank)
+        place = self.before + ~self.is_blank
+        found = np.append(filled, -1)[np.minimum(place, len(filled))]
+        return np.where((found >= 0) & (self.window[found] == self.window), found, -1)
+
+    @cached_property
+    def strings(self) -> list[list[str]]:
+        """The texts of the tokens of each window."""
+        return [
+            [self.vocabulary.strings[token] for token in self.tokens[start:end].tolist()]
+            for start, end in itertools.pairwise(self.bounds)
+        ]
 
 
 def _spellings(
