@@ -3,7 +3,7 @@
     cratescope study studies/terms.toml --out terms
     python studies/zoo.py terms/runs/crate-2l-seed3 terms/runs/gpt2-2l-seed3
 
-The final model is written in bfloat16, evaluated as it was written on the run's own data, and never trained on.
+The final model is written in bfloat16 and evaluated, as written, on the run's own data. Its row of README.md is printed.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from typing import Any
 import torch
 
 from cratescope.errors import UserError
-from cratescope.files import atomic_folder, mark_whole, read_json, write_json, write_text
+from cratescope.files import atomic_folder, mark_whole, read_json, read_jsonl, write_json, write_text
 from cratescope.lm.config import EvaluateConfig
 from cratescope.lm.evaluate import evaluate
-from cratescope.run import IDENTITY, Run
+from cratescope.run import IDENTITY, METRICS, Run
 from cratescope.zoo import ZOO
 
 CROPS = 2000
@@ -68,6 +68,15 @@ def _manifest(run: Run) -> dict[str, Any]:
     return manifest | {"settings": settings, "data": text}
 
 
+def row(entry: Path) -> str:
+    """The model's row in the zoo's README.md."""
+    tokens = read_json(entry / "run.json")["arm"]["tokens_trained"]
+    training = [row["loss"] for row in read_jsonl(entry / "metrics.jsonl", METRICS) if "loss" in row]
+    measured = read_json(entry / "evaluation.json")
+    loss = f"{measured['loss']:.3f} ± {measured['standard_error']:.3f}"
+    return f"| `zoo/{entry.name}` | {tokens / 1e6:.2f}M | {training[-1]:.3f} | {loss} |"
+
+
 def _without_platform(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _without_platform(one) for name, one in value.items() if name != "platform"}
@@ -76,4 +85,4 @@ def _without_platform(value: Any) -> Any:
 
 if __name__ == "__main__":
     for root in sys.argv[1:]:
-        sys.stdout.write(f"{add(Run(root))}\n")
+        sys.stdout.write(f"{row(add(Run(root)))}\n")

@@ -25,7 +25,9 @@ def data_of(run: Run, data_path: Path | None) -> TokenData:
     path = data_path or run.data_path()
     if data_path is None and not path.exists():
         make = f"`cratescope prepare offline --tokenizer {run.model} --out {path}`"
-        raise UserError(f"{path}: no such folder, where {run.root} has its text; {make} makes one, or name it by --data")
+        raise UserError(
+            f"{path}: no such folder, where {run.root} has its text; {make} makes one, or name it by --data"
+        )
     data = TokenData.open(path)
     if data.vocab_size != manifest["vocab_size"]:
         raise UserError(

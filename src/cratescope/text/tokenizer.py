@@ -30,7 +30,7 @@ LARGEST_BPE = 1_000_000
 
 
 def load_tokenizer(spec: str | Path) -> PreTrainedTokenizerFast:
-    """`gpt2` (packaged; ids equal OpenAI's), `zoo/NAME` for that of a packaged model, a tokenizer folder, or a hub name.
+    """`gpt2` (packaged; ids equal OpenAI's), `zoo/NAME` (a packaged model's), a tokenizer folder, or a hub name.
 
     Raises:
         UserError: no such tokenizer, not a fast one, or one without an end-of-text token to separate documents.
