@@ -3,7 +3,7 @@
     cratescope study studies/terms.toml --out terms
     python studies/zoo.py terms/runs/crate-2l-seed3 terms/runs/gpt2-2l-seed3
 
-The final model is written in bfloat16 and evaluated, as written, on the run's own data. Its row of README.md is printed.
+The final model is written in bfloat16 and evaluated, as written, on the run's own data. Its row of README.md is shown.
 """
 
 from __future__ import annotations
