@@ -26,8 +26,9 @@ $(VENV)/installed-dev: $(VENV)/installed
 
 quick: $(VENV)/installed ## explained neurons of two trained models that come with cratescope (about 3 minutes)
 	$(BIN)/cratescope study studies/quick.toml --out quick
-	$(BIN)/cratescope show zoo/crate-2l-seed3 1 37
-	$(BIN)/cratescope show zoo/gpt2-2l-seed3 1 37
+	$(BIN)/cratescope show zoo/crate-2l-seed3 0 74
+	$(BIN)/cratescope show zoo/crate-2l-seed3 1 267
+	$(BIN)/cratescope show zoo/gpt2-2l-seed3 1 507
 
 demo: $(VENV)/installed ## train CRATE and GPT-2, explain and score their neurons, write a report (about 20 minutes)
 	$(BIN)/cratescope study studies/demo.toml --out $(OUT)
