@@ -27,7 +27,7 @@ from cratescope.files import (
     sha256,
     slug,
 )
-from cratescope.zoo import ZOO, bring, listed
+from cratescope.zoo import bring, instead
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -160,8 +160,7 @@ class Run:
 
     def read_manifest(self) -> dict[str, Any]:
         if not self.manifest.exists():
-            there_is = listed() if self.root.parent.name == ZOO.name else "make one with `cratescope train`"
-            raise UserError(f"{self.root}: not a run directory (no run.json); {there_is}")
+            raise UserError(f"{self.root}: not a run directory (no run.json); {instead(self.root)}")
         maker = "`cratescope train` or what made the run"
         found = read_json(self.manifest, RUN, maker)
         shape = {"family": str} if "adopted" in found else TRAINED | BEFORE_ARMS

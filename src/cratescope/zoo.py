@@ -43,8 +43,10 @@ def bring(root: Path) -> None:
     STDERR.print(f"{root}: copied from cratescope's zoo", markup=False, highlight=False, soft_wrap=True)
 
 
-def listed() -> str:
-    return f"the zoo has {', '.join(names()) or 'no models here'}"
+def instead(root: Path) -> str:
+    """What to do about a folder that is no run."""
+    in_zoo = root.parent == Path(ZOO.name)
+    return f"the zoo has {', '.join(names())}" if in_zoo else "make one with `cratescope train`"
 
 
 def listing(_config: Checked) -> str:
