@@ -8,7 +8,7 @@ TORCH ?= torch==2.13.0
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo study test slow fuzz bench bench-quality check lint help
+.PHONY: quick demo study test slow fuzz bench bench-quality check lint help
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -23,6 +23,12 @@ $(VENV)/installed: pyproject.toml constraints.txt
 $(VENV)/installed-dev: $(VENV)/installed
 	$(PIP) -c constraints.txt -e '.[dev,hub]'
 	touch $@
+
+quick: $(VENV)/installed ## explained neurons of two trained models that come with cratescope (about 3 minutes)
+	$(BIN)/cratescope study studies/quick.toml --out quick
+	$(BIN)/cratescope show zoo/crate-2l-seed3 0 74
+	$(BIN)/cratescope show zoo/crate-2l-seed3 1 267
+	$(BIN)/cratescope show zoo/gpt2-2l-seed3 1 507
 
 demo: $(VENV)/installed ## train CRATE and GPT-2, explain and score their neurons, write a report (about 20 minutes)
 	$(BIN)/cratescope study studies/demo.toml --out $(OUT)

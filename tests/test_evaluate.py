@@ -498,7 +498,7 @@ def test_bits_per_byte_of_a_whole_split_are_those_of_its_text(data, runs_folder)
 
 
 def test_an_evaluation_of_other_data_is_not_answered_from_the_old_one(run, text_folder, tmp_path):
-    options = PrepareConfig(str(text_folder), tmp_path / "data", "bpe:320", validation=0.2, heldout=0.3, seed=1)
+    options = PrepareConfig(str(text_folder), tmp_path / "data", str(run.model), validation=0.2, heldout=0.3, seed=1)
     prepare(options)
     first = evaluate(EvaluateConfig(run.root, tmp_path / "data", ("heldout",), crops=4, device="cpu"))
     assert first["loss"] != first["sets"]["heldout"]["loss"]

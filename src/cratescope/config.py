@@ -50,3 +50,8 @@ class StudyConfig(Checked):
     """TOML file; `studies/demo.toml` shows every section."""
     out: Path
     """Folder to write; finished work is skipped, so the same command resumes."""
+
+
+@dataclass(frozen=True)
+class ZooConfig(Checked):
+    """List the trained models that come with cratescope; each may stand wherever a run directory is asked for."""

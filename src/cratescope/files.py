@@ -177,12 +177,22 @@ def atomic_path(path: Path, first: bool = False) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def atomic_folder(folder: Path) -> Iterator[Path]:
-    """Yield an empty temporary folder beside `folder`; rename it to `folder` when the block ends without an error."""
+def atomic_folder(folder: Path, first: bool = False) -> Iterator[Path]:
+    """Yield an empty temporary folder beside `folder`; rename it to `folder` when the block ends without an error.
+
+    first: keep a folder with files that another process has put there in the meantime.
+    """
     folder = Path(os.path.realpath(folder))
     with _new_beside(folder, Path.mkdir) as temporary:
         yield temporary
-        _put(temporary, folder)
+        if not first:
+            _put(temporary, folder)
+            return
+        try:
+            os.rename(temporary, folder)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
 
 
 @contextlib.contextmanager

@@ -27,6 +27,7 @@ from cratescope.files import (
     sha256,
     slug,
 )
+from cratescope.zoo import bring, instead
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -101,12 +102,16 @@ IDENTITY: Shape = {"identity": {}}
 
 @dataclass(frozen=True)
 class Run:
-    """One model and everything measured on it, in one folder."""
+    """One model and everything measured on it, in one folder.
+
+    `zoo/NAME`, a model that comes with the package, is copied to that folder the first time.
+    """
 
     root: Path
 
     def __init__(self, root: Path | str) -> None:
         object.__setattr__(self, "root", Path(root))
+        bring(self.root)
 
     @property
     def name(self) -> str:
@@ -155,7 +160,7 @@ class Run:
 
     def read_manifest(self) -> dict[str, Any]:
         if not self.manifest.exists():
-            raise UserError(f"{self.root}: not a run directory (no run.json); make one with `cratescope train`")
+            raise UserError(f"{self.root}: not a run directory (no run.json); {instead(self.root)}")
         maker = "`cratescope train` or what made the run"
         found = read_json(self.manifest, RUN, maker)
         shape = {"family": str} if "adopted" in found else TRAINED | BEFORE_ARMS

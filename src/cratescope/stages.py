@@ -6,7 +6,7 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any, NamedTuple
 
-from cratescope.config import StudyConfig
+from cratescope.config import StudyConfig, ZooConfig
 from cratescope.exchange.config import ConvertConfig, ExportConfig, ImportConfig
 from cratescope.explain.config import ExplainConfig, JudgeConfig, LanguageConfig, SimulateConfig
 from cratescope.lm.config import EvaluateConfig, TrainConfig
@@ -42,6 +42,7 @@ STAGES: dict[str, Stage] = {
     "show": Stage(ShowConfig, "report.card:neuron_card", "Print all that is known of one neuron."),
     "report": Stage(ReportConfig, "report.report:report", "Write one HTML page about some runs."),
     "study": Stage(StudyConfig, "study:study", "Do all of this for the models of one TOML file."),
+    "zoo": Stage(ZooConfig, "zoo:listing", "List the trained models that come with cratescope."),
     "export": Stage(ExportConfig, "exchange.export:export", "Write records in another tool's format."),
     "import": Stage(ImportConfig, "exchange.imports:import_records", "Read records of another tool into a run."),
     "convert": Stage(ConvertConfig, "exchange.reference:convert", "Turn the authors' checkpoint into ours, or back."),

@@ -48,6 +48,8 @@ BESIDE = "terms"
 """The section of explanations by terms beside those of a language model."""
 ALSO = {"explain": ("layers", "neuron_seed", "protocols"), "simulate": ("protocols",)}
 """Options of a section that hold for terms, too; others are about the language model."""
+RUN = "run"
+"""Option of a [[model]] that is there already, as a run directory or in the zoo."""
 LOOPS = {"sites": "site", "simulators": "simulator", "judges": "scorer"}
 """Options of [neurons] that name several, and what each of them is in the sections that have it."""
 
@@ -56,7 +58,8 @@ LOOPS = {"sites": "site", "simulators": "simulator", "judges": "scorer"}
 class Plan:
     """A study file, checked: sections hold what [neurons] shares with them.
 
-    models: the options of training that are a model's own, by name. sites, simulators, judges: as they were given.
+    models: by name, the options of training that are a model's own, or only the `run` of one that is there.
+    sites, simulators, judges: as they were given.
     terms: section [terms], if there is one.
     """
 
@@ -87,6 +90,11 @@ class Plan:
         name: str = self.options("explain", run="x").explainer_name
         return name
 
+    def reading(self, data: Path) -> Plan:
+        """The same plan, in which every model reads `data` where the file names no other."""
+        given = {name: {"data": data} | self.sections[name] for name in ("evaluate", "collect")}
+        return replace(self, sections=self.sections | given)
+
     def options(self, section: str, own: Settings | None = None, **given: Any) -> Any:
         """The settings of a section: what the study gives, over a model's `own`, over the file's, over the defaults."""
         from_file = self.sections.get(section, {}) | (own or {})
@@ -98,11 +106,17 @@ class Plan:
         """Run the stage of a section."""
         return STAGES[section].load()(self.options(section, own, **given))
 
-    def training(self, out: Path) -> Iterator[tuple[TrainConfig, list[Run]]]:
-        """The training settings of each model, and its runs: the final one and its milestones."""
+    def training(self, out: Path) -> Iterator[tuple[TrainConfig | None, list[Run]]]:
+        """The training settings of each model, and its runs: the final one and its milestones.
+
+        A model that is there is not trained: it has no settings, and only the run that was given.
+        """
         from cratescope.lm.trainer import milestone_steps
 
         for name, own in self.models.items():
+            if RUN in own:
+                yield None, [Run(own[RUN])]
+                continue
             config = self.options("train", own, out=out / "runs" / name, data=out / "data")
             run = Run(config.out)
             yield config, [run, *(run.milestone(step) for step in sorted(milestone_steps(config)))]
@@ -116,7 +130,7 @@ def study(config: StudyConfig) -> Path:
     Raises:
         UserError: the file is not TOML, or names an unknown section, option or value.
     """
-    plan = check(read_plan(config.config), config.config)
+    plan = check(read_plan(config.config), config.config).reading(config.out / "data")
     training = list(plan.training(config.out))
     _check_names(plan, [run.name for _, runs in training for run in runs])
     say = functools.partial(Console(stderr=True).print, markup=False)
@@ -124,8 +138,9 @@ def study(config: StudyConfig) -> Path:
     plan.do("prepare", out=config.out / "data")
     sites: dict[Path, list[str]] = {}
     for how, runs in training:
-        say(f"train {how.out}")
-        STAGES["train"].load()(how)
+        if how:
+            say(f"train {how.out}")
+            STAGES["train"].load()(how)
         for run in runs:
             if run != runs[0] and not run.manifest.exists():  # added to the file when training was past it
                 say(f"  {run.name} was not kept and is left out")
@@ -237,7 +252,7 @@ def _listed(value: Any) -> tuple[Any, ...]:
 def _variants(plan: Plan, section: str) -> list[Settings]:
     """The options of a section that change from one run of its stage to the next."""
     if section == "train":
-        return list(plan.models.values())
+        return [own for own in plan.models.values() if RUN not in own]
     known, options = option_types(STAGES[section].config), plan.sections[section]
     loops = {single: several for several, single in LOOPS.items() if single in known}
     values = (_listed(options[one]) if one in options else getattr(plan, several) for one, several in loops.items())
@@ -290,19 +305,30 @@ def _look_up_explainers(plan: Plan) -> None:
 def _look_up_sites(plan: Plan) -> None:
     """Raises UserError for a site or a layer that one of the models does not have."""
     from cratescope.models.folder import skeleton
-    from cratescope.models.presets import preset_config
     from cratescope.neurons.sites import site_named
 
     layers = plan.options("collect", run="x", site="auto").layers
     for name, own in plan.models.items():
-        config = plan.options("train", own, out="x", data="x")
-        blank = skeleton(preset_config(config.preset, context=config.context, crate=config.crate))
         try:
+            blank = skeleton(_shape(plan, own))
             for site in (site_named(one, blank) for one in plan.sites):
                 for layer in layers or site.layers(blank) or [0]:
                     site.module(blank, layer)
         except UserError as error:
             raise UserError(f"{plan.path}: [[model]] {name}: {error}") from error
+
+
+def _shape(plan: Plan, own: Settings) -> Any:
+    """Configuration of a model, from its run where it is there already."""
+    from cratescope.models.folder import model_config
+    from cratescope.models.presets import preset_config
+
+    if RUN in own:
+        run = Run(own[RUN])
+        run.read_manifest()
+        return model_config(run.trained_model())
+    config = plan.options("train", own, out="x", data="x")
+    return preset_config(config.preset, context=config.context, crate=config.crate)
 
 
 def read_plan(path: Path) -> dict[str, Any]:
@@ -330,6 +356,8 @@ def read_plan(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: give at least one [[model]], each with a name of its own")
     seen: set[str] = set()
     for model in models:
+        if RUN in model:
+            model["name"] = _name_of_run(model, path)
         name = model.get("name")
         # Two folders of a disk that takes small and capital letters for the same would be one.
         alike = unicodedata.normalize("NFC", str(name)).casefold()
@@ -340,6 +368,15 @@ def read_plan(path: Path) -> dict[str, Any]:
     if not isinstance(title, str) or not title.strip():
         raise UserError(f"{path}: title = {title!r:.60} is not a title; give some words or leave it out")
     return plan | {"title": title}
+
+
+def _name_of_run(model: Settings, path: Path) -> str:
+    """Name of a model that is there: its folder's."""
+    if not isinstance(model[RUN], str) or not model[RUN] or "\0" in model[RUN]:
+        raise UserError(f"{path}: [[model]] run = {model[RUN]!r:.60} is not a path of a run directory")
+    if more := sorted(model.keys() - {RUN}):
+        raise UserError(f"{path}: [[model]] run = {model[RUN]!r:.60} is there already; leave out {more[0]}")
+    return Run(model[RUN]).name
 
 
 LONGEST_NAME = 160

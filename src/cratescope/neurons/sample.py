@@ -29,6 +29,8 @@ def find_site(run: Run, site: str) -> str:
 
     Raises UserError: no such folder, or several and `auto` cannot choose.
     """
+    if not run.root.exists():
+        run.read_manifest()  # refuses it, and names the models of the zoo
     site = site.replace("{layer}", "N")  # as `collect` names the folder of a pattern
     folder = run.root / "records"
     paths = folder.iterdir() if folder.exists() else ()

@@ -22,7 +22,8 @@ class PrepareConfig(Checked):
     out: Path
     """Folder to write; the same command resumes after a kill, even in the middle of a stream."""
     tokenizer: str = "gpt2"
-    """`gpt2` (packaged GPT-2 BPE), `bpe:N` (N entries, trained on the text), or a tokenizer folder or hub name."""
+    """`gpt2` (packaged GPT-2 BPE), `bpe:N` (N entries, trained on the text), `zoo/NAME` (that of a model in
+    `cratescope zoo`), or a tokenizer folder or hub name."""
     max_megabytes: Annotated[float | None, within(0, above=True)] = None
     """Use only about this many megabytes of text, spread evenly over the parts of the source."""
     validation: Annotated[float, within(0, 1, above=True, below=True)] = 0.01

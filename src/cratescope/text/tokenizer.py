@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerFast
 from cratescope.errors import UserError, as_user_error
 from cratescope.files import check_whole, read_json
 from cratescope.text.offline import gpt2_files
+from cratescope.zoo import packaged
 
 EOS = "<|endoftext|>"
 """Begins and ends every document; also the padding token."""
@@ -29,7 +30,7 @@ LARGEST_BPE = 1_000_000
 
 
 def load_tokenizer(spec: str | Path) -> PreTrainedTokenizerFast:
-    """`gpt2` (packaged; ids equal OpenAI's), a tokenizer folder, or a hub name.
+    """`gpt2` (packaged; ids equal OpenAI's), `zoo/NAME` (a packaged model's), a tokenizer folder, or a hub name.
 
     Raises:
         UserError: no such tokenizer, not a fast one, or one without an end-of-text token to separate documents.
@@ -37,6 +38,8 @@ def load_tokenizer(spec: str | Path) -> PreTrainedTokenizerFast:
     if str(spec) == "gpt2":
         vocabulary, merges = gpt2_files()
         return _wrap(_byte_level(models.BPE(vocab=vocabulary, merges=merges)))
+    if entry := packaged(spec):
+        spec = entry / "model"
     if vocabulary_size(str(spec)) is not None:
         raise UserError(f"tokenizer {spec}: has to be trained first; give it to `cratescope prepare --tokenizer`")
     if Path(spec).is_absolute() and not Path(spec).is_dir():
