@@ -42,6 +42,8 @@ from typing import Any
 os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"), "1")
 os.environ |= {"TOKENIZERS_PARALLELISM": "false", "NO_PROXY": "127.0.0.1", "NO_COLOR": "1", "COLUMNS": "300"}
 
+sys.path.append(str(Path(__file__).parent.parent / "tests"))
+
 import pyarrow.parquet as pq
 import torch
 import tyro
@@ -70,7 +72,7 @@ from cratescope import cli
 from cratescope.explain.config import ExplainConfig
 from cratescope.explain.explain import explain
 from cratescope.llm.config import LLMConfig
-from cratescope.llm.scripted import ScriptedLLM
+from scripted import ScriptedLLM
 
 MEMORY = 16 << 30
 """Address space of a process: a number that asks for more is a fault, and not the machine's end."""

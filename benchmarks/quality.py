@@ -22,6 +22,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import numpy as np
@@ -33,8 +34,8 @@ from planted_rules import words
 from rich.console import Console
 from rich.progress import track
 
-from cratescope.explain.asking import Asking
-from cratescope.explain.config import SimulateConfig
+from cratescope.explain.asking import Asks
+from cratescope.explain.config import ExplainConfig, SimulateConfig
 from cratescope.explain.controls import EMPTY_EXPLANATION, OWN, SHUFFLED
 from cratescope.explain.explained import Explanation, Judgement, Told
 from cratescope.explain.judge import Judge
@@ -42,7 +43,6 @@ from cratescope.explain.judges import question_named
 from cratescope.explain.protocols import PROTOCOLS
 from cratescope.explain.simulators import Simulator, simulator_named
 from cratescope.explain.simulators.list_pmi import GENERIC_EXPLANATIONS
-from cratescope.explain.wording import wording_named
 from cratescope.files import write_json, write_text
 from cratescope.llm.config import LLMConfig
 from cratescope.llm.interface import LanguageModel
@@ -287,9 +287,10 @@ class Bench:
 
     def explained(self) -> list[str]:
         """What the explainer says of each neuron."""
-        asking = Asking(self.llm, self.tokenizer, wording_named("own"), PROTOCOL.set, self.options.llm)
+        config = ExplainConfig(Path("planted"), llm=LLMConfig(self.options.llm))
+        asks = Asks(config, SimpleNamespace(tokenizer=self.tokenizer), self.llm)  # type: ignore[arg-type]  # no run here
         batches = [self.records[start : start + 16] for start in range(0, len(self.records), 16)]
-        return [item.text for batch in batches for item in asking.explanations(batch)]
+        return [item.text for batch in batches for item, _ in asks.explained(PROTOCOL.set, batch)]
 
     def simulator(self, name: str) -> Simulator:
         config = SimulateConfig(Path("planted"), simulator=name, llm=LLMConfig(self.options.llm))  # type: ignore[arg-type]

@@ -11,6 +11,7 @@ float32. bfloat16 is measured where the hardware multiplies it, or when its way 
     python benchmarks/score.py --threads 2 --rounds 3
     python benchmarks/score.py --ways plain ours plain-bf16 ours-bf16 --neurons 0
     python benchmarks/score.py --ways plain plain-bf16 ours-bf16 --emulate --rounds 1 --neurons 0   # errors only
+    python benchmarks/score.py --ways --neurons 0 --run demo/runs/crate-2l   # every explainer and simulator, as stages
 
 Without bfloat16 units its products take forty times as long as those of float32. `--emulate` computes them in float32
 from the same rounded factors and rounds what comes out: errors are those of bfloat16, times are none.
@@ -20,6 +21,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -47,7 +49,7 @@ TEXT = Path(__file__).parent.parent / "docs" / "evaluation.md"
 class Options:
     """Measure every way."""
 
-    ways: tuple[str, ...] = ()
+    ways: tuple[str, ...] | None = None
     """Which of plain, ours, plain-bf16, ours-bf16; the last two by default where the hardware has bfloat16."""
     prefix: int = 2500
     """Tokens that all prompts share."""
@@ -61,6 +63,10 @@ class Options:
     """Neurons explained and simulated with list-pmi (0: none)."""
     threads: int = 1
     """Threads of every process."""
+    run: Path | None = None
+    """Run directory with records: also time every explainer and simulator on its neurons and uniform windows."""
+    sample: int = 4
+    """Neurons a layer of --run that the language model explains and simulates; terms are timed on 16 times as many."""
     rounds: int = 3
     """Measurements of each way."""
     emulate: bool = False
@@ -76,12 +82,18 @@ def main() -> None:
         return work(json.loads(sys.argv[2]))
     options = tyro.cli(Options, description=__doc__)
     console = Console(width=140, soft_wrap=True)
-    ways = options.ways or tuple(way for way in ALL_AT_ONCE if not way.endswith("bf16") or has_bfloat16())
+    ways = options.ways
+    if ways is None:
+        ways = tuple(way for way in ALL_AT_ONCE if not way.endswith("bf16") or has_bfloat16())
     rows = measure_all(ways, options)
-    show(rows, options, console)
+    if rows:
+        show(rows, options, console)
     if options.neurons:
         rows += measure_all(("neurons",), options)
         show_neurons(rows[-1], options, console)
+    if options.run:
+        rows += measure_all(("stages",), options)
+        show_stages(rows[-1], options, console)
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1) + "\n")
 
@@ -96,8 +108,8 @@ def has_bfloat16() -> bool:
 
 def measure_all(ways: Sequence[str], options: Options) -> list[dict[str, Any]]:
     """Medians of every way, with the errors of its probabilities."""
-    wanted = ("prefix", "excerpt", "excerpts", "batch", "neurons", "threads", "emulate")
-    told = {name: getattr(options, name) for name in wanted}
+    wanted = ("prefix", "excerpt", "excerpts", "batch", "neurons", "threads", "emulate", "sample")
+    told = {name: getattr(options, name) for name in wanted} | {"run": str(options.run)}
     answers: dict[str, list[dict[str, Any]]] = {way: [] for way in ways}
     with tempfile.TemporaryDirectory() as folder:
         for _ in range(options.rounds):
@@ -164,6 +176,15 @@ def show_neurons(row: dict[str, Any], options: Options, console: Console) -> Non
     )
 
 
+def show_stages(row: dict[str, Any], options: Options, console: Console) -> None:
+    table = Table("stage", "by", "s/neuron", title=f"{options.run}, uniform windows, {options.threads} thread(s)")
+    for name, seconds in row.items():
+        stage, _, by = name.partition(" ")
+        if by:
+            table.add_row(stage, by, f"{seconds:.3f}")
+    console.print(table)
+
+
 # --- one measurement ---
 
 
@@ -182,7 +203,7 @@ def work(told: dict[str, Any]) -> None:
     keep_freed_memory()
     dtype: Any = "bfloat16" if told["way"].endswith("bf16") else "float32"
     llm = LocalLLM.open(LLMConfig(llm_dtype=dtype))
-    do = {"plain": plain, "ours": ours}.get(told["way"].removesuffix("-bf16"), neurons)
+    do = {"plain": plain, "ours": ours, "stages": stages}.get(told["way"].removesuffix("-bf16"), neurons)
     with torch.inference_mode(), emulated() if told["emulate"] else nullcontext():
         sys.stdout.write(json.dumps(do(told, llm)) + "\n")
 
@@ -256,7 +277,7 @@ def plain(told: dict[str, Any], llm: Any) -> dict[str, float]:
 
 def ours(told: dict[str, Any], llm: Any) -> dict[str, float]:
     prefix, prompts, digits = excerpts(told, llm)
-    if not llm.shares_prefix:
+    if llm.way != "shared":
         raise SystemExit(
             f"{llm.dtype}: the model did not pass the trial of the shared prefix, so copies would be timed"
         )
@@ -295,6 +316,45 @@ def neurons(told: dict[str, Any], llm: Any) -> dict[str, float]:
     for text in texts:
         simulator(text, [])
     return explained | timed("simulate", start, len(texts))
+
+
+def stages(told: dict[str, Any], llm: Any) -> dict[str, float]:
+    """Every explainer and every simulator as users run them, on a copy of the run: files are read and written, too."""
+    from cratescope.explain.config import ExplainConfig, SelectedConfig, SimulateConfig, TermsConfig
+    from cratescope.explain.explain import explain
+    from cratescope.explain.simulate import simulate
+    from cratescope.score.config import ScoreConfig
+    from cratescope.score.score import score
+
+    few, found = told["sample"], dict[str, float]()
+    made = shutil.ignore_patterns("explanations", "simulations", "judgements", "scores", "checkpoints", "milestones")
+    with tempfile.TemporaryDirectory() as folder:
+        root, other = (
+            Path(shutil.copytree(told["run"], Path(folder) / name, ignore=made)) for name in ("run", "other")
+        )
+        ways: dict[str, Any] = {
+            "llm": {"explainer": "llm", "neurons": few},
+            "terms": {"explainer": "terms", "neurons": 16 * few},
+            "terms with joints": {"explainer": "terms", "neurons": 16 * few, "terms": TermsConfig(joints=True)},
+            "selected": {"explainer": "selected", "neurons": few, "selected": SelectedConfig(others=few - 1)},
+        }
+        for name, options in ways.items():
+            config = ExplainConfig(other if "joints" in name else root, protocols=("uniform",), **options)
+            start = now()
+            (explained,) = explain(config, llm)
+            layers = len([*explained.glob("layer-*.parquet")])
+            found |= timed(f"explain {name}", start, layers * options["neurons"])
+        for simulator in ("list-pmi", "list-in-context", "all-at-once", "terms"):
+            by: dict[str, Any] = {"simulator": simulator, "protocols": ("uniform",)}
+            by["explainer"] = "terms" if simulator == "terms" else "offline"
+            n = layers * (16 * few if simulator == "terms" else few)
+            start = now()
+            simulate(SimulateConfig(root, **by), llm)
+            found |= timed(f"simulate {simulator}", start, n)
+            start = now()
+            score(ScoreConfig(root, **by))
+            found |= timed(f"score {simulator}", start, n)
+    return found
 
 
 if __name__ == "__main__":

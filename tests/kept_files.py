@@ -11,6 +11,7 @@ from typing import Any
 from cratescope.explain.explained import Explanation, Judgement, Simulation, explanations, judgements, simulations
 from cratescope.neurons.kept import Kept
 from cratescope.neurons.records import NeuronId
+from cratescope.score.scores import Score, scores
 
 
 def read_explanations(folder: Path) -> dict[NeuronId, Explanation]:
@@ -23,6 +24,10 @@ def read_simulations(folder: Path) -> dict[NeuronId, Simulation]:
 
 def read_judgements(folder: Path) -> list[Judgement]:
     return [item for _, items in judgements(folder).all() for item in items]
+
+
+def read_scores(folder: Path) -> list[Score]:
+    return [score for _, items in scores(folder).all() for score in items]
 
 
 def drop(kept: Kept[Any], layer: int, indices: Iterable[int]) -> None:

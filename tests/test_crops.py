@@ -18,7 +18,7 @@ SAMPLINGS = ("random", "packed")
 
 def counting(n_tokens: int) -> TokenSplit:
     """A split whose tokens say where they are, in two shards."""
-    return TokenSplit("train", tuple(np.split(np.arange(n_tokens, dtype=np.uint32), [n_tokens // 3])), 0)
+    return TokenSplit("train", tuple(np.split(np.arange(n_tokens, dtype=np.uint32), [n_tokens // 3])))
 
 
 @given(st.integers(1, 700), st.integers(-3, 3), st.integers(0, 5))

@@ -28,7 +28,6 @@ from cratescope.explain.explain import explain
 from cratescope.explain.explained import Explained
 from cratescope.explain.simulate import simulate
 from cratescope.files import read_json
-from cratescope.llm.scripted import ScriptedLLM
 from cratescope.neurons.collect import collect
 from cratescope.neurons.config import CollectConfig
 from cratescope.neurons.records import (
@@ -44,10 +43,11 @@ from cratescope.neurons.records import (
 from cratescope.run import Run
 from cratescope.score.config import ScoreConfig
 from cratescope.score.score import score
-from cratescope.score.scores import read_scores
 from cratescope.text.shards import TokenData
 from cratescope.text.tokenizer import EOS, load_tokenizer, token_strings
 from fake_run import fake_tokenizer
+from kept_files import read_scores
+from scripted import ScriptedLLM
 from test_explain import N_NEURONS, first_word, make_run, settings_for
 from test_simulate import config_for, knowing
 

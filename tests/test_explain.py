@@ -19,7 +19,6 @@ from cratescope.explain.explained import Explained
 from cratescope.files import read_json, write_json
 from cratescope.llm.answers import EMPTY_ANSWER
 from cratescope.llm.config import LLMConfig
-from cratescope.llm.scripted import ScriptedLLM
 from cratescope.neurons.records import (
     Moments,
     NeuronId,
@@ -33,6 +32,7 @@ from cratescope.neurons.sample import DEAD, UNDECODABLE, find_site, neuron_order
 from cratescope.run import Run, claim
 from cratescope.text.tokenizer import train_bpe
 from kept_files import drop, read_explanations
+from scripted import ScriptedLLM
 
 WORDS = (" dog", " cat", " bread", " cheese", " river", " boat", " judge", " court", " red", " blue", " and", " the")
 N_NEURONS = 8

@@ -19,11 +19,11 @@ from cratescope.explain.judges.intruder import INTRUDER
 from cratescope.explain.protocols import PROTOCOLS
 from cratescope.llm.answers import EMPTY_ANSWER
 from cratescope.llm.config import LLMConfig
-from cratescope.llm.scripted import ScriptedLLM
 from cratescope.neurons.records import NeuronRecord, layer_file, read_records, write_records
 from cratescope.neurons.sample import DEAD
 from cratescope.run import Run
 from kept_files import drop, read_judgements
+from scripted import ScriptedLLM
 from test_explain import DEAD_INDEX, N_NEURONS, WORDS, files, first_word, make_run, settings_for
 
 

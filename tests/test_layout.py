@@ -19,7 +19,7 @@ HOUSE = {
     "lm": ("config", "loss", "head", "load", "adopt", "harness", "evaluate", "checkpoints", "trainer", "train"),
     "llm": (
         *("config", "interface", "reasoning", "precision", "prefix", "local"),
-        *("cache", "answers", "server", "scripted", "open"),
+        *("cache", "answers", "server", "open"),
     ),
     "neurons": (
         *("config", "records", "kept", "sample", "sites"),
@@ -32,7 +32,7 @@ HOUSE = {
             f"terms.{name}"
             for name in ("__init__", "language", "phrases", "texts", "features", "predict", "selection", "fit")
         ),
-        *("terms.explainer", "asking", "explain"),
+        *("terms.explainer", "asking", "selected", "explain"),
         *(f"simulators.{name}" for name in ("readings", "reader", "list_pmi", "list_in_context", "all_at_once")),
         "simulate",
         *(f"judges.{name}" for name in ("__init__", "yes_no", "intruder")),

@@ -47,9 +47,9 @@ from cratescope.llm.config import LLMConfig
 from cratescope.llm.interface import LanguageModel
 from cratescope.llm.local import LocalLLM
 from cratescope.llm.open import llm_identity, open_llm
-from cratescope.llm.scripted import ScriptedLLM
 from cratescope.models import CrateConfig
 from cratescope.text.tokenizer import train_bpe
+from scripted import ScriptedLLM
 from tiny_models import tiny_config, tiny_model
 
 LINES = ["the dog saw the cat, and the cat ran.", "ten boats on the river\n\tand one bridge"] * 8
@@ -164,7 +164,7 @@ SHARED = ("gpt2", "llama", "qwen2", "neox")
 @pytest.fixture(scope="module", params=[*SHARED, "mistral", "gemma2"])
 def llm(request: pytest.FixtureRequest, tokenizer: PreTrainedTokenizerFast) -> LocalLLM:
     llm = LocalLLM(tiny(request.param, tokenizer), tokenizer, "tiny")
-    assert llm.shares_prefix == (request.param in SHARED)
+    assert (llm.way == "shared") == (request.param in SHARED)
     return llm
 
 
@@ -292,7 +292,7 @@ def test_bfloat16_rounds_only_what_is_multiplied(architecture: str, tokenizer: P
         logits = [narrow(input_ids=torch.tensor([prefix + prompt])).logits[0, -1].float() for prompt in prompts]
     rounded = torch.stack(logits).log_softmax(-1).numpy()
     llm = LocalLLM(narrow, tokenizer, "tiny")
-    assert (llm.dtype, llm.shares_prefix, llm.model.dtype) == ("bfloat16", True, torch.float32)
+    assert (llm.dtype, llm.way, llm.model.dtype) == ("bfloat16", "shared", torch.float32)
     assert {weight.dtype for name, weight in narrow.named_parameters() if ".mlp." in name} == {torch.bfloat16}
     found = llm.next_logprobs(prefix, prompts)
     assert 0 < kl(expected, found) < kl(expected, rounded) / 1.5
@@ -308,7 +308,7 @@ def test_a_bfloat16_model_that_multiplies_without_linear_layers_stays_as_it_was(
     bare = model.model.layers[1].mlp
     bare.forward = lambda x: F.linear(F.linear(x, bare.up_proj.weight), bare.down_proj.weight)
     llm = LocalLLM(model, tokenizer, "tiny")
-    assert llm.shares_prefix
+    assert llm.way == "shared"
     after = dict(model.named_parameters())
     assert all(after[name].dtype == torch.bfloat16 and after[name].equal(weight) for name, weight in before.items())
     assert np.isfinite(llm.next_logprobs(llm.encode(PREFIX), [llm.encode("the")])).all()

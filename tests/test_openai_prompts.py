@@ -48,7 +48,7 @@ print(json.dumps([explained, *(simulator.make_simulation_prompt(window["tokens"]
 OURS = """
 import json, sys
 import numpy as np
-from cratescope.llm.scripted import ScriptedLLM
+from scripted import ScriptedLLM
 from cratescope.explain.openai_wording import OpenAIWording
 from cratescope.explain.shown import Shown
 windows, explanation = json.load(sys.stdin)

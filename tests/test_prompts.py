@@ -16,7 +16,7 @@ from cratescope.explain.config import SCORERS
 from cratescope.explain.judges import intruder, question_named
 from cratescope.explain.judges.yes_no import DETECTION, FUZZING
 from cratescope.explain.simulators import all_at_once, list_in_context, list_pmi
-from cratescope.llm.scripted import ScriptedLLM
+from scripted import ScriptedLLM
 
 GOLDEN = Path(__file__).parent / "golden"
 VERSIONS = {

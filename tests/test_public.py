@@ -19,8 +19,8 @@ from cratescope.explain.controls import OWN
 from cratescope.explain.explained import Explained, Explanation, Judgement
 from cratescope.report.card import neuron_card
 from cratescope.report.config import ShowConfig
-from cratescope.score import scores as scored
 from fake_run import Fake, fake_run, fake_tokenizer
+from kept_files import read_scores
 from test_explain import make_run
 
 SOURCE = Path(cs.__file__).parent
@@ -80,7 +80,7 @@ def test_a_neuron_is_the_same_alone_and_among_its_layer(run: cs.Run) -> None:
 
 def test_a_neuron_knows_what_the_files_say(run: cs.Run) -> None:
     neuron, dead = run.neuron(0, 1), run.neuron(0, 5)
-    rows = scored.read_scores(run.scores("codes", "offline", "list-pmi"))
+    rows = read_scores(run.scores("codes", "offline", "list-pmi"))
     rows = [row for row in rows if (row.neuron.layer, row.neuron.index) == (0, 1)]
     assert {row.control for row in rows} == {OWN, "shuffled", "empty", "unigram"}
     for row in rows:

@@ -28,6 +28,7 @@ from cratescope.neurons.records import (
 )
 from cratescope.score import scores as scored
 from cratescope.score.scores import Score
+from kept_files import read_scores
 
 
 def record(excerpt, start, width=4):
@@ -131,7 +132,7 @@ def test_explanations_simulations_judgements_and_scores_come_back_by_neuron(tmp_
         assert dict(opened.all()) == dict(zip(ids, items, strict=True))
         assert [neuron for neuron, _ in opened.all()] == sorted(ids)
         assert opened.read(0, [10, 7]) == {10: items[1]} and opened.done(0) == {2, 10} and opened.layers == [0, 1]
-    every = scored.read_scores(tmp_path / "scores")
+    every = read_scores(tmp_path / "scores")
     assert every == [
         score for items in sorted(made[scored.scores], key=lambda items: items[0].neuron) for score in items
     ]

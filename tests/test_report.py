@@ -45,9 +45,8 @@ from cratescope.results.tables import (
 )
 from cratescope.run import Run
 from cratescope.score import scores as scored
-from cratescope.score.scores import read_scores
 from fake_run import PROTOCOLS, Fake, fake_run, fake_tokenizer
-from kept_files import change
+from kept_files import change, read_scores
 
 PRIMARY = Quantity("random-only", "pearson", "shuffled")
 NASTY = "<script>alert('x')</script> \"a\" & $b_c$"

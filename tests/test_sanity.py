@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +12,49 @@ import pytest
 from cratescope.explain.protocols import PROTOCOLS, Protocol
 from cratescope.neurons.records import Histogram, Moments, NeuronId, NeuronRecord, Window
 from cratescope.score.measures import MEASURES
-from cratescope.score.sanity import SYNTHETIC_ACTIVE, Case, Verdict, on_records, on_synthetic, verdict
+from cratescope.score.sanity import Case, Verdict, on_records, verdict
 from cratescope.score.words import Reader, Words
 
 DOCS = Path(__file__).parent.parent / "docs" / "evaluation.md"
+SYNTHETIC_ACTIVE = (0.1, 0.01, 0.001)
+"""How often the synthetic neurons are active; the source has 0.5 and 0.0001 as well."""
+SYNTHETIC_NEURONS = 20
+SYNTHETIC_WORDS = 1000
+"""Different words in the text of synthetic neurons; the n-th is the n-th most common, by Zipf's law."""
+
+
+def on_synthetic(neurons: int = SYNTHETIC_NEURONS) -> list[Verdict]:
+    """Every measure on neurons that fire at random and are 1 there: on uniform text, and on top and random windows."""
+    samples = {"uniform": _uniform, "top-and-random": _top_and_random}
+    return [
+        verdict(f"{name}, {rate:.1%} active", measured, list(draw(rate, neurons)))
+        for name, draw in samples.items()
+        for rate in SYNTHETIC_ACTIVE
+        for measured in MEASURES
+    ]
+
+
+def _synthetic_words(n: int, number: int) -> Words:
+    """Of n tokens; an explanation has seen every other word."""
+    chance = 1 / np.arange(1, SYNTHETIC_WORDS + 1)
+    words = np.random.default_rng([number, 3]).choice(SYNTHETIC_WORDS, n, p=chance / chance.sum())
+    return Words(words, words % 2 == 1)
+
+
+def _uniform(rate: float, neurons: int) -> Iterator[Case]:
+    """10,000 tokens of text."""
+    for number in range(neurons):
+        labels = np.random.default_rng([number, 1]).random(10_000) < rate
+        yield Case(labels.astype(np.float64), labels, rate, _synthetic_words(labels.size, number))
+
+
+def _top_and_random(rate: float, neurons: int) -> Iterator[Case]:
+    """Five windows of 64 tokens around active ones, and five anywhere, as in the protocol of that name."""
+    for number in range(neurons):
+        labels = np.random.default_rng([number, 2]).random((10, 64)) < rate
+        labels[:5, 32] = True
+        labels = labels.reshape(-1)
+        yield Case(labels.astype(np.float64), labels, rate, _synthetic_words(labels.size, number))
 
 
 @pytest.fixture(scope="module")

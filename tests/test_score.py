@@ -18,7 +18,6 @@ from cratescope.explain.protocols import ON_UNIFORM_TEXT, PROTOCOLS, TOP, Protoc
 from cratescope.explain.simulate import simulate
 from cratescope.files import read_json, write_json
 from cratescope.llm.answers import EMPTY_ANSWER
-from cratescope.llm.scripted import ScriptedLLM
 from cratescope.neurons.records import NeuronRecord, layer_file, read_records
 from cratescope.neurons.sample import DEAD
 from cratescope.results.scores import Scores
@@ -40,10 +39,11 @@ from cratescope.score.score import (
     score_judgement,
     score_neuron,
 )
-from cratescope.score.scores import Score, read_scores
+from cratescope.score.scores import Score
 from cratescope.score.words import Reader, Words, WordsOf, words_for
 from cratescope.text.tokenizer import vocabulary_strings
-from kept_files import change, drop, flip
+from kept_files import change, drop, flip, read_scores
+from scripted import ScriptedLLM
 from test_explain import DEAD_INDEX, N_NEURONS, files, first_word, make_run, settings_for
 from test_simulate import config_for, knowing
 
@@ -392,7 +392,7 @@ def test_scores_know_the_explanations_they_were_made_from(tmp_path: Path) -> Non
     explain(settings_for(run, protocols=both), ScriptedLLM(first_word))
     simulate(config_for(run, protocols=both), knowing())
     scores = scored(run, protocols=both)
-    assert [(name, scores.set_of(name)) for name in scores.protocols] == [
+    assert [(name, scores.set_of[name]) for name in scores.protocols] == [
         ("top-and-random", "top"),
         ("openai", "openai"),
     ]

@@ -36,7 +36,6 @@ from cratescope.llm.config import LLMConfig
 from cratescope.llm.interface import LanguageModel, NoAnswer, RefusedError
 from cratescope.llm.local import LocalLLM
 from cratescope.llm.open import llm_identity, open_llm
-from cratescope.llm.scripted import ScriptedLLM
 from cratescope.neurons.records import (
     layer_file,
     read_records,
@@ -45,9 +44,9 @@ from cratescope.neurons.records import (
 from cratescope.run import Run
 from cratescope.score.config import ScoreConfig
 from cratescope.score.score import score
-from cratescope.score.scores import read_scores
 from cratescope.text.tokenizer import train_bpe
-from kept_files import drop, read_explanations, read_judgements, read_simulations
+from kept_files import drop, read_explanations, read_judgements, read_scores, read_simulations
+from scripted import ScriptedLLM
 from test_explain import DEAD_INDEX, N_NEURONS, first_word, make_run, settings_for
 from test_judge import silenced
 

@@ -24,8 +24,8 @@ from cratescope.report.config import ShowConfig
 from cratescope.report.text import number, visible
 from cratescope.results.scores import Scores
 from cratescope.run import Run
-from cratescope.score.scores import read_scores
 from fake_run import Fake, fake_run, fake_tokenizer
+from kept_files import read_scores
 from test_explain import make_run
 
 

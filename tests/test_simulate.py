@@ -41,11 +41,11 @@ from cratescope.files import read_json
 from cratescope.llm.answers import EMPTY_ANSWER
 from cratescope.llm.config import LLMConfig
 from cratescope.llm.interface import LanguageModel
-from cratescope.llm.scripted import ScriptedLLM
 from cratescope.neurons.records import Window, layer_file, read_records, write_records
 from cratescope.neurons.sample import DEAD, UNDECODABLE
 from cratescope.run import Run
 from kept_files import change, drop, read_explanations, read_simulations
+from scripted import ScriptedLLM
 from test_explain import DEAD_INDEX, N_NEURONS, WORDS, files, first_word, make_run, settings_for
 
 DEFAULT = (PROTOCOLS["top-and-random"], PROTOCOLS["random-only"])

@@ -17,13 +17,13 @@ from cratescope.config import StudyConfig
 from cratescope.errors import UserError
 from cratescope.explain.config import ExplainConfig
 from cratescope.llm.config import LLMConfig
-from cratescope.llm.scripted import ScriptedLLM
 from cratescope.lm.config import TrainConfig
 from cratescope.options import from_table
 from cratescope.report.config import ReportConfig
 from cratescope.results.compare import Quantity
 from cratescope.study import check, read_plan, study
 from cratescope.text.shards import TokenData
+from scripted import ScriptedLLM
 
 PLAN = """
 title = "A small study"
@@ -161,7 +161,7 @@ top = 6
 random = 6
 [neurons]
 sites = ["auto", "residual"]
-protocols = "uniform"
+protocols = ["uniform", "random-only"]
 neurons = 2
 simulators = ["list-pmi", "all-at-once"]
 judges = ["detection", "intruder"]
@@ -169,6 +169,7 @@ llm = "scripted"
 [terms]
 terms = 2
 neurons = 5
+protocols = "uniform"
 [report]
 cards = 1
 """
@@ -189,8 +190,8 @@ def test_milestones_sites_simulators_and_judges_of_a_study_are_all_reported(text
             for run, steps in (("crate", 6), ("crate-step-000002", 2), ("crate-step-000004", 4))
             for site in ("codes", "residual")
         }
-        judged = set() if simulator == "terms" else {"detection", "intruder"}
-        assert {row["protocol"] for row in rows} == {"uniform"} | judged
+        others = set() if simulator == "terms" else {"random-only", "detection", "intruder"}
+        assert {row["protocol"] for row in rows} == {"uniform"} | others
         assert {row["simulator"] for row in rows} == {simulator}
     explanations = pd.read_parquet(tmp_path / "out/runs/crate/explanations/codes/terms/top/layer-00.parquet")
     assert len(explanations) == 5

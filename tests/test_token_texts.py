@@ -176,7 +176,7 @@ def test_marks_leave_the_space_behind_a_token_outside_too() -> None:
 def test_bits_per_byte_do_not_count_the_space_that_is_put_before_a_document(kind: str) -> None:
     tokenizer, texts = tokenizer_of(kind), ["the old river.", "rome.", "the court forgot three apples."]
     row = [token for text in ["bread", *texts] for token in [*ids_of(tokenizer, text), tokenizer.eos_token_id]]
-    split = TokenSplit("x", (np.array(row, dtype=np.uint16),), 0)
+    split = TokenSplit("x", (np.array(row, dtype=np.uint16),))
     shape = {"n_positions": len(row), "n_embd": 4, "n_layer": 1, "n_head": 1}
     model = build(GPT2Config(vocab_size=n_ids(tokenizer), **shape), 0)
     found = evaluate_split(model, split, tokenizer, 1, 1, len(row))

@@ -112,11 +112,7 @@ def overview() -> str:
 
 
 def run(arguments: list[str]) -> str:
-    """Parse the command line, run the subcommand and return its output.
-
-    Raises:
-        UserError: no such subcommand, or whatever the subcommand refuses.
-    """
+    """Parse the command line, run the subcommand and return its output. Raises UserError for whatever is refused."""
     name, rest = (arguments or ["--help"])[0], arguments[1:]
     if name in ("--help", "-h"):
         return overview()
@@ -183,7 +179,7 @@ def _run_and_exit(arguments: list[str]) -> None:
     except Exception as error:
         if isinstance(error, OSError) and (refused := unusable(error)):
             _fail(refused)
-        if not _disk_full(error):
+        if getattr(error, "errno", None) not in DISK_FULL and not any(words in str(error) for words in FULL):
             raise
         where = f" while writing {error.filename}" if isinstance(error, OSError) and error.filename else ""
         _fail(f"disk full{where}; finished files are complete, so free some space and rerun the same command")
@@ -198,10 +194,6 @@ def _print_any_text() -> None:
 
 # Libraries that write in native code report a full disk only in words.
 FULL = ("No space left on device", "os error 28", "PytorchStreamWriter failed", "unexpected pos")
-
-
-def _disk_full(error: Exception) -> bool:
-    return getattr(error, "errno", None) in DISK_FULL or any(words in str(error) for words in FULL)
 
 
 def _fail(message: str, code: int = 2) -> NoReturn:

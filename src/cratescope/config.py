@@ -38,6 +38,8 @@ class BesideConfig(TermsConfig):
 
     neurons: Annotated[int | None, within(1)] = None
     """Neurons per layer that are explained by terms; all by default."""
+    protocols: tuple[str, ...] | None = None
+    """Protocols to simulate and score them by; those of [neurons] by default."""
 
 
 @dataclass(frozen=True)

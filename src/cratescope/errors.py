@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -33,6 +35,22 @@ def first_line(error: BaseException) -> str:
         return told
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return " ".join(lines[: 2 if lines[0].endswith(":") else 1]) if lines else type(error).__name__
+
+
+@contextlib.contextmanager
+def as_user_error(
+    what: str, fix: str, kinds: type[Exception] | tuple[type[Exception], ...] = Exception
+) -> Iterator[None]:
+    """Turn another library's error into a UserError: `what`, a line of the library's in brackets, and the `fix`.
+
+    kinds: all of them by default, since what libraries raise on damaged files or foreign models depends on their bytes.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except kinds as error:
+        raise UserError(f"{what} ({first_line(error)}); {fix}") from error
 
 
 def last_line(error: BaseException) -> str:

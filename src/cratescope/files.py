@@ -16,10 +16,11 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from cratescope.errors import DISK_FULL, UNUSABLE, UserError, first_line, shown_path
 
+T = TypeVar("T")
 Shape = Any
 """Required shape of a JSON value; see `misfit`."""
 SURROGATES = re.compile("[\ud800-\udfff]")
@@ -49,14 +50,13 @@ def decode_text(data: bytes, errors: str | None = None) -> str:
     return data.decode(encoding, errors or handler)
 
 
-def parse_json(text: str | bytes, where: str, fix: str) -> Any:
-    """Parse JSON that came from outside; `where` begins the message of an error and `fix` ends it.
+def parse_json(text: str | bytes, where: str, fix: str, constant: Callable[[str], Any] | None = None) -> Any:
+    """Parse JSON; `where` begins the message of an error and `fix` ends it. constant: what NaN and Infinity become.
 
-    Raises:
-        UserError: not JSON, nested too deeply, or a number of more digits than Python reads.
+    Raises UserError: not JSON, nested too deeply, or a number of more digits than Python reads.
     """
     try:
-        return json.loads(text)
+        return json.loads(text, parse_constant=constant)
     except RecursionError as error:
         raise UserError(f"{where}: not valid JSON (nested too deeply); {fix}") from error
     except ValueError as error:  # not only JSONDecodeError: numbers of thousands of digits raise ValueError too
@@ -241,19 +241,17 @@ def as_json(value: Any) -> str:
 def read_json(path: Path, shape: Shape = None, maker: str = "the stage that makes it") -> Any:
     """Read a JSON file whose value has a `shape` (see `misfit`); `maker` is what writes the file.
 
-    Raises:
-        UserError: the file is missing, damaged, or holds something else; names the file and the fix.
+    Raises UserError: the file is missing, damaged, or holds something else; names the file and the fix.
     """
+    again = f"delete it and run {maker} again"
     try:
-        value = json.loads(path.read_bytes(), parse_constant=_no_number)
+        value = parse_json(path.read_bytes(), str(path), again, _no_number)
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file") from error
-    except (ValueError, RecursionError) as error:  # not all that json raises is a JSONDecodeError
-        raise UserError(f"{path}: not valid JSON ({first_line(error)}); delete it and run {maker} again") from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     if shape is not None and (wrong := misfit(value, shape)):
-        raise UserError(f"{path}: damaged or not a file of cratescope ({wrong}); delete it and run {maker} again")
+        raise UserError(f"{path}: damaged or not a file of cratescope ({wrong}); {again}")
     return value
 
 
@@ -299,8 +297,7 @@ def read_jsonl(
 ) -> list[dict[str, Any]]:
     """Read a JSON-lines log of objects; a last line cut short by a kill is left out, unless it has to be `whole`.
 
-    Raises:
-        UserError: a line is damaged or has another `shape`.
+    Raises UserError: a line is damaged or has another `shape`.
     """
     try:
         text = path.read_text(encoding="utf-8") if path.exists() else ""
@@ -309,16 +306,15 @@ def read_jsonl(
     rows: list[dict[str, Any]] = []
     lines = text.splitlines()
     for number, line in enumerate(lines, 1):
+        where, again = f"{path}: line {number}", f"delete the file and run {maker} again"
         try:
-            rows.append(json.loads(line, parse_constant=_no_number))
-        except (ValueError, RecursionError) as error:
+            rows.append(parse_json(line, where, again, _no_number))
+        except UserError:
             if number == len(lines) and _is_cut_short(text) and not whole:
                 break
-            raise UserError(
-                f"{path}: line {number} is not valid JSON ({first_line(error)}); delete the file and run {maker} again"
-            ) from error
+            raise
         if wrong := misfit(rows[-1], {} if shape is None else shape, "it"):
-            raise UserError(f"{path}: line {number}: {wrong}; delete the file and run {maker} again")
+            raise UserError(f"{where}: {wrong}; {again}")
     return rows
 
 
@@ -339,14 +335,13 @@ def stamp(path: Path) -> tuple[int, int, int, int]:
     return stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
 
-@functools.lru_cache(1024)
-def _sha256_of(path: Path, _stamp: tuple[int, int, int, int]) -> str:
-    return sha256(path)
+def until_touched(work: Callable[[Path], T]) -> Callable[[Path], T]:
+    """What a function makes of a file, remembered within this process until the file is touched."""
+    known = functools.lru_cache(1024)(lambda path, _stamp: work(path))
+    return functools.wraps(work)(lambda path: known(path, stamp(path)))
 
 
-def known_sha256(path: Path) -> str:
-    """`sha256`, remembered within this process until the file is touched."""
-    return _sha256_of(path, stamp(path))
+known_sha256 = until_touched(sha256)
 
 
 WHOLE = "whole.json"
@@ -365,10 +360,7 @@ def mark_whole(folder: Path) -> None:
 def check_whole(folder: Path, weights: bool = True) -> None:
     """Compare the files of a folder with what was written; an unmarked folder is accepted as it is.
 
-    weights: look at *.safetensors too, which are large.
-
-    Raises:
-        UserError: a file is missing or has changed; names it.
+    weights: look at *.safetensors too, which are large. UserError names a file that is missing or has changed.
     """
     path = folder / WHOLE
     if not path.exists():

@@ -25,10 +25,7 @@ def locked(folder: Path, stage: str, wait: bool = False) -> Iterator[None]:
     """Let one process at a time run `stage` on `folder`; the same process may lock it again inside.
 
     The kernel releases the lock when its process ends, even if killed. A disk that has no locks, or cannot be
-    written to at all, is not locked.
-
-    Raises:
-        UserError: another process holds the lock, unless `wait`; says which.
+    written to at all, is not locked. Unless it is to `wait`, UserError says which process holds the lock.
     """
     path = Path(os.path.realpath(folder)) / f".{stage}.lock"
     if path in _held:

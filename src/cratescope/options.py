@@ -205,6 +205,7 @@ PositionalPath = Annotated[Path, tyro.conf.Positional]
 PositionalPaths = Annotated[tuple[Path, ...], tyro.conf.Positional]
 WORKER = "i/n: do every n-th batch or part from the i-th on, i from 0; auto reads torchrun's RANK and WORLD_SIZE."
 RAY = "Do it in this many Ray tasks, on a cluster or here (pip install 'cratescope[ray]'); each is one worker."
+Site = Annotated[str, tyro.conf.arg(help="Site of the records, as given to `collect`.")]
 # Options of every stage whose work is shared out. A base class would put them first in --help.
 Worker = Annotated[str, tyro.conf.arg(help=WORKER)]
 RayTasks = Annotated[int, within(0, 10_000, help=RAY)]

@@ -12,7 +12,6 @@ one before the end, so that a layer has at most about `MOST` of them and each ro
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
 import shutil
 import time
@@ -28,7 +27,7 @@ import pyarrow.parquet as pq
 from jaxtyping import Int
 
 from cratescope.errors import UserError, first_line
-from cratescope.files import atomic_path, remove_leftovers, stamp
+from cratescope.files import atomic_path, remove_leftovers, until_touched
 from cratescope.locks import locked
 
 Row = dict[str, Any]
@@ -81,13 +80,9 @@ def _footer(file: IO[bytes]) -> int:
     return max(size - 8 - int.from_bytes(file.read(4), "little"), 0)
 
 
+@until_touched
 def is_sealed(path: Path) -> bool:
     """Whether the file has a checksum, as those of older versions do not. Raises ValueError when it is damaged."""
-    return _is_sealed(path, stamp(path))
-
-
-@functools.lru_cache(1024)  # worked out once, as long as nobody touches the file
-def _is_sealed(path: Path, _stamp: tuple[int, ...]) -> bool:
     with open(path, "rb") as file:
         start = _footer(file)
         end = max(start - len(_SEAL) - 32, 0)

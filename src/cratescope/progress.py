@@ -14,6 +14,11 @@ T = TypeVar("T")
 STDERR = Console(stderr=True)
 
 
+def say(line: str, style: str | None = None) -> None:
+    """Write a message for the user, however long, on a line of its own."""
+    STDERR.print(line, style=style, markup=False, highlight=False, soft_wrap=True)
+
+
 def progress(items: Iterable[T], label: str, total: int | None = None) -> Iterable[T]:
     """Iterate over `items` beside a progress bar, which is gone at the end."""
     return track(items, escape(label), total, console=STDERR, transient=True)

@@ -75,8 +75,10 @@ class Plan:
         if self.terms is None:
             return [self]
         kept = {name: {k: v for k, v in self.sections[name].items() if k in also} for name, also in ALSO.items()}
+        kept["score"] = dict(self.sections["score"])
         kept["explain"] |= {"explainer": "terms"} | self.terms
-        kept["simulate"] |= {name: value for name, value in self.terms.items() if name == "language"}
+        for section, shared in (("simulate", ("language", "protocols")), ("score", ("protocols",))):
+            kept[section] |= {name: self.terms[name] for name in shared if name in self.terms}
         return [replace(self, sections=self.sections | kept, simulators=("terms",), judges=()), self]
 
     @property
@@ -223,7 +225,7 @@ def _plan(table: Settings, path: Path, neurons: NeuronsConfig) -> Plan:
             loops[several] = _listed(given[0])
     models = {model["name"]: {key: value for key, value in model.items() if key != "name"} for model in table["model"]}
     terms = table.get(BESIDE)
-    from_table(BesideConfig, terms or {}, f"{path}: [{BESIDE}]")
+    _look_up(from_table(BesideConfig, terms or {}, f"{path}: [{BESIDE}]"), f"{path}: [{BESIDE}]")
     return Plan(path, table["title"], sections, models, **loops, terms=terms)
 
 
@@ -258,8 +260,8 @@ def _look_up(parsed: Any, where: str) -> None:
                 find_set(name)
         if isinstance(parsed, ReportConfig):
             Quantity.parse(parsed.primary)
-        if hasattr(parsed, "protocols"):
-            protocols_named(parsed.protocols)
+        if (protocols := getattr(parsed, "protocols", None)) is not None:
+            protocols_named(protocols)
     except UserError as error:
         raise UserError(f"{where} {error}") from error
 
@@ -271,6 +273,11 @@ def _look_up_explainers(plan: Plan) -> None:
     for one in plan.explaining:
         where = f"{plan.path}: [{'explain' if one is plan else BESIDE}]"
         config = one.options("explain", run="x")
+        if config.explainer == "selected":
+            raise UserError(
+                f"{where} explainer = 'selected': a study explains by an LLM and by terms; run `cratescope explain "
+                "--explainer selected` on its runs afterwards"
+            )
         if one is plan and plan.terms is not None and config.explainer == "terms":
             raise UserError(f"{where} explainer = 'terms' is what [{BESIDE}] adds; leave out one of them")
         if config.terms.language:

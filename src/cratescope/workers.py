@@ -16,8 +16,7 @@ T = TypeVar("T")
 def processes() -> int:
     """Number of processes that train one model together, as torchrun and accelerate set it in the environment.
 
-    Raises:
-        UserError: the environment variable is not such a number; `rank` raises the same.
+    Raises UserError, as `rank` does, where that is not such a number.
     """
     return _from_environment("WORLD_SIZE", 1)
 
@@ -58,9 +57,7 @@ def run_on_ray(command: Callable[[Any], str], config: Any) -> str:
     """Run `command` as `config.ray` workers and return its output when all of them have finished.
 
     A cluster named by RAY_ADDRESS is used, else this machine. The run directory has to be on a disk that all share.
-
-    Raises:
-        UserError: Ray is not installed, or whatever a worker refuses.
+    Raises UserError where Ray is not installed, or whatever a worker refuses.
     """
     try:
         import ray

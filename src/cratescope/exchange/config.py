@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from cratescope.options import Checked, PositionalPath, within
+from cratescope.options import Checked, PositionalPath, Site, within
 
 
 @dataclass(frozen=True)
@@ -19,8 +19,7 @@ class ExportConfig(Checked):
     """Folder to write."""
     format: Literal["openai", "delphi"] = "openai"
     """`openai`: one {layer}/{neuron}.json per neuron; `delphi`: all non-zero activations (needs `collect --dump`)."""
-    site: str = "auto"
-    """Site of the records, as given to `collect`."""
+    site: Site = "auto"
     layers: Annotated[tuple[int, ...] | None, within(0)] = None
     """Layers to write; all by default."""
     data: Path | None = None

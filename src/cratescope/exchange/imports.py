@@ -12,7 +12,6 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
@@ -21,6 +20,7 @@ from cratescope.exchange.config import ImportConfig
 from cratescope.files import SURROGATES, atomic_folder, mark_whole, write_json
 from cratescope.locks import locked
 from cratescope.neurons.records import NeuronRecord, layer_file, write_records
+from cratescope.progress import say
 from cratescope.run import Run, claim, made_from, versions
 from cratescope.text.sources import name_some
 from cratescope.text.tokenizer import EOS
@@ -66,7 +66,7 @@ def import_records(config: ImportConfig) -> Path:
     if run.manifest.exists():
         raise UserError(f"{run.root}: is the run of a model; give --out a folder of its own")
     if left_out:
-        _say(f"{config.source}: {name_some(left_out)}")
+        say(f"{config.source}: {name_some(left_out)}")
     folder, texts = run.records(IMPORTED), TokenTexts()
     identity = {"imported": config.format, "sha256": made_from(paths, config.source)["files"]}
     with locked(run.root, "import"):
@@ -78,7 +78,7 @@ def import_records(config: ImportConfig) -> Path:
         found = (
             f"{texts.mended.total()} tokens had invalid UTF-8, now U+FFFD; the first are in {next(iter(texts.mended))}"
         )
-        _say(f"warning: {config.source}: {found}")
+        say(f"warning: {config.source}: {found}")
     return folder
 
 
@@ -93,7 +93,3 @@ def _write(
         with atomic_folder(run.model) as model:
             texts.tokenizer().save_pretrained(model)
             mark_whole(model)
-
-
-def _say(line: str) -> None:
-    Console(stderr=True).print(line, markup=False, highlight=False, soft_wrap=True)

@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.progress import track
 
 from cratescope.errors import UserError
 from cratescope.exchange.config import ExportConfig
@@ -29,13 +27,13 @@ from cratescope.neurons.records import (
     each_record,
     read_columns,
 )
+from cratescope.progress import progress
 from cratescope.run import Run, claim
 from cratescope.text.sources import files_below, name_some
 from cratescope.text.tokenizer import load_tokenizer, vocabulary_strings
 
 LARGEST = float(np.finfo(np.float32).max)
 LARGEST_INDEX = (1 << 31) - 1
-STDERR = Console(stderr=True)
 Json = dict[str, Any]
 
 
@@ -47,7 +45,7 @@ def write(config: ExportConfig, run: Run, files: Mapping[int, Path], identity: J
     claim(config.out, identity)
     for layer, path in files.items():
         label, total = f"export layer {layer}", read_columns(path, ["index"]).num_rows
-        for record in track(each_record(path), label, total, console=STDERR, transient=True):
+        for record in progress(each_record(path), label, total):
             target = config.out / str(layer) / f"{record.neuron.index}.json"
             if not target.exists():
                 write_text(target, json.dumps(_openai_json(record, vocabulary), ensure_ascii=False, allow_nan=False))
@@ -85,17 +83,14 @@ def _known(value: float | None) -> float | None:
 
 
 def read(paths: Sequence[Path], model: str, texts: TokenTexts) -> Iterator[tuple[int, list[NeuronRecord]]]:
-    """Each layer with its records, from files in the order of `files`.
+    """Each layer with its records, from files in the order of `files`. UserError names a file that is no NeuronRecord.
 
     What a NeuronRecord lacks is left open: the number of tokens read is 0, the density NaN (0 for a neuron that is
     silent in all of its windows), missing moments NaN; the maximum is that of the windows. A top window's peak is its
     highest token, another window's its middle one.
-
-    Raises:
-        UserError: a file is not a NeuronRecord (names the file and the field).
     """
     for layer, group in itertools.groupby(paths, lambda path: int(path.parent.name)):
-        work: Any = track(list(group), f"import layer {layer}", console=STDERR, transient=True)
+        work: Any = progress(list(group), f"import layer {layer}")
         with closing(work):  # else, if a file is refused, the bar stays until garbage collection
             yield layer, [_read(path, model, texts) for path in work]
 

@@ -14,7 +14,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedModel
 
-from cratescope.errors import UserError, first_line, last_line
+from cratescope.errors import UserError, as_user_error, first_line, last_line
 from cratescope.exchange.config import ConvertConfig
 from cratescope.files import atomic_folder, atomic_path, mark_whole
 from cratescope.models import CrateConfig
@@ -98,11 +98,8 @@ def _check_sums(path: Path) -> None:
     """Compare the files inside a .pt with their CRC-32, which torch does not; its format of old has none."""
     if not zipfile.is_zipfile(path):
         return
-    try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-    except Exception as error:  # what is raised on a damaged archive depends on its bytes
-        raise UserError(f"{path}: not a readable PyTorch checkpoint ({first_line(error)})") from error
+    with as_user_error(f"{path}: not a readable PyTorch checkpoint", "copy it again"), zipfile.ZipFile(path) as archive:
+        damaged = archive.testzip()
     if damaged is not None:
         raise UserError(f"{path}: damaged (the CRC-32 of {damaged} in it is another); copy it again")
 
@@ -147,11 +144,9 @@ def from_reference(checkpoint: dict[str, Any], name: Path | str) -> PreTrainedMo
         shape = expected[ours].t().shape if _transposed(model, ours) else expected[ours].shape
         if reference not in theirs and ours.endswith(".bias") and not config.reference["bias"]:
             state[ours] = torch.zeros_like(expected[ours])
-        elif reference not in theirs:
-            raise UserError(f"{name}: the tensor {reference} is missing; the checkpoint is not whole")
         else:
-            _check_weight(theirs[reference], shape, f"{name}: {reference}")
-            state[ours] = theirs[reference].t() if _transposed(model, ours) else theirs[reference]
+            tensor = _weight(theirs, reference, shape, name)
+            state[ours] = tensor.t() if _transposed(model, ours) else tensor
     if not torch.equal(theirs["lm_head.weight"], theirs["transformer.wte.weight"]):
         raise UserError(f"{name}: lm_head.weight and transformer.wte.weight differ, but the models here tie them")
     extra = sorted(theirs.keys() - set(names.values()))
@@ -161,13 +156,18 @@ def from_reference(checkpoint: dict[str, Any], name: Path | str) -> PreTrainedMo
     return model.eval()
 
 
-def _check_weight(tensor: Tensor, shape: torch.Size, name: str) -> None:
+def _weight(theirs: dict[str, Tensor], key: str, shape: tuple[int, ...], name: Path | str) -> Tensor:
+    """A tensor of the checkpoint, which has to be a weight of this shape."""
+    if key not in theirs:
+        raise UserError(f"{name}: the tensor {key} is missing; the checkpoint is not whole")
+    tensor = theirs[key]
     if tensor.shape != shape:
-        raise UserError(f"{name} has shape {tuple(tensor.shape)}, not {tuple(shape)}")
+        raise UserError(f"{name}: {key} has shape {tuple(tensor.shape)}, not {tuple(shape)}")
     if not tensor.is_floating_point():
-        raise UserError(f"{name} is of {tensor.dtype}; a weight has to be of a floating-point format")
+        raise UserError(f"{name}: {key} is of {tensor.dtype}; a weight has to be of a floating-point format")
     if not tensor.isfinite().all():
-        raise UserError(f"{name} holds NaN or infinite numbers; take a checkpoint from before they came")
+        raise UserError(f"{name}: {key} holds NaN or infinite numbers; take a checkpoint from before they came")
+    return tensor
 
 
 def _check_claims(config: CrateConfig | GPT2Config, theirs: dict[str, Tensor], name: Path | str) -> None:
@@ -175,22 +175,14 @@ def _check_claims(config: CrateConfig | GPT2Config, theirs: dict[str, Tensor], n
     layers = {int(found[1]) for key in theirs if (found := re.match(r"transformer\.h\.(\d{1,6})\.", key))}
     if config.n_layer != max(layers, default=-1) + 1:
         raise UserError(f"{name}: model_args say n_layer = {config.n_layer}, the tensors {max(layers, default=-1) + 1}")
-    wanted = {OUTER[0]: (config.vocab_size, config.n_embd), OUTER[1]: (config.n_positions, config.n_embd)}
-    for key, shape in wanted.items():
-        if key not in theirs:
-            raise UserError(f"{name}: the tensor {key} is missing; the checkpoint is not whole")
-        if theirs[key].shape != shape:
-            raise UserError(f"{name}: {key} has shape {tuple(theirs[key].shape)}, not {shape}")
+    for key, rows in zip(OUTER, (config.vocab_size, config.n_positions), strict=False):
+        _weight(theirs, key, (rows, config.n_embd), name)
     if config.n_embd % config.n_head:
         raise UserError(f"{name}: model_args do not fit together (n_embd {config.n_embd}, n_head {config.n_head})")
 
 
 def to_reference(model: PreTrainedModel) -> dict[str, Any]:
-    """The nanoGPT-style checkpoint of one of our models, without optimiser state.
-
-    Raises:
-        UserError: the reference code cannot express this model.
-    """
+    """The nanoGPT-style checkpoint of one of our models, without optimiser state. UserError if it cannot be one."""
     config = model.config
     if not isinstance(config, CrateConfig | GPT2Config):
         raise UserError(f"a {config.model_type} model: the reference code has CRATE and GPT-2 only")

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
-
-from transformers import PreTrainedTokenizerFast
 
 from cratescope.errors import UserError
 from cratescope.explain.config import ExplainConfig
@@ -14,7 +11,7 @@ from cratescope.explain.explained import Explanation
 from cratescope.explain.phrase import clean_answer
 from cratescope.explain.protocols import ExplanationSet
 from cratescope.explain.shown import Shown
-from cratescope.explain.wording import Wording, wording_named
+from cratescope.explain.wording import wording_named
 from cratescope.llm.answers import EMPTY_ANSWER, ONLY_REASONING
 from cratescope.llm.interface import LanguageModel, NoAnswer, RefusedError
 from cratescope.llm.open import llm_identity, open_llm
@@ -30,7 +27,7 @@ NOTHING_TO_SHOW = "no readable token"
 
 
 class Asks:
-    """The explainer `llm`."""
+    """The explainer `llm`: all neurons of a batch are asked about in one call of the model."""
 
     def __init__(self, config: ExplainConfig, run: Run, llm: LanguageModel | None) -> None:
         self._config, self._run, self._llm = config, run, llm
@@ -38,39 +35,17 @@ class Asks:
         self._max_tokens = config.llm.llm_max_tokens or MAX_TOKENS
         self.batch = config.llm.llm_batch
 
-    @property
-    def identity(self) -> dict[str, Any]:
+    def made_with(self, chosen: ExplanationSet) -> dict[str, Any]:
         asked = {"prompt": self._wording.explain_version, "max_tokens": self._max_tokens}
         return llm_identity(self._config.llm, self._llm) | asked
 
     def explained(
         self, chosen: ExplanationSet, records: Sequence[NeuronRecord]
     ) -> list[tuple[Explanation, UserError | None]]:
-        self._llm = self._llm or open_llm(self._config.llm)
-        name = self._config.explainer_name
-        return Asking(self._llm, self._run.tokenizer, self._wording, chosen, name, self._max_tokens).asked(records)
-
-
-@dataclass(frozen=True)
-class Asking:
-    """Who is asked for explanations, in which words, and from which windows."""
-
-    llm: LanguageModel
-    tokenizer: PreTrainedTokenizerFast
-    wording: Wording
-    windows: ExplanationSet
-    explainer: str
-    max_tokens: int = MAX_TOKENS
-
-    def explanations(self, records: Sequence[NeuronRecord]) -> list[Explanation]:
-        """One a neuron, in one call of the model."""
-        return [explanation for explanation, _ in self.asked(records)]
-
-    def asked(self, records: Sequence[NeuronRecord]) -> list[tuple[Explanation, UserError | None]]:
-        """The same, each with what to say where a server's answer cannot be used and no other can."""
-        asked = [self._prompt(record) for record in records]
-        prompts = [self.llm.encode(prompt) for prompt, _ in asked if prompt]
-        answers = iter(self._answers(prompts) if prompts else [])
+        llm = self._llm = self._llm or open_llm(self._config.llm)
+        asked = [self._prompt(chosen, record) for record in records]
+        prompts = [llm.encode(prompt) for prompt, _ in asked if prompt]
+        answers = iter(self._answers(llm, prompts) if prompts else [])
         found = []
         for record, (prompt, reason) in zip(records, asked, strict=True):
             answer = next(answers) if prompt else ""
@@ -81,28 +56,28 @@ class Asking:
                 text = clean_answer(answer)
                 unsaid = ONLY_REASONING if answer.strip() and not without_reasoning(answer).strip() else EMPTY_ANSWER
                 reason = None if text else unsaid
-            one = Explanation(record.neuron, text, self.explainer, self.wording.explain_version, reason)
-            found.append((one, problem))
+            name, version = self._config.explainer_name, self._wording.explain_version
+            found.append((Explanation(record.neuron, text, name, version, reason), problem))
         return found
 
-    def _answers(self, prompts: Sequence[list[int]]) -> Sequence[str | NoAnswer]:
-        prefix = self.llm.encode(self.wording.explain_prefix())
+    def _answers(self, llm: LanguageModel, prompts: Sequence[list[int]]) -> Sequence[str | NoAnswer]:
+        prefix = llm.encode(self._wording.explain_prefix())
         try:
-            return self.llm.generate(prefix, prompts, self.max_tokens, "\n")
+            return llm.generate(prefix, prompts, self._max_tokens, "\n")
         except RefusedError as error:
             return error.answers
 
     def _problem(self, answer: NoAnswer) -> UserError:
-        told = f"{self.explainer}: none of its answers can be used, the first one for this reason: {answer.reason}"
-        return UserError(f"{told}; {answer.fix}")
+        told = f"none of its answers can be used, the first one for this reason: {answer.reason}"
+        return UserError(f"{self._config.explainer_name}: {told}; {answer.fix}")
 
-    def _prompt(self, record: NeuronRecord) -> tuple[str, str | None]:
+    def _prompt(self, chosen: ExplanationSet, record: NeuronRecord) -> tuple[str, str | None]:
         """The neuron's own part of the prompt, or why there is none."""
         if record.dead:
             return "", DEAD
-        windows = self.windows.windows(record)
-        if undecodable(windows, len(vocabulary_strings(self.tokenizer))):
+        windows, tokenizer = chosen.windows(record), self._run.tokenizer
+        if undecodable(windows, len(vocabulary_strings(tokenizer))):
             return "", UNDECODABLE
-        shown = [Shown(token_strings(self.tokenizer, window.tokens.tolist()), window.activations) for window in windows]
-        prompt = self.wording.explain_prompt(shown, record.moments.maximum)
+        shown = [Shown(token_strings(tokenizer, window.tokens.tolist()), window.activations) for window in windows]
+        prompt = self._wording.explain_prompt(shown, record.moments.maximum)
         return prompt, None if prompt else NOTHING_TO_SHOW

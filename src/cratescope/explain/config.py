@@ -11,7 +11,7 @@ import tyro
 
 from cratescope.errors import UserError
 from cratescope.llm.config import LLMConfig
-from cratescope.options import LARGEST_SEED, Checked, PositionalPath, RayGPUs, RayTasks, Worker, within
+from cratescope.options import LARGEST_SEED, Checked, PositionalPath, RayGPUs, RayTasks, Site, Worker, within
 
 
 class Simulates(NamedTuple):
@@ -44,9 +44,12 @@ def load(place: str) -> Any:
 
 
 Prompts = Literal["own", "openai"]
-Explainer = Literal["llm", "terms"]
+Explainer = Literal["llm", "terms", "selected"]
 TERMS = "terms"
-"""Name of the explainer by terms, where a language model has its own."""
+SELECTED = "selected"
+"""Names of explainers in files, where a language model has its own."""
+NOT_JUDGED = (TERMS, SELECTED)
+"""Their explanations were chosen on windows that a judge would be shown."""
 DEFAULT_PROTOCOLS = ("top-and-random", "random-only")
 
 
@@ -65,6 +68,18 @@ class TermsConfig(Checked):
 
 
 @dataclass(frozen=True)
+class SelectedConfig(Checked):
+    """What the explainer `selected` chooses from, and how."""
+
+    among: tuple[str, ...] = ("offline", "terms")
+    """selected: explainers whose explanations are candidates: names as of --explainer of later stages."""
+    others: Annotated[int, within(0)] = 0
+    """selected: explanations of so many neurons of the layer, the first drawn, are candidates of every other too."""
+    select: Simulator = "list-pmi"
+    """selected: simulator whose predictions are compared with the neuron, on windows that no protocol scores."""
+
+
+@dataclass(frozen=True)
 class LanguageConfig(Checked):
     """List all that explanations by terms may say: classes of words, parts of words, and places."""
 
@@ -80,8 +95,7 @@ class ExplainConfig(Checked):
 
     run: PositionalPath
     """Run directory with neuron records."""
-    site: str = "auto"
-    """Site of the records, as given to `collect`."""
+    site: Site = "auto"
     layers: Annotated[tuple[int, ...] | None, within(0)] = None
     """Layers to explain; all by default."""
     neurons: Annotated[int | None, within(1)] = None
@@ -91,32 +105,35 @@ class ExplainConfig(Checked):
     protocols: tuple[str, ...] = DEFAULT_PROTOCOLS
     """Protocols to explain for (docs/evaluation.md); those that explain from the same windows share explanations."""
     explainer: Explainer = "llm"
-    """`llm`, or `terms`: weighted terms of a small language, chosen by a fit, without a language model."""
+    """`llm`; `terms`: weighted terms of a small language, chosen by a fit, without a language model; or `selected`:
+    the best of what other explainers have said."""
     prompts: Prompts = "own"
     """llm: `own`, or `openai`: the exact ones, from an installed automated-interpretability."""
     worker: Worker = "auto"
     ray: RayTasks = 0
     ray_gpus: RayGPUs = 0
     terms: Annotated[TermsConfig, tyro.conf.arg(name="")] = field(default_factory=TermsConfig)
+    selected: Annotated[SelectedConfig, tyro.conf.arg(name="")] = field(default_factory=SelectedConfig)
     llm: Annotated[LLMConfig, tyro.conf.arg(name="")] = field(default_factory=LLMConfig)
 
     @property
     def explainer_name(self) -> str:
         """Name used in files, and by --explainer of later stages."""
-        return TERMS if self.explainer == "terms" else self.llm.llm_name
+        return self.llm.llm_name if self.explainer == "llm" else self.explainer
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.explainer == "llm" and (given := _changed(self.terms)):
-            raise UserError(f"--{given}: goes with --explainer terms")
-        if self.explainer == "terms" and self.prompts != "own":
+        for owner, settings in (("terms", self.terms), ("selected", self.selected)):
+            for name in _changed(settings):
+                if self.explainer != owner and (self.explainer, name) != ("selected", "language"):
+                    raise UserError(f"--{name}: goes with --explainer {owner}")
+        if self.explainer != "llm" and self.prompts != "own":
             raise UserError("--prompts: goes with --explainer llm")
 
 
-def _changed(settings: Checked) -> str | None:
-    """The first option, as on the command line, that is not at its default."""
-    found = (one.name for one in fields(settings) if getattr(settings, one.name) != one.default)
-    return next((name.replace("_", "-") for name in found), None)
+def _changed(settings: Checked) -> list[str]:
+    """The options, as on the command line, that are not at their defaults."""
+    return [one.name.replace("_", "-") for one in fields(settings) if getattr(settings, one.name) != one.default]
 
 
 @dataclass(frozen=True)
@@ -125,8 +142,7 @@ class SimulateConfig(Checked):
 
     run: PositionalPath
     """Run directory with explanations."""
-    site: str = "auto"
-    """Site of the records, as given to `collect`."""
+    site: Site = "auto"
     explainer: str = "offline"
     """Explainer whose explanations to use: the --llm given to `explain`, or `terms`."""
     simulator: Simulator = "list-pmi"
@@ -175,8 +191,7 @@ class JudgeConfig(Checked):
 
     run: PositionalPath
     """Run directory with explanations."""
-    site: str = "auto"
-    """Site of the records, as given to `collect`."""
+    site: Site = "auto"
     explainer: str = "offline"
     """Whose explanations: the --llm given to `explain`."""
     scorer: Scorer = "detection"

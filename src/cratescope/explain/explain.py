@@ -1,4 +1,4 @@
-"""Explain neurons: with a phrase of a language model, or with terms fitted to what they do."""
+"""Explain neurons: with a phrase of a language model, terms fitted to what they do, or the best of both."""
 
 from __future__ import annotations
 
@@ -29,8 +29,7 @@ class Explainer(Protocol):
 
     batch: int
 
-    @property
-    def identity(self) -> dict[str, Any]:
+    def made_with(self, chosen: ExplanationSet) -> dict[str, Any]:
         """What decides its explanations besides records and windows."""
 
     def explained(
@@ -39,12 +38,16 @@ class Explainer(Protocol):
         """One a neuron, each with what to tell the user where it is missing and no other is there."""
 
 
-def _explainer(config: ExplainConfig, run: Run, llm: LanguageModel | None) -> Explainer:
-    """Only now what it needs is imported, so that neither waits for the other's libraries."""
+def _explainer(config: ExplainConfig, run: Run, site: str, llm: LanguageModel | None) -> Explainer:
+    """Only now what it needs is imported, so that none waits for the others' libraries."""
     if config.explainer == "terms":
         from cratescope.explain.terms.explainer import ByTerms
 
         return ByTerms(config.terms, run)
+    if config.explainer == "selected":
+        from cratescope.explain.selected import Selects
+
+        return Selects(config, run, site, llm)
     from cratescope.explain.asking import Asks
 
     return Asks(config, run, llm)
@@ -63,12 +66,13 @@ def explain(config: ExplainConfig, llm: LanguageModel | None = None) -> list[Pat
     run = Run(config.run)
     site = find_site(run, config.site)
     samples = _samples(config, run.records(site))
-    explainer = _explainer(config, run, llm)
-    made_with = records_identity(run, site) | explainer.identity | {"neuron_seed": config.neuron_seed}
+    explainer = _explainer(config, run, site, llm)
+    origin = records_identity(run, site) | {"neuron_seed": config.neuron_seed}
     folders = []
     for chosen in protocols_named(config.protocols):
         kept = Explained(run, site, config.explainer_name, chosen.name).explanations
-        begin = functools.partial(claim, kept.folder, made_with | {"explained": chosen.name})
+        made_with = origin | explainer.made_with(chosen) | {"explained": chosen.name}
+        begin = functools.partial(claim, kept.folder, made_with)
         folders.append(kept.folder)
         with keeping(kept, begin, ENOUGH, lambda item: bool(item.text)) as waiting:
             for layer, indices in samples.items():

@@ -69,24 +69,13 @@ class Judgement:
 
 
 _KEY = pa.struct([("excerpt", pa.int32()), ("start", pa.int32()), ("width", pa.int32())])
-_EXPLANATION = schema(
-    ("text", pa.string()), ("explainer", pa.string()), ("prompt", pa.string()), ("skipped", pa.string())
-)
+_NUMBERS = pa.list_(pa.float64())
+_EXPLANATION = schema("text", "explainer", "prompt", "skipped")
 _SIMULATION = schema(
-    ("simulator", pa.string()),
-    ("control", pa.string()),
-    ("text", pa.string()),
-    ("windows", pa.list_(_KEY)),
-    ("simulated", pa.list_(pa.list_(pa.float64()))),
-    ("skipped", pa.string()),
+    "simulator", "control", "text", ("windows", pa.list_(_KEY)), ("simulated", pa.list_(_NUMBERS)), "skipped"
 )
 _JUDGEMENT = schema(
-    ("scorer", pa.string()),
-    ("control", pa.string()),
-    ("text", pa.string()),
-    ("probabilities", pa.list_(pa.float64())),
-    ("labels", pa.list_(pa.bool_())),
-    ("skipped", pa.string()),
+    "scorer", "control", "text", ("probabilities", _NUMBERS), ("labels", pa.list_(pa.bool_())), "skipped"
 )
 
 
@@ -130,12 +119,10 @@ def judgements(folder: Path) -> Kept[list[Judgement]]:
     return Kept(
         Tables(folder, _JUDGEMENT, "judge", ("index", "control")),
         lambda items: [row_of(item) for item in items],
-        lambda rows: [item_of(Judgement, _as_tuples(row)) for row in rows],
+        lambda rows: [
+            item_of(Judgement, row | {name: tuple(row[name]) for name in ("probabilities", "labels")}) for row in rows
+        ],
     )
-
-
-def _as_tuples(row: Row) -> Row:
-    return row | {name: tuple(row[name]) for name in ("probabilities", "labels")}
 
 
 class Told(NamedTuple):
@@ -187,11 +174,7 @@ class Explained:
         return check_identity(self.explanations.folder, self.origin)
 
     def layers(self) -> dict[int, list[Told]]:
-        """Every layer's explanations in the order in which neurons were drawn.
-
-        Raises:
-            UserError: there are none, or they belong to another model.
-        """
+        """Every layer's explanations in the order of the draw. UserError: there are none, or of another model."""
         found = {layer: kept for layer in self.explanations.layers if (kept := self.explanations.read(layer))}
         if not found:
             raise UserError(

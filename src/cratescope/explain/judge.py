@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Float
 
 from cratescope.errors import UserError
-from cratescope.explain.config import TERMS, JudgeConfig
+from cratescope.explain.config import NOT_JUDGED, JudgeConfig
 from cratescope.explain.controls import JUDGED, OWN, Material, texts_of
 from cratescope.explain.explained import Explained, Judgement, Told
 from cratescope.explain.judges import question_named
@@ -45,9 +45,10 @@ def judge(config: JudgeConfig, llm: LanguageModel | None = None) -> list[Path]:
     Raises:
         UserError: no such site, protocol or explanations; or a folder holds judgements of something else.
     """
-    if config.explainer == TERMS:
+    if config.explainer in NOT_JUDGED:
         raise UserError(
-            "--explainer terms: terms were chosen on windows that a judge would be shown; judge explanations of an LLM"
+            f"--explainer {config.explainer}: these were chosen on windows that a judge would be shown; judge "
+            "explanations of an LLM"
         )
     run = Run(config.run)
     site = find_site(run, config.site)

@@ -30,7 +30,7 @@ class Pick:
     """
 
     source: Source
-    ranks: tuple[int, ...] | None
+    ranks: Sequence[int] | None
     width: int = 64
 
     def windows(self, record: NeuronRecord) -> Iterator[Window]:
@@ -96,90 +96,45 @@ def _windows(picks: Iterable[Pick], record: NeuronRecord) -> tuple[Window, ...]:
     return tuple(window for pick in picks for window in pick.windows(record))
 
 
-def _ranks(start: int, stop: int, step: int = 1) -> tuple[int, ...]:
-    return tuple(range(start, stop, step))
-
-
 _PAPER = "Bai and Ma 2025, after Bills et al. 2023"
-_EVEN_RANDOM = Pick("random", _ranks(0, 10, 2))
+_EVEN_RANDOM = Pick("random", range(0, 10, 2))
 
-TOP = ExplanationSet("top", (Pick("top", _ranks(0, 10, 2)),))
+TOP = ExplanationSet("top", (Pick("top", range(0, 10, 2)),))
 ANTHROPIC = ExplanationSet(
-    "anthropic", (Pick("top", _ranks(0, 15), 8), Pick("by_rank", (0, 1), 8), Pick("random", _ranks(0, 5), 8))
+    "anthropic", (Pick("top", range(0, 15), 8), Pick("by_rank", (0, 1), 8), Pick("random", range(0, 5), 8))
 )
 BRICKEN = ExplanationSet(
-    "bricken", (Pick("top", _ranks(0, 10), 8), Pick("by_level", (0, 1), 8), Pick("random", _ranks(0, 5), 8))
+    "bricken", (Pick("top", range(0, 10), 8), Pick("by_level", (0, 1), 8), Pick("random", range(0, 5), 8))
 )
 # Splits of five, taken in turn: train, calibration, valid and test of the top windows, the last three of the random
 # ones. Train explains and valid scores.
-OPENAI = ExplanationSet("openai", (Pick("top", _ranks(0, 20, 4)),))
+OPENAI = ExplanationSet("openai", (Pick("top", range(0, 20, 4)),))
 
-PROTOCOLS: dict[str, Protocol] = {
-    protocol.name: protocol
-    for protocol in (
-        Protocol(
-            "top-and-random",
-            TOP,
-            picks=(_EVEN_RANDOM, Pick("top", _ranks(1, 10, 2))),
-            measures=("pearson", "spearman"),
-            source=_PAPER,
-        ),
-        Protocol(
-            "random-only",
-            TOP,
-            picks=(_EVEN_RANDOM,),
-            measures=("pearson", "spearman", *ON_UNIFORM_TEXT),
-            source=_PAPER,
-        ),
-        Protocol(
-            "uniform",
-            TOP,
-            picks=(Pick("random", None),),
-            measures=("pearson", "spearman", "cosine", "auprc", "f1", "iou", *ON_UNIFORM_TEXT),
-            source="Oikarinen et al. 2025",
-        ),
-        Protocol(
-            "anthropic",
-            ANTHROPIC,
-            picks=(
-                Pick("top", _ranks(15, 25), 8),
-                Pick("by_rank", (2, 3), 8),
-                Pick("random", _ranks(5, 10), 8),
-                # Out of context: of the eight tokens those from 3 to 5, the peak and one on either side.
-                Pick("top", _ranks(25, 35), 3),
-            ),
-            measures=("pearson", "spearman"),
-            source="Bai and Ma 2025, after Bricken et al. 2023",
-        ),
-        Protocol(
-            "bricken",
-            BRICKEN,
-            picks=(
-                Pick("top", _ranks(10, 16), 8),
-                Pick("by_level", (2, 3), 8),
-                Pick("random", _ranks(5, 15), 8),
-                Pick("top", _ranks(16, 38), 3),
-            ),
-            measures=("spearman", "pearson"),
-            source="Bricken et al. 2023",
-        ),
-        Protocol(
-            "openai",
-            OPENAI,
-            picks=(Pick("top", _ranks(2, 20, 4)), Pick("random", _ranks(1, 15, 3))),
-            measures=("pearson", "spearman"),
-            source="Bills et al. 2023",
-        ),
-    )
-}
+_CORRELATIONS = ("pearson", "spearman")
+_UNIFORM = (*_CORRELATIONS, "cosine", "auprc", "f1", "iou", *ON_UNIFORM_TEXT)
+_ANTHROPIC = (
+    *(Pick("top", range(15, 25), 8), Pick("by_rank", (2, 3), 8), Pick("random", range(5, 10), 8)),
+    # Out of context: of the eight tokens those from 3 to 5, the peak and one on either side.
+    Pick("top", range(25, 35), 3),
+)
+_BRICKEN = (
+    *(Pick("top", range(10, 16), 8), Pick("by_level", (2, 3), 8), Pick("random", range(5, 15), 8)),
+    Pick("top", range(16, 38), 3),
+)
+_VALID = (Pick("top", range(2, 20, 4)), Pick("random", range(1, 15, 3)))
+_EVERY = (
+    Protocol("top-and-random", TOP, (_EVEN_RANDOM, Pick("top", range(1, 10, 2))), _CORRELATIONS, _PAPER),
+    Protocol("random-only", TOP, (_EVEN_RANDOM,), (*_CORRELATIONS, *ON_UNIFORM_TEXT), _PAPER),
+    Protocol("uniform", TOP, (Pick("random", None),), _UNIFORM, "Oikarinen et al. 2025"),
+    Protocol("anthropic", ANTHROPIC, _ANTHROPIC, _CORRELATIONS, "Bai and Ma 2025, after Bricken et al. 2023"),
+    Protocol("bricken", BRICKEN, _BRICKEN, _CORRELATIONS[::-1], "Bricken et al. 2023"),
+    Protocol("openai", OPENAI, _VALID, _CORRELATIONS, "Bills et al. 2023"),
+)
+PROTOCOLS = {protocol.name: protocol for protocol in _EVERY}
 
 
 def protocols_named(names: Sequence[str]) -> dict[ExplanationSet, list[Protocol]]:
-    """The named protocols by explanation set.
-
-    Raises:
-        UserError: there is no such protocol, or none is named.
-    """
+    """The named protocols by explanation set. Raises UserError: there is no such protocol, or none is named."""
     unknown = [name for name in names if name not in PROTOCOLS]
     if unknown or not names:
         raise UserError(f"--protocols {' '.join(unknown)}: not a protocol; choose from {', '.join(PROTOCOLS)}")

@@ -205,7 +205,14 @@ class Task:
             if any(np.isnan(row).any() for row in rows):
                 skipped = UNREAD
             else:
-                expected[control] = tuple(tuple(round(float(value), DECIMALS) for value in row) for row in rows)
+                expected[control] = _rounded(rows)
         keyed = tuple(window.key for window in windows)
         found = Simulation(self.neuron, name, self.texts, keyed, expected, skipped)
         return found, None if answered else refused
+
+
+def _rounded(rows: Sequence[np.ndarray]) -> tuple[tuple[float, ...], ...]:
+    """Each different value is rounded once: there are few of them in most simulations."""
+    values, place = np.unique(np.concatenate([*rows, np.zeros(0)]), return_inverse=True)
+    rounded = iter(np.array([round(value, DECIMALS) for value in values.tolist()])[place].tolist())
+    return tuple(tuple(itertools.islice(rounded, len(row))) for row in rows)

@@ -24,9 +24,7 @@ def keeping(
 
     Not before: a model or server that gives no answer leaves no folder, and after a stop with advice another
     --llm-max-tokens is free to start. useful: whether a result shows that the LLM has answered at all.
-
-    Raises:
-        UserError: the first problem, when there are `enough` and nothing else, or nothing was ever answered.
+    Raises the first problem when there are `enough` and nothing else, or nothing was ever answered.
     """
     claim = functools.cache(claim)
     if (kept.folder / "manifest.json").exists():

@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from cratescope.errors import UserError
+from cratescope.files import SURROGATES
 from cratescope.llm.interface import NoAnswer
-from cratescope.llm.reasoning import whole_characters, without_controls, without_reasoning
+from cratescope.llm.reasoning import without_controls, without_reasoning
 
 EMPTY_ANSWER = "empty answer"
 ONLY_REASONING = "reasoning without an answer"
@@ -48,13 +49,9 @@ def parsed(text: str) -> Any:
     """
     text = re.sub(r"\A(?::.*|\s)+", "", text.lstrip("\ufeff")).strip()  # less comments that keep a line open
     if re.match(r"(?:data|event|id|retry)?:", text):
-        return _joined(_events(text))
+        lines = [line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("data:")]
+        return _joined([json.loads(line) for line in lines if line not in ("", "[DONE]")])
     return json.loads(text)
-
-
-def _events(text: str) -> list[Any]:
-    lines = [line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("data:")]
-    return [json.loads(line) for line in lines if line not in ("", "[DONE]")]
 
 
 def _joined(events: Sequence[Any]) -> Any:
@@ -110,7 +107,7 @@ _SAYS = (
 
 def words(text: str) -> str:
     """A server's message on one line: those of an error in any of the usual shapes, or the text itself."""
-    said = without_controls(whole_characters(_said(text))[0])
+    said = without_controls(SURROGATES.sub("\ufffd", _said(text)))
     return " ".join(said.split())[:WORDS_SHOWN].strip()
 
 

@@ -1,4 +1,4 @@
-"""Settings of the language model that explains, simulates and judges, and which engine runs it."""
+"""Settings of the language model that explains, simulates and judges."""
 
 from __future__ import annotations
 
@@ -47,11 +47,6 @@ class LLMConfig(Checked):
     def served(self) -> bool:
         """Whether the model runs on a server."""
         return self.llm.lower().startswith(("http://", "https://"))
-
-    @property
-    def engine(self) -> str:
-        """What runs the model: "module:class" of this room, whose `open` takes these settings."""
-        return "server:ServerLLM" if self.served else "local:LocalLLM"
 
     @property
     def number_format(self) -> str:

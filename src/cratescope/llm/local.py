@@ -13,11 +13,10 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from rich.console import Console
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Cache, DynamicCache
 
-from cratescope.errors import UserError, first_line
+from cratescope.errors import UserError, as_user_error, first_line
 from cratescope.hardware import pick_device, pick_dtype
 from cratescope.llm.config import LLMConfig
 from cratescope.llm.interface import Choices, Ids, check_slots, encode, heads, spelled
@@ -35,6 +34,7 @@ from cratescope.llm.prefix import (
 )
 from cratescope.lm.head import UNFIT, looks_ahead, plain_pass
 from cratescope.models.folder import longest_context, model_config
+from cratescope.progress import say
 from cratescope.text.tokenizer import named_tokenizer
 from cratescope.workers import rank
 
@@ -130,11 +130,7 @@ class LocalLLM:
 
     @classmethod
     def open(cls, config: LLMConfig) -> LocalLLM:
-        """Load `config.llm`.
-
-        Raises:
-            UserError: neither on the hub nor a model on this disk; or 4 bits were requested but are not supported here.
-        """
+        """Load `config.llm`. UserError: neither on the hub nor a model on this disk, or no 4 bits here."""
         source, options = _source(config.llm)
         if torch.cuda.is_available():
             torch.cuda.set_device(rank(local=True))
@@ -160,12 +156,8 @@ class LocalLLM:
             "reread": "keeps what it has read in a way of its own, so all is read again for every answer; much slower",
         }
         if llm.way in said:
-            Console(stderr=True).print(f"--llm {config.llm} {said[llm.way]}", soft_wrap=True, markup=False)
+            say(f"--llm {config.llm} {said[llm.way]}")
         return llm
-
-    @property
-    def shares_prefix(self) -> bool:
-        return self.way == "shared"
 
     def encode(self, text: str) -> list[int]:
         return encode(self.tokenizer, text)
@@ -195,7 +187,7 @@ class LocalLLM:
 
     def _tried(self) -> Literal["shared", "copied", "reread"]:
         """Find the fastest way to run prompts after a prefix that agrees with plain passes. UserError if none does."""
-        try:
+        with as_user_error(f"--llm {self.name}: fails on a few tokens", "choose another", UNFIT):
             if looks_ahead(self.model, trial_tokens(self.model)):
                 raise UserError(f"--llm {self.name}: its logits depend on tokens behind; choose a causal model")
             own = in_one_pass(self.model)
@@ -203,9 +195,6 @@ class LocalLLM:
                 raise UserError(f"--llm {self.name}: its weights give NaN; get them again, or try --llm-dtype float32")
             if share_prefix(self.model, own[0]):
                 return "shared"
-        except UNFIT as error:
-            said = first_line(error)
-            raise UserError(f"--llm {self.name}: fails on a few tokens ({said}); choose another") from error
         ways: tuple[Literal["copied", "reread"], ...] = ("copied", "reread")
         for self.way in ways:
             if self._is_plain(own):
@@ -241,13 +230,13 @@ class LocalLLM:
 
     def _groups(self, lengths: Sequence[int]) -> list[list[int]]:
         """Groups of rows that run together: all of them, or those of one length."""
-        if self.shares_prefix:
+        if self.way == "shared":
             return [list(range(len(lengths)))]
         return [[row for row, one in enumerate(lengths) if one == length] for length in sorted(set(lengths))]
 
     def _logits(self, prefix: Ids, trees: Sequence[Tree]) -> list[Float[Tensor, "places vocab"]]:
         """float32 logits of the next token at every place of every tree."""
-        rows = list(trees) if self.shares_prefix else [path for tree in trees for path in tree.paths()]
+        rows = list(trees) if self.way == "shared" else [path for tree in trees for path in tree.paths()]
         found: list[Tensor] = [torch.empty(0)] * len(rows)
         for group in self._groups([len(row.ids) for row in rows]):
             _, logits = self._start(prefix, [rows[row] for row in group])
@@ -260,11 +249,11 @@ class LocalLLM:
         depths = [row.depths() for row in rows]
         self._check_room(len(prefix) + 1 + max(max(row) for row in depths) + room)
         known = self._prefix(tuple(prefix))
-        cache = SharedPrefix(known) if self.shares_prefix else copy.deepcopy(known)
-        if not self.shares_prefix:
+        cache = SharedPrefix(known) if self.way == "shared" else copy.deepcopy(known)
+        if self.way != "shared":
             cache.batch_repeat_interleave(len(rows))
         ids, positions = (self._padded(lists) for lists in ([row.ids for row in rows], depths))
-        mask = self._mask(rows) if self.shares_prefix else None
+        mask = self._mask(rows) if self.way == "shared" else None
         return cache, self._run(cache, ids, positions + known.get_seq_length(), mask, [row.places for row in rows])
 
     def _continue(self, prefix: Ids, prompts: Sequence[Ids], max_new_tokens: int, stop: str) -> list[str]:
@@ -290,7 +279,7 @@ class LocalLLM:
                 rows = [rows[place] for place in keep]
                 tokens, seen, positions = tokens[keep], seen[keep], positions[keep]
             seen = torch.cat([seen, seen.new_ones(len(rows), 1)], 1)
-            mask = self._hidden(seen)[:, None, None] if self.shares_prefix else None
+            mask = self._hidden(seen)[:, None, None] if self.way == "shared" else None
             logits = self._run(cache, tokens[:, None], positions, mask, [[0]] * len(rows))
             positions = positions + 1
         return [texts[row] for row in range(len(prompts))]
@@ -304,7 +293,7 @@ class LocalLLM:
             if self.way == "reread":
                 known = Reread(ids)
             else:
-                known = empty_prefix(self.model) if self.shares_prefix else DynamicCache(config=self.model.config)
+                known = empty_prefix(self.model) if self.way == "shared" else DynamicCache(config=self.model.config)
                 if ids.numel():
                     self._run(known, ids, torch.arange(ids.shape[1], device=self.model.device)[None], None, [[]])
         self._prefixes[prefix] = known

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from importlib import import_module
 
 from cratescope.llm.config import LLMConfig
 from cratescope.llm.interface import LanguageModel
@@ -12,9 +11,13 @@ from cratescope.llm.interface import LanguageModel
 @functools.lru_cache(maxsize=1)
 def open_llm(config: LLMConfig) -> LanguageModel:
     """Open the model named by `config.llm`; the last one opened is kept. Raises UserError when it cannot be loaded."""
-    module, _, name = config.engine.partition(":")
-    opened: LanguageModel = getattr(import_module(f"cratescope.llm.{module}"), name).open(config)
-    return opened
+    if config.served:
+        from cratescope.llm.server import ServerLLM
+
+        return ServerLLM.open(config)
+    from cratescope.llm.local import LocalLLM
+
+    return LocalLLM.open(config)
 
 
 def llm_identity(config: LLMConfig, llm: LanguageModel | None) -> dict[str, str]:

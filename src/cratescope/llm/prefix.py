@@ -101,13 +101,10 @@ def share_prefix(model: Any, own: Float[Tensor, "t vocab"]) -> bool:
     AttentionMaskInterface.register(NAME, sdpa_mask)
     tolerance = EXACT if model.dtype == torch.float32 else ROUNDED
     model.set_attn_implementation(NAME)
-    put_back = widen(model)
-    if _difference(model, own) <= tolerance:
-        return True
-    put_back()
-    if _difference(model, own) <= tolerance:
-        return True
-    model.set_attn_implementation("sdpa")
+    for put_back in (widen(model), lambda: model.set_attn_implementation("sdpa")):
+        if _difference(model, own) <= tolerance:
+            return True
+        put_back()
     return False
 
 

@@ -50,7 +50,6 @@ _END = re.compile(
     r"END_RESPONSE|END_OF_TURN_TOKEN)\|>"
     r"|<end_of_turn>|</s>|<turn\|>|<｜end▁of▁sentence｜>)"
 )
-_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 # Escape sequences begin with them; the others turn the text around or are not seen at all.
 _CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u200b\u202a-\u202e\u2060\u2066-\u2069\ufeff]+")
 _LABELLED = re.compile(
@@ -114,11 +113,6 @@ def phrase(text: str, stop: str) -> str:
         if not _ANNOUNCES.fullmatch(piece.strip()):
             return piece
     return pieces[-1] if pieces else ""
-
-
-def whole_characters(text: str) -> tuple[str, int]:
-    """`text` with U+FFFD for every half of a character (a lone surrogate), and how many there were."""
-    return _LONE_SURROGATE.subn("\ufffd", text)
 
 
 def without_controls(text: str) -> str:

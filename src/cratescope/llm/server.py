@@ -14,16 +14,16 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from typing import Any, NamedTuple
+from typing import Any
 from urllib.parse import urlsplit
 
 import httpx2
 import numpy as np
 from jaxtyping import Float
-from rich.console import Console
 from transformers import PreTrainedTokenizerFast
 
-from cratescope.errors import UserError, first_line
+from cratescope.errors import UserError, as_user_error, first_line
+from cratescope.files import SURROGATES
 from cratescope.llm.answers import (
     BY_ID,
     PROMPT,
@@ -41,7 +41,8 @@ from cratescope.llm.answers import (
 from cratescope.llm.cache import AnswerCache
 from cratescope.llm.config import LLMConfig
 from cratescope.llm.interface import Choices, Ids, NoAnswer, RefusedError, check_slots, encode, heads, spelled
-from cratescope.llm.reasoning import phrase, whole_characters, without_reasoning
+from cratescope.llm.reasoning import phrase, without_reasoning
+from cratescope.progress import say
 from cratescope.text.offline import cache
 from cratescope.text.tokenizer import named_tokenizer, token_strings
 
@@ -64,17 +65,10 @@ LOGPROBS: tuple[dict[str, Any], ...] = (
 CONTINUE = "Continue the user's text. Write only what comes next, without repeating any of it, on one line."
 SPACES = ("\u2581", "\u0120")
 """Signs for a space in the pieces of SentencePiece's and GPT-2's vocabularies."""
-STDERR = Console(stderr=True)
 
 
 class _StoppedError(Exception):
     """Raised after another request has failed; that request's reason is the one to report."""
-
-
-class _Reply(NamedTuple):
-    status: int
-    retry_after: float | None
-    text: str
 
 
 class ServerLLM:
@@ -101,11 +95,7 @@ class ServerLLM:
 
     @classmethod
     def open(cls, config: LLMConfig) -> ServerLLM:
-        """Prepare the client, without a request.
-
-        Raises:
-            UserError: no model named, a key in the address, or a tokenizer that cannot be loaded.
-        """
+        """Prepare the client, without a request. UserError: no model named, a bad address, or no such tokenizer."""
         fix = "write it like http://HOST:PORT/v1"
         try:
             address = urlsplit(config.llm)
@@ -120,13 +110,9 @@ class ServerLLM:
             raise UserError(f"--llm {config.llm}: name one of the server's models with --llm-model")
         tokenizer = None
         if config.llm_tokenizer:
-            try:
+            what, fix = f"--llm-tokenizer {config.llm_tokenizer}", "give the hub name or folder of the served model"
+            with as_user_error(f"{what}: cannot load it", fix):
                 tokenizer = named_tokenizer(config.llm_tokenizer)
-            except Exception as error:  # what the library raises on damaged files depends on their bytes
-                raise UserError(
-                    f"--llm-tokenizer {config.llm_tokenizer}: cannot load it ({first_line(error)}); "
-                    "give the hub name or folder of the served model"
-                ) from error
         logging.getLogger("httpx2").setLevel(logging.WARNING)  # it would log every request
         return cls(config, AnswerCache(cache() / "answers.sqlite3"), tokenizer)
 
@@ -147,7 +133,7 @@ class ServerLLM:
         found, halves = [], 0
         for answer in answers:
             if isinstance(answer, str):
-                text, lone = whole_characters(answer)
+                text, lone = SURROGATES.subn("\ufffd", answer)
                 halves += lone > 0
                 answer = phrase(text, stop)
                 answer = answer.lstrip() if self._config.llm_chat else answer
@@ -231,8 +217,7 @@ class ServerLLM:
     ) -> list[Any]:
         """Apply `reads` to the answers, from disk where cached and else from the server, each stored immediately.
 
-        Raises:
-            RefusedError: all prompts are refused; or one of them is, where all are needed.
+        Raises RefusedError when all prompts are refused, or one of them where `all_needed`.
         """
         requests = [{"url": self._url, "path": path, "body": body} for body in bodies]
         keys = [json.dumps(request, sort_keys=True) for request in requests]
@@ -310,8 +295,8 @@ class ServerLLM:
         fix = "answers so far are cached, so fix it and rerun the same command"
         raise UserError(self._redacted(f"{url}: {problem}, {TRIES} times; {fix}"))
 
-    def _reply(self, url: str, sent: dict[str, Any]) -> _Reply:
-        """The whole answer within --llm-timeout, even if the server sends blanks to keep the connection alive."""
+    def _reply(self, url: str, sent: dict[str, Any]) -> tuple[int, float | None, str]:
+        """Status, Retry-After and text, whole within --llm-timeout, even if blanks keep the connection alive."""
         end = time.monotonic() + self._config.llm_timeout
         content = bytearray()
         with self._client.stream("POST", url, json=sent) as response:
@@ -325,7 +310,7 @@ class ServerLLM:
         text = content.decode("utf-8", "replace")
         if 300 <= response.status_code < 400:
             text = f"moved to {headers.get('location', 'another place')}"
-        return _Reply(response.status_code, wait, text)
+        return response.status_code, wait, text
 
     def _no_answer(self, error: httpx2.RequestError) -> str:
         told = f"no answer ({type(error).__name__}: {first_line(error)})"
@@ -389,8 +374,7 @@ class ServerLLM:
             self._stop.wait(at - time.monotonic())
 
     def _say(self, text: str) -> None:
-        line = text if self._url in text else f"{self._url}: {text}"
-        STDERR.print(line, soft_wrap=True, markup=False, highlight=False)
+        say(text if self._url in text else f"{self._url}: {text}")
 
     def _words(self, text: str) -> str:
         """A server's message, with the key removed in case it repeats it."""

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from cratescope.arm import Arm
-from cratescope.errors import UserError, first_line
+from cratescope.errors import UserError, as_user_error
 from cratescope.files import atomic_folder, mark_whole, write_json
 from cratescope.lm.head import looks_ahead
 from cratescope.locks import locked
@@ -84,13 +84,10 @@ def _adopt(run: Run, source: str, data: TokenData, site: str, opened: Opened) ->
 
 def _load(source: str) -> Any:
     """Load the model as it is in the checkpoint, which must contain every weight."""
-    try:
+    with as_user_error(f"model {source}: cannot be loaded", "give a folder or a hub name"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source, dtype="auto", trust_remote_code=False, output_loading_info=True
         )
-    except Exception as error:  # what is raised on damaged files, or for want of a package, depends on the model
-        said = first_line(error)
-        raise UserError(f"model {source}: cannot be loaded ({said}); give a folder or a hub name") from error
     model, info = loaded
     if missing := sorted(info["missing_keys"]):
         raise UserError(

@@ -6,10 +6,9 @@ import re
 import shutil
 from pathlib import Path
 
-from rich.console import Console
-
 from cratescope.errors import UserError
 from cratescope.files import WHOLE, read_json, sha256
+from cratescope.progress import say
 
 
 def step_of(checkpoint: Path) -> int:
@@ -35,9 +34,7 @@ def last_whole_checkpoint(folder: Path) -> Path | None:
     for checkpoint in newest_first(folder):
         if is_whole(checkpoint):
             return checkpoint
-        Console(stderr=True, soft_wrap=True).print(
-            f"{checkpoint} was cut short or is damaged; using the checkpoint before it", style="yellow", markup=False
-        )
+        say(f"{checkpoint} was cut short or is damaged; using the checkpoint before it", "yellow")
         if checkpoint.is_dir():
             shutil.rmtree(checkpoint)
         else:

@@ -21,9 +21,6 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import track
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from cratescope.errors import UserError
@@ -34,6 +31,7 @@ from cratescope.lm.head import Head, plain_pass
 from cratescope.lm.load import data_of, load_model
 from cratescope.locks import locked
 from cratescope.models.folder import longest_context, model_config
+from cratescope.progress import progress
 from cratescope.run import Run, versions
 from cratescope.text.sets import HubSet, find_set, identity, read
 from cratescope.text.shards import TokenData, TokenSplit
@@ -48,7 +46,6 @@ TRIED = 16
 """Tokens of the text that the model's head is tried on."""
 DEFAULT_LONGEST = 4096
 """Tokens in a crop of a model that reads more, unless it is said otherwise."""
-_progress = partial(track, console=Console(stderr=True), transient=True)
 
 
 def crop_losses(
@@ -63,7 +60,7 @@ def crop_losses(
     model.eval()
     starts = range(0, len(crops), batch_size)
     losses = []
-    for start in _progress(starts, escape(label)) if label else starts:
+    for start in progress(starts, label) if label else starts:
         tokens = torch.from_numpy(crops[start : start + batch_size]).to(model.device)
         head = head or Head.of(model, tokens[:1, :TRIED])
         nats, _ = head.losses(tokens[:, :-1], tokens[:, 1:], torch.zeros_like(tokens[:, 1:], dtype=torch.bool))
@@ -92,8 +89,7 @@ def measures(
 ) -> dict[str, Any]:
     """Loss, perplexity and bits per byte from sums over each document, with standard errors over documents.
 
-    Raises:
-        UserError: a loss is not a number, or there are fewer than two tokens or no bytes.
+    Raises UserError where a loss is not a number, or there are fewer than two tokens or no bytes.
     """
     if tokens.sum() < 2 or not n_bytes.sum():
         raise UserError(f"{where}: has fewer than 2 tokens of text; give more")
@@ -205,7 +201,7 @@ def evaluate_texts(
     rows = [row for n, (tokens, word) in each for row in contexts(n, tokens, eos, context, word)]
     nats, word_nats, right = np.zeros(len(ids)), np.zeros(len(ids)), np.zeros(len(ids))
     head = Head.of(model, torch.from_numpy(rows[0].tokens[None, :TRIED]).to(model.device))
-    for batch in _progress(list(_batches(rows, batch_size * context)), escape(f"evaluate {name}")):
+    for batch in progress(list(_batches(rows, batch_size * context)), f"evaluate {name}"):
         for row, (loss, word_loss, correct) in zip(batch, _predict_contexts(head, batch, eos), strict=True):
             nats[row.document] += loss
             word_nats[row.document] += word_loss

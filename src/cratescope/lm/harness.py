@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from cratescope.errors import UserError, first_line
+from cratescope.errors import UserError, as_user_error
 
 
 def identity(folder: Path | None) -> str | None:
@@ -29,8 +29,7 @@ def identity(folder: Path | None) -> str | None:
 def open_tasks(names: Sequence[str], folder: Path | None) -> Any:
     """lm-eval's TaskManager, which knows every task of `names`.
 
-    Raises:
-        UserError: lm-eval is not installed, or has no task, group or tag of that name.
+    Raises UserError: lm-eval is not installed, or has no task, group or tag of that name.
     """
     try:
         from lm_eval.tasks import TaskManager
@@ -59,21 +58,16 @@ def run_tasks(
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Run tasks one by one, yielding each name with lm-eval's metrics, standard errors, versions and sample counts.
 
-    Raises:
-        UserError: the data of a task is not available.
+    Raises UserError where the data of a task is not available.
     """
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
     wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=context)
     for name in names:
-        try:
+        fix = "a YAML file of --task-folder can name local files"
+        with as_user_error(f"--tasks {name}: its data cannot be read", fix):
             manager.load([name])
-        except Exception as error:  # the data library raises many kinds, for the network and for wrong YAML
-            raise UserError(
-                f"--tasks {name}: its data cannot be read ({first_line(error)}); "
-                "a YAML file of --task-folder can name local files"
-            ) from error
         with contextlib.redirect_stdout(sys.stderr):  # it prints progress, and stdout is for results
             found = lm_eval.simple_evaluate(wrapped, tasks=[name], task_manager=manager, log_samples=False)
         result = {

@@ -47,8 +47,7 @@ class Head:
     def of(cls, model: Any, tokens: Int[torch.Tensor, "b t"]) -> Head:
         """Find the first way that reproduces the model's own logits on `tokens`, a few tokens of the text.
 
-        Raises:
-            UserError: the model sees the tokens that it is to predict.
+        Raises UserError for a model that sees the tokens that it is to predict.
         """
         if looks_ahead(model, tokens):
             raise UserError(

@@ -1,8 +1,8 @@
 """Cross-entropy of a linear head that never forms the tokens x vocabulary logits, forward and backward in one sweep.
 
-With logits L = hidden weight^T and lse_i = log sum_j exp L_ij, the loss of token i is lse_i - L_i,label (+ z lse_i^2),
-and its gradient by the logits exp(L_ij - lse_i) (1 + 2 z lse_i), less one at the label. Only CHUNK rows of that exist
-at a time, as exponentials whose row sums are divided out later: three products per chunk, none of them repeated.
+With logits L = hidden weight^T and lse_i = log sum_j exp L_ij, the loss of token i is lse_i - L_i,label, and its
+gradient by the logits exp(L_ij - lse_i), less one at the label. Only CHUNK rows of that exist at a time, as
+exponentials whose row sums are divided out later: three products per chunk, none of them repeated.
 """
 
 from __future__ import annotations
@@ -21,27 +21,26 @@ TILE = 2048
 """Bytes of a row worked on at once: with CHUNK rows they fit the cache of a core, so exp and sums stay in it."""
 SAMPLE = 128
 """Columns whose largest logit is a row's first shift."""
+IGNORED = -100
+"""Label of a token that has no loss, as everywhere in transformers."""
 
 
 def linear_cross_entropy(
     hidden: Float[torch.Tensor, "*n d"],
     weight: Float[torch.Tensor, "v d"],
     labels: Int[torch.Tensor, " *n"],
-    *,
     n_items: int | torch.Tensor | None = None,
-    z_loss: float = 0.0,
-    ignore_index: int = -100,
 ) -> Float[torch.Tensor, ""]:
     """Sum over tokens of the cross-entropy (nats), divided by n_items: by default the tokens not ignored.
 
     Products are in autocast's number format where that is on, else in that of `hidden`; sums and gradients of the
-    weight are in float32 at least. z_loss: coefficient of lse^2 (PaLM, section 5, arXiv 2204.02311).
+    weight are in float32 at least.
     """
     rows, targets = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
-    items = (targets != ignore_index).sum().clamp(min=1) if n_items is None else n_items
+    items = (targets != IGNORED).sum().clamp(min=1) if n_items is None else n_items
     grad = torch.is_grad_enabled()
     needs = (grad and hidden.requires_grad, grad and weight.requires_grad)
-    return _summed(rows, weight, targets, z_loss, ignore_index, _format(rows), *needs)[0] / items
+    return _summed(rows, weight, targets, _format(rows), *needs)[0] / items
 
 
 @torch.no_grad()
@@ -49,7 +48,7 @@ def token_losses(
     hidden: Float[torch.Tensor, "n d"], weight: Float[torch.Tensor, "v d"], labels: Int[torch.Tensor, " n"]
 ) -> Float[torch.Tensor, " n"]:
     """Cross-entropy (nats) of every token; no gradients."""
-    return _sweep(hidden, weight, labels, 0.0, _format(hidden), False, False)[0]
+    return _sweep(hidden, weight, labels, _format(hidden), False, False)[0]
 
 
 def fuse(model: PreTrainedModel) -> PreTrainedModel:
@@ -84,17 +83,17 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 @torch.library.custom_op(
     "cratescope::linear_cross_entropy",
     mutates_args=(),
-    schema="(Tensor hidden, Tensor weight, Tensor labels, float z, int ignore_index, ScalarType dtype, "
-    "bool need_hidden, bool need_weight) -> (Tensor, Tensor, Tensor)",
+    schema="(Tensor hidden, Tensor weight, Tensor labels, ScalarType dtype, bool need_hidden, bool need_weight) "
+    "-> (Tensor, Tensor, Tensor)",
 )
-def _summed(hidden, weight, labels, z, ignore_index, dtype, need_hidden, need_weight):
+def _summed(hidden, weight, labels, dtype, need_hidden, need_weight):
     """(sum of the losses, its gradient by hidden, and by weight; empty where not needed)."""
-    kept = labels != ignore_index
+    kept = labels != IGNORED
     with torch.autocast(hidden.device.type, enabled=False):
         if kept.all():
-            losses, *grads = _sweep(hidden, weight, labels, z, dtype, need_hidden, need_weight)
+            losses, *grads = _sweep(hidden, weight, labels, dtype, need_hidden, need_weight)
             return losses.sum(), *grads
-        losses, *grads = _sweep(hidden[kept], weight, labels[kept], z, dtype, need_hidden, need_weight)
+        losses, *grads = _sweep(hidden[kept], weight, labels[kept], dtype, need_hidden, need_weight)
         grad_hidden = torch.zeros_like(hidden, dtype=_wide(dtype)) if need_hidden else grads[0]
         if need_hidden:
             grad_hidden[kept] = grads[0]
@@ -102,7 +101,7 @@ def _summed(hidden, weight, labels, z, ignore_index, dtype, need_hidden, need_we
 
 
 @_summed.register_fake
-def _(hidden, weight, labels, z, ignore_index, dtype, need_hidden, need_weight):
+def _(hidden, weight, labels, dtype, need_hidden, need_weight):
     return hidden.new_empty((), dtype=_wide(dtype)), *_gradients(hidden, weight, dtype, need_hidden, need_weight)
 
 
@@ -126,13 +125,13 @@ def _backward(ctx, upstream, *_):
         (grad * upstream).to(dtype) if needed else None
         for grad, dtype, needed in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad, strict=False)
     )
-    return *grads, None, None, None, None, None, None
+    return *grads, None, None, None, None
 
 
 _summed.register_autograd(_backward, setup_context=_keep_gradients)
 
 
-def _sweep(hidden, weight, labels, z, dtype, need_hidden, need_weight):
+def _sweep(hidden, weight, labels, dtype, need_hidden, need_weight):
     """(losses (n,), gradient of their sum by hidden, and by weight), chunk by chunk."""
     wide = _wide(dtype)
     # A GPU needs no tiles: its kernels split the product themselves.
@@ -152,9 +151,8 @@ def _sweep(hidden, weight, labels, z, dtype, need_hidden, need_weight):
             shift = torch.stack([(rows @ part.t()).amax(1, keepdim=True) for part in parts]).amax(0).to(wide)
             total, target, expected = _exponentials(rows, parts, label, shift, tiles, need_hidden)
         # Not via the log of the sum: next to a shift of 10,000, log(total) would be rounded away.
-        loss, log_sum = total.log() - target, shift + total.log()
-        losses[chunk] = (loss + z * log_sum.square() if z else loss).squeeze(1)
-        scale = (1 + 2 * z * log_sum if z else 1) / total
+        losses[chunk] = (total.log() - target).squeeze(1)
+        scale = 1 / total
         if need_hidden:
             torch.sub(expected.mul_(scale), weight[label], out=grad_hidden[chunk])
         if need_weight:

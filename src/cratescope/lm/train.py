@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
-from rich.console import Console
 from transformers import PreTrainedModel, TrainingArguments
 
 from cratescope.arm import Arm
@@ -31,6 +30,7 @@ from cratescope.locks import locked
 from cratescope.models.cost import count_parameters
 from cratescope.models.folder import load_folder
 from cratescope.models.presets import build, preset_config
+from cratescope.progress import say
 from cratescope.run import METRICS, Run, claim, versions
 from cratescope.text.crops import Crops
 from cratescope.text.shards import TokenData
@@ -69,10 +69,10 @@ def train(config: TrainConfig) -> Run:
             claim(run.root, _identity(config, data))
         model = build(model_config, config.seed)
         publish = functools.partial(_publish, config, data, started)
-        say = Console(stderr=True, soft_wrap=True, quiet=rank() > 0).print
         together = f" x {processes()} processes" if processes() > 1 else ""
         what = f"{config.preset}, {count_parameters(model):,} parameters, {device.type}{together}, {dtype}"
-        say(f"{run.name}: {what}", markup=False)
+        if rank() == 0:
+            say(f"{run.name}: {what}")
         if config.steps:
             number, step = _fit(config, run, model, data, _arguments(config, run, device, dtype), publish)
             _leave_group()
@@ -125,17 +125,16 @@ def _leave_group() -> None:
 
 def _resume(run: Run, config: TrainConfig) -> Path | None:
     """Find the checkpoint to resume from, if any, and truncate the log to it."""
-    milestones, stderr = milestone_steps(config), Console(stderr=True)
+    milestones = milestone_steps(config)
     last = last_whole_checkpoint(run.checkpoints)
     step = step_of(last) if last else 0
     rows = [row for row in read_jsonl(run.metrics, METRICS, "`cratescope train`") if row["step"] <= step]
     write_text(run.metrics, "".join(json.dumps(row) + "\n" for row in rows))
     for missed in sorted(m for m in milestones if m <= step and not run.milestone(m).manifest.exists()):
-        stderr.print(f"milestone {missed} is not kept: training is at step {step} already", style="yellow")
+        say(f"milestone {missed} is not kept: training is at step {step} already", "yellow")
     logged = rows[-1]["step"] if rows else 0
     if logged < step - step % config.log_every:
-        said = f"warning: {run.metrics} ends at step {logged} of {step}: the losses between are lost"
-        stderr.print(said, style="yellow", markup=False, highlight=False, soft_wrap=True)
+        say(f"warning: {run.metrics} ends at step {logged} of {step}: the losses between are lost", "yellow")
     return last
 
 

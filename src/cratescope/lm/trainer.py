@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from accelerate.utils import gather, reduce, wait_for_everyone
 from jaxtyping import Int
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainerState
 
@@ -29,6 +28,7 @@ from cratescope.lm.evaluate import crop_losses, mean_loss
 from cratescope.lm.head import Head
 from cratescope.models.cost import flops_per_token
 from cratescope.models.folder import load_folder
+from cratescope.progress import STDERR
 from cratescope.run import Run
 from cratescope.workers import processes, rank
 
@@ -55,7 +55,7 @@ class Watch(TrainerCallback):
             MofNCompleteColumn(),
             TimeRemainingColumn(),
             TextColumn("loss {task.fields[loss]} {task.fields[speed]}"),
-            console=Console(stderr=True),
+            console=STDERR,
             transient=True,
             disable=rank() > 0,
             speed_estimate_period=3600,  # one step of the paper's recipe takes minutes on a small machine

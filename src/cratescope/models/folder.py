@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from cratescope.errors import UserError, first_line
+from cratescope.errors import UserError, as_user_error
 from cratescope.files import check_whole
 
 CONTEXT_NAMES = (
@@ -43,17 +43,10 @@ def longest_context(config: Any) -> int | None:
 
 
 def model_config(source: str | Path) -> Any:
-    """The configuration of a model's folder or hub name.
-
-    Raises:
-        UserError: no such model, or a class that transformers does not implement itself.
-    """
-    try:
+    """The configuration of a folder or hub name. UserError: no such model, or a class that transformers has not."""
+    with as_user_error(f"model {source}: cannot be loaded", "give a folder or a hub name"):
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         layers = getattr(text_config(config), "num_hidden_layers", 0)
-    except Exception as error:  # what is raised on values that do not fit depends on the model
-        said = first_line(error)
-        raise UserError(f"model {source}: cannot be loaded ({said}); give a folder or a hub name") from error
     if isinstance(layers, int) and layers > MOST_LAYERS:
         what = f"config.json says num_hidden_layers = {layers:,}"
         raise UserError(f"model {source}: {what}; no model has as many, mend it")
@@ -63,16 +56,10 @@ def model_config(source: str | Path) -> Any:
 def skeleton(config: Any) -> PreTrainedModel:
     """Build the model without weights, to inspect its modules: it takes no memory and almost no time.
 
-    Raises:
-        UserError: it is not a causal language model, or needs a package that is not installed.
+    Raises UserError for what is no causal language model, or needs a package that is not installed.
     """
-    try:
-        with torch.device("meta"):
-            model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except Exception as error:  # what a model's code raises on inconsistent sizes depends on the model
-        said = " ".join(str(error).split())[:200]
-        raise UserError(f"a {config.model_type} model cannot be made here ({said}); give another model") from error
-    return model
+    with as_user_error(f"a {config.model_type} model cannot be made here", "give another model"), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 
 def load_folder(folder: Path, dtype: str = "auto") -> PreTrainedModel:
@@ -81,14 +68,11 @@ def load_folder(folder: Path, dtype: str = "auto") -> PreTrainedModel:
         raise UserError(f"{folder}: no config.json in it, so it is not a Hugging Face model folder")
     check_whole(folder)
     model_config(folder)
-    try:
+    with as_user_error(f"{folder}: cannot be loaded", "check config.json and the weights, or copy them again"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, output_loading_info=True, dtype=dtype, trust_remote_code=False, local_files_only=True
         )
-        model, info = loaded
-    except Exception as error:  # what the library raises on damaged files depends on their bytes
-        fix = "check config.json and the weights, or copy them again"
-        raise UserError(f"{folder}: cannot be loaded ({first_line(error)}); {fix}") from error
+    model, info = loaded
     wrong = [f"{kind[:-5]} {sorted(info[kind])[0]}" for kind in ("missing_keys", "unexpected_keys") if info[kind]]
     if wrong:
         raise UserError(f"{folder}: the weights do not fit config.json: {', '.join(wrong)}")

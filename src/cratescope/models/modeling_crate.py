@@ -202,6 +202,8 @@ class CratePreTrainedModel(PreTrainedModel):
 class CrateModel(CratePreTrainedModel):
     """Token and position embeddings, L blocks, final LayerNorm."""
 
+    _input_embed_layer = "wte"
+
     def __init__(self, config: CrateConfig):
         super().__init__(config)
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
@@ -210,12 +212,6 @@ class CrateModel(CratePreTrainedModel):
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.gradient_checkpointing = False
         self.post_init()
-
-    def get_input_embeddings(self):
-        return self.wte
-
-    def set_input_embeddings(self, value):
-        self.wte = value
 
     @merge_with_config_defaults
     @capture_outputs

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
@@ -16,17 +14,8 @@ GPT2_VOCABULARY = 50304
 """GPT-2's 50257 tokens padded to a multiple of 64, as in the paper."""
 
 
-@dataclass(frozen=True)
-class Size:
-    """Width d, heads K and layers L; the hidden layer has 4 d neurons in both families."""
-
-    n_embd: int
-    n_head: int
-    n_layer: int
-
-
-SIZES = {f"{layers}l": Size(128, 4, layers) for layers in (1, 2, 3)}
-SIZES |= {"s": Size(768, 12, 6), "b": Size(768, 12, 12)}
+SIZES = {"1l": (128, 4, 1), "2l": (128, 4, 2), "3l": (128, 4, 3), "s": (768, 12, 6), "b": (768, 12, 12)}
+"""Width d, heads K and layers L; the hidden layer has 4 d neurons in both families."""
 FAMILIES = ("crate", "gpt2")
 CRATE_FIELDS = tuple(name for name in CrateConfig.__annotations__ if not hasattr(GPT2Config, name))
 """Fields that the GPT-2 twin has not: what a variant of CRATE changes, by `--crate`."""
@@ -52,8 +41,8 @@ def preset_config(
     family, _, size = preset.partition("-")
     if preset not in PRESETS:
         raise UserError(f"no preset {preset!r}; choose one of {', '.join(PRESETS)}")
-    shape: dict[str, Any] = dataclasses.asdict(SIZES[size]) | {"vocab_size": vocab_size, "n_positions": context}
-    shape |= {"bos_token_id": eos_id, "eos_token_id": eos_id}
+    shape: dict[str, Any] = dict(zip(("n_embd", "n_head", "n_layer"), SIZES[size], strict=True))
+    shape |= {"vocab_size": vocab_size, "n_positions": context, "bos_token_id": eos_id, "eos_token_id": eos_id}
     if family == "crate":
         try:
             return CrateConfig(**shape, **_parse_crate(crate or {}))

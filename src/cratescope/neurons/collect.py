@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import shutil
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -19,9 +18,6 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float, Int, Integer
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import track
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -40,6 +36,7 @@ from cratescope.neurons.strata import Pilot
 from cratescope.neurons.streaming import LayerStatistics, Plan, refuse_not_finite
 from cratescope.neurons.tensors import load_tensors, save_tensors
 from cratescope.parts import layer_file, parts_folder, remove_parts
+from cratescope.progress import progress, say
 from cratescope.run import Run, claim
 from cratescope.text.shards import TokenData
 from cratescope.workers import rank, worker_of
@@ -90,7 +87,7 @@ def collect(config: CollectConfig) -> Path:
         with torch.inference_mode(), _locked(folder, left, f"{worker}-of-{n_workers}"):
             work.read(range(worker, work.n_parts, n_workers))
             if n_workers > 1 and (missing := work.missing()):
-                sys.stderr.write(f"worker {worker}: done; {missing} parts of other workers are missing still\n")
+                say(f"worker {worker}: done; {missing} parts of other workers are missing still")
                 return folder
             with locked(folder, "finish", wait=True):  # the last two workers may have finished together
                 work.finish({"model": run.name, "site": site.name})
@@ -203,12 +200,12 @@ class Pass:
         if self.config.dump:
             self._check_room()
         label = f"collect {self.folder.parent.parent.name} {self.site.name}"
-        for part, lacking in track(work, escape(label), console=Console(stderr=True), transient=True):
+        for part, lacking in progress(work, label):
             self._read_part(part, {layer: statistics[layer] for layer in lacking})
 
     def finish(self, labels: dict[str, Any]) -> None:
         """Add up the parts of each layer, write its records, and delete the parts."""
-        for layer in track(self.layers, "records", console=Console(stderr=True), transient=True):
+        for layer in progress(self.layers, "records"):
             path = layer_file(self.folder, layer)
             try:
                 if not path.exists():

@@ -19,8 +19,10 @@ T = TypeVar("T")
 _NEURON = [("model", pa.string()), ("site", pa.string()), ("layer", pa.int32()), ("index", pa.int32())]
 
 
-def schema(*columns: tuple[str, pa.DataType]) -> pa.Schema:
-    return pa.schema([*_NEURON, *columns], metadata=CHECKED)
+def schema(*columns: str | tuple[str, pa.DataType]) -> pa.Schema:
+    """The columns that name a neuron, and these; a name alone is one of texts."""
+    typed = [(column, pa.string()) if isinstance(column, str) else column for column in columns]
+    return pa.schema([*_NEURON, *typed], metadata=CHECKED)
 
 
 @dataclass(frozen=True)
@@ -44,11 +46,7 @@ class Kept(Generic[T]):
         return self.tables.done(layer)
 
     def read(self, layer: int, indices: Sequence[int] | None = None) -> dict[int, T]:
-        """Items by neuron index, in index order; only of some neurons when `indices` are given.
-
-        Raises:
-            UserError: the table is damaged, or made by another version.
-        """
+        """Items by neuron index, in index order; only of some when given `indices`. Errors as of `Tables.read`."""
         return dict(self._items(layer, indices))
 
     def _items(self, layer: int, indices: Sequence[int] | None = None) -> Iterator[tuple[int, T]]:

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from cratescope.errors import UserError, first_line
+from cratescope.errors import UserError, as_user_error
 from cratescope.files import atomic_path
 from cratescope.parts import CHECKED, is_sealed, seal
 from cratescope.parts import layer_file as layer_file
@@ -268,12 +268,9 @@ def _bins(histogram: Histogram | None) -> list[dict[str, float]]:
 
 
 def read_records(path: Path, indices: Sequence[int] | None = None, strata: bool = True) -> dict[int, NeuronRecord]:
-    """Read one layer's records by neuron index; only `indices` when given.
+    """Read one layer's records by neuron index; only `indices` when given. Errors as of `read_columns`, `records_of`.
 
     strata: read the stratified windows too, most of what a record holds.
-
-    Raises:
-        UserError: the file is missing or damaged, or an index is not in it.
     """
     names = [name for name in SCHEMA.names if strata or name not in STRATIFICATIONS]
     return records_of(path, read_columns(path, names, indices), indices)
@@ -287,11 +284,7 @@ def each_record(path: Path, strata: bool = True) -> Iterator[NeuronRecord]:
 
 
 def records_of(path: Path, table: pa.Table, indices: Sequence[int] | None = None) -> dict[int, NeuronRecord]:
-    """The records in some rows of the file at `path`; only `indices` when given, in this order.
-
-    Raises:
-        UserError: an index is not in it.
-    """
+    """The records in some rows of a file; only `indices` when given, in this order. UserError for one not in it."""
     if indices is not None:
         rows = {index: row for row, index in enumerate(table.column("index").to_pylist())}
         missing = [index for index in indices if index not in rows]
@@ -305,13 +298,13 @@ def records_of(path: Path, table: pa.Table, indices: Sequence[int] | None = None
 def read_columns(path: Path, columns: Sequence[str], indices: Sequence[int] | None = None) -> pa.Table:
     """Some columns of one layer's records, a row per neuron; only of some neurons when `indices` are given.
 
-    Raises:
-        UserError: the file is missing, damaged or of another version.
+    Raises UserError: the file is missing, damaged or of another version.
     """
     if not path.exists():
         raise UserError(f"{path}: no such file; run `cratescope collect` first, or check the layer")
     chosen = None if indices is None else _among(indices)
-    try:
+    fix, kinds = "delete it and run `cratescope collect`", (OSError, ValueError, pa.ArrowException)
+    with as_user_error(f"{path}: damaged Parquet file", fix, kinds):
         sealed = is_sealed(path)
         schema = pq.read_schema(path)
         if (schema.metadata or {}).get(b"checksum") and not sealed:
@@ -319,17 +312,10 @@ def read_columns(path: Path, columns: Sequence[str], indices: Sequence[int] | No
         if not all(field.name in schema.names and schema.field(field.name).type == field.type for field in SCHEMA):
             raise UserError(f"{path}: made by an older version; delete {path.parent} and run `cratescope collect`")
         return pq.read_table(path, columns=[*columns], filters=chosen, page_checksum_verification=True)
-    except (OSError, ValueError, pa.ArrowException) as error:
-        said = first_line(error)
-        raise UserError(f"{path}: damaged Parquet file ({said}); delete it and run `cratescope collect`") from error
 
 
 def bytes_per_row(path: Path) -> int:
-    """How much of memory the columns of one neuron take, at least 1.
-
-    Raises:
-        UserError: the file is missing, damaged or of another version.
-    """
+    """How much of memory the columns of one neuron take, at least 1. Errors as of `read_columns`."""
     read_columns(path, ["index"], [])
     about = pq.read_metadata(path)
     size = sum(about.row_group(number).total_byte_size for number in range(about.num_row_groups))

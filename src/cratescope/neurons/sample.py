@@ -27,8 +27,7 @@ UNDECODABLE = "tokens the tokenizer does not have"
 def find_site(run: Run, site: str) -> str:
     """The name of the records folder meant by `site`: `auto` is the arm's native site, or the only one there is.
 
-    Raises:
-        UserError: no such folder, or several and `auto` cannot choose.
+    Raises UserError: no such folder, or several and `auto` cannot choose.
     """
     site = site.replace("{layer}", "N")  # as `collect` names the folder of a pattern
     folder = run.root / "records"
@@ -70,21 +69,13 @@ def neuron_order(seed: int, layer: int, n_neurons: int) -> Int[np.ndarray, " h"]
 
 
 def draw_neurons(path: Path, seed: int, layer: int) -> list[int]:
-    """Every neuron of a layer's records in the order in which they are drawn.
-
-    Raises:
-        UserError: the file is missing or damaged.
-    """
+    """Every neuron of a layer's records in the order in which they are drawn. Errors as of `read_columns`."""
     known = read_columns(path, ["index"]).column("index").to_numpy()
     return known[neuron_order(seed, layer, len(known))].tolist()
 
 
 def record_files(folder: Path, layers: Sequence[int] | None = None) -> dict[int, Path]:
-    """The finished records of `layers`, or of every layer there is, by layer.
-
-    Raises:
-        UserError: the folder is not finished, or has no such layer.
-    """
+    """The finished records of `layers`, or of all, by layer. UserError: the folder is unfinished, or lacks a layer."""
     if (folder / ".parts").exists():
         raise UserError(f"{folder}: not finished; run the same `cratescope collect` again")
     files = {int(path.stem[6:]): path for path in sorted(folder.glob("layer-*.parquet")) if path.stem[6:].isdecimal()}

@@ -174,11 +174,7 @@ _OTHER = re.compile(
 
 
 def site_named(name: str, model: PreTrainedModel) -> Site:
-    """`auto` (the first of the model's sites), the name of one of them, or a pattern with {layer}.
-
-    Raises:
-        UserError: no such site.
-    """
+    """`auto` (the first of the model's sites), the name of one, or a pattern with {layer}. UserError: no such site."""
     if "{layer}" in name:
         return Site(name.replace("{layer}", "N"), name)
     kind = model.config.model_type
@@ -403,8 +399,7 @@ class Intervention:
 def intervene(model: PreTrainedModel, *interventions: Intervention) -> Iterator[None]:
     """While open, every forward pass runs with the neurons forced; the model itself is not changed.
 
-    Raises:
-        UserError: layer or index out of range (the index is known only in the forward pass).
+    UserError: layer or index out of range (the index is known only in the forward pass).
     """
 
     def visit_of(force: Intervention) -> Visit:

@@ -16,7 +16,7 @@ from rich.text import Text
 from cratescope.neurons.records import NeuronRecord, TokenMean, Window
 from cratescope.report.config import ShowConfig
 from cratescope.report.text import Decode, number, percent, sparkline, visible
-from cratescope.results.neuron import Neuron, read_neuron, source_of
+from cratescope.results.neuron import Neuron, source_of
 from cratescope.run import Run
 from cratescope.score.scores import Score
 from cratescope.text.tokenizer import token_strings
@@ -32,13 +32,8 @@ WEAK, STRONG = (58, 66, 84), (255, 150, 30)
 
 
 def neuron_card(config: ShowConfig) -> RenderableType:
-    """Render everything known about one neuron for a rich console.
-
-    Raises:
-        UserError: no records, no such site, layer or neuron.
-    """
-    where = {"site": config.site, "explainer": config.explainer, "simulator": config.simulator}
-    return card(read_neuron(Run(config.run), config.layer, config.neuron, **where))
+    """Render everything known about one neuron for a rich console. Errors as of `Run.neuron`."""
+    return card(Run(config.run).neuron(config.layer, config.neuron, config.site, config.explainer, config.simulator))
 
 
 def card(neuron: Neuron) -> RenderableType:

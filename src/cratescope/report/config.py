@@ -9,7 +9,7 @@ from typing import Annotated
 import tyro
 
 from cratescope.explain.config import Simulator
-from cratescope.options import Checked, PositionalPath, PositionalPaths, within
+from cratescope.options import Checked, PositionalPath, PositionalPaths, Site, within
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,7 @@ class ShowConfig(Checked):
     """The neuron's layer, counted from 0."""
     neuron: Annotated[int, tyro.conf.Positional, within(0)]
     """Its index in the layer, counted from 0."""
-    site: str = "auto"
-    """Site of the records, as given to `collect`."""
+    site: Site = "auto"
     explainer: str | None = None
     """Show only the explanation of this explainer: the --llm given to `explain`, or `terms`."""
     simulator: Simulator | None = None

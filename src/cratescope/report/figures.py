@@ -12,17 +12,17 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from cratescope.explain.controls import OWN, SHUFFLED
 from cratescope.files import atomic_path
 from cratescope.report.text import count
+from cratescope.results.compare import USUAL
 from cratescope.results.estimates import finite
 from cratescope.results.runs import Results, one_per_run, protocols
 
 # Okabe and Ito's, distinguishable with every common kind of colour vision: CRATE blue, GPT-2 vermilion, others in turn.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
-USUAL = ("crate", "gpt2")
 INK = "#1c2024"
 WIDTH = 9.6
 
@@ -151,7 +151,7 @@ def loss_figure(results: Sequence[Results]) -> Figure:
         label = "unigram entropy" if number == 0 else None
         axes.axhline(entropy, color=INK, linestyle=(0, (5, 4)), linewidth=1, label=label)
     axes.set(xlabel="training tokens", ylabel="loss (nats per token)")
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: count(value)))
+    axes.xaxis.set_major_formatter(lambda value, _: count(value))
     _legend(figure, axes)
     return figure
 
@@ -186,10 +186,9 @@ def _grid(n: int, columns: int, height: Callable[[int], float], **shared: Any) -
 def _layer_lines(axes: Any, item: Results, protocol: str, style: Style) -> None:
     for control, fill in ((OWN, style.colour), (SHUFFLED, "none")):
         own = control == OWN
-        found = {
-            layer: item.scores.mean(protocol, None, control, layer=layer) for layer in item.scores.columns(protocol)
-        }
-        means = {layer: found[layer] for layer in sorted(found) if found[layer].mean is not None}
+        layers = sorted(item.scores.columns(protocol))
+        found = {layer: item.scores.mean(protocol, None, control, layer=layer) for layer in layers}
+        means = {layer: mean for layer, mean in found.items() if mean.mean is not None}
         axes.errorbar(
             [layer + style.dodge for layer in means],
             [100 * (mean.mean or 0) for mean in means.values()],
@@ -222,7 +221,7 @@ def density_histogram_figure(results: Sequence[Results]) -> Figure:
     figure = _histogram_panels(results, _alive, bins, "% of tokens with a non-zero activation")
     for axes in figure.axes:
         axes.set_xscale("log")
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.xaxis.set_minor_formatter(NullFormatter())
     return figure
 
@@ -280,7 +279,7 @@ def density_figure(results: Sequence[Results]) -> Figure:
         axes.set_xticks(range(depth))
     grid[0].set_ylabel("% of tokens with a non-zero activation")
     grid[0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    grid[0].yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    grid[0].yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     grid[0].yaxis.set_minor_formatter(NullFormatter())
     _legend(figure, *grid)
     return figure

@@ -8,7 +8,6 @@ from cratescope.report.text import count, number
 from cratescope.results.compare import Comparison, Quantity
 from cratescope.results.runs import Results
 from cratescope.results.tables import paper
-from cratescope.score.inference import Difference
 
 
 def headline(pairs: Sequence[Comparison]) -> str:
@@ -26,16 +25,13 @@ def headline(pairs: Sequence[Comparison]) -> str:
     if first.test is None:
         verdict = f"The difference is {number(first.difference, sign=True)}; there are too few values to test it."
     else:
-        numbers = f"{number(first.difference, sign=True)} (95 % interval {_range(first.test)}, p = {first.test.p:.2g})"
+        low, high = number(first.test.low, sign=True), number(first.test.high, sign=True)
+        numbers = f"{number(first.difference, sign=True)} (95 % interval {low} to {high}, p = {first.test.p:.2g})"
         seeds = f"{min(len(first.a.seeds), len(first.b.seeds))} seeds a side"
         over = f"over {seeds}" if first.unit == "seeds" else "over the neurons of one run a side"
         ahead = f"{(first.a if first.difference > 0 else first.b).title} is ahead"
         verdict = f"The difference is {numbers} {over}: {ahead if first.clear else 'the two are not told apart'}."
     return (text + verdict).replace(" ± ", "\u00a0±\u00a0")
-
-
-def _range(test: Difference) -> str:
-    return f"{number(test.low, sign=True)} to {number(test.high, sign=True)}"
 
 
 def caveats(results: Sequence[Results], groups: Sequence[Sequence[Comparison]], primary: Quantity) -> list[str]:

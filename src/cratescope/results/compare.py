@@ -13,7 +13,7 @@ from cratescope.errors import UserError
 from cratescope.explain.config import SCORERS
 from cratescope.explain.controls import CONTROLS, SHUFFLED
 from cratescope.explain.protocols import PROTOCOLS
-from cratescope.results.estimates import Estimate, finite, over
+from cratescope.results.estimates import Estimate, finite, over, together
 from cratescope.results.runs import Results, protocols, untrained_copy
 from cratescope.results.scores import measures_of
 from cratescope.score.inference import Difference, compare_neurons, compare_seeds, mean_of, needed
@@ -37,11 +37,7 @@ class Quantity:
 
     @classmethod
     def parse(cls, text: str) -> Quantity:
-        """`protocol/measure` or `protocol/measure/control`.
-
-        Raises:
-            UserError: anything else, an unknown name, or a measure that the protocol does not have.
-        """
+        """`protocol/measure` or `protocol/measure/control`. Raises UserError for anything else, or unknown names."""
         parts = text.split("/")
         if len(parts) not in (2, 3) or not all(parts):
             raise UserError(f"--primary {text}: write protocol/measure/control, such as uniform/pearson/shuffled")
@@ -125,8 +121,7 @@ class Comparison:
     def standard_error(self) -> float | None:
         if self.test is not None:
             return self.test.standard_error
-        errors = self.a.standard_error, self.b.standard_error
-        return None if errors[0] is None or errors[1] is None else math.hypot(errors[0], errors[1])
+        return together(self.a.standard_error, self.b.standard_error)
 
     @property
     def unit(self) -> str:
@@ -156,11 +151,7 @@ class Comparison:
 
 
 def sides(results: Sequence[Results], chosen: Sequence[str] = ()) -> tuple[str, str] | None:
-    """The arms to compare: those chosen, else CRATE and GPT-2, else the first two there are.
-
-    Raises:
-        UserError: an arm that no run has, or not two of them.
-    """
+    """The arms to compare: those chosen, else CRATE and GPT-2, else the first two. UserError: not two of the runs'."""
     names = list(dict.fromkeys(item.arm.name for item in results))
     if chosen:
         unknown = [name for name in chosen if name not in names]
@@ -302,6 +293,5 @@ def _mixed(parts: Sequence[tuple[Estimate, float]]) -> Estimate:
     """A weighted mean; its error as if the parts were independent."""
     if any(part.mean is None for part, _ in parts):
         return Estimate(None, None)
-    errors = [part.standard_error for part, _ in parts]
-    error = None if None in errors else math.hypot(*(share * (part.standard_error or 0) for part, share in parts))
-    return Estimate(sum(share * (part.mean or 0) for part, share in parts), error)
+    errors = [part.standard_error and share * part.standard_error for part, share in parts]
+    return Estimate(sum(share * (part.mean or 0) for part, share in parts), together(*errors))

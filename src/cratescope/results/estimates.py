@@ -59,12 +59,15 @@ def gains(own: Values, control: Values) -> dict[int, dict[int, float]]:
 
 
 def over(own: Estimate, copy: Estimate) -> Estimate:
-    """The gain of a mean over that of other neurons (those of the untrained copy): the errors add in squares."""
+    """The gain of a mean over that of other neurons (those of the untrained copy)."""
     if own.mean is None or copy.mean is None:
         return NOTHING
-    errors = own.standard_error, copy.standard_error
-    error = None if errors[0] is None or errors[1] is None else math.hypot(errors[0], errors[1])
-    return Estimate(own.mean - copy.mean, error)
+    return Estimate(own.mean - copy.mean, together(own.standard_error, copy.standard_error))
+
+
+def together(*errors: float | None) -> float | None:
+    """The error of a sum of independent parts; None where that of a part is not known."""
+    return None if None in errors else math.hypot(*(error or 0 for error in errors))
 
 
 def finite(value: float | None) -> float | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from rich.console import RenderableType
 
@@ -126,11 +126,6 @@ class Neuron:
         return card_html(self)
 
 
-def read_neuron(run: Run, layer: int, index: int, **options: Any) -> Neuron:
-    """One neuron; options as of `read_neurons`."""
-    return read_neurons(run, layer, [index], **options)[0]
-
-
 def read_neurons(
     run: Run,
     layer: int,
@@ -139,12 +134,9 @@ def read_neurons(
     explainer: str | None = None,
     simulator: str | None = None,
 ) -> list[Neuron]:
-    """Neurons of one layer, in the order of `indices`; all of them unless given.
+    """Neurons of one layer, in the order of `indices`; all of them unless given. Errors as of `Run.neuron`.
 
     explainer, simulator: what is said by these alone; by all there are, unless given.
-
-    Raises:
-        UserError: no records, no such site, layer or neuron; or a file is damaged.
     """
     site = find_site(run, site)
     files = record_files(run.records(site))

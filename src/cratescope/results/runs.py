@@ -16,8 +16,8 @@ from cratescope.errors import UserError
 from cratescope.explain.explained import Explained, Explanation
 from cratescope.files import Shape, read_json, read_jsonl, slug
 from cratescope.neurons.kept import Kept
-from cratescope.neurons.records import NeuronId, layer_file, read_columns
-from cratescope.results.scores import Scores, numbers_at
+from cratescope.neurons.records import layer_file, read_columns
+from cratescope.results.scores import Scores
 from cratescope.run import IDENTITY, METRICS, Run
 from cratescope.score.quality import read_quality
 from cratescope.score.score import read_about
@@ -40,10 +40,6 @@ class Activity:
     index: Int[np.ndarray, " n"]
     density: Float[np.ndarray, " n"]
     maximum: Float[np.ndarray, " n"]
-
-    def at(self, indices: Int[np.ndarray, " m"], name: str) -> list[float | None]:
-        """A number of each neuron, None where there is none."""
-        return numbers_at(indices, self.index, getattr(self, name))
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,19 +92,11 @@ class Results:
         run = self.manifest
         return run["n_layer"], self.arm.size, run["context"], run["data"]["manifest_sha256"], made_with
 
-    def text(self, neuron: NeuronId, name: str) -> str | None:
-        """A neuron's explanation in the set `name`; None if it was not explained."""
-        return self.explanations.get(name, {}).get(neuron.layer, {}).get(neuron.index)
-
     def distinct(self, name: str, layer: int) -> int:
         """Number of different texts in the explanation set among the scored neurons of a layer."""
-        columns = (self.scores.columns(protocol).get(layer) for protocol in self._protocols_of(name))
-        scored = {index for column in columns if column is not None for index in column.index.tolist()}
+        scored = self.scores.scored(layer, name)
         texts = (text for index, text in self.explanations[name].get(layer, {}).items() if index in scored)
         return len({*texts} - {""})
-
-    def _protocols_of(self, name: str) -> list[str]:
-        return [protocol for protocol in self.scores.protocols if self.scores.set_of(protocol) == name]
 
     def densities(self, layer: int) -> list[float]:
         """Fraction of tokens on which each neuron of a layer is not zero, in index order; none of an unscored layer."""
@@ -175,8 +163,7 @@ def _load_run(run: Run, explainer: str, simulator: str) -> Iterator[Results]:
 def _metrics(run: Run, manifest: Row) -> list[Row]:
     """The log of a run's training, up to its last step.
 
-    Raises:
-        UserError: its end is missing; a cut at the end of a line would else pass for a shorter training.
+    UserError: its end is missing; a cut at the end of a line would else pass for a shorter training.
     """
     rows = read_jsonl(run.metrics, METRICS, "`cratescope train`")
     steps, settings = manifest.get("steps", 0), manifest.get("settings", {})
@@ -212,8 +199,6 @@ def _scored(run: Run, explainer: str, simulator: str) -> dict[str, Path]:
     if found:
         return found
     command = f"cratescope score {run.root} --explainer {explainer} --simulator {simulator}"
-    if any(folder.glob(f"*/{chosen}/summary.json")):
-        raise UserError(f"{folder}: scored by an older version of cratescope; run `{command}` again")
     others = sorted({"/".join(path.parts[-3:-1]) for path in folder.glob("*/*/*/scores.json")})
     hint = f" (scored so far, as explainer/simulator: {', '.join(others)})" if others else ""
     raise UserError(f"{folder}/*/{chosen}/scores.json: no such file; run `{command}` first{hint}")
@@ -249,13 +234,9 @@ def one_per_run(results: Sequence[Results]) -> list[Results]:
 
 def untrained_copy(item: Results, results: Sequence[Results]) -> Results | None:
     """The same arm with the same seed, not trained, among the runs; None for an untrained run itself."""
-    if item.arm.untrained:
-        return None
-    wanted = item.arm.preset, item.arm.name, item.arm.seed, item.site, item.matter
-    for other in results:
-        if (
-            other.arm.untrained
-            and (other.arm.preset, other.arm.name, other.arm.seed, other.site, other.matter) == wanted
-        ):
-            return other
-    return None
+
+    def kind(one: Results) -> tuple[Any, ...]:
+        return one.arm.preset, one.arm.name, one.arm.seed, one.site, one.matter
+
+    copies = (other for other in results if other.arm.untrained and kind(other) == kind(item))
+    return None if item.arm.untrained else next(copies, None)

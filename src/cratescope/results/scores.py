@@ -18,7 +18,7 @@ from cratescope.explain.protocols import PROTOCOLS
 from cratescope.neurons.records import NeuronId
 from cratescope.neurons.sample import DEAD
 from cratescope.results.estimates import NOTHING, Estimate, gains, of_layer, of_model
-from cratescope.score.scores import Score
+from cratescope.score.scores import SCHEMA, Score
 from cratescope.score.scores import scores as scores_in
 
 JUDGED = ("accuracy", "auroc")
@@ -88,7 +88,8 @@ class Scores:
 
     def __init__(self, rows: Iterable[Score] = ()) -> None:
         self._columns: dict[tuple[str, str, str], dict[int, Column]] = {}
-        self._sets: dict[str, str] = {}
+        self.set_of: dict[str, str] = {}
+        """The explanation set that each protocol scores."""
         self._means: dict[tuple[str, ...], Estimate] = {}
         found: dict[int, list[dict[str, Any]]] = {}
         for row in rows:
@@ -116,12 +117,12 @@ class Scores:
             )
             column = Column.of(table.take(pa.array(places)))
             self._columns.setdefault((protocol, measure, control), {})[layer] = column
-            self._sets[protocol] = name
+            self.set_of[protocol] = name
 
     @cached_property
     def protocols(self) -> list[str]:
         """In the order of docs/evaluation.md; scorers come after protocols."""
-        return sorted(self._sets, key=lambda name: ([*PROTOCOLS, name].index(name), name))
+        return sorted(self.set_of, key=lambda name: ([*PROTOCOLS, name].index(name), name))
 
     @cached_property
     def layers(self) -> list[int]:
@@ -130,11 +131,13 @@ class Scores:
     @cached_property
     def sets(self) -> list[str]:
         """The explanation sets, in the order of their protocols."""
-        return list(dict.fromkeys(self._sets[name] for name in self.protocols))
+        return list(dict.fromkeys(self.set_of[name] for name in self.protocols))
 
-    def set_of(self, protocol: str) -> str:
-        """The explanation set that a protocol scores."""
-        return self._sets[protocol]
+    def scored(self, layer: int, explained: str | None = None) -> set[int]:
+        """Neurons of a layer that there are rows of, from one explanation set or any."""
+        names = (name for name in self.protocols if explained in (None, self.set_of[name]))
+        columns = (self.columns(name).get(layer) for name in names)
+        return {index for column in columns if column is not None for index in column.index.tolist()}
 
     def measures(self, protocol: str) -> list[str]:
         """The measures there are of a protocol, its own first."""
@@ -155,7 +158,7 @@ class Scores:
             for name in ("value", "low", "high")
         )
         reason = None if column.reason[place] < 0 else column.names[column.reason[place]]
-        key = neuron, protocol, self.set_of(protocol), control, measure
+        key = neuron, protocol, self.set_of[protocol], control, measure
         return Score(*key, value, int(column.n[place]), low, high, reason)
 
     def every(self, neuron: NeuronId) -> list[Score]:
@@ -233,15 +236,5 @@ class Scores:
         return sorted(values, key=lambda index: (-values[index], index))
 
 
-_ROW = pa.schema(
-    [
-        *((name, pa.string()) for name in ("protocol", "measure", "control", "set")),
-        ("index", pa.int32()),
-        ("value", pa.float64()),
-        ("n", pa.int64()),
-        ("low", pa.float64()),
-        ("high", pa.float64()),
-        ("reason", pa.string()),
-    ]
-)
+_ROW = pa.schema([field for field in SCHEMA if field.name not in ("model", "site", "layer")])
 """What is kept of a row."""

@@ -20,7 +20,7 @@ from cratescope.files import atomic_path
 from cratescope.results.compare import DETECTABLE, UNTRAINED, Comparison
 from cratescope.results.estimates import NOTHING, Estimate, finite, over
 from cratescope.results.runs import Results, Row, one_per_run, protocols, untrained_copy
-from cratescope.results.scores import measures_of
+from cratescope.results.scores import measures_of, numbers_at
 from cratescope.score.quality import QUALITIES, matched
 
 
@@ -66,7 +66,7 @@ def _score_row(item: Results, copy: Results | None, protocol: str, measure: str,
     row = _start(item) | {
         "explainer": item.about["explainer"],
         "simulator": item.about["simulator"],
-        "explanation_set": item.scores.set_of(protocol),
+        "explanation_set": item.scores.set_of[protocol],
         "protocol": protocol,
         "measure": measure,
         "layer": "mean" if layer is None else layer,
@@ -125,9 +125,7 @@ def _neuron_rows(item: Results, layer: int, names: Sequence[str]) -> Iterator[Ro
 
 def _neurons(item: Results, layer: int) -> list[int]:
     """Neurons of a layer that have a score or an explanation."""
-    columns = (item.scores.columns(name).get(layer) for name in item.scores.protocols)
-    scored = {index for column in columns if column is not None for index in column.index.tolist()}
-    return sorted(scored.union(*(texts.get(layer, {}) for texts in item.explanations.values())))
+    return sorted(item.scores.scored(layer).union(*(texts.get(layer, {}) for texts in item.explanations.values())))
 
 
 def _neuron_columns(
@@ -138,7 +136,7 @@ def _neuron_columns(
     columns: dict[str, Sequence[Any]] = {"explanation_set": [explained] * len(indices)}
     columns["explanation"] = [texts.get(index) for index in indices.tolist()]
     for name in names:
-        ours = name in item.scores.protocols and item.scores.set_of(name) == explained
+        ours = name in item.scores.protocols and item.scores.set_of[name] == explained
         for measure, start in _shown_measures(name).items():
             own = item.scores.columns(name, measure).get(layer) if ours else None
             for suffix, number in (("score", "value"), ("low", "low"), ("high", "high")):
@@ -148,7 +146,8 @@ def _neuron_columns(
             columns[f"{name}_{control}"] = null.at(indices) if null else nothing
     activity = item.activity.get(layer)
     for name in ("density", "maximum"):
-        columns[name] = [finite(value) for value in activity.at(indices, name)] if activity else nothing
+        found = numbers_at(indices, activity.index, getattr(activity, name)) if activity else nothing
+        columns[name] = [finite(value) for value in found]
     return columns
 
 
@@ -167,19 +166,14 @@ def activity_rows(results: Sequence[Results]) -> list[Row]:
 
 
 def _activity_rows(item: Results) -> list[Row]:
-    start = _start(item)
-    rows = []
+    rows: list[Row] = []
     for layer in item.scores.layers:
         densities = item.densities(layer)
-        rows.append(
-            start
-            | {"layer": layer, "active": statistics.fmean(densities), "median_density": statistics.median(densities)}
-            | {"n_dead": densities.count(0), "n_neurons": len(densities)}
-        )
-    names = ("active", "median_density")
-    mean = {name: statistics.fmean(row[name] for row in rows) for name in names}
+        means = {"active": statistics.fmean(densities), "median_density": statistics.median(densities)}
+        rows.append({"layer": layer} | means | {"n_dead": densities.count(0), "n_neurons": len(densities)})
+    mean = {name: statistics.fmean(row[name] for row in rows) for name in ("active", "median_density")}
     counts = {name: sum(row[name] for row in rows) for name in ("n_dead", "n_neurons")}
-    return [*rows, start | {"layer": "mean"} | mean | counts]
+    return [_start(item) | row for row in [*rows, {"layer": "mean"} | mean | counts]]
 
 
 def quality_rows(results: Sequence[Results]) -> list[Row]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cratescope.explain.config import DEFAULT_PROTOCOLS, Simulator
-from cratescope.options import Checked, PositionalPath
+from cratescope.options import Checked, PositionalPath, Site
 
 
 @dataclass(frozen=True)
@@ -14,8 +14,7 @@ class ScoreConfig(Checked):
 
     run: PositionalPath
     """Run directory with simulations."""
-    site: str = "auto"
-    """Site of the records, as given to `collect`."""
+    site: Site = "auto"
     explainer: str = "offline"
     """Explainer whose explanations to use: the --llm given to `explain`."""
     simulator: Simulator = "list-pmi"

@@ -7,7 +7,7 @@ not fall says nothing about explanations that are too narrow, or too broad.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,23 +16,18 @@ from jaxtyping import Bool, Float
 
 from cratescope.explain.protocols import Protocol
 from cratescope.neurons.records import NeuronRecord
-from cratescope.score.measures import ACTIVE, MEASURES, WEIGHERS, look_at_words, measure
+from cratescope.score.measures import ACTIVE, WEIGHERS, look_at_words, measure
 from cratescope.score.words import Words, WordsOf
 
 FALL = 0.001
 """A score has fallen when it is lower by more than this (the source's epsilon)."""
 PASS = 0.9
 """Fraction of the neurons whose score has to fall, in each test (the source's)."""
-SYNTHETIC_ACTIVE = (0.1, 0.01, 0.001)
-"""How often the synthetic neurons are active; the source has 0.5 and 0.0001 as well."""
-SYNTHETIC_NEURONS = 20
-SYNTHETIC_WORDS = 1000
-"""Different words in the text of synthetic neurons; the n-th is the n-th most common, by Zipf's law."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """The fraction of `n_neurons` on which a measure fell, on the windows of a protocol or of a synthetic sample."""
+    """The fraction of `n_neurons` on which a measure fell, on the windows of a protocol."""
 
     sample: str
     measure: str
@@ -114,37 +109,3 @@ def _case(protocol: Protocol, record: NeuronRecord, words: WordsOf | None) -> Ca
         return None
     read = words(protocol, record) if words and look_at_words(protocol.measures) else None
     return Case(truth, labels, rate, read)
-
-
-def on_synthetic(neurons: int = SYNTHETIC_NEURONS) -> list[Verdict]:
-    """Every measure on neurons that fire at random and are 1 there: on uniform text, and on top and random windows."""
-    samples = {"uniform": _uniform, "top-and-random": _top_and_random}
-    return [
-        verdict(f"{name}, {rate:.1%} active", measured, list(draw(rate, neurons)))
-        for name, draw in samples.items()
-        for rate in SYNTHETIC_ACTIVE
-        for measured in MEASURES
-    ]
-
-
-def _synthetic_words(n: int, number: int) -> Words:
-    """Of n tokens; an explanation has seen every other word."""
-    chance = 1 / np.arange(1, SYNTHETIC_WORDS + 1)
-    words = np.random.default_rng([number, 3]).choice(SYNTHETIC_WORDS, n, p=chance / chance.sum())
-    return Words(words, words % 2 == 1)
-
-
-def _uniform(rate: float, neurons: int) -> Iterator[Case]:
-    """10,000 tokens of text."""
-    for number in range(neurons):
-        labels = np.random.default_rng([number, 1]).random(10_000) < rate
-        yield Case(labels.astype(np.float64), labels, rate, _synthetic_words(labels.size, number))
-
-
-def _top_and_random(rate: float, neurons: int) -> Iterator[Case]:
-    """Five windows of 64 tokens around active ones, and five anywhere, as in the protocol of that name."""
-    for number in range(neurons):
-        labels = np.random.default_rng([number, 2]).random((10, 64)) < rate
-        labels[:5, 32] = True
-        labels = labels.reshape(-1)
-        yield Case(labels.astype(np.float64), labels, rate, _synthetic_words(labels.size, number))

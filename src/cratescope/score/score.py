@@ -144,15 +144,10 @@ def _finished(folder: Path, inputs: dict[str, str]) -> bool:
 
 
 def read_about(folder: Path) -> dict[str, Any]:
-    """The scores.json of a folder whose tables are all there.
-
-    Raises:
-        UserError: a file is missing or damaged, or of an older version.
-    """
+    """The scores.json of a folder whose tables are all there. UserError: a missing, damaged or older file."""
     path = folder / "scores.json"
-    old = not path.exists() and (folder / "summary.json").exists()
-    about = {} if old else read_json(path, ABOUT, "`cratescope score`")
-    if old or about["made_from"].get("version") != str(VERSION):
+    about = read_json(path, ABOUT, "`cratescope score`")
+    if about["made_from"].get("version") != str(VERSION):
         raise UserError(f"{folder}: scored by another version of cratescope; run `cratescope score` again")
     for table in (layer_file(folder, layer) for layer in about["layers"]):
         if not table.exists():
@@ -289,8 +284,7 @@ def _simulated(
 def score_judgement(item: Judgement, protocol: str, name: str) -> list[Score]:
     """Accuracy and AUROC of yes-or-no answers; accuracy of groups is how often the right one was likeliest.
 
-    Raises:
-        UserError: there are not as many answers as labels, or one is no probability.
+    Raises UserError unless there are as many answers as labels, all of them probabilities.
     """
     labels, answers = np.array(item.labels, dtype=bool), np.array(item.probabilities, dtype=np.float64)
     if len(labels) != len(answers) or not ((answers >= 0) & (answers <= 1)).all():
@@ -300,14 +294,11 @@ def score_judgement(item: Judgement, protocol: str, name: str) -> list[Score]:
     if group > 1 and len(labels):
         groups = labels.reshape(-1, group), answers.reshape(-1, group)
         values["accuracy"] = float((groups[0].argmax(1) == groups[1].argmax(1)).mean())
+    key, missing = (item.neuron, protocol, name, item.control), item.skipped or ONE_ANSWER
     return [
-        Score(item.neuron, protocol, name, item.control, measure, value, len(labels), reason=_unjudged(item, value))
+        Score(*key, measure, value, len(labels), reason=missing if value is None else None)
         for measure, value in values.items()
     ]
-
-
-def _unjudged(item: Judgement, value: float | None) -> str | None:
-    return None if value is not None else item.skipped or ONE_ANSWER
 
 
 def _read(explained: Explained, simulator: str, protocols: Sequence[Protocol], words: WordsOf | None) -> ScoredSet:

@@ -35,16 +35,9 @@ class Score:
     reason: str | None = None
 
 
-_SCORE = schema(
-    ("protocol", pa.string()),
-    ("set", pa.string()),
-    ("control", pa.string()),
-    ("measure", pa.string()),
-    ("value", pa.float64()),
-    ("n", pa.int64()),
-    ("low", pa.float64()),
-    ("high", pa.float64()),
-    ("reason", pa.string()),
+_BOUNDS = [("low", pa.float64()), ("high", pa.float64())]
+SCHEMA = schema(
+    *("protocol", "set", "control", "measure"), ("value", pa.float64()), ("n", pa.int64()), *_BOUNDS, "reason"
 )
 
 
@@ -52,12 +45,7 @@ def scores(folder: Path) -> Kept[list[Score]]:
     """One row per neuron, protocol, control and measure."""
     order = ("index", "protocol", "set", "control", "measure")
     return Kept(
-        Tables(folder, _SCORE, "score", order),
+        Tables(folder, SCHEMA, "score", order),
         lambda items: [row_of(item) for item in items],
         lambda rows: [item_of(Score, row) for row in rows],
     )
-
-
-def read_scores(folder: Path) -> list[Score]:
-    """Every score in a folder that `score` wrote, in layer and index order."""
-    return [score for _, items in scores(folder).all() for score in items]

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Bool, Int
 
-from cratescope.explain.config import TERMS
+from cratescope.explain.config import SELECTED, TERMS
 from cratescope.explain.protocols import PROTOCOLS, Protocol
 from cratescope.explain.shown import same_word
 from cratescope.neurons.records import NeuronRecord, Window
@@ -55,11 +55,12 @@ def words_for(explainer: str, reader: Reader) -> WordsOf:
 
 def known_windows(explainer: str, protocol: Protocol, record: NeuronRecord) -> Sequence[Window]:
     """The windows that the explainer's explanation of a neuron was made from: `unseen` leaves their words out."""
-    if explainer == TERMS:
-        from cratescope.explain.terms.selection import selected  # slow to import
+    if explainer not in (TERMS, SELECTED):
+        return protocol.set.windows(record)
+    from cratescope.explain.terms.selection import selection_windows  # slow to import
 
-        return [one.window for one in selected(record, [*PROTOCOLS.values()])]
-    return protocol.set.windows(record)
+    chosen_on = selection_windows(record, [*PROTOCOLS.values()])
+    return [*chosen_on, *protocol.set.windows(record)] if explainer == SELECTED else chosen_on
 
 
 class Reader:
@@ -73,6 +74,7 @@ class Reader:
         """Most words are one token, so what these are is looked up once."""
         self._texts = vocabulary
         self._numbers: dict[str, int] = {}
+        self._spelled: dict[tuple[int, ...], int] = {}
         self._alone = np.array([*(self._numbers.setdefault(_word(text), len(self._numbers)) for text in vocabulary), 0])
         places: dict[str, int] = {}
         ends = [(text[:1], text[-1:]) for text in (*vocabulary, " ")]  # the last for ids that are not there
@@ -80,17 +82,17 @@ class Reader:
         self._characters = [*places]
 
     def read(self, windows: Sequence[Window]) -> Int[np.ndarray, " n"]:
-        """A number for each token of the windows joined together, equal for those of equal words of this call."""
+        """A number for each token of the windows joined together, equal for those of equal words."""
         tokens = np.concatenate([window.tokens for window in windows] or [np.zeros(0)]).astype(np.int64)
         place = np.where((tokens >= 0) & (tokens < len(self._texts)), tokens, len(self._texts))
         number = np.repeat(np.arange(len(windows)), [len(window.tokens) for window in windows])
         begins = np.append(True, ~self._joined(place) | (np.diff(number) > 0))[: len(tokens)]
         first = np.flatnonzero(begins)
         length = np.diff(first, append=len(tokens))
-        found, others = self._alone[place[first]], dict[str, int]()
-        for word in np.flatnonzero((length > 1) | (place[first] == len(self._texts))).tolist():
-            text = self._spelled(tokens[first[word] : first[word] + length[word]].tolist())
-            found[word] = self._numbers.get(text, -1 - others.setdefault(text, len(others)))
+        found = self._alone[place[first]]
+        longer = np.flatnonzero((length > 1) | (place[first] == len(self._texts)))
+        ids, starts, ends = tokens.tolist(), first[longer].tolist(), (first + length)[longer].tolist()
+        found[longer] = [self._number(tuple(ids[a:b])) for a, b in zip(starts, ends, strict=True)]
         return np.repeat(found, length)
 
     def _joined(self, place: Int[np.ndarray, " n"]) -> Bool[np.ndarray, " m"]:
@@ -100,9 +102,12 @@ class Reader:
         ends = zip(*np.divmod(pairs, len(self._characters)), strict=True)
         return np.array([_same_word(self._characters[one], self._characters[other]) for one, other in ends], bool)[pair]
 
-    def _spelled(self, tokens: Iterable[int]) -> str:
-        texts = (self._texts[token] if 0 <= token < len(self._texts) else f"<{token}>" for token in tokens)
-        return _word("".join(texts))
+    def _number(self, tokens: tuple[int, ...]) -> int:
+        """Of the word that is spelled with these tokens, a new one for a new word."""
+        if tokens not in self._spelled:
+            texts = [self._texts[token] if 0 <= token < len(self._texts) else f"<{token}>" for token in tokens]
+            self._spelled[tokens] = self._numbers.setdefault(_word("".join(texts)), len(self._numbers))
+        return self._spelled[tokens]
 
 
 _same_word = functools.cache(same_word)

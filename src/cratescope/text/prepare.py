@@ -11,28 +11,27 @@ import hashlib
 import os
 import shutil
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from transformers import PreTrainedTokenizerFast
 
 from cratescope.errors import UserError
 from cratescope.files import SURROGATES, atomic_folder, atomic_path, mark_whole, read_json, sha256, write_json
 from cratescope.locks import locked
+from cratescope.progress import STDERR, say
 from cratescope.run import claim, versions
 from cratescope.text.config import PrepareConfig
 from cratescope.text.encoding import REMEMBERED, SPLITS, Block, Encoder, Past, block_path, open_workers, write_block
 from cratescope.text.shards import DATA, TokenData, reshape, shard_stamp
-from cratescope.text.sources import Source, open_sources
+from cratescope.text.sources import Source, name_some, open_sources
 from cratescope.text.tokenizer import load_tokenizer, n_ids, train_bpe, vocabulary_size
 
 BLOCK_BYTES = 8_000_000
@@ -47,23 +46,23 @@ LISTED = 100
 """Files left out that the manifest names."""
 
 
-def prepare(config: PrepareConfig, console: Console | None = None) -> TokenData:
+def prepare(config: PrepareConfig) -> TokenData:
     """Write the data folder `config.out`, or find it finished, and open it.
 
     Raises:
         UserError: a setting, the source or the tokenizer is unusable, the folder holds other data, a split is empty.
     """
-    console = console or Console(stderr=True)
-    report = partial(console.print, markup=False, highlight=False, soft_wrap=True)
     _check(config)
-    identity, sources, left_out = open_sources(config.source, report)
+    identity, sources, left_out = open_sources(config.source)
+    if left_out:
+        say(f"{config.source}: {name_some(left_out)}")
     _check_shards(config, sources)
     for name in ("tokenizer", "max_megabytes", "validation", "heldout", "shard_tokens", "seed"):
         identity[name] = getattr(config, name)
     with locked(config.out, "prepare"):
         if not _finished(config.out, identity):
             try:
-                _prepare(config, console, report, identity, sources, left_out)
+                _prepare(config, identity, sources, left_out)
             except UserError:
                 _drop_claim(config.out)
                 raise
@@ -74,20 +73,17 @@ def prepare(config: PrepareConfig, console: Console | None = None) -> TokenData:
 
 
 def _prepare(
-    config: PrepareConfig,
-    console: Console,
-    report: Callable[[str], None],
-    identity: dict[str, Any],
-    sources: Sequence[Source],
-    left_out: Mapping[str, str],
+    config: PrepareConfig, identity: dict[str, Any], sources: Sequence[Source], left_out: Mapping[str, str]
 ) -> None:
-    fractions = _fractions(sources, config.max_megabytes)
-    tokenizer = _tokenizer(config, sources, fractions, report)
+    fractions = [1.0] * len(sources)
+    if config.max_megabytes is not None and sources[0].size is not None:
+        fractions = shares([source.size or 0 for source in sources], config.max_megabytes * 1e6)
+    tokenizer = _tokenizer(config, sources, fractions)
     work = config.out / ".work"
     past = Past.load(work)
     dtype = np.dtype(np.uint16 if n_ids(tokenizer) < 65536 else np.uint32)
     encoder = Encoder(tokenizer.backend_tokenizer, tokenizer.eos_token_id, dtype)
-    _encode_blocks(_blocks(config, sources, fractions, past), past, work, encoder, _n_workers(config, sources), console)
+    _encode_blocks(_blocks(config, sources, fractions, past), past, work, encoder, _n_workers(config, sources))
     manifest: dict[str, Any] = {
         "tokenizer": {"spec": config.tokenizer, "vocab_size": n_ids(tokenizer), "eos_id": tokenizer.eos_token_id},
         "dtype": encoder.dtype.name,
@@ -105,7 +101,7 @@ def _prepare(
     shutil.rmtree(work)
     for row in manifest["sources"]:
         if row["invalid_utf8"]:
-            report(
+            say(
                 f"warning: {row['origin']}: {row['invalid_utf8']} documents had invalid UTF-8, now U+FFFD; "
                 "if the file is in another encoding, convert it first"
             )
@@ -160,15 +156,7 @@ def shares(sizes: Sequence[float], budget: float) -> list[float]:
     return fractions
 
 
-def _fractions(sources: Sequence[Source], max_megabytes: float | None) -> list[float]:
-    if max_megabytes is None or sources[0].size is None:
-        return [1.0] * len(sources)
-    return shares([source.size or 0 for source in sources], max_megabytes * 1e6)
-
-
-def _tokenizer(
-    config: PrepareConfig, sources: Sequence[Source], fractions: Sequence[float], report: Callable[[str], None]
-) -> PreTrainedTokenizerFast:
+def _tokenizer(config: PrepareConfig, sources: Sequence[Source], fractions: Sequence[float]) -> PreTrainedTokenizerFast:
     """The tokenizer in the data folder, put there (and trained, for `bpe:N`) the first time."""
     folder = config.out / "tokenizer"
     if not folder.exists():
@@ -176,7 +164,7 @@ def _tokenizer(
         if size is None:
             tokenizer = load_tokenizer(config.tokenizer)
         else:
-            report(f"training a BPE of {size} entries")
+            say(f"training a BPE of {size} entries")
             tokenizer = train_bpe(_sample(sources, fractions, config), size)
         with atomic_folder(folder) as temporary:
             tokenizer.save_pretrained(temporary)
@@ -309,13 +297,11 @@ def _n_workers(config: PrepareConfig, sources: Sequence[Source]) -> int:
     return int(max(1, min(cores, known // PROCESS_BYTES, (config.max_megabytes or known) * 1e6 // PROCESS_BYTES)))
 
 
-def _encode_blocks(
-    blocks: Iterator[Block], past: Past, work: Path, encoder: Encoder, n_workers: int, console: Console
-) -> None:
+def _encode_blocks(blocks: Iterator[Block], past: Past, work: Path, encoder: Encoder, n_workers: int) -> None:
     """Encode blocks into files of `work`, several at once, while the next ones are read."""
     writing: deque[Future[None]] = deque()
     columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
-    with Progress(*columns, console=console, transient=True) as progress, open_workers(encoder, n_workers) as pool:
+    with Progress(*columns, console=STDERR, transient=True) as progress, open_workers(encoder, n_workers) as pool:
         task = progress.add_task("reading", total=None)
         try:
             for block in blocks:

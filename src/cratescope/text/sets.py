@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
-from cratescope.errors import UserError, first_line
+from cratescope.errors import UserError, as_user_error
 from cratescope.files import SURROGATES, sha256
-from cratescope.text.sources import Source, as_document, open_sources
+from cratescope.progress import say
+from cratescope.text.sources import as_document, name_some, open_sources
 
 
 @dataclass(frozen=True)
@@ -86,32 +84,28 @@ def identity(found: HubSet | Path) -> dict[str, Any]:
         files = found.data_files
         local = {"sha256": sha256(Path(files))} if files and Path(files).is_file() else {}
         return dataclasses.asdict(found) | {"data_files": Path(files).name if local and files else files} | local
-    return {"sha256": [source.sha256() for source in _sources(found)]}
+    return {"sha256": [source.sha256() for source in open_sources(str(found.resolve()))[1]]}
 
 
 def read(name: str, found: HubSet | Path, limit: int) -> list[str]:
     """Read the first `limit` non-empty documents as valid Unicode; anything else becomes `?`, with a warning.
 
     Not U+FFFD, as in `prepare`: bits per byte count the file's bytes, and one `?` stands for one byte.
-
-    Raises:
-        UserError: the set cannot be read, has no such column, or has no text.
+    Raises UserError for a set that cannot be read, has no such column, or has no text.
     """
-    say = partial(Console(stderr=True).print, markup=False, highlight=False, soft_wrap=True)
     if isinstance(found, HubSet):
         documents = _hub_documents(name, found)
     else:
-        documents = (text for source in _sources(found, say) for text in source.documents())
+        _, sources, left_out = open_sources(str(found.resolve()))
+        if left_out:
+            say(f"{found}: {name_some(left_out)}")
+        documents = (text for source in sources for text in source.documents())
     texts = list(islice((text for text in documents if text.strip()), limit))
     if not texts:
         raise UserError(f"--on {name}: has no text; give a file or set with text")
     if invalid := sum(1 for text in texts if SURROGATES.search(text)):
         say(f"warning: --on {name}: {invalid} documents had invalid UTF-8, now `?`")
     return [SURROGATES.sub("?", text) for text in texts]
-
-
-def _sources(path: Path, say: Callable[[str], None] = lambda line: None) -> list[Source]:
-    return open_sources(str(path.resolve()), say)[1]
 
 
 def _hub_documents(name: str, entry: HubSet) -> Iterator[str]:
@@ -135,11 +129,7 @@ def _hub_rows(name: str, entry: HubSet) -> Iterator[dict[str, Any]]:
         raise UserError(f"--on {name}: reading it needs pip install 'cratescope[hub]'") from error
     datasets.disable_progress_bars()
     files = {entry.split: entry.data_files} if entry.data_files else None
-    try:
+    what = entry.data_files or f"{entry.path} of the hub"
+    fix = f"give a local copy, such as --on {name.partition('=')[0]}=FILE.jsonl"
+    with as_user_error(f"--on {name}: {what} cannot be read", fix):
         yield from datasets.load_dataset(entry.path, entry.config, data_files=files, split=entry.split, streaming=True)
-    except Exception as error:  # the library raises many kinds, for the network, the name and damaged files
-        what = entry.data_files or f"{entry.path} of the hub"
-        raise UserError(
-            f"--on {name}: {what} cannot be read ({first_line(error)}); "
-            f"give a local copy, such as --on {name.partition('=')[0]}=FILE.jsonl"
-        ) from error

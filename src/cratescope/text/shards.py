@@ -11,13 +11,11 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Int64
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import track
 from transformers import PreTrainedTokenizerFast
 
-from cratescope.errors import UserError, first_line
+from cratescope.errors import UserError, as_user_error
 from cratescope.files import Shape, read_json, sha256, stamp, write_json
+from cratescope.progress import progress
 from cratescope.text.tokenizer import load_tokenizer
 
 _SHARD: Shape = {"file": str, "tokens": int, "sha256": str}
@@ -34,11 +32,10 @@ NPY_HEADER = 128
 
 @dataclass(frozen=True, eq=False)
 class TokenSplit:
-    """One split as one long row of tokens, spread over shards on disk. n_bytes: bytes of its text, without <eos>."""
+    """One split as one long row of tokens, spread over shards on disk."""
 
     name: str
     shards: tuple[np.ndarray, ...]
-    n_bytes: int
 
     @cached_property
     def starts(self) -> np.ndarray:
@@ -51,7 +48,7 @@ class TokenSplit:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle file names: a memmap would pickle all of its data, so a worker process opens the file itself."""
-        return _reopen, (self.name, tuple(getattr(shard, "filename", shard) for shard in self.shards), self.n_bytes)
+        return _reopen, (self.name, tuple(getattr(shard, "filename", shard) for shard in self.shards))
 
     def window(self, start: int, length: int) -> Int64[np.ndarray, " length"]:
         """`length` tokens from position `start` on, across shards. Raises IndexError past the end."""
@@ -78,21 +75,20 @@ class TokenSplit:
         return np.stack([self.window(index * self.n_tokens // n, length) for index in range(n)])
 
 
-def _reopen(name: str, shards: tuple[Any, ...], n_bytes: int) -> TokenSplit:
-    opened = tuple(one if isinstance(one, np.ndarray) else np.load(one, "r", allow_pickle=False) for one in shards)
-    return TokenSplit(name, opened, n_bytes)
+def _reopen(name: str, shards: tuple[Any, ...]) -> TokenSplit:
+    opened = (one if isinstance(one, np.ndarray) else np.load(one, "r", allow_pickle=False) for one in shards)
+    return TokenSplit(name, tuple(opened))
 
 
 @dataclass(frozen=True)
 class TokenData:
-    """A data folder made by `prepare`. verify: compare shards with their SHA-256 (one of several processes does)."""
+    """A data folder made by `prepare`."""
 
     path: Path
     manifest: dict[str, Any]
-    verify: bool = True
 
     @classmethod
-    def open(cls, path: Path | str, verify: bool = True) -> TokenData:
+    def open(cls, path: Path | str) -> TokenData:
         """Open a finished data folder, checking only its manifest and the sizes of its shards.
 
         Raises:
@@ -113,7 +109,7 @@ class TokenData:
                 raise UserError(f"{file}: no such file; run the same `cratescope prepare` again")
             if file.stat().st_size != NPY_HEADER + width * shard["tokens"]:
                 raise _damaged(file, "its size differs")
-        return cls(path, manifest, verify)
+        return cls(path, manifest)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerFast:
@@ -129,23 +125,16 @@ class TokenData:
         return self.manifest["tokenizer"]["eos_id"]
 
     def split(self, name: str) -> TokenSplit:
-        """One of train, validation and heldout; its shards are compared with their SHA-256 the first time.
-
-        Raises:
-            UserError: no such split, or a shard is damaged.
-        """
+        """train, validation or heldout, compared with its hashes the first time. UserError: not there, or damaged."""
         if name not in self.manifest["splits"]:
             raise UserError(f"split {name}: not in {self.path}, which has {', '.join(self.manifest['splits'])}")
         entry = self.manifest["splits"][name]
-        if self.verify:
-            _verify(self.path, entry["shards"])
+        _verify(self.path, entry["shards"])
         shards = []
-        for shard in entry["shards"]:
-            try:
-                shards.append(np.load(self.path / shard["file"], mmap_mode="r", allow_pickle=False))
-            except (OSError, ValueError) as error:
-                raise UserError(f"{self.path / shard['file']}: cannot be opened ({first_line(error)})") from error
-        return TokenSplit(name, tuple(shards), entry["bytes"])
+        for path in (self.path / shard["file"] for shard in entry["shards"]):
+            with as_user_error(f"{path}: cannot be opened", "delete it and run the same `cratescope prepare`"):
+                shards.append(np.load(path, mmap_mode="r", allow_pickle=False))
+        return TokenSplit(name, tuple(shards))
 
 
 def _damaged(file: Path, why: str) -> UserError:
@@ -166,7 +155,7 @@ def _verify(folder: Path, shards: Sequence[dict[str, Any]]) -> None:
     if not new:
         return
     try:
-        for shard in track(new, escape(f"checking {folder}"), console=Console(stderr=True), transient=True):
+        for shard in progress(new, f"checking {folder}"):
             if sha256(folder / shard["file"]) != shard["sha256"]:
                 raise _damaged(folder / shard["file"], "SHA-256 differs")
             seals[shard["file"]] = shard_stamp(folder, shard)

@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import zstandard
 
-from cratescope.errors import UserError, first_line
+from cratescope.errors import UserError, as_user_error, first_line
 from cratescope.files import encoding_of, parse_json, sha256
 from cratescope.text import offline
 
@@ -68,18 +68,13 @@ class HubDocuments:
         return self.rows.state_dict()
 
     def __iter__(self) -> Iterator[str]:
-        try:
+        with as_user_error(f"{self.name}: reading stopped", "the same command resumes from there"):
             for row in self.rows:
                 text = as_document(row["text"]) if "text" in row else None
                 if text is None:
                     what = f"no `text` column of strings, only {', '.join(row)}"
                     raise UserError(f"{self.name}: {what}; use a data set with one")
                 yield text
-        except UserError:
-            raise
-        except Exception as error:  # the network and the many formats raise anything
-            reason = first_line(error)
-            raise UserError(f"{self.name}: reading stopped ({reason}); the same command resumes from there") from error
 
 
 @dataclass(frozen=True)
@@ -98,17 +93,14 @@ class Source:
     sha256: Callable[[], str | None]
 
 
-def open_sources(source: str, report: Callable[[str], None]) -> tuple[dict[str, str], list[Source], dict[str, str]]:
+def open_sources(source: str) -> tuple[dict[str, str], list[Source], dict[str, str]]:
     """Open `offline`, a file, a folder or a hub name: a cheap identity of its content, and its sources.
 
-    Also returns the files of a folder that are left out, with reasons; `report` receives the first few.
-
-    Raises:
-        UserError: nothing there, or an unknown format.
+    Also returns the files of a folder that are left out, with reasons. Raises UserError for an unknown name or format.
     """
     path, left_out = Path(os.path.expanduser(source)), dict[str, str]()  # Path.expanduser raises for unknown names
     if source == "offline":
-        offline.fetch_all((name for part in offline.CORPUS for name in part.archives), report)
+        offline.fetch_all(name for part in offline.CORPUS for name in part.archives)
         sources = []
         for part in offline.CORPUS:
             read, digest = partial(Documents, part.documents), partial(str, part.sha256)
@@ -116,8 +108,6 @@ def open_sources(source: str, report: Callable[[str], None]) -> tuple[dict[str, 
         listing = [part.sha256 for part in offline.CORPUS]
     elif path.exists():
         files, left_out = _files(path)
-        if left_out:
-            report(f"{path}: {name_some(left_out)}")
         sources = [_file_source(name, file) for name, file in files]
         listing = [f"{name} {file.stat().st_size}" for name, file in files]
     else:
@@ -326,17 +316,15 @@ def jsonl_documents(path: Path) -> Iterator[str]:
 
 def parquet_documents(path: Path) -> Iterator[str]:
     """The `text` column, row by row, of strings or of bytes that are UTF-8; missing values are empty documents."""
-    try:
-        with pq.ParquetFile(path) as file:
-            _check_column(path, file.schema_arrow)
-            for batch in file.iter_batches(batch_size=256, columns=["text"]):
-                column = batch.column(0)
-                column = column.dictionary_decode() if isinstance(column, pa.DictionaryArray) else column
-                # As bytes: a string that is not UTF-8 would raise.
-                documents = (as_document(value) or "" for value in column.cast(pa.large_binary()).to_pylist())
-                yield from _without_nuls(path, documents)
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path}: damaged Parquet file ({first_line(error)}); get it again") from error
+    damaged = as_user_error(f"{path}: damaged Parquet file", "get it again", (pa.ArrowException, OSError))
+    with damaged, pq.ParquetFile(path) as file:
+        _check_column(path, file.schema_arrow)
+        for batch in file.iter_batches(batch_size=256, columns=["text"]):
+            column = batch.column(0)
+            column = column.dictionary_decode() if isinstance(column, pa.DictionaryArray) else column
+            # As bytes: a string that is not UTF-8 would raise.
+            documents = (as_document(value) or "" for value in column.cast(pa.large_binary()).to_pylist())
+            yield from _without_nuls(path, documents)
 
 
 def _check_column(path: Path, schema: pa.Schema) -> None:
@@ -353,16 +341,14 @@ def _hub(source: str) -> Source:
     """A data set of the hub, streamed: `owner/name` or `owner/name:configuration`, split `train`."""
     name, _, configuration = source.partition(":")
     missing = f"{source}: no such file or folder"
+    fix = "give `offline`, a file, a folder, or a data set name of the hub"
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.lower().endswith(SUFFIXES):
-        raise UserError(f"{missing}; give `offline`, a file, a folder, or a data set name of the hub")
+        raise UserError(f"{missing}; {fix}")
     try:
         import datasets
     except ImportError as error:
         raise UserError(f"{missing}; if it is a data set of the hub: pip install 'cratescope[hub]'") from error
-    try:
+    with as_user_error(f"{missing}, and no data set of that name can be opened from the hub", fix):
         rows = datasets.load_dataset(name, configuration or None, split="train", streaming=True)
-    except Exception as error:  # the library raises many kinds, for the network, the name and the configuration
-        reason = first_line(error)
-        raise UserError(f"{missing}, and no data set of that name can be opened from the hub ({reason})") from error
     licence = (rows.info and rows.info.license) or "not stated"
     return Source(source, licence, f"hub data set {source}", None, partial(HubDocuments, source, rows), lambda: None)

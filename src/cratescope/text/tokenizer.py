@@ -17,7 +17,7 @@ from jaxtyping import Int
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from cratescope.errors import UserError, first_line
+from cratescope.errors import UserError, as_user_error
 from cratescope.files import check_whole, read_json
 from cratescope.text.offline import gpt2_files
 
@@ -43,17 +43,13 @@ def load_tokenizer(spec: str | Path) -> PreTrainedTokenizerFast:
         raise UserError(f"tokenizer {spec}: no such folder; use `gpt2`, `bpe:N`, or a folder with tokenizer.json")
     if Path(spec).is_dir():
         check_whole(Path(spec), weights=False)
-    try:
+    fix = "use `gpt2`, `bpe:N`, or a folder with tokenizer.json"
+    with as_user_error(f"tokenizer {spec}: cannot be loaded", fix):
         tokenizer: Any = (
             PreTrainedTokenizerFast.from_pretrained(str(spec), trust_remote_code=False)
             if _is_plain(Path(spec))
             else named_tokenizer(str(spec))
         )
-    except Exception as error:  # what the library raises on damaged files depends on their bytes
-        reason = first_line(error)
-        raise UserError(
-            f"tokenizer {spec}: cannot be loaded ({reason}); use `gpt2`, `bpe:N`, or a folder with tokenizer.json"
-        ) from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise UserError(f"tokenizer {spec}: is not a fast tokenizer; convert it to tokenizer.json, or use `gpt2`")
     if tokenizer.eos_token_id is None:
@@ -105,22 +101,14 @@ def _same_kind(made: Tokenizer, stated: Tokenizer) -> bool:
 def _is_plain(folder: Path) -> bool:
     """Whether AutoTokenizer would choose PreTrainedTokenizerFast, as for our own models; found without torch."""
     kinds = {"config.json": "model_type", "tokenizer_config.json": "tokenizer_class"}
-    found = {key: _said(folder / name, key) for name, key in kinds.items()}
-    ours = found["model_type"] in (None, "crate", "gpt2")
-    return ours and found["tokenizer_class"] == PreTrainedTokenizerFast.__name__
-
-
-def _said(path: Path, key: str) -> Any:
-    """The value of `key` in a JSON file; None if there is none."""
-    return read_json(path).get(key) if path.is_file() else None
+    paths = {key: folder / name for name, key in kinds.items()}
+    found = {key: read_json(path).get(key) for key, path in paths.items() if path.is_file()}
+    ours = found.get("model_type") in (None, "crate", "gpt2")
+    return ours and found.get("tokenizer_class") == PreTrainedTokenizerFast.__name__
 
 
 def vocabulary_size(spec: str) -> int | None:
-    """N of the tokenizer spec `bpe:N`; None for any other spec.
-
-    Raises:
-        UserError: N is not a number, leaves no room for the 256 bytes and the end-of-text token, or is too large.
-    """
+    """N of the tokenizer spec `bpe:N`, None for another spec. UserError: N is no number from 257 to LARGEST_BPE."""
     if not spec.startswith("bpe:"):
         return None
     match = re.fullmatch(r"bpe:0*([0-9]{1,9})", spec)

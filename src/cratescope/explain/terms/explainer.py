@@ -29,8 +29,7 @@ class ByTerms:
         self._vocabulary = Vocabulary.of(vocabulary_strings(run.tokenizer))
         self._known: dict[NeuronId, Explanation] = {}
 
-    @property
-    def identity(self) -> dict[str, Any]:
+    def made_with(self, chosen: ExplanationSet) -> dict[str, Any]:
         return identity(self._config, self._lexicon.language)
 
     def explained(

@@ -6,6 +6,7 @@ as rows of it (`Block`): sums over tokens become products of sparse matrices.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -29,7 +30,7 @@ from cratescope.explain.terms.language import (
     ends_in,
 )
 from cratescope.explain.terms.phrases import Term, What, Where
-from cratescope.explain.terms.texts import Texts
+from cratescope.explain.terms.texts import Texts, Vocabulary
 
 FEWEST = 4
 """A share of X is one of at least so many words: one X at the beginning of a window is not all there is."""
@@ -82,19 +83,21 @@ class Lexicon:
 
     def table(self, words: Sequence[str]) -> sp.csr_array:
         """1 for each word (row) and each of `named` that it is; a last row of zeros stands for no word."""
-        rows = [self._row(word) for word in words]
+        known = self._rows
+        for word in words:
+            if word not in known:
+                known[word] = self._row(word)
+        rows = [known[word] for word in words]
         starts = np.cumsum([0, *map(len, rows), 0])
         columns = np.fromiter(itertools.chain.from_iterable(rows), np.int64, starts[-1])
         return sp.csr_array((np.ones(len(columns)), columns, starts), (len(words) + 1, len(self.named)))
 
     def _row(self, word: str) -> list[int]:
-        if word not in self._rows:
-            language = self.language
-            found = [What("class", name) for name in language.classes_of(word)]
-            found += [What("ending", text) for text in language.endings_of(word)]
-            found += [What("beginning", text) for text in language.beginnings_of(word)]
-            self._rows[word] = [self.column[what] for what in found]
-        return self._rows[word]
+        language = self.language
+        found = [What("class", name) for name in language.classes_of(word)]
+        found += [What("ending", text) for text in language.endings_of(word)]
+        found += [What("beginning", text) for text in language.beginnings_of(word)]
+        return [self.column[what] for what in found]
 
 
 @dataclass(frozen=True, eq=False)
@@ -247,11 +250,7 @@ class Features:
 
     def _inside(self, place: Inside) -> Float[np.ndarray, " n"]:
         texts = self.texts
-        ids, where = np.unique(texts.tokens, return_inverse=True)
-        both = set(place.open) & set(place.close)
-        kinds = (set(place.open) - both, set(place.close) - both, both)
-        found = [[sum(c in kind for c in texts.vocabulary.strings[token]) for kind in kinds] for token in ids.tolist()]
-        opened, closed, turned = np.array(found, dtype=np.int64).reshape(-1, 3)[where].T
+        opened, closed, turned = _signs(texts.vocabulary, place)[texts.tokens].T
         breaks = self._is(place.ends)[texts.word]
         breaks[texts.bounds[:-1][np.diff(texts.bounds) > 0]] = True
         stretch = np.cumsum(breaks)
@@ -269,6 +268,14 @@ class Features:
         ids, rows = np.unique(self.texts.tokens, return_inverse=True)
         strings = np.array([self.texts.vocabulary.strings[token].strip() for token in ids.tolist()], dtype=object)
         return np.where(self._in_pieces, strings[rows] if len(ids) else "", "")
+
+
+@functools.lru_cache(maxsize=16)
+def _signs(vocabulary: Vocabulary, place: Inside) -> Int[np.ndarray, "v 3"]:
+    """How many signs each token has that only open, that only close, and that do either in turn."""
+    both = set(place.open) & set(place.close)
+    kinds = (set(place.open) - both, set(place.close) - both, both)
+    return np.array([[sum(c in kind for c in text) for kind in kinds] for text in vocabulary.strings], dtype=np.int64)
 
 
 def _since(steps: Int[np.ndarray, " n"], stretch: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:

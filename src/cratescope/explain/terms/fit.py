@@ -46,7 +46,7 @@ BEST_WHAT, BEST_WHERE = 24, 32
 LEAST_TOKENS = 256
 VERSION = 2
 """Of how terms are chosen: raise it when the same records give other explanations."""
-AT_ONCE = 16
+AT_ONCE = 8
 """Neurons fitted together; it affects time and memory alone."""
 DEAD = "dead neuron"
 TOO_FEW = f"fewer than {LEAST_TOKENS} tokens that no protocol shows or scores"

@@ -47,13 +47,21 @@ def selected(record: NeuronRecord, protocols: Sequence[Protocol]) -> list[Select
             f"by_quantile, and terms are chosen on {len(QUANTILES) - 1}; run `cratescope collect --strata`, or use "
             "another explainer"
         )
-    picks = list(_picks(protocols, record))
-    used = _Used.of([window for pick in picks for window in pick.windows(record)])
-    ranks = {rank for pick in picks if pick.source == "top" for rank in _ranks(pick, record)}
-    spare = [window for rank, window in enumerate(record.top) if rank not in ranks]
+    used = _Used.of([window for pick in _picks(protocols, record) for window in pick.windows(record)])
     found = [(window, 1.0, weight) for window, weight in _by_quantile(record)]
-    found += [(window, TOP, TOP_PEAK) for window in spare]
+    found += [(window, TOP, TOP_PEAK) for window in _spare(record, protocols)]
     return [_weighted(window, weight, peak, used) for window, weight, peak in found]
+
+
+def selection_windows(record: NeuronRecord, protocols: Sequence[Protocol]) -> list[Window]:
+    """The windows of `selected`, without the weights, which take longer."""
+    return [*(window for stratum in record.by_quantile for window in stratum.windows), *_spare(record, protocols)]
+
+
+def _spare(record: NeuronRecord, protocols: Sequence[Protocol]) -> list[Window]:
+    """The top windows whose rank no protocol uses."""
+    ranks = {rank for pick in _picks(protocols, record) if pick.source == "top" for rank in _ranks(pick, record)}
+    return [window for rank, window in enumerate(record.top) if rank not in ranks]
 
 
 def _picks(protocols: Iterable[Protocol], record: NeuronRecord) -> Iterable[Pick]:

@@ -5,9 +5,10 @@ Everything is found for many windows at once. A window is all there is: what sta
 
 from __future__ import annotations
 
+import functools
 import itertools
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -72,6 +73,7 @@ class Vocabulary:
         return np.array(known, dtype=bool)[place]
 
 
+@functools.cache
 def together(before: str, after: str) -> bool:
     """Are these two characters, next to each other, of one word? Letters without spaces between words never are."""
     return same_word(before, after) and not (_is_unspaced(before) and _is_unspaced(after))
@@ -183,12 +185,13 @@ def _spellings(
         left, same = left[~ends], same[~ends]
         if len(left):
             _, same = np.unique(same * len(strings) + tokens[first[left] + piece], return_inverse=True)
-    texts = [_text(strings[token] for token in tokens[first[one] : first[one] + length[one]]) for one in samples]
+    ids, starts = tokens.tolist(), first[samples].tolist()
+    ends = (first + length)[samples].tolist()
+    texts = [_text("".join([strings[token] for token in ids[a:b]])) for a, b in zip(starts, ends, strict=True)]
     distinct = sorted(set(texts))
     places = {text: place for place, text in enumerate(distinct)}
     return np.array([places[text] for text in texts], dtype=np.int64)[group], distinct
 
 
-def _text(pieces: Iterable[str]) -> str:
-    text = "".join(pieces)
+def _text(text: str) -> str:
     return text.strip(" ") or text

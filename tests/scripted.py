@@ -1,4 +1,4 @@
-"""A scripted language model, for tests and for trying the stages without weights."""
+"""A scripted language model, for running the stages without weights."""
 
 from __future__ import annotations
 
