@@ -23,6 +23,7 @@ from cratescope.explain.terms.phrases import What
 from cratescope.explain.terms.texts import Texts, Vocabulary
 from cratescope.files import read_json, write_json
 from cratescope.neurons.records import Window
+from scripted import ScriptedLLM
 from test_explain import first_word, make_run, settings_for
 from test_simulate import config_for, knowing
 
