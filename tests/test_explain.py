@@ -230,7 +230,7 @@ def test_auto_takes_the_only_site_and_lists_several(tmp_path: Path) -> None:
     about = {"parameters": 1, "steps": 1, "n_layer": 1, "context": 8, "data": {"path": "d", "manifest_sha256": "0"}}
     write_json(run.manifest, about | {"arm": Arm.trained("gpt2-2l", 0, 0, {}).row()})
     assert find_site(run, "auto") == "mlp", "the arm's own"
-    with pytest.raises(UserError, match="found: none"):
+    with pytest.raises(UserError, match="not a run directory"):
         find_site(Run(tmp_path / "nothing"), "auto")
 
 

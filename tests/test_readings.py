@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from cratescope.llm.scripted import ScriptedLLM
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 

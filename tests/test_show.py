@@ -126,7 +126,7 @@ def test_line_breaks_and_tabs_in_tokens_are_seen(run: Run) -> None:
 def test_what_is_not_there_is_named(run: Run, changes: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError, match=words):
         shown(run, **changes)
-    with pytest.raises(UserError, match="cratescope collect"):
+    with pytest.raises(UserError, match="not a run directory"):
         neuron_card(ShowConfig(run.root / "nowhere", 0, 0))
 
 

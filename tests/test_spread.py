@@ -37,7 +37,7 @@ def test_a_stage_with_workers_may_run_under_torchrun_and_another_may_not(monkeyp
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="runs in one process"):
         cli.run(["score", "nowhere"])
-    with pytest.raises(UserError, match="needs records of one site"):
+    with pytest.raises(UserError, match="not a run directory"):
         cli.run(["explain", "nowhere"])
     assert share([0, 1, 2], "auto", 1) == [0, 2]
 
