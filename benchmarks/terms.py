@@ -29,6 +29,7 @@ from rich.table import Table
 from cratescope.explain.config import ExplainConfig, SimulateConfig, TermsConfig
 from cratescope.explain.explain import explain
 from cratescope.explain.simulate import simulate
+from cratescope.hardware import keep_freed_memory
 from cratescope.results.scores import Scores
 from cratescope.run import Run
 from cratescope.score.config import ScoreConfig
@@ -60,6 +61,7 @@ class Options:
 
 def main() -> None:
     options = tyro.cli(Options, description=__doc__)
+    keep_freed_memory()  # as the command line does
     rows = [measured(run, way, options) for run in options.runs for way in options.ways]
     columns = list(dict.fromkeys(name for row in rows for name in row))
     table = Table(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -73,3 +74,16 @@ def _dying(change: int, work: Callable[[], object], seen: Any) -> None:
         setattr(os, name, counted(getattr(os, name)))
     with open(os.devnull, "w") as sys.stdout, open(os.devnull, "w") as sys.stderr:
         work()
+
+
+def on_threads(code: str, *numbers: int) -> list[str]:
+    """What a piece of code prints in processes of so many threads each."""
+    names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+    paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    said = []
+    for threads in numbers:
+        environment = os.environ | dict.fromkeys(names, str(threads)) | {"PYTHONPATH": paths}
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr
+        said.append(done.stdout)
+    return said

@@ -13,6 +13,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+import processes
 from cratescope.score.measures import (
     CONSTANT_SIMULATION,
     CONSTANT_TRUTH,
@@ -340,3 +341,18 @@ def test_nonsense_added_to_an_explanation_that_is_too_narrow_costs_in_specific()
     junk = narrow | (np.random.default_rng(0).random(10_000) < 0.02)
     alone, spoilt = (measure("specific", fires, side.astype(float)) for side in (narrow, junk))
     assert spoilt < alone - FALL
+
+
+def test_one_and_two_threads_find_the_same_intervals():
+    one, two = processes.on_threads("import test_measures as t; print(t.intervals())", 1, 2)
+    assert one == two and "balanced" in one
+
+
+def intervals():
+    """Of text as large as uniform windows are: products of dense matrices of that size are shared among threads."""
+    rng = np.random.default_rng(0)
+    truth, noise = np.maximum(rng.normal(size=(2, 3200)), 0)
+    number = np.unique(rng.zipf(1.3, 3200), return_inverse=True)[1]
+    words = words_of(number, np.flatnonzero(rng.random(number.max() + 1) < 0.5))
+    window = np.repeat(np.arange(50), 64)
+    return {name: bootstrap(name, truth, truth + noise, window, (0, 1), words=words) for name in MEASURES}

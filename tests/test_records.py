@@ -66,7 +66,7 @@ def test_strata_histogram_and_token_means_come_back_as_they_were_written(tmp_pat
     assert back[0].histogram.count.tolist() == [3, 97] and back[0].histogram.low.tolist() == [-0.5, 0.0]
     assert back[0].top_tokens == tokens and back[0].bottom_tokens == ()
     assert back[1].by_quantile == () and back[1].histogram is None
-    short = read_records(tmp_path / "layer-00.parquet", strata=False)[0]
+    short = read_records(tmp_path / "layer-00.parquet", strata=())[0]
     assert short.by_quantile == () == short.by_level and short.top_tokens == tokens
     assert [w.key for w in short.random] == [w.key for w in back[0].random]
 

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from cratescope.errors import UserError
 from cratescope.explain.protocols import PROTOCOLS
-from cratescope.neurons import strata, streaming
+from cratescope.neurons import streaming
 from cratescope.neurons.config import CollectConfig
 from cratescope.neurons.merge import LEAST_COUNT, TOKENS_LISTED, Totals, columns
-from cratescope.neurons.records import read_records, write_table
+from cratescope.neurons.records import QUANTILES, read_records, write_table
 from cratescope.neurons.strata import FRACTION, LATER, Pilot, bin_edges, bins_of, cutoffs, draw
 from cratescope.neurons.streaming import LayerStatistics, Plan, Pool
 
@@ -184,7 +184,7 @@ def assert_windows(record, a, text):
 def assert_strata(record, a, near_zero):
     """The bound: a token's value is within a bin of the exact quantiles of its stratum; levels are exact."""
     ranks = [k / 12 for k in range(12)]
-    for strata_of, edges in ((record.by_quantile, strata.QUANTILES), (record.by_rank, ranks)):
+    for strata_of, edges in ((record.by_quantile, QUANTILES), (record.by_rank, ranks)):
         for stratum, low, high in zip(strata_of, edges[:-1], edges[1:], strict=True):
             first = a[min(int(np.floor(low * a.size)), a.size - 1)]
             last = a[min(int(np.ceil(high * a.size)), a.size) - 1]
@@ -236,7 +236,7 @@ def test_windows_of_a_stratum_are_a_uniform_draw(monkeypatch, folder):
         config = configuration(n, window=1, top=1, random=0, seed=seed)
         records = records_of(activations, config, folder, batch=20, n_pilot=12)
         for stratum, record in ((s, r) for r in records for s in means):
-            low, high = strata.QUANTILES[stratum : stratum + 2]
+            low, high = QUANTILES[stratum : stratum + 2]
             windows = record.by_quantile[stratum].windows
             means[stratum] += [np.mean([(rank[w.excerpt, w.start] - low) / (high - low) for w in windows])]
     for stratum, found in means.items():

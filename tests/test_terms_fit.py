@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 
+import processes
 from cratescope.errors import UserError
 from cratescope.explain.config import TermsConfig
 from cratescope.explain.protocols import PROTOCOLS, ExplanationSet, Pick, Protocol
@@ -140,16 +137,8 @@ def test_weights_are_the_same_to_the_last_bit_beside_any_other_neurons(records):
 
 
 def test_one_and_two_threads_find_the_same():
-    code = "import test_terms_fit as t; print(t.all_texts())"
-    said = []
-    for threads in ("1", "2"):
-        names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
-        paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
-        environment = os.environ | dict.fromkeys(names, threads) | {"PYTHONPATH": paths}
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
-        assert done.returncode == 0, done.stderr
-        said.append(done.stdout)
-    assert said[0] == said[1] and "(+10)" in said[0]
+    one, two = processes.on_threads("import test_terms_fit as t; print(t.all_texts())", 1, 2)
+    assert one == two and "(+10)" in one
 
 
 def all_texts():

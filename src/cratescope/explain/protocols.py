@@ -144,6 +144,11 @@ def protocols_named(names: Sequence[str]) -> dict[ExplanationSet, list[Protocol]
     return found
 
 
+def sources(protocols: Iterable[Protocol]) -> set[Source]:
+    """Where the windows come from that these protocols explain from or score on."""
+    return {pick.source for protocol in protocols for pick in (*protocol.set.picks, *protocol.picks)}
+
+
 def scoring_windows(protocols: Iterable[Protocol], record: NeuronRecord) -> list[Window]:
     """Every window that one of the protocols scores on, once."""
     found = (window for protocol in protocols for window in protocol.windows(record))

@@ -128,7 +128,9 @@ def correlation(
 ) -> float:
     """Pearson's, with weights; NaN for a side that is constant where there are weights, or has no value there."""
     share = weights / weights.sum() if weights.any() else weights
-    x, y = (side - share @ side for side in (truth, simulated))
-    variances = np.array([share @ x**2, share @ y**2])
-    rounding = 1e-12 * np.array([share @ truth**2, share @ simulated**2])
-    return float(share @ (x * y) / np.sqrt(variances.prod())) if (variances > rounding).all() else float("nan")
+    both = np.stack([truth, simulated])
+    centred = both - (share * both).sum(1, keepdims=True)
+    variances, squares = ((share * sides**2).sum(1) for sides in (centred, both))
+    if (variances <= 1e-12 * squares).any():
+        return float("nan")
+    return float((share * centred.prod(0)).sum() / np.sqrt(variances.prod()))

@@ -15,7 +15,7 @@ from cratescope.errors import UserError
 from cratescope.explain.config import SIMULATORS, SimulateConfig
 from cratescope.explain.controls import EVERY, OWN, SIMULATED, Material, planned, texts_of, token_means
 from cratescope.explain.explained import Explained, Simulation, Told
-from cratescope.explain.protocols import ExplanationSet, Protocol, protocols_named, scoring_windows
+from cratescope.explain.protocols import ExplanationSet, Protocol, protocols_named, scoring_windows, sources
 from cratescope.explain.simulators import Simulator, UnreadableError, simulator_named
 from cratescope.explain.waiting import ENOUGH, keeping
 from cratescope.files import read_json, write_json
@@ -115,7 +115,7 @@ def _tasks(
     """What is left to do of a worker's share of a layer, whose records are at `path`."""
     by_index = {told.explanation.neuron.index: told for told in mine}
     chunks = [[*by_index][start : start + AT_ONCE] for start in range(0, len(mine), AT_ONCE)]
-    for chunk, records in with_records(path, chunks, 1):
+    for chunk, records in with_records(path, chunks, 1, sources(chosen.protocols)):
         found = kept.read(layer, chunk)
         for index in chunk:
             task = Task.of(by_index[index], records[index], chosen, protocols, vocabulary, found.get(index))

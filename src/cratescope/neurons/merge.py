@@ -12,13 +12,12 @@ import torch
 from jaxtyping import Bool, Float, Int64, Integer
 from torch import Tensor
 
-from cratescope.neurons.records import STRATIFICATIONS, list_column, stratum_lists, window_array
+from cratescope.neurons.records import QUANTILES, STRATIFICATIONS, list_column, stratum_lists, window_array
 from cratescope.neurons.strata import (
     FRACTION,
     PER_LEVEL,
     PER_QUANTILE,
     PER_RANK,
-    QUANTILES,
     TWELFTHS,
     Ladder,
     bin_edges,

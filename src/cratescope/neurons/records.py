@@ -6,7 +6,7 @@ Rows are keyed by NeuronId, never by their place in a list. Imports nothing else
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -161,6 +161,8 @@ _STRATUM = pa.struct([("low", pa.float64()), ("high", pa.float64()), ("windows",
 _BIN = pa.struct([("low", pa.float64()), ("high", pa.float64()), ("count", pa.int64())])
 _TOKEN = pa.struct([("token", pa.int32()), ("mean", pa.float64()), ("count", pa.int64())])
 STRATIFICATIONS = ("by_quantile", "by_rank", "by_level")
+QUANTILES = (0.0, 0.5, 0.9, 0.99, 0.999, 1.0)
+"""Bounds of the strata by quantile: OpenAI's (paper section 4). Their windows are as long as the top ones."""
 _MOMENTS = ("mean", "variance", "third", "fourth", "skewness", "kurtosis", "maximum")
 SCHEMA = pa.schema(
     [
@@ -267,16 +269,22 @@ def _bins(histogram: Histogram | None) -> list[dict[str, float]]:
     return [{"low": low, "high": high, "count": count} for low, high, count in rows]
 
 
-def read_records(path: Path, indices: Sequence[int] | None = None, strata: bool = True) -> dict[int, NeuronRecord]:
+def read_records(
+    path: Path, indices: Sequence[int] | None = None, strata: Collection[str] = STRATIFICATIONS
+) -> dict[int, NeuronRecord]:
     """Read one layer's records by neuron index; only `indices` when given. Errors as of `read_columns`, `records_of`.
 
-    strata: read the stratified windows too, most of what a record holds.
+    strata: the stratifications to read, which are most of what a record holds; it is as if there were no others.
     """
-    names = [name for name in SCHEMA.names if strata or name not in STRATIFICATIONS]
-    return records_of(path, read_columns(path, names, indices), indices)
+    return records_of(path, read_columns(path, columns_with(strata), indices), indices)
 
 
-def each_record(path: Path, strata: bool = True) -> Iterator[NeuronRecord]:
+def columns_with(strata: Collection[str]) -> list[str]:
+    """All columns of a file, of the stratifications only these."""
+    return [name for name in SCHEMA.names if name not in STRATIFICATIONS or name in strata]
+
+
+def each_record(path: Path, strata: Collection[str] = STRATIFICATIONS) -> Iterator[NeuronRecord]:
     """All records of a layer in the order of the file, `AT_ONCE` in memory at a time. Errors as of `read_records`."""
     indices = read_columns(path, ["index"]).column("index").to_pylist()
     for start in range(0, len(indices), AT_ONCE):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,15 @@ from jaxtyping import Int
 from cratescope.arm import Arm
 from cratescope.errors import UserError
 from cratescope.files import read_json
-from cratescope.neurons.records import SCHEMA, NeuronRecord, Window, bytes_per_row, read_columns, records_of
+from cratescope.neurons.records import (
+    STRATIFICATIONS,
+    NeuronRecord,
+    Window,
+    bytes_per_row,
+    columns_with,
+    read_columns,
+    records_of,
+)
 from cratescope.run import IDENTITY, Run, claim
 
 FORMAT = 2
@@ -91,15 +99,17 @@ def record_files(folder: Path, layers: Sequence[int] | None = None) -> dict[int,
 
 
 def with_records(
-    path: Path, chunks: Iterable[Sequence[int]], together: int
+    path: Path, chunks: Iterable[Sequence[int]], together: int, strata: Collection[str] = STRATIFICATIONS
 ) -> Iterator[tuple[Sequence[int], dict[int, NeuronRecord]]]:
     """Chunks of neuron indices with their records, which are made for `together` chunks at once.
 
     Neurons are drawn from all over a file, so it is read for as many of them as `HELD` bytes hold: once or a few times.
+    strata: as of `read_records`.
     """
     waiting, size = iter(chunks), bytes_per_row(path)
     while groups := _groups(waiting, together, HELD // size):
-        table = read_columns(path, SCHEMA.names, sorted({index for group in groups for one in group for index in one}))
+        wanted = sorted({index for group in groups for one in group for index in one})
+        table = read_columns(path, columns_with(strata), wanted)
         for group in groups:
             records = records_of(path, table, sorted({index for chunk in group for index in chunk}))
             for chunk in group:

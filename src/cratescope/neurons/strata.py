@@ -33,8 +33,6 @@ LATER = 1 << 31
 """Priorities of the drawn tokens lie below, those of other tokens (looked at only in the tail) from it on."""
 _MIX = (-0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15)
 
-QUANTILES = (0.0, 0.5, 0.9, 0.99, 0.999, 1.0)
-"""OpenAI's ranges (paper section 4), windows as long as the top ones."""
 TWELFTHS = tuple(k / 12 for k in range(1, 12))
 PER_QUANTILE, PER_RANK, PER_LEVEL = 10, 20, 10
 """Windows of a stratum (paper: 20 of every rank interval)."""

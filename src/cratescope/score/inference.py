@@ -91,7 +91,8 @@ def _resampled(values: Float[np.ndarray, " n"], rng: np.random.Generator, resamp
     rows = max(_AT_ONCE // n, 1)
     chances = np.full(n, 1 / n)
     steps = [min(rows, resamples - start) for start in range(0, resamples, rows)]
-    return np.concatenate([rng.multinomial(n, chances, size=step) @ values / n for step in steps])
+    # Not a product of matrices, whose last digits depend on the number of threads.
+    return np.concatenate([(rng.multinomial(n, chances, size=step) * values).sum(1) / n for step in steps])
 
 
 class Difference(NamedTuple):

@@ -49,7 +49,7 @@ def write_quality(run: Run, site: str, layers: Sequence[int]) -> Path:
             return path
     neurons: list[Row] = []
     for layer in layers:
-        for record in each_record(layer_file(run.records(site), layer), strata=False):
+        for record in each_record(layer_file(run.records(site), layer), strata=()):
             neurons.append({"layer": layer, "index": record.neuron.index} | activation_quality(record))
     rows = [{"layer": layer} | _summary([row for row in neurons if row["layer"] == layer]) for layer in layers]
     columns = {name: [row[name] for row in neurons] for name in (neurons[0] if neurons else ())}

@@ -14,7 +14,7 @@ from cratescope.explain.config import SCORERS
 from cratescope.explain.controls import CONTROLS, OWN
 from cratescope.explain.explained import Explained, Explanation, Judgement, Simulation
 from cratescope.explain.judges import question_named
-from cratescope.explain.protocols import ON_UNIFORM_TEXT, Protocol, protocols_named
+from cratescope.explain.protocols import ON_UNIFORM_TEXT, Protocol, Source, protocols_named
 from cratescope.files import Shape, read_json, write_json
 from cratescope.locks import locked
 from cratescope.neurons.kept import Kept
@@ -27,12 +27,12 @@ from cratescope.score.measures import WEIGHERS, bootstrap, judged, look_at_words
 from cratescope.score.quality import write_quality
 from cratescope.score.sanity import on_records
 from cratescope.score.scores import Score, scores
-from cratescope.score.words import Reader, Words, WordsOf, words_for
+from cratescope.score.words import Reader, Words, WordsOf, sources_read, words_for
 from cratescope.text.tokenizer import vocabulary_strings
 
 NO_TOKENIZER = "no tokenizer, so no words"
 ONE_ANSWER = "windows of one kind only"
-VERSION = 3
+VERSION = 4
 """Of how scores are computed and named: raise it when the same simulations score otherwise."""
 AGAIN = "delete the file and run `cratescope simulate` again"
 SANITY_NEURONS = 64
@@ -95,7 +95,7 @@ def score(config: ScoreConfig) -> Path:
             indices = _indices(sets, layer)
             work = progress(_layer_scores(path, layer, sets), f"score layer {layer}", len(indices))
             kept.replace(layer, work)
-            sample += [*read_records(path, indices[:SANITY_NEURONS]).values()]
+            sample += [*read_records(path, indices[:SANITY_NEURONS], _sources(sets)).values()]
         verdicts = on_records([protocol for one in sets for protocol in one.protocols], sample, words)
         write_quality(run, site, layers)
         about = {
@@ -125,6 +125,10 @@ def _remove_stale(kept: Kept[list[Score]], layers: Sequence[int]) -> None:
     (kept.folder / "scores.json").unlink(missing_ok=True)
     for layer in {*kept.layers} - {*layers}:
         layer_file(kept.folder, layer).unlink(missing_ok=True)
+
+
+def _sources(sets: Sequence[ScoredSet]) -> set[Source]:
+    return {source for one in sets for source in sources_read(one.explained.explainer, one.protocols)}
 
 
 def _indices(sets: Sequence[ScoredSet], layer: int) -> list[int]:
@@ -172,7 +176,7 @@ def _layer_scores(path: Path, layer: int, sets: Sequence[ScoredSet]) -> Iterator
     indices = _indices(sets, layer)
     for start in range(0, len(indices), AT_ONCE):
         chunk = indices[start : start + AT_ONCE]
-        records = read_records(path, chunk)
+        records = read_records(path, chunk, _sources(sets))
         found: dict[int, list[Score]] = {index: [] for index in chunk}
         for one in sets:
             for index, score in _set_scores(one, layer, chunk, records, len(sets) > 1):

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Bool, Int
 
 from cratescope.explain.config import SELECTED, TERMS
-from cratescope.explain.protocols import PROTOCOLS, Protocol
+from cratescope.explain.protocols import PROTOCOLS, Protocol, Source, sources
 from cratescope.explain.shown import same_word
 from cratescope.neurons.records import NeuronRecord, Window
 
@@ -51,6 +51,11 @@ def words_for(explainer: str, reader: Reader) -> WordsOf:
         return Words.of(protocol.windows(record), known_windows(explainer, protocol, record), reader)
 
     return words
+
+
+def sources_read(explainer: str, protocols: Iterable[Protocol]) -> set[Source]:
+    """Which windows of a record are scored by the protocols or read as the explainer's `known_windows`."""
+    return sources(protocols) | ({"top", "by_quantile"} if explainer in (TERMS, SELECTED) else set())
 
 
 def known_windows(explainer: str, protocol: Protocol, record: NeuronRecord) -> Sequence[Window]:

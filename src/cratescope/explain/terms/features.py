@@ -149,7 +149,8 @@ class Features:
             return self._place(place)
         spelled = self._spelled(where.other)
         if isinstance(place, Among):
-            return self._shares(sp.csr_array(spelled[:, None]), place.last)[self.texts.word, 0]
+            there = spelled[self.texts.spelling[~self.texts.is_blank]]
+            return self.shares(there[:, None], place.last)[self.texts.word, 0]
         assert isinstance(place, Back)
         return spelled[self._behind(place)]
 
@@ -167,7 +168,7 @@ class Features:
             if isinstance(place, Back):
                 yield Block(terms, self._behind(place), near)
             if isinstance(place, Among):
-                yield Block(terms, texts.word, sp.csr_array(self._shares(near, place.last)))
+                yield Block(terms, texts.word, self._shares(near, place.last))
         plain = {phrase: place for phrase, place in places.items() if not isinstance(place, Back | Among)}
         if plain:
             values = np.stack([self._place(place) for place in plain.values()], 1)
@@ -207,10 +208,17 @@ class Features:
         """Whether each word is of a class."""
         return (self._spelled(What("class", name)) > 0)[self.texts.spelling]
 
-    def _shares(self, table: sp.csr_array, last: int) -> Float[np.ndarray, "u c"]:
+    def _shares(self, table: sp.csr_array, last: int) -> sp.csr_array:
         """For every word, the share of each column of a table of distinct words among the words before it."""
-        filled = self.texts.spelling[~self.texts.is_blank]
-        return self.shares(table.astype(np.int32)[filled].toarray(), last)
+        texts = self.texts
+        kind = np.int16 if last < 1 << 15 else np.int32  # sums may overflow: their differences do not
+        filled = table.astype(kind)[texts.spelling[~texts.is_blank]].toarray()
+        total = np.zeros((len(filled) + 1, table.shape[1]), dtype=kind)
+        np.cumsum(filled, 0, dtype=kind, out=total[1:])
+        start = np.maximum(texts.before - last, texts.starts)
+        found = sp.csr_array(total[texts.before] - total[start])
+        among = np.repeat(np.maximum(texts.before - start, FEWEST), np.diff(found.indptr))
+        return sp.csr_array((found.data / among, found.indices, found.indptr), found.shape)
 
     def shares(self, values: Num[np.ndarray, "f c"], last: int) -> Float[np.ndarray, "u c"]:
         """For every word, the mean of values of the words that are not blank (f,) over the `last` of them before it."""

@@ -14,8 +14,7 @@ from jaxtyping import Bool, Float, Int
 
 from cratescope.errors import UserError
 from cratescope.explain.protocols import Pick, Protocol
-from cratescope.neurons.records import NeuronRecord, Window
-from cratescope.neurons.strata import QUANTILES
+from cratescope.neurons.records import QUANTILES, NeuronRecord, Window
 
 TOP = 0.5
 """Weight of a token of a top window, beside 1 in a stratum."""
