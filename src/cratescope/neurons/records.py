@@ -52,7 +52,9 @@ class Window:
 
     def cut(self, width: int) -> Window:
         """The `width` tokens around the peak, half of them before it, moved inside this window."""
-        first = min(max(self.peak - width // 2, 0), max(len(self.tokens) - width, 0))
+        if width >= len(self.tokens):
+            return self
+        first = min(max(self.peak - width // 2, 0), len(self.tokens) - width)
         inside = slice(first, first + width)
         tokens, activations = self.tokens[inside], self.activations[inside]
         return Window(tokens, activations, self.excerpt, self.start + first, self.peak - first)

@@ -31,7 +31,7 @@ WIDTH = 0.75
 """How much the width of an explanation counts in `specific`, between 0 (not) and 1."""
 COVERAGE = 0.95
 """Of every interval."""
-_CHUNK = 2**21
+_CHUNK = 2**22
 """Weights in memory at a time."""
 NO_WINDOWS = "no windows to score"
 NO_UNSEEN_WORD = "no unseen word"
@@ -119,9 +119,9 @@ def bootstrap(
 @functools.lru_cache(maxsize=1)
 def _drawn(n_windows: int, resamples: int, seed: tuple[int, ...]) -> Float[np.ndarray, "w b"]:
     """How often each sample has each window; kept for the next measure of the same neuron."""
-    rng = np.random.default_rng(seed)
-    counts = rng.multinomial(n_windows, np.full(n_windows, 1 / n_windows), size=resamples)
-    return np.ascontiguousarray(counts.T, dtype=np.float64)
+    drawn = np.random.default_rng(seed).integers(n_windows, size=(n_windows, resamples))
+    place = np.ravel_multi_index((drawn, np.arange(resamples)), (n_windows, resamples))
+    return np.bincount(place.ravel(), minlength=n_windows * resamples).reshape(n_windows, resamples).astype(np.float64)
 
 
 def _scaled(values: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:

@@ -21,7 +21,7 @@ class Weights:
     word (n,): where it is given, the number of each token's word, from 0: the weights of the tokens of each word are
     scaled to add up to 1 in every sample that has any.
 
-    Products are of sparse matrices: those of dense ones depend on the number of threads in their last digits.
+    No product is one of `numpy.matmul`, whose last digits depend on the number of threads.
     """
 
     cell: Int[np.ndarray, " n"]
@@ -41,28 +41,36 @@ class Weights:
     @property
     def of_tokens(self) -> Float[np.ndarray, "b n"]:
         plain = self.of_cells.T[:, self.cell]
-        return plain if self.word is None else plain * self._of_words(self.word)[1].T[:, self.word]
+        if self.word is None:
+            return plain
+        total = np.stack([np.bincount(self.word, row) for row in plain])[:, self.word]
+        return np.divide(plain, total, out=np.zeros_like(plain), where=total > 0)
 
     def sums(self, values: Float[np.ndarray, "k n"]) -> Float[np.ndarray, "k b"]:
         """Sum over the tokens of each value times the token's weight."""
+        if self.of_cells.shape[1] == 1:
+            return (values * self.of_tokens).sum(1, keepdims=True)
         if self.word is None:
-            return sp.csr_array([np.bincount(self.cell, row, len(self.of_cells)) for row in values]) @ self.of_cells
-        cells, scale = self._of_words(self.word)
-        place = np.ravel_multi_index((self.cell, self.word), cells.shape)
-        _, entry = np.unique(place, return_inverse=True)
-        found = []
-        for row in values:
-            cells.data = np.bincount(entry, row, cells.nnz)
-            found.append((self.of_cells * (cells @ scale)).sum(0))
-        return np.stack(found)
+            of_values = np.stack([np.bincount(self.cell, row, len(self.of_cells)) for row in values])
+            return np.einsum("kc,cb->kb", of_values, self.of_cells)
+        return self._sums_over_words(values, self.word)
 
-    def _of_words(self, word: Int[np.ndarray, " n"]) -> tuple[sp.csr_array, Float[np.ndarray, "w b"]]:
-        """The number of tokens of each cell (row) and word (column), and what each word's weights are scaled by."""
-        shape = len(self.of_cells), int(word.max(initial=-1)) + 1
-        cells = sp.csr_array((np.ones(len(self.cell)), (self.cell, word)), shape)
-        cells.sum_duplicates()
-        total = cells.T.tocsr() @ self.of_cells
-        return cells, np.divide(1, total, out=np.zeros_like(total), where=total > 0)
+    def _sums_over_words(
+        self, values: Float[np.ndarray, "k n"], word: Int[np.ndarray, " n"]
+    ) -> Float[np.ndarray, "k b"]:
+        """A sample's sum over cells of weight x sum over words of scale x sum over tokens; few words are in a cell."""
+        k, n_cells, n_words = len(values), len(self.of_cells), int(word.max(initial=-1)) + 1
+        found, entry = np.unique(np.ravel_multi_index((self.cell, word), (n_cells, n_words)), return_inverse=True)
+        cell, column = np.divmod(found, n_words)
+        counts = sp.csr_array((np.bincount(entry), (column, cell)), (n_words, n_cells))
+        total = counts.astype(np.float64) @ self.of_cells
+        scale = np.divide(1, total, out=total, where=total > 0)
+        of_values = np.concatenate([np.bincount(entry, row, len(found)) for row in values])
+        starts = np.searchsorted(
+            np.tile(cell, k) + np.repeat(np.arange(k) * n_cells, len(cell)), np.arange(k * n_cells + 1)
+        )
+        scaled = sp.csr_array((of_values, np.tile(column, k), starts), (k * n_cells, n_words)) @ scale
+        return np.einsum("kcb,cb->kb", scaled.reshape(k, n_cells, -1), self.of_cells)
 
     def means(self, values: Float[np.ndarray, "k n"]) -> Float[np.ndarray, "k b"]:
         """`sums` over the sum of the weights; 0 in a sample in which no token has any."""

@@ -79,7 +79,7 @@ class Reader:
         """Most words are one token, so what these are is looked up once."""
         self._texts = vocabulary
         self._numbers: dict[str, int] = {}
-        self._spelled: dict[tuple[int, ...], int] = {}
+        self._spelled: dict[bytes, int] = {}
         self._alone = np.array([*(self._numbers.setdefault(_word(text), len(self._numbers)) for text in vocabulary), 0])
         places: dict[str, int] = {}
         ends = [(text[:1], text[-1:]) for text in (*vocabulary, " ")]  # the last for ids that are not there
@@ -96,8 +96,10 @@ class Reader:
         length = np.diff(first, append=len(tokens))
         found = self._alone[place[first]]
         longer = np.flatnonzero((length > 1) | (place[first] == len(self._texts)))
-        ids, starts, ends = tokens.tolist(), first[longer].tolist(), (first + length)[longer].tolist()
-        found[longer] = [self._number(tuple(ids[a:b])) for a, b in zip(starts, ends, strict=True)]
+        size, raw = tokens.itemsize, tokens.tobytes()
+        ends = zip((size * first[longer]).tolist(), (size * (first + length)[longer]).tolist(), strict=True)
+        known = self._spelled
+        found[longer] = [known[ids] if (ids := raw[a:b]) in known else self._number(ids) for a, b in ends]
         return np.repeat(found, length)
 
     def _joined(self, place: Int[np.ndarray, " n"]) -> Bool[np.ndarray, " m"]:
@@ -107,12 +109,12 @@ class Reader:
         ends = zip(*np.divmod(pairs, len(self._characters)), strict=True)
         return np.array([_same_word(self._characters[one], self._characters[other]) for one, other in ends], bool)[pair]
 
-    def _number(self, tokens: tuple[int, ...]) -> int:
+    def _number(self, ids: bytes) -> int:
         """Of the word that is spelled with these tokens, a new one for a new word."""
-        if tokens not in self._spelled:
-            texts = [self._texts[token] if 0 <= token < len(self._texts) else f"<{token}>" for token in tokens]
-            self._spelled[tokens] = self._numbers.setdefault(_word("".join(texts)), len(self._numbers))
-        return self._spelled[tokens]
+        tokens = np.frombuffer(ids, np.int64).tolist()
+        texts = [self._texts[token] if 0 <= token < len(self._texts) else f"<{token}>" for token in tokens]
+        self._spelled[ids] = self._numbers.setdefault(_word("".join(texts)), len(self._numbers))
+        return self._spelled[ids]
 
 
 _same_word = functools.cache(same_word)
