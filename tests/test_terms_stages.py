@@ -16,12 +16,13 @@ from cratescope import parts
 from cratescope.errors import UserError
 from cratescope.explain.config import ExplainConfig, JudgeConfig, LanguageConfig, SimulateConfig, TermsConfig
 from cratescope.explain.explain import explain
-from cratescope.explain.explained import Explained
+from cratescope.explain.explained import Explained, Explanation
 from cratescope.explain.judge import judge
 from cratescope.explain.simulate import simulate
 from cratescope.explain.terms.fit import TOO_FEW
 from cratescope.explain.terms.language import PACKAGED, print_language
-from cratescope.neurons.records import layer_file, write_records
+from cratescope.neurons.records import layer_file, read_records, write_records
+from cratescope.neurons.sample import records_identity
 from cratescope.results.scores import Scores
 from cratescope.run import Run, claim
 from cratescope.score.config import ScoreConfig
@@ -219,3 +220,16 @@ def test_every_option_of_terms_gives_explanations_of_its_own(run, tmp_path):
         with pytest.raises(UserError, match="terms"):
             explain(ExplainConfig(copy.root, explainer="terms", protocols=("uniform",), terms=TermsConfig(2)))
     assert len(texts) == 3
+
+
+def test_a_simulator_that_can_read_nothing_says_so_at_once(run):
+    explained = Explained(run, "codes", "someone", "top")
+    claim(explained.explanations.folder, records_identity(run, "codes") | {"neuron_seed": 0})
+    records = read_records(run.records("codes") / "layer-00.parquet")
+    said = [Explanation(one.neuron, "words about numbers", "someone", "1") for one in records.values()]
+    explained.explanations.write(said)
+    with pytest.raises(
+        UserError, match=r"--simulator terms: it can read none of the 5 explanations by someone .*; give"
+    ):
+        simulate(SimulateConfig(run.root, explainer="someone", simulator="terms", protocols=("uniform",)))
+    assert not explained.simulations("terms").layers

@@ -45,6 +45,8 @@ def bring(root: Path) -> None:
 
 def instead(root: Path) -> str:
     """What to do about a folder that is no run."""
+    if packaged(root) and root.exists():
+        return "move it away, so that the zoo's model can be copied there"
     in_zoo = root.parent == Path(ZOO.name)
     return f"the zoo has {', '.join(names())}" if in_zoo else "make one with `cratescope train`"
 

@@ -127,6 +127,8 @@ class ExplainConfig(Checked):
             for name in _changed(settings):
                 if self.explainer != owner and (self.explainer, name) != ("selected", "language"):
                     raise UserError(f"--{name}: goes with --explainer {owner}")
+        if self.explainer == "selected" and self.terms.language and self.selected.select != "terms":
+            raise UserError("--language: goes with --select terms")
         if self.explainer != "llm" and self.prompts != "own":
             raise UserError("--prompts: goes with --explainer llm")
 

@@ -51,7 +51,15 @@ class Selects:
         name = self._by.simulator
         asked = {} if SIMULATORS[name].needs == "nothing" else llm_identity(self._by.llm, self._llm)
         options = {"among": list(self._among), "others": self._others, "select": name, "selected_version": VERSION}
-        candidates = [self._of(name, chosen).identity() for name in self._among]
+        candidates = []
+        for among in self._among:
+            explained = self._of(among, chosen)
+            if not explained.explanations.layers:
+                raise UserError(
+                    f"--among {among}: {explained.explanations.folder} has no explanations; run `cratescope explain` "
+                    "by it with the same --protocols first, or leave it out"
+                )
+            candidates.append(explained.identity())
         return asked | simulator_named(name).made_with(self._by) | options | {"candidates": candidates}
 
     def explained(
@@ -83,7 +91,7 @@ class Selects:
                 raise UserError(
                     f"--among {name}: it has explained {len(by_index)} neurons of layer {layer}; it needs "
                     f"{self._others + 1} or more, neuron {index} among them: run `cratescope explain` by it for more "
-                    "--neurons, or give fewer of --neurons or --others here"
+                    "--neurons or --layers, or give fewer of --neurons, --layers or --others here"
                 )
         others = [one for by_index in told.values() for one in [*by_index.values()][: self._others]]
         own = [by_index[index] for by_index in told.values()]

@@ -75,6 +75,7 @@ def _simulate_set(
             if (first := next(pending, None)) is None:
                 continue
             simulator = open_simulator()
+            _check_readable(simulator, config, told)
             simulator.plan(planned([Material(item.explanation.text, item.other) for item in told]))
             work = itertools.chain([first], pending)
             for task in progress(work, f"simulate {run.name} layer {layer}", len(mine)):
@@ -82,6 +83,24 @@ def _simulate_set(
                 waiting.answered |= not refused and bool(task.texts.keys() & SIMULATED)
                 waiting.add(simulated, refused)
     return kept.folder
+
+
+def _check_readable(simulator: Simulator, config: SimulateConfig, told: Sequence[Told]) -> None:
+    """Refuse explanations of which a simulator without a language model can read none: they are no fault of neurons."""
+    texts = [item.explanation.text for item in told if item.explanation.text]
+    if SIMULATORS[config.simulator].needs != "nothing" or not texts:
+        return
+    for text in texts:
+        try:
+            simulator(text, [])
+        except UnreadableError as error:
+            reason = error.reason
+        else:
+            return
+    raise UserError(
+        f"--simulator {config.simulator}: it can read none of the {len(texts)} explanations by {config.explainer} "
+        f"({reason}); give --explainer {config.simulator}, or another --simulator"
+    )
 
 
 def _identity(config: SimulateConfig, explained: Explained, llm: LanguageModel | None) -> dict[str, Any]:

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
-import scipy.sparse as sp
 from jaxtyping import Float, Int
 
 from cratescope.score.words import Words
@@ -59,6 +58,8 @@ class Weights:
         self, values: Float[np.ndarray, "k n"], word: Int[np.ndarray, " n"]
     ) -> Float[np.ndarray, "k b"]:
         """A sample's sum over cells of weight x sum over words of scale x sum over tokens; few words are in a cell."""
+        import scipy.sparse as sp  # slow to import
+
         k, n_cells, n_words = len(values), len(self.of_cells), int(word.max(initial=-1)) + 1
         found, entry = np.unique(np.ravel_multi_index((self.cell, word), (n_cells, n_words)), return_inverse=True)
         cell, column = np.divmod(found, n_words)

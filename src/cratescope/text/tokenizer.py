@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 from cratescope.errors import UserError, as_user_error
 from cratescope.files import check_whole, read_json
 from cratescope.text.offline import gpt2_files
-from cratescope.zoo import packaged
+from cratescope.zoo import ZOO, instead, packaged
 
 EOS = "<|endoftext|>"
 """Begins and ends every document; also the padding token."""
@@ -40,6 +40,8 @@ def load_tokenizer(spec: str | Path) -> PreTrainedTokenizerFast:
         return _wrap(_byte_level(models.BPE(vocab=vocabulary, merges=merges)))
     if entry := packaged(spec):
         spec = entry / "model"
+    elif Path(spec).parent == Path(ZOO.name) and not Path(spec).is_dir():
+        raise UserError(f"tokenizer {spec}: {instead(Path(spec))}")
     if vocabulary_size(str(spec)) is not None:
         raise UserError(f"tokenizer {spec}: has to be trained first; give it to `cratescope prepare --tokenizer`")
     if Path(spec).is_absolute() and not Path(spec).is_dir():
