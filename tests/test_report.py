@@ -730,3 +730,8 @@ def test_reasons_that_differ_in_a_servers_words_are_counted_together(tmp_path: P
     )
     page = report(settings_for((run.root,), tmp_path / "out"), tokenizer=fake_tokenizer()).read_text()
     assert "6 without a score (2 refusal, 4 refused by the server)" in page
+
+
+def test_a_number_that_rounds_to_zero_has_no_minus_sign() -> None:
+    assert [number(value) for value in (-0.0004, -0.004, None)] == ["0.0", "−0.4", "–"]
+    assert number(-0.0004, sign=True) == "+0.0"

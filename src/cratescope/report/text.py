@@ -19,7 +19,7 @@ def number(value: float | None, digits: int = 1, scale: float = 100, sign: bool 
     shown = finite(value)
     if shown is None:
         return "–"
-    text = f"{shown * scale:{'+' if sign else ''},.{digits}f}"
+    text = f"{shown * scale:{'+' if sign else ''}z,.{digits}f}"
     return text.replace("-", "−")
 
 
