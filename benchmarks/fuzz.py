@@ -44,6 +44,7 @@ os.environ |= {"TOKENIZERS_PARALLELISM": "false", "NO_PROXY": "127.0.0.1", "NO_C
 
 sys.path.append(str(Path(__file__).parent.parent / "tests"))
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import tyro
@@ -277,7 +278,10 @@ def verdict(found: dict[str, str], said: str, good: dict[str, str], may_differ: 
 
 def filled(line: str) -> list[str]:
     table = next(Path("run/explanations").rglob("layer-00.parquet"), None)
-    neuron = pq.read_table(table, columns=["index"]).column("index")[0].as_py() if table else 0
+    neuron = 0
+    if table and "{neuron}" in line:
+        with contextlib.suppress(pa.ArrowException):  # it may be the damaged one
+            neuron = pq.read_table(table, columns=["index"]).column("index")[0].as_py()
     port = SAID.start() if "{port}" in line else 0
     return shlex.split(line.format(neuron=neuron, port=port))
 

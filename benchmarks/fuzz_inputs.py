@@ -84,6 +84,8 @@ STAGES: dict[str, tuple[str, tuple[str, ...]]] = {
     "convert": ("convert crate.pt new", ()),
     "convert-back": ("convert run/model new.pt", ()),
     "study": ("study study.toml --out new", ()),
+    "terms": ("terms", ()),
+    "zoo": ("zoo", ()),
     "serve-chat": (f"explain imported --llm-chat {SERVER}", ()),
     "serve-text": (f"explain imported {SERVER}", ()),
     "serve-simulate": (
