@@ -77,6 +77,13 @@ def test_of_equally_good_texts_the_first_explainers_own_is_taken(run):
     assert {one.prompt for one in selected(run, among=("second", "first"), others=2).values()} == {"second, own"}
 
 
+def test_a_text_that_others_repeat_keeps_its_place(run):
+    """Half the weight predicts as well, so what the first explainer said is taken, though the second says it elsewhere."""
+    said(run, "first", TEXTS)
+    said(run, "second", ["numbers (+5)", *TEXTS[2:], TEXTS[0]])
+    assert selected(run, among=("first", "second"), others=4)[0].prompt == "first, own"
+
+
 def test_neurons_without_a_text_that_predicts_anything_are_skipped_by_reason(tmp_path):
     dead = record(activations_of(TEXTS[0], seed=0) * 0, 0)
     run = run_of(

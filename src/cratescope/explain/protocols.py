@@ -121,14 +121,14 @@ _BRICKEN = (
     *(Pick("top", range(10, 16), 8), Pick("by_level", (2, 3), 8), Pick("random", range(5, 15), 8)),
     Pick("top", range(16, 38), 3),
 )
-_VALID = (Pick("top", range(2, 20, 4)), Pick("random", range(1, 15, 3)))
+_OPENAI = (Pick("top", range(2, 20, 4)), Pick("random", range(1, 15, 3)))
 _EVERY = (
     Protocol("top-and-random", TOP, (_EVEN_RANDOM, Pick("top", range(1, 10, 2))), _CORRELATIONS, _PAPER),
     Protocol("random-only", TOP, (_EVEN_RANDOM,), (*_CORRELATIONS, *ON_UNIFORM_TEXT), _PAPER),
     Protocol("uniform", TOP, (Pick("random", None),), _UNIFORM, "Oikarinen et al. 2025"),
     Protocol("anthropic", ANTHROPIC, _ANTHROPIC, _CORRELATIONS, "Bai and Ma 2025, after Bricken et al. 2023"),
     Protocol("bricken", BRICKEN, _BRICKEN, _CORRELATIONS[::-1], "Bricken et al. 2023"),
-    Protocol("openai", OPENAI, _VALID, _CORRELATIONS, "Bills et al. 2023"),
+    Protocol("openai", OPENAI, _OPENAI, _CORRELATIONS, "Bills et al. 2023"),
 )
 PROTOCOLS = {protocol.name: protocol for protocol in _EVERY}
 

@@ -122,8 +122,10 @@ class Selects:
         """The correlation of each candidate that can be simulated; equal texts are simulated once."""
         weights = np.concatenate([one.weights for one in windows])
         truth = np.concatenate([one.window.activations for one in windows]).astype(np.float64)
-        different = {one.text: one for one in reversed(candidates)}
-        for candidate in reversed(different.values()):
+        different: dict[str, Explanation] = {}
+        for one in candidates:
+            different.setdefault(one.text, one)
+        for candidate in different.values():
             try:
                 rows = self._simulator(candidate.text, [one.window for one in windows])
             except (UnreadableError, RefusedError):

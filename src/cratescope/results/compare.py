@@ -13,7 +13,7 @@ from cratescope.errors import UserError
 from cratescope.explain.config import SCORERS
 from cratescope.explain.controls import CONTROLS, SHUFFLED
 from cratescope.explain.protocols import PROTOCOLS
-from cratescope.results.estimates import Estimate, finite, over, together
+from cratescope.results.estimates import Estimate, finite, in_quadrature, over
 from cratescope.results.runs import Results, protocols, untrained_copy
 from cratescope.results.scores import measures_of
 from cratescope.score.inference import Difference, compare_neurons, compare_seeds, mean_of, needed
@@ -121,7 +121,7 @@ class Comparison:
     def standard_error(self) -> float | None:
         if self.test is not None:
             return self.test.standard_error
-        return together(self.a.standard_error, self.b.standard_error)
+        return in_quadrature(self.a.standard_error, self.b.standard_error)
 
     @property
     def unit(self) -> str:
@@ -294,4 +294,4 @@ def _mixed(parts: Sequence[tuple[Estimate, float]]) -> Estimate:
     if any(part.mean is None for part, _ in parts):
         return Estimate(None, None)
     errors = [part.standard_error and share * part.standard_error for part, share in parts]
-    return Estimate(sum(share * (part.mean or 0) for part, share in parts), together(*errors))
+    return Estimate(sum(share * (part.mean or 0) for part, share in parts), in_quadrature(*errors))

@@ -62,10 +62,10 @@ def over(own: Estimate, copy: Estimate) -> Estimate:
     """The gain of a mean over that of other neurons (those of the untrained copy)."""
     if own.mean is None or copy.mean is None:
         return NOTHING
-    return Estimate(own.mean - copy.mean, together(own.standard_error, copy.standard_error))
+    return Estimate(own.mean - copy.mean, in_quadrature(own.standard_error, copy.standard_error))
 
 
-def together(*errors: float | None) -> float | None:
+def in_quadrature(*errors: float | None) -> float | None:
     """The error of a sum of independent parts; None where that of a part is not known."""
     return None if None in errors else math.hypot(*(error or 0 for error in errors))
 
