@@ -78,7 +78,7 @@ def test_of_equally_good_texts_the_first_explainers_own_is_taken(run):
 
 
 def test_a_text_that_others_repeat_keeps_its_place(run):
-    """Half the weight predicts as well, so what the first explainer said is taken, though the second says it elsewhere."""
+    """Half the weight predicts as well: the first explainer wins, though the second says the same text elsewhere."""
     said(run, "first", TEXTS)
     said(run, "second", ["numbers (+5)", *TEXTS[2:], TEXTS[0]])
     assert selected(run, among=("first", "second"), others=4)[0].prompt == "first, own"
