@@ -100,6 +100,8 @@ class ListPMI:
         self._bullet = llm.encode(BULLET)
         self._known: dict[str, list[int]] = {}
         self._lexicon = Lexicon(load_language())
+        # Not `Vocabulary.of`: a tokenizer without words has lists as well.
+        self._words = Vocabulary((*vocabulary, ""))
         # The texts of one neuron are asked for on the same windows, one after the other.
         self._spelled: tuple[Key, list[tuple[np.ndarray, np.ndarray]]] = ([], [])
         self._features: tuple[Key, Features] | None = None
@@ -139,9 +141,7 @@ class ListPMI:
     def _features_of(self, windows: Sequence[Window]) -> Features:
         key = key_of(windows)
         if self._features is None or self._features[0] != key:
-            # Not `Vocabulary.of`: a tokenizer without words has lists as well.
-            texts = Texts.of(windows, Vocabulary((*self._vocabulary, "")))
-            self._features = key, Features(texts, self._lexicon)
+            self._features = key, Features(Texts.of(windows, self._words), self._lexicon)
         return self._features[1]
 
     def _listed(self, phrase: str, windows: Sequence[Window]) -> list[Float[np.ndarray, " w"]]:
