@@ -61,7 +61,7 @@ def claim(folder: Path, identity: dict[str, Any]) -> None:
     data, other settings) is refused, because mixing the two would give a result that belongs to neither.
 
     Raises:
-        UserError: the folder was made from something else; names the first key that differs.
+        UserError: the folder was made from something else; names the first key of `identity` that differs.
     """
     make_folder(folder)
     path = folder / "manifest.json"
@@ -74,7 +74,7 @@ def claim(folder: Path, identity: dict[str, Any]) -> None:
     found = found.get("identity") if isinstance(found, dict) else None
     if not isinstance(found, dict):
         raise UserError(f"{path}: not a file of cratescope; use another folder")
-    for key in sorted(found.keys() | identity.keys()):
+    for key in identity | found:  # in the order of `identity`: what was asked for comes before what follows from it
         if found.get(key) != identity.get(key):
             raise UserError(
                 f"{folder} was made with {key} = {found.get(key)!r}, not {identity.get(key)!r}; "
