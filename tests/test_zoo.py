@@ -231,7 +231,7 @@ def test_an_unknown_name_is_one_line_that_lists_the_zoo(stage, here, capsys):
 
 
 def test_training_into_the_folder_of_a_packaged_model_is_refused(here, data_folder):
-    with pytest.raises(UserError, match="was made with seed = 0, not 5"):
+    with pytest.raises(UserError, match="was made with seed = 0, not 5; its model is trained already"):
         train(TrainConfig(Path("zoo/crate"), data_folder, preset="crate-1l", seed=5, **SMALL_TRAINING))
 
 

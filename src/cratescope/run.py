@@ -54,14 +54,14 @@ def versions() -> dict[str, str]:
     return found
 
 
-def claim(folder: Path, identity: dict[str, Any]) -> None:
+def claim(folder: Path, identity: dict[str, Any], fix: str = "delete that folder or use another run directory") -> None:
     """Record what `folder` is made from, or check that it was made from the same.
 
     The first stage writes `folder/manifest.json`; a later one with another identity (another model, other
     data, other settings) is refused, because mixing the two would give a result that belongs to neither.
 
     Raises:
-        UserError: the folder was made from something else; names the first key of `identity` that differs.
+        UserError: the folder was made from something else; names the first key of `identity` that differs, and `fix`.
     """
     make_folder(folder)
     path = folder / "manifest.json"
@@ -76,10 +76,7 @@ def claim(folder: Path, identity: dict[str, Any]) -> None:
         raise UserError(f"{path}: not a file of cratescope; use another folder")
     for key in identity | found:  # in the order of `identity`: what was asked for comes before what follows from it
         if found.get(key) != identity.get(key):
-            raise UserError(
-                f"{folder} was made with {key} = {found.get(key)!r}, not {identity.get(key)!r}; "
-                "delete that folder or use another run directory"
-            )
+            raise UserError(f"{folder} was made with {key} = {found.get(key)!r}, not {identity.get(key)!r}; {fix}")
 
 
 ARM: Shape = dict.fromkeys(("family", "attention", "feed_forward", "size", "site", "variant"), str)
