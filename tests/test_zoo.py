@@ -137,11 +137,17 @@ def test_a_wheel_holds_the_whole_zoo(tmp_path):
 
 
 def test_the_listing_names_every_model_with_its_kind_and_loss(here, made, capsys):
-    lines = said_by(capsys, "zoo").splitlines()
+    header, *lines = said_by(capsys, "zoo").splitlines()
+    assert header.split()[:2] == ["model", "kind"] and header.endswith("validation loss")
     assert [line.split()[:2] for line in lines[:2]] == [["zoo/crate", "CRATE"], ["zoo/gpt2", "GPT-2"]]
     for line, name in zip(lines, ("crate", "gpt2"), strict=False):
         assert f"{read_json(made / name / 'evaluation.json')['loss']:.3f}" in line
     assert not any(here.iterdir())
+
+
+def test_the_listing_of_the_package_fits_a_terminal(capsys):
+    lines = said_by(capsys, "zoo").splitlines()
+    assert len(lines) > len(zoo.names()) and max(map(len, lines)) <= 80
 
 
 def test_the_first_use_copies_a_model_and_later_ones_keep_what_is_there(here, made, capsys):
