@@ -153,6 +153,11 @@ def test_a_pattern_whose_rounds_match_in_one_way_is_taken_and_soon_done(written,
         assert "commas" not in language.classes_of(word)
 
 
+def test_a_folder_is_called_one(tmp_path):
+    with pytest.raises(UserError, match=f"{tmp_path}: is a folder or device, not a file; `cratescope terms --toml`"):
+        load_language(tmp_path)
+
+
 def test_a_file_that_is_missing_or_no_text_is_told_in_one_line(tmp_path):
     noise = tmp_path / "noise.toml"
     noise.write_bytes(b"name = '\xff\xfe\x00'")

@@ -251,7 +251,8 @@ def load_language(path: Path | None = None) -> Language:
 
 def _read(path: Path) -> tuple[bytes, dict[str, Any]]:
     if not path.is_file():
-        raise UserError(f"{path}: no such file; {FIX}")
+        what = "is a folder or device, not a file" if path.exists() else "no such file"
+        raise UserError(f"{path}: {what}; {FIX}")
     content = path.read_bytes()
     try:
         return content, tomllib.loads(decode_text(content, errors="strict"))
