@@ -81,9 +81,11 @@ def claim(folder: Path, identity: dict[str, Any], fix: str = "delete that folder
 
 ARM: Shape = dict.fromkeys(("family", "attention", "feed_forward", "size", "site", "variant"), str)
 ARM |= dict.fromkeys(("seed", "tokens_trained"), (int, None))
+SPLIT_BY: Shape = {"source?": str, "source_files?": str, "validation?": float, "heldout?": float, "seed?": int}
+"""What decides which documents of a data folder are in which split."""
 RUN: Shape = {
     **{"arm?": ARM, "parameters": int, "n_layer": (int, None), "context": (int, None)},
-    "data": {"path": str, "manifest_sha256": str},
+    "data": {"path": str, "manifest_sha256": str, "split_by?": SPLIT_BY},
     **dict.fromkeys(("seed?", "parameters_without_positions?", "n_neurons?", "vocab_size?", "steps?"), int),
     **{"preset?": str, "tokens_trained?": int, "settings?": {}, "seconds?": float},
 }

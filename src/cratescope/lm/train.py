@@ -236,7 +236,7 @@ def _publish(config: TrainConfig, data: TokenData, started: float, step: int, mo
             "vocab_size": data.vocab_size,
             "context": config.context,
             "steps": step,
-            "data": run.data_entry(data.path),
+            "data": run.data_entry(data.path) | {"split_by": data.split_by},
             "settings": settings,
             "versions": versions(),
             "seconds": round(time.monotonic() - started, 1),
