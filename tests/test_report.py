@@ -356,6 +356,13 @@ def find(
     )
 
 
+def test_other_gains_of_the_kind_of_the_primary_one_follow_it(runs: tuple[Path, Path]) -> None:
+    (group,) = comparisons(load_results(runs), Quantity.parse("random-only/specific/shuffled"))
+    found = [(pair.quantity.measure, pair.quantity.over) for pair in group if pair.quantity.protocol == "random-only"]
+    gains = [(measure, "shuffled") for measure in ("specific", "balanced", "unseen", "pearson")]
+    assert found == [*gains[:3], ("pearson", None), gains[3]]
+
+
 def test_the_headline_follows_from_the_numbers(runs: tuple[Path, Path], tmp_path: Path) -> None:
     results = load_results(runs)
     groups = comparisons(results, PRIMARY)
