@@ -1,6 +1,6 @@
 """Draw the answer of studies/terms.toml: the difference of the two families, by explainer, measure and comparison.
 
-    python studies/terms_figure.py docs/results/2l-20m-terms
+python studies/terms_figure.py docs/results/2l-20m-terms
 """
 
 from __future__ import annotations
@@ -62,4 +62,4 @@ def draw(folder: Path) -> Path:
 
 
 if __name__ == "__main__":
-    print(draw(Path(sys.argv[1])))
+    draw(Path(sys.argv[1]))
