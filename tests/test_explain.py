@@ -16,6 +16,7 @@ from cratescope.errors import UserError
 from cratescope.explain.config import ExplainConfig
 from cratescope.explain.explain import explain
 from cratescope.explain.explained import Explained
+from cratescope.explain.protocols import TOP
 from cratescope.files import read_json, write_json
 from cratescope.llm.answers import EMPTY_ANSWER
 from cratescope.llm.config import LLMConfig
@@ -272,3 +273,25 @@ def test_tokens_the_tokenizer_does_not_have_are_a_named_skip(tmp_path: Path) -> 
         1: UNDECODABLE,
         DEAD_INDEX: DEAD,
     }
+
+
+def test_further_windows_give_another_explanation_beside_the_first(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", layers=(0,))
+    llm = ScriptedLLM(lambda prompt: f" phrase of {prompt!r}")
+    (first,), (second,) = (explain(settings_for(run, windows=turn), llm) for turn in (0, 1))
+    assert second.parts[-2:] == ("scripted_windows1", "top")
+    assert len(llm.asked) == 2 * (N_NEURONS - 1)
+    told = Explained(run, "codes", "scripted_windows1", "top")
+    assert (told.turns(), Explained(run, "codes", "scripted", "top").turns()) == ({1}, {0})
+    record = read_records(layer_file(run.records("codes"), 0))[0]
+    assert [window.excerpt for window in told.shown(TOP).windows(record)] == [10, 11, 12, 13, 14]
+    assert files(first).keys() == files(second).keys()
+    (manifest,) = second.glob("manifest.json")
+    manifest.write_text(manifest.read_text().replace('"windows": 1', '"windows": "1"'))
+    with pytest.raises(UserError, match="manifest.json"):
+        told.turns()
+
+
+def test_the_windows_option_is_for_a_language_model() -> None:
+    with pytest.raises(UserError, match="--windows: goes with --explainer llm"):
+        ExplainConfig(Path("x"), explainer="terms", windows=1)

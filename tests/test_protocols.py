@@ -19,6 +19,7 @@ from cratescope.explain.protocols import (
     protocols_named,
     scoring_windows,
 )
+from cratescope.explain.terms.selection import selection_windows
 from cratescope.neurons.records import Moments, NeuronId, NeuronRecord, Stratum, Window
 
 # What each protocol takes of a record that has everything: (list, ranks, width), by its source (docs/evaluation.md).
@@ -189,3 +190,21 @@ def test_records_without_the_windows_a_protocol_needs_say_how_to_get_them() -> N
         with pytest.raises(UserError, match="collect"):
             PROTOCOLS[name].set.windows(bare)
     assert PROTOCOLS["openai"].set.windows(bare)
+
+
+@pytest.mark.parametrize("name", list(PROTOCOLS))
+def test_further_windows_to_explain_from_are_neither_scored_nor_shown_before_nor_selected_on(name: str) -> None:
+    record, chosen = whole_record(), PROTOCOLS[name].set
+    used = {window.key for one in PROTOCOLS.values() if one.set == chosen for window in one.windows(record)}
+    used |= {window.key for window in chosen.windows(record)}
+    used |= {window.key for window in selection_windows(record, [*PROTOCOLS.values()])}
+    most = {"top": 5, "openai": 5}.get(chosen.name, 0)
+    for turn in range(1, most + 1):
+        windows = {window.key for window in chosen.again(turn).windows(record)}
+        assert len(windows) == len(chosen.windows(record))
+        assert windows.isdisjoint(used)
+        assert chosen.again(turn).protocols == chosen.protocols
+        used |= windows
+    assert chosen.again(0) is chosen
+    with pytest.raises(UserError, match=rf"--windows {most + 1}: at most {most} for what {chosen.protocols[0].name}"):
+        chosen.again(most + 1)

@@ -200,6 +200,22 @@ def test_milestones_sites_simulators_and_judges_of_a_study_are_all_reported(text
     assert len(llm.asked) == asked
 
 
+def test_a_study_can_leave_milestones_to_terms(text_folder, tmp_path, monkeypatch):
+    llm = ScriptedLLM(lambda prompt: " words", lambda prompt, token: float(len(token)))
+    for module in ("asking", "simulate", "judge"):
+        monkeypatch.setattr(f"cratescope.explain.{module}.open_llm", lambda config: llm)
+    plan = MILESTONES.format(text=text_folder).replace("[neurons]", "[neurons]\nexplain_milestones = false")
+    (tmp_path / "plan.toml").write_text(plan)
+    study(StudyConfig(tmp_path / "plan.toml", tmp_path / "out"))
+    for folder, runs in {
+        "report": {"crate", "crate-step-000002", "crate-step-000004"},
+        "report-list-pmi": {"crate"},
+    }.items():
+        rows = list(csv.DictReader((tmp_path / "out" / folder / "scores.csv").read_text().splitlines()))
+        assert {row["model"].partition(" ")[0] for row in rows} == runs
+    assert not (tmp_path / "out/runs/crate/milestones/step-000002/explanations/codes/offline").exists()
+
+
 def test_a_model_that_is_called_like_a_milestone_is_refused(tmp_path):
     path = tmp_path / "plan.toml"
     path.write_text(MILESTONES + '[[model]]\nname = "untrained"\nsteps = 0\n')

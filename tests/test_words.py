@@ -78,3 +78,12 @@ def test_an_explanation_knows_the_words_of_its_explanation_set(name: str) -> Non
     tokens = np.concatenate([found.tokens for found in protocol.windows(record)])
     assert words.unseen.tolist() == [token not in known for token in tokens.tolist()]
     assert 0 < words.unseen.mean() < 1
+
+
+def test_an_explanation_from_further_windows_knows_the_words_of_these() -> None:
+    every = [Window(np.arange(64), np.zeros(64), place, 0, 32) for place in range(60)]
+    record = dataclasses.replace(graded(), top=tuple(every))
+    shown = known_windows("offline_windows2", PROTOCOLS["uniform"], record, turns={2})
+    assert [found.excerpt for found in shown] == [15, 16, 17, 18, 19]
+    among = known_windows("selected", PROTOCOLS["uniform"], record, turns={0, 1})
+    assert {0, 2, 4, 6, 8, 10, 11, 12, 13, 14} <= {found.excerpt for found in among}

@@ -29,6 +29,8 @@ class NeuronsConfig(Checked):
     """Simulators, each with scores and a report of its own."""
     judges: tuple[Scorer, ...] = ()
     """Scorers of `judge`; none by default, unless there is a section [judge]."""
+    explain_milestones: bool = True
+    """Explain the neurons of milestones, too; those of [terms], which cost little, are in any case."""
     llm: Annotated[LLMConfig, tyro.conf.arg(name="")] = field(default_factory=LLMConfig)
 
 

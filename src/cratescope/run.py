@@ -96,7 +96,7 @@ BEFORE_ARMS: Shape = {"family": str, "preset": str, "seed": int, "tokens_trained
 METRICS: Shape = {"step": int, "tokens": int}
 METRICS |= dict.fromkeys(("loss?", "learning_rate?", "validation_loss?", "validation_standard_error?"), (float, None))
 """A line of metrics.jsonl."""
-IDENTITY: Shape = {"identity": {}}
+IDENTITY: Shape = {"identity": {"windows?": int, "candidates?": [{"windows?": int}]}}
 """A stage's manifest.json."""
 
 

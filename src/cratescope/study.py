@@ -60,6 +60,7 @@ class Plan:
 
     models: by name, the options of training that are a model's own, or only the `run` of one that is there.
     sites, simulators, judges: as they were given.
+    milestones: whether the language model explains those, too.
     terms: section [terms], if there is one.
     """
 
@@ -70,6 +71,7 @@ class Plan:
     sites: tuple[str, ...]
     simulators: tuple[str, ...]
     judges: tuple[Any, ...]
+    milestones: bool = True
     terms: Settings | None = None
 
     @property
@@ -82,7 +84,8 @@ class Plan:
         kept["explain"] |= {"explainer": "terms"} | self.terms
         for section, shared in (("simulate", ("language", "protocols")), ("score", ("protocols",))):
             kept[section] |= {name: self.terms[name] for name in shared if name in self.terms}
-        return [replace(self, sections=self.sections | kept, simulators=("terms",), judges=()), self]
+        beside = replace(self, sections=self.sections | kept, simulators=("terms",), judges=(), milestones=True)
+        return [beside, self]
 
     @property
     def explainer(self) -> str:
@@ -125,7 +128,8 @@ class Plan:
 def study(config: StudyConfig) -> Path:
     """Run what is not done yet of every stage and return the path of the report, the first simulator's if of several.
 
-    Every stage is done for the model at the end of training and for each of its milestones.
+    Every stage is done for the model at the end of training and for each of its milestones; those the language model
+    leaves out if [neurons] says so.
 
     Raises:
         UserError: the file is not TOML, or names an unknown section, option or value.
@@ -137,6 +141,7 @@ def study(config: StudyConfig) -> Path:
     say(f"prepare {config.out / 'data'}")
     plan.do("prepare", out=config.out / "data")
     sites: dict[Path, list[str]] = {}
+    ends = {runs[0].root for _, runs in training}
     for how, runs in training:
         if how:
             say(f"train {how.out}")
@@ -149,16 +154,18 @@ def study(config: StudyConfig) -> Path:
             say(_loss(plan.do("evaluate", run=run.root)))
             collected = [plan.do("collect", run=run.root, site=site) for site in plan.sites]
             sites[run.root] = list(dict.fromkeys(folder.name for folder in collected))
-    for one, (root, of_run) in itertools.product(plan.explaining, sites.items()):
-        for site in of_run:
-            _score_neurons(one, {"run": root, "site": site}, say)
+    explained = {one.explainer: [root for root in sites if one.milestones or root in ends] for one in plan.explaining}
+    for one in plan.explaining:
+        for root in explained[one.explainer]:
+            for site in sites[root]:
+                _score_neurons(one, {"run": root, "site": site}, say)
     say("report")
     pages: list[Path] = []
     for one in plan.explaining:
         for simulator in one.simulators:
             folder = config.out / (f"report-{simulator}" if pages else "report")
             given: Settings = {"title": plan.title, "explainer": one.explainer, "simulator": simulator}
-            pages.append(plan.do("report", runs=tuple(sites), out=folder, **given))
+            pages.append(plan.do("report", runs=tuple(explained[one.explainer]), out=folder, **given))
     return pages[0]
 
 
@@ -241,7 +248,7 @@ def _plan(table: Settings, path: Path, neurons: NeuronsConfig) -> Plan:
     models = {model["name"]: {key: value for key, value in model.items() if key != "name"} for model in table["model"]}
     terms = table.get(BESIDE)
     _look_up(from_table(BesideConfig, terms or {}, f"{path}: [{BESIDE}]"), f"{path}: [{BESIDE}]")
-    return Plan(path, table["title"], sections, models, **loops, terms=terms)
+    return Plan(path, table["title"], sections, models, **loops, milestones=neurons.explain_milestones, terms=terms)
 
 
 def _listed(value: Any) -> tuple[Any, ...]:

@@ -37,6 +37,7 @@ class Asks:
 
     def made_with(self, chosen: ExplanationSet) -> dict[str, Any]:
         asked = {"prompt": self._wording.explain_version, "max_tokens": self._max_tokens}
+        asked |= {"windows": self._config.windows} if self._config.windows else {}
         return llm_identity(self._config.llm, self._llm) | asked
 
     def explained(

@@ -109,6 +109,9 @@ class ExplainConfig(Checked):
     the best of what other explainers have said."""
     prompts: Prompts = "own"
     """llm: `own`, or `openai`: the exact ones, from an installed automated-interpretability."""
+    windows: Annotated[int, within(0)] = 0
+    """llm: 1, 2, ... explains from the next top windows instead, which its protocols do not score: one more candidate
+    for --explainer selected, kept under the name of the LLM and `_windows1`."""
     worker: Worker = "auto"
     ray: RayTasks = 0
     ray_gpus: RayGPUs = 0
@@ -119,7 +122,8 @@ class ExplainConfig(Checked):
     @property
     def explainer_name(self) -> str:
         """Name used in files, and by --explainer of later stages."""
-        return self.llm.llm_name if self.explainer == "llm" else self.explainer
+        asked = f"{self.llm.llm_name}_windows{self.windows}" if self.windows else self.llm.llm_name
+        return asked if self.explainer == "llm" else self.explainer
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -131,6 +135,8 @@ class ExplainConfig(Checked):
             raise UserError("--language: goes with --select terms")
         if self.explainer != "llm" and self.prompts != "own":
             raise UserError("--prompts: goes with --explainer llm")
+        if self.explainer != "llm" and self.windows:
+            raise UserError("--windows: goes with --explainer llm")
 
 
 def _changed(settings: Checked) -> list[str]:

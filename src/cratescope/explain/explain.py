@@ -69,7 +69,7 @@ def explain(config: ExplainConfig, llm: LanguageModel | None = None) -> list[Pat
     explainer = _explainer(config, run, site, llm)
     origin = records_identity(run, site) | {"neuron_seed": config.neuron_seed}
     folders = []
-    for chosen in protocols_named(config.protocols):
+    for chosen in [one.again(config.windows) for one in protocols_named(config.protocols)]:
         kept = Explained(run, site, config.explainer_name, chosen.name).explanations
         made_with = origin | explainer.made_with(chosen) | {"explained": chosen.name}
         begin = functools.partial(claim, kept.folder, made_with)

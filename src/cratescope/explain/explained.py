@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from cratescope.errors import UserError
 from cratescope.explain.controls import shuffled_texts
+from cratescope.explain.protocols import ExplanationSet
 from cratescope.files import slug
 from cratescope.neurons.kept import Kept, item_of, neuron_id, row_of, schema
 from cratescope.neurons.records import NeuronId, layer_file
@@ -172,6 +173,18 @@ class Explained:
     def identity(self) -> dict[str, Any]:
         """What the explanations were made with. Raises UserError when they belong to another model or records."""
         return check_identity(self.explanations.folder, self.origin)
+
+    def turns(self) -> frozenset[int]:
+        """Which of the set's windows the texts were written from: `ExplanationSet.again` of each. Errors as `identity`.
+
+        One, unless these were selected from candidates.
+        """
+        identity = self.identity()
+        return frozenset(one.get("windows", 0) for one in identity.get("candidates", [identity]))
+
+    def shown(self, chosen: ExplanationSet) -> ExplanationSet:
+        """The set's windows as the explainer was shown them. Errors as of `identity`."""
+        return chosen.again(self.identity().get("windows", 0))
 
     def layers(self) -> dict[int, list[Told]]:
         """Every layer's explanations in the order of the draw. UserError: there are none, or of another model."""

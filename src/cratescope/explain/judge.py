@@ -63,7 +63,7 @@ def _judge_set(config: JudgeConfig, explained: Explained, chosen: ExplanationSet
     identity = explained.origin | llm_identity(config.llm, llm) | {"explanations": explained.identity()}
     identity |= {"prompt": question_named(config.scorer).version}
     begin = functools.partial(claim, kept.folder, identity)
-    vocabulary = vocabulary_strings(run.tokenizer)
+    vocabulary, shown = vocabulary_strings(run.tokenizer), explained.shown(chosen)
     with keeping(kept, begin, ENOUGH, _any_judged) as waiting:
         for layer, told in layers.items():
             mine = share(told[: config.neurons], config.worker, config.llm.llm_batch)
@@ -72,7 +72,7 @@ def _judge_set(config: JudgeConfig, explained: Explained, chosen: ExplanationSet
             pending = [index for index, one in wanted.items() if found.get(index) != _texts(one, config.scorer)]
             if not pending:
                 continue
-            judge = Judge(llm or open_llm(config.llm), vocabulary, chosen, config.scorer, config.llm.llm_batch)
+            judge = Judge(llm or open_llm(config.llm), vocabulary, shown, config.scorer, config.llm.llm_batch)
             work = with_records(layer_file(run.records(explained.site), layer), ([index] for index in pending), AT_ONCE)
             for (index,), records in progress(work, f"{config.scorer} {run.name} layer {layer}", len(pending)):
                 judged, refused = judge.asked(records[index], wanted[index])

@@ -66,7 +66,27 @@ class ExplanationSet:
     @property
     def protocols(self) -> list[Protocol]:
         """All protocols that score explanations of this set."""
-        return [protocol for protocol in PROTOCOLS.values() if protocol.set == self]
+        return [protocol for protocol in PROTOCOLS.values() if protocol.set.name == self.name]
+
+    def again(self, turn: int) -> ExplanationSet:
+        """The set for the `turn`th further explanation of a neuron, made from as many other top windows; itself for 0.
+
+        Their ranks follow one another among those that this set's protocols do not use and other protocols do: the
+        rest is left to select explanations on.
+
+        Raises:
+            UserError: there are not so many, or the set is not of top windows alone.
+        """
+        if not turn:
+            return self
+        ranks, width = self.picks[0].ranks or (), self.picks[0].width
+        spare = sorted(_top_ranks(PROTOCOLS.values()) - _top_ranks(self.protocols))
+        others = spare[(turn - 1) * len(ranks) : turn * len(ranks)]
+        if len(self.picks) > 1 or len(others) < len(ranks):
+            most = 0 if len(self.picks) > 1 else len(spare) // len(ranks)
+            names = ", ".join(protocol.name for protocol in self.protocols)
+            raise UserError(f"--windows {turn}: at most {most} for what {names} explains from; give fewer")
+        return ExplanationSet(self.name, (Pick("top", others, width),))
 
 
 @dataclass(frozen=True)
@@ -90,6 +110,12 @@ class Protocol:
     def windows(self, record: NeuronRecord) -> tuple[Window, ...]:
         """Windows to score on, in the order of the picks; the order does not change a pooled correlation."""
         return _windows(self.picks, record)
+
+
+def _top_ranks(protocols: Iterable[Protocol]) -> set[int]:
+    """Ranks of the top windows that these protocols explain from or score."""
+    picks = (pick for protocol in protocols for pick in (*protocol.set.picks, *protocol.picks))
+    return {rank for pick in picks if pick.source == "top" for rank in pick.ranks or ()}
 
 
 def _windows(picks: Iterable[Pick], record: NeuronRecord) -> tuple[Window, ...]:

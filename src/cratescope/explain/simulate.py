@@ -65,13 +65,13 @@ def _simulate_set(
     kept = explained.simulations(config.simulator)
     neurons = {layer: len(told[: config.neurons]) for layer, told in layers.items()}
     begin = functools.partial(_begin, kept.folder, _identity(config, explained, llm), neurons)
-    vocabulary = vocabulary_strings(run.tokenizer)
+    vocabulary, shown = vocabulary_strings(run.tokenizer), explained.shown(chosen)
     open_simulator = functools.cache(lambda: kind.open(config, vocabulary, lambda: llm or open_llm(config.llm)))
     with keeping(kept, begin, ENOUGH, lambda item: bool(item.expected.keys() & SIMULATED)) as waiting:
         for layer, told in layers.items():
             mine = share(told[: config.neurons], config.worker, config.llm.llm_batch)
             path = layer_file(run.records(explained.site), layer)
-            pending = _tasks(path, mine, chosen, protocols, vocabulary, kept, layer)
+            pending = _tasks(path, mine, shown, protocols, vocabulary, kept, layer)
             if (first := next(pending, None)) is None:
                 continue
             simulator = open_simulator()

@@ -78,11 +78,12 @@ def score(config: ScoreConfig) -> Path:
     run = Run(config.run)
     site = find_site(run, config.site)
     folder = run.scores(site, config.explainer, config.simulator)
-    words = _words(run, config.explainer)
-    sets = [
-        _read(Explained(run, site, config.explainer, chosen.name), config.simulator, protocols, words)
+    named = {
+        Explained(run, site, config.explainer, chosen.name): protocols
         for chosen, protocols in protocols_named(config.protocols).items()
-    ]
+    }
+    words = _words(run, config.explainer, [*named])
+    sets = [_read(explained, config.simulator, protocols, words) for explained, protocols in named.items()]
     inputs = _made_from(run, site, config, sets)
     if run.quality(site).exists() and _finished(folder, inputs):
         return folder
@@ -111,9 +112,12 @@ def score(config: ScoreConfig) -> Path:
     return folder
 
 
-def _words(run: Run, explainer: str) -> WordsOf | None:
+def _words(run: Run, explainer: str, explained: Sequence[Explained]) -> WordsOf | None:
     """None for a run without a tokenizer; then measures that look at words have no value, for that reason."""
-    return words_for(explainer, Reader(vocabulary_strings(run.tokenizer))) if _tokenizer_files(run) else None
+    if not _tokenizer_files(run):
+        return None
+    turns = {turn for one in explained if one.explanations.layers for turn in one.turns()}
+    return words_for(explainer, Reader(vocabulary_strings(run.tokenizer)), turns)
 
 
 def _tokenizer_files(run: Run) -> list[Path]:

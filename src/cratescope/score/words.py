@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,14 +41,16 @@ WordsOf = Callable[[Protocol, NeuronRecord], Words]
 """The words of a neuron's tokens that a protocol scores."""
 
 
-def words_for(explainer: str, reader: Reader) -> WordsOf:
+def words_for(explainer: str, reader: Reader, turns: Collection[int] = (0,)) -> WordsOf:
     """The words as they are to somebody who has read the windows that the explainer's explanation was made from.
 
-    They are the same for a control as for the neuron's own explanation, so that both are scored on the same tokens.
+    turns: which windows it or its candidates were shown (`Explained.turns`).
+
+    A control has the same words as the neuron's own explanation, so that both are scored on the same tokens.
     """
 
     def words(protocol: Protocol, record: NeuronRecord) -> Words:
-        return Words.of(protocol.windows(record), known_windows(explainer, protocol, record), reader)
+        return Words.of(protocol.windows(record), known_windows(explainer, protocol, record, turns), reader)
 
     return words
 
@@ -58,14 +60,17 @@ def sources_read(explainer: str, protocols: Iterable[Protocol]) -> set[Source]:
     return sources(protocols) | ({"top", "by_quantile"} if explainer in (TERMS, SELECTED) else set())
 
 
-def known_windows(explainer: str, protocol: Protocol, record: NeuronRecord) -> Sequence[Window]:
+def known_windows(
+    explainer: str, protocol: Protocol, record: NeuronRecord, turns: Collection[int] = (0,)
+) -> Sequence[Window]:
     """The windows that the explainer's explanation of a neuron was made from: `unseen` leaves their words out."""
+    shown = [window for turn in sorted(turns) for window in protocol.set.again(turn).windows(record)]
     if explainer not in (TERMS, SELECTED):
-        return protocol.set.windows(record)
+        return shown
     from cratescope.explain.terms.selection import selection_windows  # slow to import
 
     chosen_on = selection_windows(record, [*PROTOCOLS.values()])
-    return [*chosen_on, *protocol.set.windows(record)] if explainer == SELECTED else chosen_on
+    return [*chosen_on, *shown] if explainer == SELECTED else chosen_on
 
 
 class Reader:
