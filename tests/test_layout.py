@@ -22,7 +22,7 @@ HOUSE = {
         *("cache", "answers", "server", "open"),
     ),
     "neurons": (
-        *("config", "records", "kept", "sample", "sites"),
+        *("config", "records", "kept", "sample", "sites", "coded"),
         *("tensors", "strata", "streaming", "merge", "collect"),
     ),
     "explain": (
