@@ -25,6 +25,7 @@ HOUSE = {
         *("config", "records", "kept", "sample", "sites"),
         *("tensors", "strata", "streaming", "merge", "collect"),
     ),
+    "sae": ("loss", "step"),
     "explain": (
         *("config", "protocols", "shown", "phrase", "slots", "openai_wording", "wording", "controls"),
         *("explained", "waiting", "simulators.__init__"),
