@@ -46,11 +46,14 @@ def levels(config: CoderConfig) -> list[int]:
     return sorted({*config.prefixes, config.width}) if config.kind == "matryoshka" else [config.width]
 
 
-def losses(coder: SparseCoder, x: Float[Tensor, "b d"], dead: Bool[Tensor, " m"]) -> Losses:
-    """The loss of a batch, to be differentiated by autograd."""
+def losses(
+    coder: SparseCoder, x: Float[Tensor, "b d"], dead: Bool[Tensor, " m"], penalty_weight: float | None = None
+) -> Losses:
+    """The loss of a batch, to be differentiated by autograd. penalty_weight: the configuration's unless given."""
     config, seen = coder.config, coder.features(x)
     z, penalty = code_of_batch(coder, seen)
-    y, reconstruction = coder.bias, x.new_zeros(())
+    penalty = penalty * (config.penalty if penalty_weight is None else penalty_weight)
+    y, reconstruction = coder.bias.expand_as(x), x.new_zeros(())
     for low, high in zip([0, *levels(config)], levels(config), strict=False):
         y = y + z[:, low:high] @ coder.decoder[low:high]
         reconstruction = reconstruction + (y - x).square().sum(1).mean()
@@ -58,14 +61,14 @@ def losses(coder: SparseCoder, x: Float[Tensor, "b d"], dead: Bool[Tensor, " m"]
 
 
 def code_of_batch(coder: SparseCoder, seen: Float[Tensor, "b m"]) -> tuple[Float[Tensor, "b m"], Tensor]:
-    """The code as it is while learning, and the penalty on it."""
+    """The code as it is while learning, and what is penalised: its mean L1 norm (relu) or its L0 (jumprelu)."""
     config = coder.config
     if config.kind == "jumprelu":
         z = _JumpReLU.apply(seen, coder.threshold, config.bandwidth)
-        return z, config.penalty * _Step.apply(seen, coder.threshold, config.bandwidth).sum(1).mean()
+        return z, _Step.apply(seen, coder.threshold, config.bandwidth).sum(1).mean()
     z = seen.relu()
     if config.kind == "relu":
-        return z, config.penalty * z.sum(1).mean()
+        return z, z.sum(1).mean()
     rows = z if config.kind == "topk" else z.view(1, -1)
     largest = rows.topk(config.k * (len(z) // len(rows)), dim=1, sorted=False)
     return torch.zeros_like(rows).scatter(1, largest.indices, largest.values).view_as(z), z.new_zeros(())

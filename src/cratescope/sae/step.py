@@ -68,56 +68,77 @@ class Entries:
 
 @torch.no_grad()
 def gradients(
-    coder: SparseCoder, x: Float[Tensor, "b d"], dead: Bool[Tensor, " m"], dtype: torch.dtype = torch.float32
+    coder: SparseCoder,
+    x: Float[Tensor, "b d"],
+    dead: Bool[Tensor, " m"],
+    dtype: torch.dtype = torch.float32,
+    growth: float = 1.0,
 ) -> Step:
-    """Set the gradients of a batch's loss. dtype: of the dense products; all sums and weights are float32."""
-    centred = x - coder.bias
-    entries = _entries(coder, centred, dtype)
-    return _dense(coder, x, dead, dtype) if entries is None else _sparse(coder, x, centred, entries, dead, dtype)
+    """Set the gradients of a batch's loss.
+
+    dtype: of the dense products; all sums and weights are float32. growth: share of the penalty's weight.
+    """
+    batch = _Batch(coder, x, x - coder.bias, dead, dtype, growth * coder.config.penalty)
+    entries = _entries(batch)
+    return _dense(batch) if entries is None else _sparse(batch, entries)
 
 
-def _dense(coder: SparseCoder, x: Tensor, dead: Tensor, dtype: torch.dtype) -> Step:
-    with torch.enable_grad(), torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
-        found = losses(coder, x, dead)
+@dataclass(frozen=True)
+class _Batch:
+    """What all parts of a step are given."""
+
+    coder: SparseCoder
+    x: Float[Tensor, "b d"]
+    centred: Float[Tensor, "b d"]
+    dead: Bool[Tensor, " m"]
+    dtype: torch.dtype
+    penalty: float
+
+
+def _dense(batch: _Batch) -> Step:
+    coder, x = batch.coder, batch.x
+    mixed = torch.autocast(x.device.type, batch.dtype, enabled=batch.dtype != torch.float32)
+    with torch.enable_grad(), mixed:
+        found = losses(coder, x, batch.dead, batch.penalty)
         wanted = [weight for weight in coder.parameters() if weight.requires_grad]
         for weight, grad in zip(wanted, torch.autograd.grad(found.total, wanted), strict=True):
             weight.grad = grad
-    parts = (float(part.detach()) for part in (found.reconstruction, found.penalty, found.aux))
+    reconstruction, penalty, aux = (float(part.detach()) for part in (found.reconstruction, found.penalty, found.aux))
     active = found.z.detach() > 0
-    return Step(*parts, found.y.detach() - x, active.any(0), float(active.sum() / len(x)), 0.0)
+    return Step(reconstruction, penalty, aux, found.y.detach() - x, active.any(0), int(active.sum()) / len(x), 0.0)
 
 
-def _sparse(coder: SparseCoder, x: Tensor, centred: Tensor, entries: Entries, dead: Tensor, dtype: torch.dtype) -> Step:
-    config = coder.config
+def _sparse(batch: _Batch, entries: Entries) -> Step:
+    coder, config, n = batch.coder, batch.coder.config, len(batch.x)
     active = entries.a > (coder.threshold[entries.columns] if config.kind == "jumprelu" else 0)
     z = entries.a * active
-    error, upstream, dz, reconstruction = _reconstruct(coder, x, entries, z)
+    error, upstream, dz, reconstruction = _reconstruct(coder, batch.x, entries, z)
     da = dz * active
     if config.kind == "relu":
-        da += active * (config.penalty / len(x))
+        da += active * (batch.penalty / n)
     if config.kind == "jumprelu":
-        coder.threshold.grad = _threshold_grad(coder, entries, dz, len(x))
+        coder.threshold.grad = _threshold_grad(batch, entries, dz)
     by_feature = _ByFeature(entries, config.width)
     coder.decoder.grad = _decoder_grad(config, by_feature, z, upstream)
-    coder.encoder.grad = by_feature.sums(da, centred)
+    coder.encoder.grad = by_feature.sums(da, batch.centred)
     coder.encoder_bias.grad = torch.zeros_like(coder.encoder_bias).index_add_(0, entries.columns, da)
     coder.bias.grad = upstream[0].sum(0) - coder.encoder_bias.grad @ coder.encoder
-    aux = _aux(coder, centred, error, dead, dtype)
+    aux = _aux(batch, error)
     n_active = int(active.sum())
-    penalty = {"relu": float(z.sum()), "jumprelu": n_active}.get(config.kind, 0) * config.penalty / len(x)
-    fired = torch.zeros_like(dead)
+    penalty = {"relu": float(z.sum()), "jumprelu": n_active}.get(config.kind, 0) * batch.penalty / n
+    fired = torch.zeros_like(batch.dead)
     fired[entries.columns[active]] = True
-    return Step(
-        reconstruction, penalty, aux, error, fired, n_active / len(x), float(z[active].min()) if n_active else 0.0
-    )
+    smallest = float(z[active].min()) if n_active else 0.0
+    return Step(reconstruction, penalty, aux, error, fired, n_active / n, smallest)
 
 
-def _entries(coder: SparseCoder, centred: Tensor, dtype: torch.dtype) -> Entries | None:
+def _entries(batch: _Batch) -> Entries | None:
     """The entries that are active, and for jumprelu those from which thresholds learn; None if they are many."""
-    config, shift = coder.config, coder.encoder_bias
+    coder, config = batch.coder, batch.coder.config
+    shift: Tensor = coder.encoder_bias
     if config.kind == "jumprelu":  # all thresholds at 0, for the search
         shift = shift - coder.threshold
-    seen = torch.addmm(shift.to(dtype), centred.to(dtype), coder.encoder.to(dtype).T)
+    seen = torch.addmm(shift.to(batch.dtype), batch.centred.to(batch.dtype), coder.encoder.to(batch.dtype).T)
     if config.kind == "topk":
         return _largest_of_each(seen, config.k)
     if config.kind in ("relu", "jumprelu"):
@@ -260,18 +281,19 @@ def _decoder_grad(config: CoderConfig, by_feature: _ByFeature, z: Tensor, upstre
     return torch.cat(found)
 
 
-def _threshold_grad(coder: SparseCoder, entries: Entries, dz: Tensor, batch: int) -> Tensor:
+def _threshold_grad(batch: _Batch, entries: Entries, dz: Tensor) -> Tensor:
     """Both straight-through estimates of sae/loss.py, for the entries near their threshold."""
-    config, own = coder.config, coder.threshold[entries.columns]
+    coder, config = batch.coder, batch.coder.config
+    own = coder.threshold[entries.columns]
     near = in_window(entries.a, own, config.bandwidth)
-    pull = near * (own * dz + config.penalty / batch) / -config.bandwidth
+    pull = near * (own * dz + batch.penalty / len(batch.x)) / -config.bandwidth
     return torch.zeros_like(coder.threshold).index_add_(0, entries.columns, pull)
 
 
-def _aux(coder: SparseCoder, centred: Tensor, error: Tensor, dead: Tensor, dtype: torch.dtype) -> float:
+def _aux(batch: _Batch, error: Tensor) -> float:
     """Add the gradients of AuxK, by dense products with the dead features alone; returns the loss."""
-    which = dead.nonzero().squeeze(1)
-    k, x = n_aux(coder.config, len(which)), centred.to(dtype)
+    coder, dtype, which = batch.coder, batch.dtype, batch.dead.nonzero().squeeze(1)
+    k, x = n_aux(coder.config, len(which)), batch.centred.to(dtype)
     if not k:
         return 0.0
     encoder, decoder = coder.encoder[which], coder.decoder[which].to(dtype)
