@@ -25,7 +25,7 @@ HOUSE = {
         *("config", "records", "kept", "sample", "sites"),
         *("tensors", "strata", "streaming", "merge", "collect"),
     ),
-    "sae": ("config", "loss", "step", "learner", "stream", "foreign", "train"),
+    "sae": ("config", "loss", "step", "learner", "planted", "stream", "foreign", "train"),
     "explain": (
         *("config", "protocols", "shown", "phrase", "slots", "openai_wording", "wording", "controls"),
         *("explained", "waiting", "simulators.__init__"),
