@@ -119,12 +119,12 @@ def test_what_cannot_be_read_is_refused_in_one_line(tmp_path):
         "gated": (saelens(tmp_path / "a", w, architecture="gated"), "architecture 'gated'"),
         "norm": (
             saelens(tmp_path / "b", w, normalize_activations="layer_norm"),
-            "normalize_activations = 'layer_norm'",
+            "= 'layer_norm' is none",
         ),
         "k": (saelens(tmp_path / "c", w, architecture="topk"), "k = None"),
         "transcoder": (sparsify(tmp_path / "d", w, transcode=True), "transcode makes it a transcoder"),
         "groups": (sparsify(tmp_path / "e", w, activation="groupmax"), "only topk is done"),
-        "class": (dictionary(tmp_path / "f", {}, dict_class="GatedAutoEncoder"), "dict_class 'GatedAutoEncoder'"),
+        "class": (dictionary(tmp_path / "f", {}, dict_class="GatedAutoEncoder"), "'GatedAutoEncoder'; there are"),
         "object": (dictionary(tmp_path / "g", Code(), dict_class="AutoEncoder"), "could run code"),
         "tensor": (
             dictionary(tmp_path / "h", {"bias": w["b_dec"]}, dict_class="AutoEncoder"),

@@ -1,7 +1,7 @@
 """Sparse autoencoders against SAELens and sparsify, which need an environment of their own.
 
-    python3 -m venv saeenv && saeenv/bin/pip install sae-lens==6.54.12 eai-sparsify==1.3.3
-    SAE_PYTHON=saeenv/bin/python make slow
+python3 -m venv saeenv && saeenv/bin/pip install sae-lens==6.54.12 eai-sparsify==1.3.3
+SAE_PYTHON=saeenv/bin/python make slow
 """
 
 from __future__ import annotations

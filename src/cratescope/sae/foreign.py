@@ -167,9 +167,7 @@ def _sparsify(folder: Path) -> Foreign:
     said = read_json(folder / CONFIG, {"d_in": int, "k": int}, "what made it")
     for name in ("transcode", "skip_connection"):
         if said.get(name):
-            raise UserError(
-                f"{folder}: {name} makes it a transcoder, not an autoencoder of one place; take another one"
-            )
+            raise UserError(f"{folder}: {name} makes it a transcoder, which is no autoencoder; take another one")
     if said.get("activation", "topk") != "topk":
         raise UserError(f"{folder}: activation {said['activation']!r:.40}; only topk is done here, take another one")
     path = folder / SPARSIFY
