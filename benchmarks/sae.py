@@ -123,10 +123,8 @@ def work(told: dict[str, Any]) -> None:
     peak = gemm_peak()
     before = memory()
     step = {"saelens": of_saelens, "plain": of_plain}.get(told["way"], of_ours)(told, d, m)
-    number = 0
-    for _ in sys.stdin:
+    for number, _ in enumerate(sys.stdin):
         x = batch(told["batch"], d, number)
-        number += 1
         start = time.process_time()
         loss = step(x)
         seconds = time.process_time() - start
