@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from cratescope.errors import UserError, as_user_error
 from cratescope.files import Shape, atomic_folder, check_whole, mark_whole, read_json, write_json
+from cratescope.run import Run
 
 Kind = Literal["relu", "topk", "batchtopk", "jumprelu", "matryoshka"]
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
@@ -200,6 +201,28 @@ def load_coder(folder: Path) -> SparseCoder:
     config = CoderConfig(**known | {"prefixes": tuple(ours["prefixes"])})
     origin = Origin(**{option.name: ours["origin"][option.name] for option in dataclasses.fields(Origin)})
     return build_coder(config, origin, read_weights(folder / WEIGHTS), folder / WEIGHTS)
+
+
+def coder_folder(run: Run, name: str, layer: int) -> Path:
+    """Folder of one layer's coder."""
+    return run.saes(name) / f"layer-{layer:02d}"
+
+
+def coder_of(run: Run, name: str, layer: int) -> SparseCoder:
+    """A run's coder of one layer, on the CPU.
+
+    Raises:
+        UserError: no such coder, a damaged one, or one that was trained on another model.
+    """
+    folder = coder_folder(run, name, layer)
+    if not folder.exists():
+        made = sorted(path.name for path in (run.root / "saes").glob("*") if (path / folder.name).is_dir())
+        there = f"layer {layer} has {', '.join(made)}" if made else f"make one with {MAKER}"
+        raise UserError(f"{folder}: no such sparse autoencoder; {there}")
+    coder = load_coder(folder)
+    if coder.origin.model_sha256 != run.fingerprint():
+        raise UserError(f"{folder}: trained on another model than {run.root}'s; train one here with {MAKER}")
+    return coder
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
