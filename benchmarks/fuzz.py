@@ -179,6 +179,8 @@ VOLATILE = {
     "utilisation",
     "tokens_per_second",
 }
+SETTINGS = re.compile("<details[^>]*><summary>Settings and versions</summary>.*?</details>", re.DOTALL)
+"""The same in a page."""
 UNREAD = re.compile(
     r".*(/manifest\.json|/report\.json|/\.verified\.json|\.lock|/checkpoints/.*)|new/report/.*(\.html|\.svg|\.png)"
 )
@@ -212,9 +214,8 @@ def content(path: Path) -> Any:
     if path.suffix in (".json", ".jsonl"):
         lines = path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()]
         return [steady(json.loads(line)) for line in lines]
-    if path.suffix == ".html":  # without the lines that say with which versions and settings it was made
-        lines = path.read_text().splitlines()
-        return [line for line in lines if " · torch " not in line and "<br><code>site = " not in line]
+    if path.suffix == ".html":
+        return SETTINGS.sub("", path.read_text())
     return path.read_bytes()
 
 

@@ -21,6 +21,7 @@ from cratescope.files import atomic_folder, mark_whole, read_json, read_jsonl, w
 from cratescope.lm.config import EvaluateConfig
 from cratescope.lm.evaluate import evaluate
 from cratescope.run import IDENTITY, METRICS, Run
+from cratescope.text.shards import TokenData
 from cratescope.zoo import ZOO
 
 CROPS = 2000
@@ -65,6 +66,7 @@ def _manifest(run: Run) -> dict[str, Any]:
     manifest = _without_platform(run.read_manifest())
     settings = {name: value for name, value in manifest["settings"].items() if name not in ("out", "data")}
     text = {"path": TEXT, "manifest_sha256": manifest["data"]["manifest_sha256"]}
+    text["split_by"] = TokenData.open(run.data_path()).split_by
     return manifest | {"settings": settings, "data": text}
 
 

@@ -74,6 +74,20 @@ def test_bad_input_is_one_line_that_names_the_thing_and_the_fix(capsys, tmp_path
     assert "no such file" in fails(capsys, "convert", tmp_path / "none.pt", tmp_path / "out")
 
 
+def test_progress_leaves_no_empty_lines_where_there_is_no_terminal(capsys, tmp_path, text_folder):
+    data, run, cpu = tmp_path / "data", tmp_path / "run", ("--device", "cpu")
+    small = ("--context", 32, "--batch-tokens", 64, "--micro-batch", 2, "--steps", 2, "--warmup-steps", 1)
+    every = ("--log-every", 1, "--save-every", 1, "--validate-every", 1, "--validation-crops", 2)
+    for arguments in (
+        ("prepare", text_folder, "--out", data, "--tokenizer", "bpe:300", "--validation", 0.2, "--heldout", 0.3),
+        ("train", run, "--data", data, "--preset", "crate-1l", *small, *every, *cpu),
+        ("evaluate", run, "--crops", 2, *cpu),
+        ("collect", run, "--excerpts", 8, *cpu),
+    ):
+        cli.run_and_exit(list(map(str, arguments)))
+        assert "" not in capsys.readouterr().err.splitlines()
+
+
 def test_numbers_below_1_are_refused_where_they_make_no_sense(capsys, runs_folder):
     assert "--part 0: has to be 1 or more" in fails(capsys, "collect", runs_folder / "crate", "--part", 0)
     assert "--llm-batch 0" in fails(capsys, "explain", runs_folder / "crate", "--llm-batch", 0)

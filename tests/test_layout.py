@@ -31,7 +31,17 @@ HOUSE = {
         *("explained", "waiting", "simulators.__init__"),
         *(
             f"terms.{name}"
-            for name in ("__init__", "language", "phrases", "texts", "features", "predict", "selection", "fit")
+            for name in (
+                "__init__",
+                "patterns",
+                "language",
+                "phrases",
+                "texts",
+                "features",
+                "predict",
+                "selection",
+                "fit",
+            )
         ),
         *("terms.explainer", "asking", "selected", "explain"),
         *(f"simulators.{name}" for name in ("readings", "reader", "list_pmi", "list_in_context", "all_at_once")),

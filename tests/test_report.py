@@ -356,6 +356,13 @@ def find(
     )
 
 
+def test_other_gains_of_the_kind_of_the_primary_one_follow_it(runs: tuple[Path, Path]) -> None:
+    (group,) = comparisons(load_results(runs), Quantity.parse("random-only/specific/shuffled"))
+    found = [(pair.quantity.measure, pair.quantity.over) for pair in group if pair.quantity.protocol == "random-only"]
+    gains = [(measure, "shuffled") for measure in ("specific", "balanced", "unseen", "pearson")]
+    assert found == [*gains[:3], ("pearson", None), gains[3]]
+
+
 def test_the_headline_follows_from_the_numbers(runs: tuple[Path, Path], tmp_path: Path) -> None:
     results = load_results(runs)
     groups = comparisons(results, PRIMARY)
@@ -735,3 +742,42 @@ def test_reasons_that_differ_in_a_servers_words_are_counted_together(tmp_path: P
 def test_a_number_that_rounds_to_zero_has_no_minus_sign() -> None:
     assert [number(value) for value in (-0.0004, -0.004, None)] == ["0.0", "−0.4", "–"]
     assert number(-0.0004, sign=True) == "+0.0"
+
+
+def test_settings_that_are_not_those_a_run_was_trained_with_are_not_shown(
+    runs: tuple[Path, Path], tmp_path: Path
+) -> None:
+    run = Run(copy_of(runs[0], tmp_path))
+    manifest = run.read_manifest()
+    settings = manifest["settings"] | {"seed": 3}
+    identity = {"seed": 3, "learning_rate": 2e-3, "data_sha256": manifest["data"]["manifest_sha256"]}
+    edit(run.manifest, settings=settings)
+    write_json(run.root / "manifest.json", {"identity": identity})
+    load_results((run.root,))
+    for damaged in (settings | {"seed": 0}, {name: settings[name] for name in settings.keys() - {"seed"}}):
+        edit(run.manifest, settings=damaged)
+        with pytest.raises(UserError, match=r"run.json: says seed = (0|None) and .*manifest.json says 3, so one"):
+            load_results((run.root,))
+    edit(run.manifest, settings=settings, data=manifest["data"] | {"manifest_sha256": "0" * 64})
+    with pytest.raises(UserError, match="says data_sha256 = "):
+        load_results((run.root,))
+
+
+def test_scores_of_other_simulations_than_there_are_do_not_get_into_a_report(
+    runs: tuple[Path, Path], tmp_path: Path
+) -> None:
+    run = Run(copy_of(runs[0], tmp_path))
+    scores = run.scores("codes", "offline", "list-pmi") / "scores.json"
+    made_with = read_json(scores)["made_with"]["top"]
+    simulations = Explained(run, "codes", "offline", "top").simulations("list-pmi").folder
+    write_json(simulations / "manifest.json", {"identity": made_with})
+    load_results((run.root,))
+    for changed in (
+        made_with | {"llm": "other"},
+        {"rucords" if name == "records" else name: made_with[name] for name in made_with},
+    ):
+        edit(scores, made_with={"top": changed})
+        with pytest.raises(
+            UserError, match="scores.json: is not of the simulations in .*; run `cratescope score` again"
+        ):
+            load_results((run.root,))

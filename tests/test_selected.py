@@ -124,6 +124,15 @@ def test_other_candidates_are_not_mixed_with_these(run):
         selected(run, among=("second",))
 
 
+@pytest.mark.parametrize("select", ["list-pmi", "list-in-context"])
+def test_what_other_simulators_select_is_refused_by_the_option_that_differs(run, select):
+    said(run, "first", TEXTS)
+    selected(run, among=("first",))
+    other = SelectedConfig(among=("first",), select=select)
+    with pytest.raises(UserError, match=f"was made with select = 'terms', not '{select}'"):
+        explain(ExplainConfig(run.root, protocols=("uniform",), explainer="selected", selected=other))
+
+
 def test_options_of_one_explainer_are_refused_with_another():
     with pytest.raises(UserError, match="--others: goes with --explainer selected"):
         ExplainConfig("x", selected=SelectedConfig(others=2))

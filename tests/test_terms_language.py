@@ -99,6 +99,9 @@ def test_a_file_with_a_byte_order_mark_is_read(written):
         ("','", "''", "spellings.commas"),
         ("','", "5", "spellings.commas"),
         ("'0+'", "'0{2,1}'", "shapes.numbers"),
+        ("'0+'", "'0{99999999999999999999}'", "shapes.numbers"),
+        ("'0+'", "'(?L)0'", "shapes.numbers"),
+        ("'0+'", f"'{'(' * 3000}0{')' * 3000}'", "shapes.numbers"),
         ('"numbers"', '"colours"', "shapes.colours"),
         ('"numbers"', '"numbers (+3)"', "shapes.numbers"),
         ('"numbers"', '"big, numbers"', "shapes.big, numbers"),
@@ -128,6 +131,31 @@ def test_what_is_wrong_in_a_file_is_told_in_one_line_that_names_the_file_and_the
     said = str(caught.value)
     assert "\n" not in said
     assert str(path) in said and key in said
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        *("(,+)+!", "(?:,|,)*!", "(,?){30}!", "(?:a|ab|b)*!", r"(?:\w+-)+", "(?:,*?)*?!", "((,+))+", "(?i:,+)+"),
+        *("(?=(,+)+!)x", "(?>(,+)+!)", "(,(a+)?)+", "(?:,{1,3}){50}"),
+    ],
+)
+def test_a_pattern_that_may_take_for_ever_is_refused_by_name(written, pattern):
+    with pytest.raises(UserError, match=r"spellings.commas: .* \(it may take for ever: .*; write X\+\+ or") as caught:
+        load_language(written(SMALL.replace("','", f"'{pattern}'")))
+    assert repr(pattern) in str(caught.value)
+
+
+@pytest.mark.parametrize("pattern", [r"\w+(?:-\w++)*!", "(?>ab|b|a)+!", "(?:a?+){60}!", "(?:ab|ac)*!", r"\w*\w*\w*!"])
+def test_a_pattern_whose_rounds_match_in_one_way_is_taken_and_soon_done(written, pattern):
+    language = load_language(written(SMALL.replace("','", f"'{pattern}'")))
+    for word in ("a" * 200, "ab" * 100, "a-" * 100):
+        assert "commas" not in language.classes_of(word)
+
+
+def test_a_folder_is_called_one(tmp_path):
+    with pytest.raises(UserError, match=f"{tmp_path}: is a folder or device, not a file; `cratescope terms --toml`"):
+        load_language(tmp_path)
 
 
 def test_a_file_that_is_missing_or_no_text_is_told_in_one_line(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 import time
 from pathlib import Path
 
@@ -114,8 +115,16 @@ def test_settings_that_do_not_fit_are_refused(data_folder, tmp_path, changes, me
 
 
 def test_a_run_directory_of_another_model_is_refused(runs_folder, data_folder):
-    with pytest.raises(UserError, match="was made with preset = 'crate-1l', not 'gpt2-1l'"):
+    said = "was made with preset = 'crate-1l', not 'gpt2-1l'; its model is trained already; use it as it is, or name"
+    with pytest.raises(UserError, match=said):
         train(config_of(runs_folder / "crate", data_folder, preset="gpt2-1l"))
+
+
+def test_the_folder_of_a_model_trained_elsewhere_is_refused_and_left_alone(runs_folder, data_folder, tmp_path):
+    shutil.copytree(runs_folder / "crate", tmp_path / "run", ignore=shutil.ignore_patterns("manifest.json"))
+    with pytest.raises(UserError, match="run: holds a model that was not trained there; use it as it is, or name"):
+        train(config_of(tmp_path / "run", data_folder))
+    assert not (tmp_path / "run" / "manifest.json").exists()
 
 
 def test_a_refused_command_does_not_claim_the_folder_for_its_mistake(data_folder, tmp_path):

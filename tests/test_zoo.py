@@ -137,11 +137,17 @@ def test_a_wheel_holds_the_whole_zoo(tmp_path):
 
 
 def test_the_listing_names_every_model_with_its_kind_and_loss(here, made, capsys):
-    lines = said_by(capsys, "zoo").splitlines()
+    header, *lines = said_by(capsys, "zoo").splitlines()
+    assert header.split()[:2] == ["model", "kind"] and header.endswith("validation loss")
     assert [line.split()[:2] for line in lines[:2]] == [["zoo/crate", "CRATE"], ["zoo/gpt2", "GPT-2"]]
     for line, name in zip(lines, ("crate", "gpt2"), strict=False):
         assert f"{read_json(made / name / 'evaluation.json')['loss']:.3f}" in line
     assert not any(here.iterdir())
+
+
+def test_the_listing_of_the_package_fits_a_terminal(capsys):
+    lines = said_by(capsys, "zoo").splitlines()
+    assert len(lines) > len(zoo.names()) and max(map(len, lines)) <= 80
 
 
 def test_the_first_use_copies_a_model_and_later_ones_keep_what_is_there(here, made, capsys):
@@ -231,7 +237,7 @@ def test_an_unknown_name_is_one_line_that_lists_the_zoo(stage, here, capsys):
 
 
 def test_training_into_the_folder_of_a_packaged_model_is_refused(here, data_folder):
-    with pytest.raises(UserError, match="was made with seed = 0, not 5"):
+    with pytest.raises(UserError, match="was made with seed = 0, not 5; its model is trained already"):
         train(TrainConfig(Path("zoo/crate"), data_folder, preset="crate-1l", seed=5, **SMALL_TRAINING))
 
 
@@ -255,6 +261,44 @@ def test_without_text_the_command_that_makes_some_is_named_and_works(here, text_
     said_by(capsys, *command, "--validation", "0.2", "--heldout", "0.3")
     said_by(capsys, "collect", "zoo/crate", "--excerpts", "8")
     assert Path("zoo/crate/records/codes/layer-00.parquet").exists()
+
+
+@pytest.mark.parametrize(
+    "options, warned",
+    [
+        (("--validation", 0.2, "--heldout", 0.3, "--max-megabytes", 0.05), False),
+        (("--validation", 0.1, "--heldout", 0.4), False),
+        (("--validation", 0.2, "--heldout", 0.4), True),
+        (("--validation", 0.2, "--heldout", 0.3, "--seed", 1), True),
+    ],
+)
+def test_a_model_is_not_silently_given_text_as_held_out_that_it_was_trained_on(
+    options, warned, here, text_folder, capsys
+):
+    said_by(capsys, "prepare", text_folder, "--out", "text", "--tokenizer", "zoo/crate", *options)
+    for stage in (("evaluate", "--crops", 2), ("collect", "--excerpts", 8)):
+        cli.run_and_exit([*map(str, (stage[0], "zoo/crate", "--data", "text", *stage[1:]))])
+        said = capsys.readouterr().err
+        assert (
+            "warning: text may hold out text that zoo/crate was trained on; prepare it with --seed 0, and" in said
+        ) == (warned)
+        assert not warned or "--validation and --heldout of at most 0.5 together" in said
+
+
+def test_other_text_is_not_taken_for_text_that_a_model_was_trained_on(here, tmp_path, capsys):
+    (tmp_path / "other").mkdir()
+    for number in range(40):
+        (tmp_path / "other" / f"{number}.txt").write_text(f"The captain saw {number} ships. " * 20)
+    said_by(
+        capsys, "prepare", "other", "--out", "text", "--tokenizer", "zoo/crate", "--heldout", 0.7, "--validation", 0.1
+    )
+    cli.run_and_exit(["evaluate", "zoo/crate", "--data", "text", "--crops", "2"])
+    assert "warning" not in capsys.readouterr().err
+
+
+def test_the_packaged_models_say_how_their_text_was_split():
+    for name in zoo.names():
+        assert read_json(PACKAGED / name / "run.json")["data"]["split_by"]["source_files"]
 
 
 def test_text_of_another_tokenizer_of_the_same_size_is_refused(here, capsys, tmp_path):

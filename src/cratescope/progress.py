@@ -19,6 +19,11 @@ def say(line: str, style: str | None = None) -> None:
     STDERR.print(line, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
+def bars() -> bool:
+    """Are progress bars shown? Not in a file or pipe, where each would leave an empty line."""
+    return STDERR.is_interactive or STDERR.is_jupyter
+
+
 def progress(items: Iterable[T], label: str, total: int | None = None) -> Iterable[T]:
     """Iterate over `items` beside a progress bar, which is gone at the end."""
-    return track(items, escape(label), total, console=STDERR, transient=True)
+    return track(items, escape(label), total, console=STDERR, transient=True, disable=not bars())

@@ -54,14 +54,14 @@ def versions() -> dict[str, str]:
     return found
 
 
-def claim(folder: Path, identity: dict[str, Any]) -> None:
+def claim(folder: Path, identity: dict[str, Any], fix: str = "delete that folder or use another run directory") -> None:
     """Record what `folder` is made from, or check that it was made from the same.
 
     The first stage writes `folder/manifest.json`; a later one with another identity (another model, other
     data, other settings) is refused, because mixing the two would give a result that belongs to neither.
 
     Raises:
-        UserError: the folder was made from something else; names the first key that differs.
+        UserError: the folder was made from something else; names the first key of `identity` that differs, and `fix`.
     """
     make_folder(folder)
     path = folder / "manifest.json"
@@ -74,19 +74,18 @@ def claim(folder: Path, identity: dict[str, Any]) -> None:
     found = found.get("identity") if isinstance(found, dict) else None
     if not isinstance(found, dict):
         raise UserError(f"{path}: not a file of cratescope; use another folder")
-    for key in sorted(found.keys() | identity.keys()):
+    for key in identity | found:  # in the order of `identity`: what was asked for comes before what follows from it
         if found.get(key) != identity.get(key):
-            raise UserError(
-                f"{folder} was made with {key} = {found.get(key)!r}, not {identity.get(key)!r}; "
-                "delete that folder or use another run directory"
-            )
+            raise UserError(f"{folder} was made with {key} = {found.get(key)!r}, not {identity.get(key)!r}; {fix}")
 
 
 ARM: Shape = dict.fromkeys(("family", "attention", "feed_forward", "size", "site", "variant"), str)
 ARM |= dict.fromkeys(("seed", "tokens_trained"), (int, None))
+SPLIT_BY: Shape = {"source?": str, "source_files?": str, "validation?": float, "heldout?": float, "seed?": int}
+"""What decides which documents of a data folder are in which split."""
 RUN: Shape = {
     **{"arm?": ARM, "parameters": int, "n_layer": (int, None), "context": (int, None)},
-    "data": {"path": str, "manifest_sha256": str},
+    "data": {"path": str, "manifest_sha256": str, "split_by?": SPLIT_BY},
     **dict.fromkeys(("seed?", "parameters_without_positions?", "n_neurons?", "vocab_size?", "steps?"), int),
     **{"preset?": str, "tokens_trained?": int, "settings?": {}, "seconds?": float},
 }

@@ -14,6 +14,7 @@ ZOO = Path(__file__).with_name("zoo")
 """A run directory for each model."""
 ENTRY: Shape = {"parameters": int, "n_layer": int, "n_neurons": int}
 MEASURED: Shape = {"loss": float, "standard_error": float}
+HEADER = ("model", "kind", "layers x neurons", "parameters", "tokens", "validation loss")
 
 
 def names() -> list[str]:
@@ -52,10 +53,11 @@ def instead(root: Path) -> str:
 
 
 def listing(_config: Checked) -> str:
-    """One line per model: kind, size, training and the loss measured on text that it was not trained on."""
-    rows = [_row(name) for name in names()]
+    """A table with a row per model: kind, size, training and the loss on text that it was not trained on."""
+    rows = [HEADER, *map(_row, names())]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+    lines.append("Losses are in nats per token, +- their standard errors.")
     return "\n".join([*lines, "Give one wherever a run is asked for; it is copied to a folder zoo/ here first."])
 
 
@@ -65,8 +67,8 @@ def _row(name: str) -> tuple[str, ...]:
     return (
         f"{ZOO.name}/{name}",
         arm.title,
-        f"{found['n_layer']} layers x {found['n_neurons']} neurons",
-        f"{found['parameters']:,} parameters",
-        f"{(arm.tokens_trained or 0) / 1e6:.1f}M tokens",
-        f"validation loss {measured['loss']:.3f} +- {measured['standard_error']:.3f} nats per token",
+        f"{found['n_layer']} x {found['n_neurons']}",
+        f"{found['parameters']:,}",
+        f"{(arm.tokens_trained or 0) / 1e6:.1f}M",
+        f"{measured['loss']:.3f} +- {measured['standard_error']:.3f}",
     )

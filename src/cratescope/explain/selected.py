@@ -60,7 +60,7 @@ class Selects:
                     "by it with the same --protocols first, or leave it out"
                 )
             candidates.append(explained.identity())
-        return asked | simulator_named(name).made_with(self._by) | options | {"candidates": candidates}
+        return options | {"candidates": candidates} | asked | simulator_named(name).made_with(self._by)
 
     def explained(
         self, chosen: ExplanationSet, records: Sequence[NeuronRecord]

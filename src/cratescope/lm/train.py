@@ -56,7 +56,7 @@ def train(config: TrainConfig) -> Run:
     run = Run(config.out)
     data = TokenData.open(config.data)
     if run.manifest.exists():
-        claim(run.root, _identity(config, data))
+        _check_same(config, run, data)
         return run
     started = time.monotonic()
     device = pick_device(config.device)
@@ -82,6 +82,14 @@ def train(config: TrainConfig) -> Run:
         elif rank() == 0:
             publish(0, model)
     return run
+
+
+def _check_same(config: TrainConfig, run: Run, data: TokenData) -> None:
+    """Refuse a finished model that is another than asked for, or that was not trained into this folder at all."""
+    fix = "use it as it is, or name another folder for a new one"
+    if not (run.root / "manifest.json").exists():
+        raise UserError(f"{run.root}: holds a model that was not trained there; {fix}")
+    claim(run.root, _identity(config, data), f"its model is trained already; {fix}")
 
 
 def _identity(config: TrainConfig, data: TokenData) -> dict[str, Any]:
@@ -228,7 +236,7 @@ def _publish(config: TrainConfig, data: TokenData, started: float, step: int, mo
             "vocab_size": data.vocab_size,
             "context": config.context,
             "steps": step,
-            "data": run.data_entry(data.path),
+            "data": run.data_entry(data.path) | {"split_by": data.split_by},
             "settings": settings,
             "versions": versions(),
             "seconds": round(time.monotonic() - started, 1),

@@ -28,7 +28,7 @@ from cratescope.lm.evaluate import crop_losses, mean_loss
 from cratescope.lm.head import Head
 from cratescope.models.cost import flops_per_token
 from cratescope.models.folder import load_folder
-from cratescope.progress import STDERR
+from cratescope.progress import STDERR, bars
 from cratescope.run import Run
 from cratescope.workers import processes, rank
 
@@ -57,7 +57,7 @@ class Watch(TrainerCallback):
             TextColumn("loss {task.fields[loss]} {task.fields[speed]}"),
             console=STDERR,
             transient=True,
-            disable=rank() > 0,
+            disable=rank() > 0 or not bars(),
             speed_estimate_period=3600,  # one step of the paper's recipe takes minutes on a small machine
         )
 

@@ -93,7 +93,7 @@ def _interval(row: Score) -> str:
 
 
 def _numbers(record: NeuronRecord) -> Text:
-    """The measured numbers; line breaks never separate a name from its number."""
+    """The measured numbers, with plain spaces only: rich breaks lines at no-break spaces all the same."""
     moments = record.moments
     cells = {
         "mean": f"{moments.mean:.4g}",
@@ -101,11 +101,11 @@ def _numbers(record: NeuronRecord) -> Text:
         "skewness": number(moments.skewness, 2, 1),
         "kurtosis": number(moments.kurtosis, 2, 1),
         "maximum": f"{moments.maximum:.4g}",
-        "active": "never" if record.dead else percent(record.density).replace(" ", "\u00a0"),
+        "active": "never" if record.dead else percent(record.density),
         "tokens read": f"{moments.n_tokens:,}" if moments.n_tokens else "–",
     }
-    shown = {name.replace(" ", "\u00a0"): value.replace("nan", "–") for name, value in cells.items()}
-    return Text("  ").join(Text.assemble((f"{name}\u00a0", "dim"), value) for name, value in shown.items())
+    shown = {name: value.replace("nan", "–") for name, value in cells.items()}
+    return Text("  ").join(Text.assemble((f"{name} ", "dim"), value) for name, value in shown.items())
 
 
 def _histogram(record: NeuronRecord) -> Text:

@@ -12,7 +12,7 @@ from typing import Any
 from cratescope.errors import UserError
 from cratescope.explain.config import SCORERS
 from cratescope.explain.controls import CONTROLS, SHUFFLED
-from cratescope.explain.protocols import PROTOCOLS
+from cratescope.explain.protocols import ON_UNIFORM_TEXT, PROTOCOLS
 from cratescope.results.estimates import Estimate, finite, in_quadrature, over
 from cratescope.results.runs import Results, protocols, untrained_copy
 from cratescope.results.scores import measures_of
@@ -238,10 +238,12 @@ def _at_loss(course: Sequence[Results], target: float) -> Mix:
 
 
 def _quantities(results: Sequence[Results], primary: Quantity) -> list[Quantity]:
-    """The primary one, then every protocol's own measure: the score and its gains."""
+    """The primary one, other gains of its kind, then every protocol's own measure: the score and its gains."""
+    beside = [Quantity(primary.protocol, primary.measure, control) for control in GAINS]
+    beside += [Quantity(primary.protocol, one, SHUFFLED) for one in measures_of(primary.protocol) if one in ON_UNIFORM_TEXT]
     names = protocols(results)
     found = [Quantity(name, measures_of(name)[0], control) for name in names for control in (None, *GAINS)]
-    return list(dict.fromkeys([primary, *found]))
+    return list(dict.fromkeys([primary, *beside, *found]))
 
 
 def _compare(

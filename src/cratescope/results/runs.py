@@ -136,6 +136,7 @@ def _load_run(run: Run, explainer: str, simulator: str) -> Iterator[Results]:
     manifest = _imported(run) or run.read_manifest()
     if not run.evaluation.exists() and run.manifest.exists():
         raise UserError(f"{run.evaluation}: no such file; run `cratescope evaluate {run.root}` first")
+    _check_settings(run, manifest)
     folders = _scored(run, explainer, simulator)
     evaluation = read_json(run.evaluation, EVALUATION, "`cratescope evaluate`") if run.manifest.exists() else UNKNOWN
     metrics = _metrics(run, manifest)
@@ -143,6 +144,8 @@ def _load_run(run: Run, explainer: str, simulator: str) -> Iterator[Results]:
         about, scores = read_about(folder), Scores.read(folder)
         if not scores.protocols or about["made_with"].keys() != set(scores.sets):
             raise UserError(f"{folder}: its scores.json is not of its scores; run `cratescope score` again")
+        for name, made_with in about["made_with"].items():
+            _check_made_with(folder, made_with, Explained(run, site, explainer, name).simulations(simulator).folder)
         quality = run.quality(site)
         yield Results(
             run=run,
@@ -178,6 +181,27 @@ def _metrics(run: Run, manifest: Row) -> list[Row]:
             "whole, or train the model again in another folder"
         )
     return rows
+
+
+def _check_settings(run: Run, manifest: Row) -> None:
+    """Refuse settings to show that are not those the run was trained with, where its manifest.json has these."""
+    path = run.root / "manifest.json"
+    if "settings" in manifest and path.exists():
+        shown = manifest["settings"] | {"data_sha256": manifest["data"]["manifest_sha256"]}
+        identity = read_json(path, IDENTITY, "`cratescope train`")["identity"]
+        for name, value in identity.items():
+            if shown.get(name) != value:
+                said = f"says {name} = {shown.get(name)!r:.60} and {path} says {value!r:.60}"
+                raise UserError(f"{run.manifest}: {said}, so one of them is damaged; put back the right one")
+
+
+def _check_made_with(folder: Path, made_with: Row, simulations: Path) -> None:
+    """Refuse scores that were not made from the simulations there are, as when these were made again since."""
+    path = simulations / "manifest.json"
+    if path.exists() and read_json(path, IDENTITY, "`cratescope simulate`")["identity"] != made_with:
+        raise UserError(
+            f"{folder / 'scores.json'}: is not of the simulations in {simulations}; run `cratescope score` again"
+        )
 
 
 def _imported(run: Run) -> Row | None:

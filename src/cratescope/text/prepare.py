@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerFast
 from cratescope.errors import UserError
 from cratescope.files import SURROGATES, atomic_folder, atomic_path, mark_whole, read_json, sha256, write_json
 from cratescope.locks import locked
-from cratescope.progress import STDERR, say
+from cratescope.progress import STDERR, bars, say
 from cratescope.run import claim, versions
 from cratescope.text.config import PrepareConfig
 from cratescope.text.encoding import REMEMBERED, SPLITS, Block, Encoder, Past, block_path, open_workers, write_block
@@ -301,7 +301,8 @@ def _encode_blocks(blocks: Iterator[Block], past: Past, work: Path, encoder: Enc
     """Encode blocks into files of `work`, several at once, while the next ones are read."""
     writing: deque[Future[None]] = deque()
     columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
-    with Progress(*columns, console=STDERR, transient=True) as progress, open_workers(encoder, n_workers) as pool:
+    bar = Progress(*columns, console=STDERR, transient=True, disable=not bars())
+    with bar as progress, open_workers(encoder, n_workers) as pool:
         task = progress.add_task("reading", total=None)
         try:
             for block in blocks:

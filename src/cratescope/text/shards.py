@@ -16,11 +16,12 @@ from transformers import PreTrainedTokenizerFast
 from cratescope.errors import UserError, as_user_error
 from cratescope.files import Shape, read_json, sha256, stamp, write_json
 from cratescope.progress import progress
+from cratescope.run import SPLIT_BY
 from cratescope.text.tokenizer import load_tokenizer
 
 _SHARD: Shape = {"file": str, "tokens": int, "sha256": str}
 DATA: Shape = {
-    "identity?": {},
+    "identity?": SPLIT_BY,
     "dtype?": str,
     "tokenizer?": {"vocab_size": int, "eos_id": int},
     "splits?": {str: {"documents": int, "tokens": int, "bytes": int, "shards": [_SHARD]}},
@@ -123,6 +124,12 @@ class TokenData:
     @property
     def eos_id(self) -> int:
         return self.manifest["tokenizer"]["eos_id"]
+
+    @property
+    def split_by(self) -> dict[str, Any]:
+        """What decides which documents are in which split: the text, the seed and the shares."""
+        known = {name.removesuffix("?") for name in SPLIT_BY}
+        return {name: value for name, value in self.manifest.get("identity", {}).items() if name in known}
 
     def split(self, name: str) -> TokenSplit:
         """train, validation or heldout, compared with its hashes the first time. UserError: not there, or damaged."""

@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 
 from cratescope.errors import UserError, first_line
 from cratescope.explain.config import LanguageConfig
+from cratescope.explain.terms.patterns import compiled
 from cratescope.files import decode_text
 
 PACKAGED = Path(__file__).with_name("language.toml")
@@ -235,7 +236,7 @@ def load_language(path: Path | None = None) -> Language:
 
     Raises:
         UserError: the file is missing or no TOML, or something in it is unknown, missing, empty, of the wrong kind, no
-            pattern, or there twice.
+            pattern or one that may take for ever, or there twice.
     """
     path = path or PACKAGED
     content, table = _read(path)
@@ -250,7 +251,8 @@ def load_language(path: Path | None = None) -> Language:
 
 def _read(path: Path) -> tuple[bytes, dict[str, Any]]:
     if not path.is_file():
-        raise UserError(f"{path}: no such file; {FIX}")
+        what = "is a folder or device, not a file" if path.exists() else "no such file"
+        raise UserError(f"{path}: {what}; {FIX}")
     content = path.read_bytes()
     try:
         return content, tomllib.loads(decode_text(content, errors="strict"))
@@ -334,9 +336,10 @@ class _Reader:
         if not isinstance(value, str) or not value:
             self._refuse(key, f"is {value!r}, which has to be a regular expression in a string")
         try:
-            return re.compile(value)
-        except re.error as error:
-            raise UserError(f"{self.path}: {key}: {value!r} is no regular expression of Python ({error})") from error
+            return compiled(value)
+        except (re.error, ValueError, OverflowError, RecursionError) as error:  # what Python raises for odd ones
+            why = first_line(error)
+            raise UserError(f"{self.path}: {key}: {value!r:.200} is no regular expression to use ({why})") from error
 
     def _place(self, key: str, value: Any) -> Place:
         kinds = {tuple(sorted(keys)): kind for kind, keys in _PLACES}
