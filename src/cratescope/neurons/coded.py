@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from cratescope.errors import UserError
 from cratescope.files import known_sha256
-from cratescope.models.sae import WEIGHTS, SparseCoder, load_coder
+from cratescope.models.sae import WEIGHTS, SparseCoder, coder_folder, coder_of
 from cratescope.neurons.sites import Site, Visit, site_named
 from cratescope.run import Run
 
@@ -76,21 +76,17 @@ def find_coders(run: Run, name: str, replace: bool = False) -> CodedSite:
         UserError: the run has no such autoencoder, one is damaged, or it was trained on another model's activations.
     """
     folder = run.saes(name)
-    found = sorted(folder.glob("layer-*"))
-    if not found:
-        there = sorted(path.name for path in folder.parent.glob("*") if path.is_dir()) if folder.parent.exists() else []
+    layers = sorted(int(path.name.removeprefix("layer-")) for path in folder.glob("layer-*"))
+    if not layers:
+        found = ", ".join(sorted(path.name for path in folder.parent.glob("*") if any(path.glob("layer-*")))) or "none"
         raise UserError(
-            f"{run.root}: no sparse autoencoder {name!r} (found: {', '.join(there) or 'none'}); "
-            "train one with `cratescope sae`"
+            f"{run.root}: no sparse autoencoder {name!r} (found: {found}); train one with `cratescope sae`"
         )
-    coders = {int(path.name.removeprefix("layer-")): load_coder(path) for path in found}
-    for path, coder in zip(found, coders.values(), strict=True):
-        if coder.origin.model_sha256 and coder.origin.model_sha256 != run.fingerprint():
-            raise UserError(f"{path}: it was trained on another model than {run.root} has; train it again")
+    coders = {layer: coder_of(run, name, layer) for layer in layers}
     patterns = sorted({coder.origin.pattern for coder in coders.values()})
     if len(patterns) > 1:
         raise UserError(f"{folder}: layers of different sites ({', '.join(patterns)}); give them different names")
-    identity = {str(layer): known_sha256(path / WEIGHTS) for layer, path in zip(coders, found, strict=True)}
+    identity = {str(layer): known_sha256(coder_folder(run, name, layer) / WEIGHTS) for layer in layers}
     return CodedSite(f"{SAE}{name}", patterns[0], coders, identity, replace)
 
 
