@@ -39,9 +39,11 @@ study: $(VENV)/installed ## two seeds of both families and their untrained copie
 test: $(VENV)/installed-dev ## the tests
 	$(BIN)/python -m pytest
 
-slow: $(VENV)/installed-dev ## the slow tests: lm-eval on our models, Ray
+slow: $(VENV)/installed-dev ## the slow tests: lm-eval on our models, Ray, SAELens in an environment of its own
 	$(PIP) -c constraints.txt -e '.[eval,ray]'
-	$(BIN)/python -m pytest -m slow
+	$(PYTHON) -m venv $(VENV)/sae
+	$(VENV)/sae/bin/python -m pip install --quiet --disable-pip-version-check $(TORCH) '.[sae]'
+	SAE_PYTHON=$(VENV)/sae/bin/python $(BIN)/python -m pytest -m slow
 
 fuzz: $(VENV)/installed ## damaged files, odd options and odd servers: over 1,000 bad inputs (at most 10 minutes)
 	$(BIN)/python benchmarks/fuzz.py

@@ -1,6 +1,6 @@
 """Draw the answer of studies/terms.toml: the difference of the two families, by explainer, measure and comparison.
 
-    python studies/terms_figure.py docs/results/2l-20m-terms
+python studies/terms_figure.py docs/results/2l-20m-terms
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ LOOKS = {"equal tokens": ("o", "#1f5fa8", 0.14), "equal loss": ("s", "#c8641f", 
 
 
 def differences(pairs: list[dict[str, Any]]) -> dict[tuple[str, str], dict[str, float]]:
-    """Tests of gains over the shuffled control on uniform text, by measure and comparison; untrained models left out."""
+    """Tests of gains over the shuffled control on uniform text, by measure and comparison; no untrained models."""
     found = {}
     for pair in pairs:
         quantity = pair["quantity"]

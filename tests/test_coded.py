@@ -131,7 +131,9 @@ def test_an_autoencoder_that_does_not_belong_to_the_model_is_refused(run, data_f
     with pytest.raises(UserError, match=r"no sparse autoencoder 'other' \(found: small\); train one with `cratescope"):
         collect(config)
     save_coder(run.saes("other") / "layer-00", random_coder(run, run.name, model_sha256="ab" * 32))
-    with pytest.raises(UserError, match="layer-00: trained on another model than .*; train one here with `cratescope sae`"):
+    with pytest.raises(
+        UserError, match="layer-00: trained on another model than .*; train one here with `cratescope sae`"
+    ):
         collect(config)
     shutil.rmtree(run.saes("other"))
     save_coder(run.saes("other") / "layer-00", random_coder(run, run.name, width=WIDTH - 1))

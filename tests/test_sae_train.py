@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
 
 import processes
 from cratescope.cli import run_and_exit
@@ -16,6 +19,7 @@ from cratescope.run import Run
 from cratescope.sae import train as training
 from cratescope.sae.config import SaeConfig
 from cratescope.sae.train import Job, settings_of, train_coders
+from cratescope.text.shards import TokenData, TokenSplit
 
 SMALL = {"tokens": 640, "batch": 32, "buffer": 128, "expansion": 1, "k": 4, "log_every": 2, "save_every": 3}
 SMALL |= {"dead_tokens": 96, "batch_size": 2, "device": "cpu", "dtype": "float32", "site": "residual"}
@@ -142,7 +146,26 @@ def test_bad_options_are_refused_before_anything_is_written(changed, said, run, 
     assert "\n" not in str(refused.value) and not (run / "saes").exists()
 
 
-def test_a_text_shorter_than_a_crop_and_a_model_of_nan_are_refused(run, data_folder, monkeypatch):
+def test_a_text_shorter_than_a_crop_is_refused_before_anything_is_written(run, data_folder, monkeypatch):
+    few = np.zeros(31, dtype=np.uint16)
+    monkeypatch.setattr(TokenData, "split", lambda self, name: TokenSplit(name, (few,)))
+    with pytest.raises(UserError, match="the train split has 31 tokens, fewer than one crop of 32; prepare more text"):
+        learned(run, data_folder)
+    assert not (run / "saes").exists()
+
+
+def test_layers_of_several_widths_are_refused_and_one_of_them_is_learned(run, data_folder, monkeypatch):
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=320, n_embd=16, n_layer=2, n_head=2, n_positions=32)).eval()
+    model.transformer.h[1].mlp = GPT2MLP(40, model.config)
+    monkeypatch.setattr(training, "load_model", lambda *_: model)
+    with pytest.raises(UserError, match=r"site mlp has several widths \(64 at layer 0, 40 at layer 1\); give --layers"):
+        learned(run, data_folder, site="mlp")
+    assert not (run / "saes").exists()
+    (folder,) = learned(run, data_folder, site="mlp", layers=(1,))
+    assert load_coder(folder / "layer-01").config.d_in == 40
+
+
+def test_activations_of_a_model_of_nan_are_refused(run, data_folder, monkeypatch):
     model = Run(run).load_model()
     with torch.no_grad():
         model.transformer.h[0].ista.D[3, 5] = torch.nan

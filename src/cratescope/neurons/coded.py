@@ -79,9 +79,7 @@ def find_coders(run: Run, name: str, replace: bool = False) -> CodedSite:
     layers = sorted(int(path.name.removeprefix("layer-")) for path in folder.glob("layer-*"))
     if not layers:
         found = ", ".join(sorted(path.name for path in folder.parent.glob("*") if any(path.glob("layer-*")))) or "none"
-        raise UserError(
-            f"{run.root}: no sparse autoencoder {name!r} (found: {found}); train one with `cratescope sae`"
-        )
+        raise UserError(f"{run.root}: no sparse autoencoder {name!r} (found: {found}); train one with `cratescope sae`")
     coders = {layer: coder_of(run, name, layer) for layer in layers}
     patterns = sorted({coder.origin.pattern for coder in coders.values()})
     if len(patterns) > 1:

@@ -240,7 +240,9 @@ def _at_loss(course: Sequence[Results], target: float) -> Mix:
 def _quantities(results: Sequence[Results], primary: Quantity) -> list[Quantity]:
     """The primary one, other gains of its kind, then every protocol's own measure: the score and its gains."""
     beside = [Quantity(primary.protocol, primary.measure, control) for control in GAINS]
-    beside += [Quantity(primary.protocol, one, SHUFFLED) for one in measures_of(primary.protocol) if one in ON_UNIFORM_TEXT]
+    beside += [
+        Quantity(primary.protocol, one, SHUFFLED) for one in measures_of(primary.protocol) if one in ON_UNIFORM_TEXT
+    ]
     names = protocols(results)
     found = [Quantity(name, measures_of(name)[0], control) for name in names for control in (None, *GAINS)]
     return list(dict.fromkeys([primary, *beside, *found]))

@@ -82,7 +82,7 @@ def bring_in(config: SaeConfig) -> Path:
     run, found = Run(config.run), read_foreign(local_folder(str(config.source)))
     model = load_model(run, "cpu")
     site, layer = _place(config, found, model)
-    tokens = data_of(run, config.data).split("train").window(0, TRIED)
+    tokens = data_of(run, config.data).split("train").spaced(1, TRIED)[0]
     width = width_of(model, site, [layer], tokens)
     coder = found.coder(Origin(run.name, run.fingerprint(), site.name, site.pattern, layer))
     if coder.config.d_in != width:

@@ -131,7 +131,7 @@ class Job:
     model: PreTrainedModel
     site: Site
     layers: list[int]
-    context: int
+    crops: Crops
     d_in: int
     settings: list[Setting]
 
@@ -146,10 +146,11 @@ class Job:
         for layer in layers:
             site.module(model, layer)
         context = _context(config, run, model)
-        d_in = width_of(model, site, layers, data.split("train").window(0, context))
+        crops = Crops("packed", data.split("train"), context, config.seed, 0)
+        d_in = width_of(model, site, layers, crops.split.window(0, context))
         for setting in settings:
             setting.config(config, d_in)
-        return cls(config, run, data, model, site, layers, context, d_in, settings)
+        return cls(config, run, data, model, site, layers, crops, d_in, settings)
 
     @property
     def folder(self) -> Path:
@@ -172,15 +173,14 @@ class Job:
         config = self.config
         found = {key: value for key, value in dataclasses.asdict(config).items() if key not in NOT_IDENTITY}
         found |= dataclasses.asdict(setting) if setting else {"grid": list(config.grid)}
-        found |= {"site": self.site.pattern, "context": self.context, "model_sha256": self.run.fingerprint()}
+        found |= {"site": self.site.pattern, "context": self.crops.context, "model_sha256": self.run.fingerprint()}
         dtype = pick_dtype(config.dtype, pick_device(config.device))
         found |= {"data_sha256": sha256(self.data.path / "manifest.json"), "dtype": str(dtype).removeprefix("torch.")}
         return found | {"layers": self.layers}
 
     def stream(self) -> Stream:
-        block = -(-self.config.buffer // self.context)
-        crops = Crops("packed", self.data.split("train"), self.context, self.config.seed, 0)
-        return Stream(self.model, self.site, self.layers, crops, block, self.config.batch_size, self.config.batch)
+        block = -(-self.config.buffer // self.crops.context)
+        return Stream(self.model, self.site, self.layers, self.crops, block, self.config.batch_size, self.config.batch)
 
     def learners(self) -> dict[tuple[str, int], Learner]:
         """A learner per setting and layer, none of which has learnt yet."""
@@ -202,7 +202,7 @@ class Job:
     def origin(self, layer: int) -> Origin:
         text = self.data.path.name
         sha = self.run.fingerprint()
-        return Origin(self.run.name, sha, self.site.name, self.site.pattern, layer, self.context, text)
+        return Origin(self.run.name, sha, self.site.name, self.site.pattern, layer, self.crops.context, text)
 
     def train(self) -> None:
         """Learn from where the newest good checkpoint is, and write all coders."""
