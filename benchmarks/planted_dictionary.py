@@ -44,7 +44,7 @@ class Options:
     """Features per dimension."""
     batch: int = 1024
     """Tokens in a step."""
-    steps: int = 2000
+    steps: int = 500
     """Steps."""
     learning_rate: float = 2e-3
     """Peak learning rate."""

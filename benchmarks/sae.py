@@ -20,8 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import tyro
-
 
 @dataclass(frozen=True)
 class Options:
@@ -52,6 +50,8 @@ class Options:
 def main() -> None:
     if sys.argv[1:2] == ["--worker"]:
         return work(json.loads(sys.argv[2]))
+    import tyro  # SAELens' environment has none
+
     options = tyro.cli(Options, description=__doc__)
     rows = [row for case in options.cases for row in compare(case, options)]
     for row in rows:

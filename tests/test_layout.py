@@ -13,7 +13,20 @@ import pytest
 SOURCE = Path(__file__).parent.parent / "src" / "cratescope"
 # Rooms from low to high, and the modules of each: a module imports only what stands before it.
 HOUSE = {
-    "": ("errors", "files", "locks", "workers", "hardware", "options", "progress", "arm", "zoo", "run", "parts"),
+    "": (
+        "errors",
+        "stopping",
+        "files",
+        "locks",
+        "workers",
+        "hardware",
+        "options",
+        "progress",
+        "arm",
+        "zoo",
+        "run",
+        "parts",
+    ),
     "models": ("configuration_crate", "modeling_crate", "__init__", "presets", "cost", "folder", "sae"),
     "text": ("config", "offline", "tokenizer", "sources", "sets", "encoding", "shards", "crops", "prepare"),
     "lm": ("config", "loss", "head", "load", "adopt", "harness", "evaluate", "checkpoints", "trainer", "train"),

@@ -123,7 +123,6 @@ WRONG = {
             "--name a/b",
             "--site ..",
             "--layers 99",
-            "--kind gated",
             "--batch 70000",
             "--learning-rate 0",
             "--from nosuch",

@@ -1,7 +1,6 @@
 """Sparse autoencoders against SAELens and sparsify, which need an environment of their own.
 
-python3 -m venv saeenv && saeenv/bin/pip install sae-lens==6.54.12 eai-sparsify==1.3.3
-SAE_PYTHON=saeenv/bin/python make slow
+`make slow` makes it; SAE_PYTHON names its Python.
 """
 
 from __future__ import annotations
@@ -128,7 +127,9 @@ def test_losses_and_weights_follow_saelens(kind, tmp_path):
     learner = Learner(SparseCoder(config, seed=3), plan)
     coder = learner.coder
     with torch.no_grad():
-        coder.encoder_bias[:20] = -3 * ("topk" in kind)  # silent at first, so that AuxK has more than half of D to choose from
+        coder.encoder_bias[:20] = -3 * (
+            "topk" in kind
+        )  # silent at first, so that AuxK has more than half of D to choose from
     start = {"W_enc": coder.encoder.T, "b_enc": coder.encoder_bias, "W_dec": coder.decoder, "b_dec": coder.bias}
     save_file({name: value.detach().contiguous() for name, value in start.items()}, tmp_path / "start.safetensors")
     x = activations(STEPS * B, 0).view(STEPS, B, D)

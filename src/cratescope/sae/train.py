@@ -7,7 +7,6 @@ import dataclasses
 import itertools
 import json
 import signal
-import threading
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -36,6 +35,7 @@ from cratescope.sae.foreign import bring_in
 from cratescope.sae.learner import Learner, Plan
 from cratescope.sae.step import Step
 from cratescope.sae.stream import Stream, width_of
+from cratescope.stopping import Asked
 from cratescope.text.crops import Crops
 from cratescope.text.shards import TokenData
 
@@ -210,14 +210,14 @@ class Job:
         say(f"{self.run.name} {self.site.name}: {coders}, {self.steps} steps")
         training = Training(self, self.stream(), self.learners())
         training.resume()
-        with asked_to_stop() as asked, training.bar():
+        with Asked() as asked, training.bar():
             for batch in training.left():
                 training.learn(batch)
-                if asked:
+                if asked.signal:
                     break
         if training.step < self.steps:
             training.save()
-            number = signal.Signals(asked[0])
+            number = signal.Signals(asked.signal)
             what = f"{self.folder}: stopped by {number.name} after step {training.step}, which is saved"
             raise Stopped(f"{what}; the same command resumes from there", number)
         training.finish()
@@ -231,25 +231,6 @@ def _context(config: SaeConfig, run: Run, model: PreTrainedModel) -> int:
     if longest is not None and context > longest:
         raise UserError(f"context = {context} is longer than the {longest} tokens of this model")
     return context
-
-
-@contextlib.contextmanager
-def asked_to_stop() -> Iterator[list[int]]:
-    """While open, the first SIGTERM or SIGINT is put into the list instead of killing the process."""
-    asked: list[int] = []
-
-    def note(number: int, frame: Any) -> None:
-        if number == signal.SIGINT and asked:
-            raise KeyboardInterrupt  # the second one: do not wait for the step
-        asked.append(number)
-
-    main = threading.current_thread() is threading.main_thread()  # signals can be handled only there
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT) if main}
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 class Units:
