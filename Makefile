@@ -39,22 +39,30 @@ study: $(VENV)/installed ## two seeds of both families and their untrained copie
 test: $(VENV)/installed-dev ## the tests
 	$(BIN)/python -m pytest
 
-slow: $(VENV)/installed-dev ## the slow tests: lm-eval on our models, Ray
+$(VENV)/installed-sae: pyproject.toml # SAELens, in an environment of its own
+	$(PYTHON) -m venv $(VENV)/sae
+	$(VENV)/sae/bin/python -m pip install --quiet --disable-pip-version-check $(TORCH)
+	$(VENV)/sae/bin/python -m pip install --quiet --disable-pip-version-check '.[sae]'
+	touch $@
+
+slow: $(VENV)/installed-dev $(VENV)/installed-sae ## the slow tests: lm-eval on our models, Ray, SAELens in an environment of its own
 	$(PIP) -c constraints.txt -e '.[eval,ray]'
-	$(BIN)/python -m pytest -m slow
+	SAE_PYTHON=$(VENV)/sae/bin/python $(BIN)/python -m pytest -m slow
 
 fuzz: $(VENV)/installed ## damaged files, odd options and odd servers: over 1,000 bad inputs (at most 10 minutes)
 	$(BIN)/python benchmarks/fuzz.py
 
-bench: $(VENV)/installed ## speed and memory, side by side: training, collecting, scoring, preparing
+bench: $(VENV)/installed $(VENV)/installed-sae ## speed and memory, side by side: training, collecting, scoring, preparing, dictionaries
 	$(BIN)/python benchmarks/train.py
 	$(BIN)/python benchmarks/collect.py
 	$(BIN)/python benchmarks/score.py
 	$(BIN)/python benchmarks/prepare.py
+	$(BIN)/python benchmarks/sae.py --saelens $(VENV)/sae/bin/python
 
-bench-quality: $(VENV)/installed ## planted neurons: how well the explainer, list-pmi and the measures do (at most 10 minutes)
+bench-quality: $(VENV)/installed ## planted neurons and dictionaries: how well the explainer, list-pmi, the measures and `sae` do (at most 10 minutes)
 	$(BIN)/cratescope prepare offline --out $(OUT)/data --tokenizer bpe:4096 --max-megabytes 16 --validation 0.04 --heldout 0.12
 	$(BIN)/python benchmarks/quality.py --data $(OUT)/data --out $(OUT)/quality
+	$(BIN)/python benchmarks/planted_dictionary.py
 
 lint: $(VENV)/installed-dev ## style and types
 	$(BIN)/ruff check .

@@ -117,6 +117,7 @@ def make_world() -> None:
     shutil.rmtree("run/checkpoints")  # only `resume` reads them, and every input copies all there is
     must("evaluate run --crops 2 --device cpu")
     must(STAGES["collect"][0])
+    must(STAGES["sae"][0])
     tokenizer = PreTrainedTokenizerFast.from_pretrained("data/tokenizer")
     shape = GPT2Config(vocab_size=len(tokenizer), n_embd=16, n_layer=1, n_head=2, n_positions=4096)
     torch.manual_seed(0)

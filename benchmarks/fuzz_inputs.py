@@ -73,6 +73,14 @@ STAGES: dict[str, tuple[str, tuple[str, ...]]] = {
         "collect run --excerpts 8 --context 32 --top 3 --random 3 --batch-size 4 --part 4 --tokens 50 --device cpu",
         ("run/records",),
     ),
+    "sae": (
+        "sae run --tokens 64 --batch 32 --buffer 64 --expansion 1 --k 4 --batch-size 2 --device cpu --dtype float32",
+        ("run/saes",),
+    ),
+    "collect-sae": (
+        "collect run --site sae/sae --excerpts 8 --context 32 --top 3 --random 3 --batch-size 4 --part 4 --device cpu",
+        (),
+    ),
     "explain": ("explain run --neurons 2 --llm llm --llm-device cpu", ()),
     "simulate": ("simulate run --explainer scripted --llm llm --llm-device cpu", ("run/simulations",)),
     "judge": ("judge run --explainer scripted --llm llm --llm-device cpu", ("run/judgements",)),
@@ -256,6 +264,8 @@ READERS: dict[str, tuple[str, int]] = {
     "run/scores/*/*/*/layer-*.parquet": ("report show", 22),
     "run/scores/**/scores.json": ("report", 18),
     "run/scores/*/quality.json": ("report", 14),
+    "run/saes/sae/layer-00/*": ("collect-sae", 24),
+    "run/saes/sae/layer-00/cfg.json": ("collect-sae", 16),
     "part/metrics.jsonl": ("resume", 8),
     "part/manifest.json": ("resume", 8),
     "part/checkpoints/checkpoint-1/*": ("resume", 24),

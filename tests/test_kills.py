@@ -43,18 +43,21 @@ from cratescope.neurons.records import layer_file, read_records, write_records
 from cratescope.report.card import neuron_card
 from cratescope.report.config import ReportConfig, ShowConfig
 from cratescope.report.report import report
+from cratescope.sae.config import SaeConfig
+from cratescope.sae.train import train_coders
 from cratescope.score.config import ScoreConfig
 from cratescope.score.score import score
 from cratescope.text.config import PrepareConfig
 from cratescope.text.prepare import prepare
 
 SMALL = {"excerpts": 40, "context": 24, "window": 8, "top": 12, "random": 12, "part": 16, "tokens": 50}
+CODERS = {"tokens": 320, "batch": 32, "buffer": 128, "expansion": 1, "k": 4, "log_every": 2, "save_every": 3}
 REFERENCE = Path(__file__).parent / "fixtures" / "reference-crate-2l.pt"
 LLM = LLMConfig(llm="scripted", llm_batch=4)
 PROTOCOLS = ("uniform",)
 NEURONS = 16
 KILLS = {"prepare": 3, "train": 2, "evaluate": 2, "collect": 3, "explain": 4, "simulate": 4, "judge": 3}
-KILLS |= {"score": 3, "report": 2, "export": 2, "import": 3, "convert": 2}
+KILLS |= {"score": 3, "report": 2, "export": 2, "import": 3, "convert": 2, "sae": 4}
 """Every stage, and the number of moments at which it is killed; the slow test kills it at all of them."""
 NEVER = 1_000_000
 
@@ -133,6 +136,7 @@ def stages(text: Path) -> dict[str, Callable[[Path], object]]:
         "export": lambda folder: export(ExportConfig(folder / "run", folder / "exported")),
         "import": lambda folder: import_records(ImportConfig(folder / "exported", folder / "imported")),
         "convert": _convert,
+        "sae": lambda folder: train_coders(SaeConfig(folder / "run", grid=("kind=topk,relu",), **CODERS)),
     }
 
 

@@ -13,8 +13,21 @@ import pytest
 SOURCE = Path(__file__).parent.parent / "src" / "cratescope"
 # Rooms from low to high, and the modules of each: a module imports only what stands before it.
 HOUSE = {
-    "": ("errors", "files", "locks", "workers", "hardware", "options", "progress", "arm", "zoo", "run", "parts"),
-    "models": ("configuration_crate", "modeling_crate", "__init__", "presets", "cost", "folder"),
+    "": (
+        "errors",
+        "stopping",
+        "files",
+        "locks",
+        "workers",
+        "hardware",
+        "options",
+        "progress",
+        "arm",
+        "zoo",
+        "run",
+        "parts",
+    ),
+    "models": ("configuration_crate", "modeling_crate", "__init__", "presets", "cost", "folder", "sae"),
     "text": ("config", "offline", "tokenizer", "sources", "sets", "encoding", "shards", "crops", "prepare"),
     "lm": ("config", "loss", "head", "load", "adopt", "harness", "evaluate", "checkpoints", "trainer", "train"),
     "llm": (
@@ -22,9 +35,10 @@ HOUSE = {
         *("cache", "answers", "server", "open"),
     ),
     "neurons": (
-        *("config", "records", "kept", "sample", "sites"),
+        *("config", "records", "kept", "sample", "sites", "coded"),
         *("tensors", "strata", "streaming", "merge", "collect"),
     ),
+    "sae": ("config", "loss", "step", "learner", "planted", "stream", "foreign", "train"),
     "explain": (
         *("config", "protocols", "shown", "phrase", "slots", "openai_wording", "wording", "controls"),
         *("explained", "waiting", "simulators.__init__"),

@@ -109,6 +109,25 @@ WRONG = {
             "--top 1" + "0" * 30,
         ),
     ],
+    "sae run": [
+        *(
+            "--k 0",
+            "--k 99999",
+            "--expansion 0",
+            "--grid k=x",
+            "--grid colour=red",
+            "--prefixes 0.5 1",
+            "--penalty nan",
+        ),
+        *(
+            "--name a/b",
+            "--site ..",
+            "--layers 99",
+            "--batch 70000",
+            "--learning-rate 0",
+            "--from nosuch",
+        ),
+    ],
     "explain run": [
         "--neuron-seed -1",
         "--neurons 0",
@@ -121,7 +140,10 @@ WRONG = {
     "export run --out new": ["--layers -1"],
     "show run": ["-1 0", "0 1" + "0" * 30],
 }
-WITHOUT_A_RUN = ("evaluate", "collect", "explain", "simulate", "judge", "score", "show", "export", "import", "convert")
+WITHOUT_A_RUN = (
+    *("evaluate", "sae", "collect", "explain", "simulate", "judge", "score"),
+    *("show", "export", "import", "convert"),
+)
 
 
 @pytest.fixture

@@ -222,7 +222,7 @@ def test_a_process_that_copies_more_slowly_does_not_undo_what_the_faster_one_has
 
 
 STAGES = {
-    **{name: () for name in ("collect", "evaluate", "explain", "simulate", "judge", "score")},
+    **{name: () for name in ("sae", "collect", "evaluate", "explain", "simulate", "judge", "score")},
     "show": (0, 0),
     "report": ("--out", "page"),
     "export": ("--out", "records", "--format", "openai"),

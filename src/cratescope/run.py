@@ -153,6 +153,10 @@ class Run:
         """Folder with one Parquet file per layer (a row per neuron, protocol, control and measure) and scores.json."""
         return self.root / "scores" / slug(site) / slug(explainer) / slug(simulator)
 
+    def saes(self, name: str) -> Path:
+        """Folder of the sparse autoencoders of one name: one folder per layer."""
+        return self.root / "saes" / slug(name)
+
     def quality(self, site: str) -> Path:
         """File with the activation quality of every layer and neuron, measured from the records alone."""
         return self.root / "scores" / slug(site) / "quality.json"

@@ -12,6 +12,7 @@ from cratescope.explain.config import ExplainConfig, JudgeConfig, LanguageConfig
 from cratescope.lm.config import EvaluateConfig, TrainConfig
 from cratescope.neurons.config import CollectConfig
 from cratescope.report.config import ReportConfig, ShowConfig
+from cratescope.sae.config import SaeConfig
 from cratescope.score.config import ScoreConfig
 from cratescope.text.config import PrepareConfig
 
@@ -33,6 +34,7 @@ STAGES: dict[str, Stage] = {
     "prepare": Stage(PrepareConfig, "text.prepare:prepare", "Turn text into tokenised shards, split by document."),
     "train": Stage(TrainConfig, "lm.train:train", "Train one language model with the paper's recipe."),
     "evaluate": Stage(EvaluateConfig, "lm.evaluate:evaluate", "Measure loss and bits per byte on any text."),
+    "sae": Stage(SaeConfig, "sae.train:train_coders", "Learn sparse dictionaries of a model's activations."),
     "collect": Stage(CollectConfig, "neurons.collect:collect", "Read text and write what every neuron does."),
     "explain": Stage(ExplainConfig, "explain.explain:explain", "Say what each neuron finds."),
     "simulate": Stage(SimulateConfig, "explain.simulate:simulate", "Predict activations from explanations."),

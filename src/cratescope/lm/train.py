@@ -118,7 +118,7 @@ def _fit(
         trainer.train(resume_from_checkpoint=str(last) if last else None)
     if trainer.state.global_step == config.steps and rank() == 0:
         publish(config.steps, load_folder(run.checkpoints / f"checkpoint-{config.steps}"))
-    return watch.signal or watch.asked, trainer.state.global_step
+    return watch.signal or watch.asked.signal, trainer.state.global_step
 
 
 def _leave_group() -> None:

@@ -6,7 +6,6 @@ import contextlib
 import json
 import math
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -30,6 +29,7 @@ from cratescope.models.cost import flops_per_token
 from cratescope.models.folder import load_folder
 from cratescope.progress import STDERR, bars
 from cratescope.run import Run
+from cratescope.stopping import Asked
 from cratescope.workers import processes, rank
 
 
@@ -45,7 +45,7 @@ class Watch(TrainerCallback):
         self.milestones = milestone_steps(config)
         self.last: Path | None = None
         self.signal = 0
-        self.asked = 0
+        self.asked = Asked()
         self.step_loss: torch.Tensor | float = 0.0
         self.seconds, self.timed_steps = 0.0, 0
         self.name = f"train {run.name}"
@@ -64,19 +64,8 @@ class Watch(TrainerCallback):
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
         """Show progress, and let the first SIGTERM or SIGINT request a clean stop instead of killing the process."""
-        main = threading.current_thread() is threading.main_thread()  # signals can be handled only there
-        before = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT) if main}
-        try:
-            with self.progress:
-                yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def _ask(self, number: int, frame: Any) -> None:
-        if number == signal.SIGINT and self.asked == number:
-            raise KeyboardInterrupt  # the second signal: do not wait for the step
-        self.asked = number
+        with self.asked, self.progress:
+            yield
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         peak = gemm_peak(args.device, torch.bfloat16 if args.bf16 else torch.float32)
@@ -89,7 +78,7 @@ class Watch(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         """Share losses and signals among all processes, so that either all stop after the same step or none does."""
-        asked = [self.asked == signal.SIGTERM, self.asked == signal.SIGINT]
+        asked = [self.asked.signal == signal.SIGTERM, self.asked.signal == signal.SIGINT]
         told = torch.tensor([float(self.step_loss), *asked], dtype=torch.float64, device=args.device)
         loss, terminate, interrupt = reduce(told, "sum").tolist()
         loss /= args.world_size

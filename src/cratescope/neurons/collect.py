@@ -28,6 +28,7 @@ from cratescope.lm.adopt import adopt, is_adopted
 from cratescope.lm.load import data_of
 from cratescope.locks import locked
 from cratescope.models.folder import load_folder, longest_context, model_config, skeleton
+from cratescope.neurons.coded import CodedSite, site_of
 from cratescope.neurons.config import CollectConfig
 from cratescope.neurons.merge import Totals, columns
 from cratescope.neurons.records import write_table
@@ -65,7 +66,7 @@ def collect(config: CollectConfig) -> Path:
     context = _context(config, shape)
     worker, n_workers = worker_of(config.worker)
     blank = skeleton(shape)
-    site = site_named(config.site, blank)
+    site = site_of(run, config.site, blank)
     layers = sorted(set(config.layers or site.layers(blank) or [0]))
     for layer in layers:
         site.module(blank, layer)  # a wrong pattern is found before anything is written
@@ -159,6 +160,8 @@ def _identity(config: CollectConfig, run: Run, site: Site, context: int, data: T
     settings = {name: getattr(config, name) for name in wanted}
     found = {"site": site.pattern, "context": context, "model_sha256": run.fingerprint()}
     found["data_sha256"] = sha256(data.path / "manifest.json")
+    if isinstance(site, CodedSite):
+        found["sae_sha256"] = {layer: sha256 for layer, sha256 in site.identity.items()}
     return settings | found | ({} if config.dtype == "auto" else {"dtype": config.dtype})
 
 

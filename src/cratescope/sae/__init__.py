@@ -1,0 +1,1 @@
+"""Dictionary learning: sparse autoencoders trained from a stream of activations."""
