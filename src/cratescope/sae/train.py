@@ -40,7 +40,7 @@ from cratescope.text.crops import Crops
 from cratescope.text.shards import TokenData
 
 PENALTIES = {"relu": 2.0, "jumprelu": 0.3}
-"""Weights of the penalty unless given."""
+"""Weights of the penalty unless given: first guesses, not tuned (docs/dictionaries.md)."""
 NOT_IDENTITY = ("run", "name", "source", "grid", "layers", "data", "device", "dtype", "log_every", "save_every")
 """Settings that may change between a run and its resumption, or are in the identity in another form."""
 KEEP = 2
