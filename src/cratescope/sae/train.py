@@ -28,7 +28,7 @@ from cratescope.models.folder import longest_context
 from cratescope.models.sae import CoderConfig, Kind, Origin, SparseCoder, coder_folder, save_coder
 from cratescope.neurons.sites import Site, site_named
 from cratescope.neurons.tensors import load_tensors, save_tensors
-from cratescope.progress import STDERR, say
+from cratescope.progress import STDERR, bars, say
 from cratescope.run import Run, claim
 from cratescope.sae.config import SaeConfig
 from cratescope.sae.foreign import bring_in
@@ -269,6 +269,7 @@ class Training:
             TextColumn("{task.fields[said]}"),
             console=STDERR,
             transient=True,
+            disable=not bars(),
         )
         self.clock, self.since = time.monotonic(), 0
 
