@@ -86,6 +86,8 @@ class SparseCoder(nn.Module):
     """A sparse autoencoder as it is used: the code of a token depends on that token alone.
 
     Decoder rows start random with norm 1 and the encoder equal to them (Gao et al. 2024, appendix A.1), biases at 0.
+    Where half of the features are active at first (relu, jumprelu) the encoder is the smaller by 2 d / m, so that they
+    reconstruct x together, and not x many times over.
     """
 
     def __init__(self, config: CoderConfig, origin: Origin = Origin(), seed: int = 0) -> None:  # noqa: B008 (frozen)
@@ -93,7 +95,8 @@ class SparseCoder(nn.Module):
         self.config, self.origin = config, origin
         rows = torch.randn(config.width, config.d_in, generator=torch.Generator().manual_seed(seed))
         rows /= rows.norm(dim=1, keepdim=True)
-        self.encoder = nn.Parameter(rows)
+        all_active = config.kind in ("relu", "jumprelu")
+        self.encoder = nn.Parameter(rows * min(1.0, 2 * config.d_in / config.width) if all_active else rows)
         self.encoder_bias = nn.Parameter(torch.zeros(config.width))
         self.decoder = nn.Parameter(rows.clone())
         self.bias = nn.Parameter(torch.zeros(config.d_in))
