@@ -31,7 +31,15 @@ def _evaluated(config: Any, result: dict[str, Any]) -> str:
     for name in config.task_names():
         for task, metrics in result["tasks"][name]["results"].items():
             lines += [f"{task} {metric} {_plus_minus(*row.values())}" for metric, row in metrics.items()]
+    lines += [_coder(name, row) for name in config.sae for row in result["saes"][name]]
     return "\n".join(lines)
+
+
+def _coder(name: str, row: dict[str, Any]) -> str:
+    """Format what was measured of one layer's sparse autoencoder."""
+    shown = ("l0", "explained_variance", "loss_recovered_zero", "loss_recovered_mean", "kl_recovered_mean")
+    listed = [f"{key.replace('_', ' ')} {_plus_minus(row[key], row[f'{key}_error'])}" for key in shown]
+    return f"sae/{name} layer {row['layer']}: {', '.join(listed)}, dead {100 * row['dead']:.1f} %"
 
 
 def _loss(name: str, row: dict[str, Any]) -> str:

@@ -33,7 +33,7 @@ class Stage(NamedTuple):
 STAGES: dict[str, Stage] = {
     "prepare": Stage(PrepareConfig, "text.prepare:prepare", "Turn text into tokenised shards, split by document."),
     "train": Stage(TrainConfig, "lm.train:train", "Train one language model with the paper's recipe."),
-    "evaluate": Stage(EvaluateConfig, "lm.evaluate:evaluate", "Measure loss and bits per byte on any text."),
+    "evaluate": Stage(EvaluateConfig, "sae.quality:evaluate", "Measure loss on any text, and dictionaries."),
     "sae": Stage(SaeConfig, "sae.train:train_coders", "Learn sparse dictionaries of a model's activations."),
     "collect": Stage(CollectConfig, "neurons.collect:collect", "Read text and write what every neuron does."),
     "explain": Stage(ExplainConfig, "explain.explain:explain", "Say what each neuron finds."),

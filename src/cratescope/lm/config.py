@@ -110,6 +110,9 @@ class EvaluateConfig(Checked):
     on: tuple[str, ...] = ()
     """Text to evaluate on besides the validation split: heldout, a text file or folder (.txt .md .jsonl .parquet .gz
     .zst), a hub data set by name (pile, openwebtext, lambada, wikitext, ptb), or a local copy of one (lambada=FILE)."""
+    sae: tuple[str, ...] = ()
+    """Names of sparse autoencoders of the run: also measure how well they reconstruct activations and keep the model's
+    predictions, how often their features are active and what these tell of the text (RUN/saes/NAME/quality.json)."""
     crops: Annotated[int, within(1)] = 256
     """Crops of --context tokens read from a split, evenly spaced over it."""
     context: Annotated[int | None, within(2)] = None

@@ -134,18 +134,22 @@ def evaluate_split(
             f"fewer --crops, {shorter}or prepare more text"
         )
     tokens = split.spaced(crops, context)
-    starts = np.arange(crops) * split.n_tokens // crops  # where `spaced` takes them
     losses = crop_losses(model, tokens, batch_size, f"evaluate {split.name}")
     eos = tokenizer.eos_token_id
-    ends = np.concatenate([start + np.flatnonzero(piece == eos) for start, piece in _scan(split)])
-    numbers = np.searchsorted(ends, starts[:, None] + np.arange(1, context))
-    _, document = np.unique(numbers, return_inverse=True)
+    _, document = np.unique(document_numbers(split, crops, context, eos)[:, 1:], return_inverse=True)
     document = document.ravel()
     n_bytes = token_bytes(tokenizer)[tokens[:, 1:]]
     begins = (tokens[:, :-1] == eos) & (n_bytes > 0)
     n_bytes = n_bytes - begins * bytes_put_before(tokenizer)
     nats, n_tokens, n_bytes = (np.bincount(document, part.ravel()) for part in (losses, np.ones_like(losses), n_bytes))
     return measures(nats, n_tokens, n_bytes, f"split {split.name}")
+
+
+def document_numbers(split: TokenSplit, crops: int, context: int, eos: int) -> Int[np.ndarray, "n t"]:
+    """Of every token of `split.spaced(crops, context)` which document of the split it is from; <eos> is its last."""
+    starts = np.arange(crops) * split.n_tokens // crops  # where `spaced` takes them
+    ends = np.concatenate([start + np.flatnonzero(piece == eos) for start, piece in _scan(split)])
+    return np.searchsorted(ends, starts[:, None] + np.arange(context))
 
 
 def _scan(split: TokenSplit) -> Iterator[tuple[int, Int[np.ndarray, " n"]]]:
@@ -315,7 +319,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
 def _evaluate(config: EvaluateConfig, run: Run, data: TokenData) -> dict[str, Any]:
     weights = run.fingerprint()
     tokenizer = load_tokenizer(run.model.resolve())
-    context, of_context = _context(config, run)
+    context, of_context = context_of(config, run)
     made_with = {"model_sha256": weights, **of_context}
     sets, tasks = _found(run.evaluation, weights)
     # Older versions used a plain product for the logits of adopted models, whatever their heads do.
@@ -337,7 +341,7 @@ def _evaluate(config: EvaluateConfig, run: Run, data: TokenData) -> dict[str, An
     return read_json(run.evaluation)
 
 
-def _context(config: EvaluateConfig, run: Run) -> tuple[int, dict[str, int]]:
+def context_of(config: EvaluateConfig, run: Run) -> tuple[int, dict[str, int]]:
     """Tokens that the model reads at once, and the same as a setting where it is not the longest that it can."""
     shape = model_config(run.trained_model())
     longest = longest_context(shape)

@@ -39,7 +39,7 @@ from cratescope.stopping import Asked
 from cratescope.text.crops import Crops
 from cratescope.text.shards import TokenData
 
-PENALTIES = {"relu": 2.0, "jumprelu": 0.3}
+PENALTIES = {"relu": 2.0, "jumprelu": 1.0}
 """Weights of the penalty unless given (docs/dictionaries.md says what they lead to)."""
 LEARNT: dict[str, Kind] = {kind: kind for kind in get_args(Kind)} | {"frozen": "batchtopk"}
 """What a coder learns as; identity and rotation learn nothing."""

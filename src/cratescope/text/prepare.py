@@ -90,7 +90,7 @@ def _prepare(
         "seed": config.seed,
         "identity": identity,
         "sources": [_row(source, number, past.tally) for number, source in enumerate(sources)],
-        "splits": {name: _write_split(config, name, past) for name in SPLITS},
+        "splits": {name: _write_split(config, name, past, len(sources)) for name in SPLITS},
         "versions": versions(),
     }
     if left_out:
@@ -212,7 +212,7 @@ class Document:
         """Counts that the document adds to the tally of its source."""
         of_source = {"documents": 1, "bytes": self.n_bytes, "invalid_utf8": int(self.invalid)}
         of_split = {"documents": 1, "bytes": self.n_bytes}
-        rows = ((source, of_source), (self.split, of_split))
+        rows = ((source, of_source | {self.split: 1}), (self.split, of_split))
         return {f"{owner} {name}": count for owner, row in rows for name, count in row.items()}
 
 
@@ -319,8 +319,11 @@ def _encode_blocks(blocks: Iterator[Block], past: Past, work: Path, encoder: Enc
             raise UserError(f"{what}; the same command resumes from there") from error
 
 
-def _write_split(config: PrepareConfig, name: str, past: Past) -> dict[str, Any]:
-    """Assemble one split's shards from the blocks; its row of the manifest."""
+def _write_split(config: PrepareConfig, name: str, past: Past, n_sources: int) -> dict[str, Any]:
+    """Assemble one split's shards from the blocks; its row of the manifest.
+
+    Its documents are in the order of the sources, so `from`, how many each source gave, says where each is from.
+    """
     rows: list[dict[str, Any]] = []
     for number, shard in enumerate(reshape(_arrays(config.out / ".work", past.blocks, name), config.shard_tokens)):
         path = config.out / f"{name}-{number:05d}.npy"
@@ -328,7 +331,8 @@ def _write_split(config: PrepareConfig, name: str, past: Past) -> dict[str, Any]
             np.save(file, shard, allow_pickle=False)
         rows.append({"file": path.name, "tokens": len(shard), "sha256": sha256(path)})
     documents, n_bytes = (past.tally[f"{name} {what}"] for what in ("documents", "bytes"))
-    return {"documents": documents, "tokens": sum(row["tokens"] for row in rows), "bytes": n_bytes, "shards": rows}
+    found = {"documents": documents, "tokens": sum(row["tokens"] for row in rows), "bytes": n_bytes}
+    return found | {"from": [past.tally[f"{source} {name}"] for source in range(n_sources)], "shards": rows}
 
 
 def _arrays(work: Path, blocks: int, name: str) -> Iterator[np.ndarray]:

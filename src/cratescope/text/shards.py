@@ -24,7 +24,8 @@ DATA: Shape = {
     "identity?": SPLIT_BY,
     "dtype?": str,
     "tokenizer?": {"vocab_size": int, "eos_id": int},
-    "splits?": {str: {"documents": int, "tokens": int, "bytes": int, "shards": [_SHARD]}},
+    "sources?": [{"name?": str}],
+    "splits?": {str: {"documents": int, "tokens": int, "bytes": int, "from?": [int], "shards": [_SHARD]}},
 }
 """The parts of manifest.json that are read."""
 NPY_HEADER = 128
@@ -130,6 +131,17 @@ class TokenData:
         """What decides which documents are in which split: the text, the seed and the shares."""
         known = {name.removesuffix("?") for name in SPLIT_BY}
         return {name: value for name, value in self.manifest.get("identity", {}).items() if name in known}
+
+    def parts(self, name: str) -> tuple[list[str], Int64[np.ndarray, " documents"]] | None:
+        """Names of the parts of the text, and of each document of a split the number of its part.
+
+        None where the text has one part, or was prepared before this was kept.
+        """
+        counts = self.manifest["splits"][name].get("from", [])
+        names = [source.get("name", "") for source in self.manifest.get("sources", [])]
+        if len(names) < 2 or len(counts) != len(names) or sum(counts) != self.manifest["splits"][name]["documents"]:
+            return None
+        return names, np.repeat(np.arange(len(names)), counts)
 
     def split(self, name: str) -> TokenSplit:
         """train, validation or heldout, compared with its hashes the first time. UserError: not there, or damaged."""
