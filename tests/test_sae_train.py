@@ -14,7 +14,7 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
 import processes
 from cratescope.cli import run_and_exit
 from cratescope.errors import Stopped, UserError
-from cratescope.models.sae import load_coder
+from cratescope.models.sae import SparseCoder, load_coder
 from cratescope.run import Run
 from cratescope.sae import train as training
 from cratescope.sae.config import SaeConfig
@@ -52,6 +52,27 @@ def test_a_trained_coder_explains_activations_better_than_their_mean(kind, run, 
     _, log = contents(folder)
     assert log[-1]["step"] == 50 and log[-1]["explained_variance"] > max(0.1, log[0]["explained_variance"])
     assert not (folder / "checkpoints").exists()
+
+
+def test_a_frozen_decoder_stays_as_random_as_it_was(run, data_folder):
+    free, frozen = learned(run, data_folder, name="c", grid=("kind=batchtopk,frozen",), seed=3)
+    free, frozen = (load_coder(folder / "layer-00") for folder in (free, frozen))
+    at_first = SparseCoder(frozen.config, seed=3000)
+    assert frozen.config.frozen and not free.config.frozen and frozen.config.kind == "batchtopk"
+    assert torch.equal(frozen.decoder, at_first.decoder) and not torch.equal(frozen.encoder, at_first.encoder)
+    assert not torch.allclose(free.decoder, at_first.decoder)
+
+
+def test_the_controls_that_learn_nothing_lose_nothing(run, data_folder):
+    folders = learned(run, data_folder, name="c", grid=("kind=identity,rotation",))
+    identity, rotation = (load_coder(folder / "layer-00") for folder in folders)
+    (x,) = Job.of(SaeConfig(run, **SMALL, data=data_folder)).stream().read(0).values()
+    with torch.no_grad():
+        assert torch.equal(identity.encode(x)[:, : x.shape[1]], x.relu()) and torch.equal(identity(x), x)
+        assert torch.allclose(rotation(x), x, atol=1e-4)
+        codes = rotation.encode(x)
+    assert torch.allclose(codes.square().sum(1), (x - rotation.bias).square().sum(1), rtol=1e-4)
+    assert not torch.allclose(codes[:, : x.shape[1]], identity.encode(x)[:, : x.shape[1]], atol=0.1)
 
 
 def test_the_saved_coder_reconstructs_the_activations_in_their_own_units(run, data_folder):

@@ -57,6 +57,8 @@ class CoderConfig:
     """Numbers of features that have to reconstruct alone, besides all of them (matryoshka)."""
     aux: float = 1 / 32
     """Weight of the dead features' reconstruction of the error, AuxK (topk, batchtopk, matryoshka)."""
+    frozen: bool = False
+    """Whether decoder rows stay as random as they were at first: a control."""
 
     @property
     def by_threshold(self) -> bool:
@@ -98,7 +100,7 @@ class SparseCoder(nn.Module):
         all_active = config.kind in ("relu", "jumprelu")
         self.encoder = nn.Parameter(rows * min(1.0, 2 * config.d_in / config.width) if all_active else rows)
         self.encoder_bias = nn.Parameter(torch.zeros(config.width))
-        self.decoder = nn.Parameter(rows.clone())
+        self.decoder = nn.Parameter(rows.clone(), requires_grad=not config.frozen)
         self.bias = nn.Parameter(torch.zeros(config.d_in))
         self.threshold = nn.Parameter(torch.zeros(config.width), requires_grad=config.kind == "jumprelu")
 
@@ -121,6 +123,20 @@ class SparseCoder(nn.Module):
     def forward(self, x: Float[Tensor, "*b d"]) -> Float32[Tensor, "*b d"]:
         """The reconstruction."""
         return self.decode(self.encode(x))
+
+    @classmethod
+    @torch.no_grad()
+    def of_axes(cls, axes: Float[Tensor, "d d"], bias: Float[Tensor, " d"], origin: Origin) -> SparseCoder:
+        """A control that learns nothing and loses nothing: both directions of orthonormal axes, as 2 d features (relu).
+
+        z = relu(+-Q (x - b)), so z D + b = x. Of the identity and b = 0 the first d features are x where x > 0.
+        """
+        d = len(bias)
+        coder = cls(CoderConfig("relu", d, 2 * d), origin)
+        rows = torch.cat([axes, -axes])
+        for place, value in ((coder.encoder, rows), (coder.decoder, rows), (coder.bias, bias)):
+            place.copy_(value)
+        return coder
 
     @torch.no_grad()
     def fold(self, mean: Float[Tensor, " d"], scale: float) -> None:
@@ -179,6 +195,7 @@ def save_coder(folder: Path, coder: SparseCoder) -> None:
 OURS: Shape = {
     **{"kind": str, "d_in": int, "width": int, "k": int, "prefixes": [int]},
     **dict.fromkeys(("penalty", "bandwidth", "aux"), float),
+    "frozen?": bool,
     "origin": {
         **dict.fromkeys(("model", "model_sha256", "site", "pattern", "data"), str),
         **{"layer": int, "context": int},
@@ -200,7 +217,7 @@ def load_coder(folder: Path) -> SparseCoder:
     ours = read_json(path, {"metadata": {"cratescope": OURS}}, MAKER)["metadata"]["cratescope"]
     if ours["kind"] not in get_args(Kind):
         raise UserError(f"{path}: kind = {ours['kind']!r:.50}; there are {', '.join(get_args(Kind))}")
-    known = {option.name: ours[option.name] for option in dataclasses.fields(CoderConfig)}
+    known = {option.name: ours[option.name] for option in dataclasses.fields(CoderConfig) if option.name in ours}
     config = CoderConfig(**known | {"prefixes": tuple(ours["prefixes"])})
     origin = Origin(**{option.name: ours["origin"][option.name] for option in dataclasses.fields(Origin)})
     return build_coder(config, origin, read_weights(folder / WEIGHTS), folder / WEIGHTS)

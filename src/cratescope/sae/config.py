@@ -11,6 +11,9 @@ import tyro
 from cratescope.errors import UserError
 from cratescope.options import LARGEST_BATCH, LARGEST_SEED, Checked, PositionalPath, within
 
+Recipe = Literal["relu", "topk", "batchtopk", "jumprelu", "matryoshka", "frozen", "identity", "rotation"]
+"""Kinds of autoencoders, and controls."""
+
 
 @dataclass(frozen=True)
 class SaeConfig(Checked):
@@ -29,8 +32,9 @@ class SaeConfig(Checked):
     """Site of the activations, as given to `collect`."""
     layers: Annotated[tuple[int, ...] | None, within(0)] = None
     """Layers to learn; all by default. The forward pass stops after the last of them."""
-    kind: Literal["relu", "topk", "batchtopk", "jumprelu", "matryoshka"] = "batchtopk"
-    """relu is the paper's (section 6); the others are described in docs/dictionaries.md."""
+    kind: Recipe = "batchtopk"
+    """relu is the paper's (section 6). Controls: frozen (batchtopk whose decoder stays random), identity (the
+    activations themselves) and rotation (their axes turned at random). docs/dictionaries.md describes all."""
     expansion: Annotated[int, within(1, 1024)] = 16
     """Features per dimension of the activations (paper: 16)."""
     k: Annotated[int, within(1)] = 32

@@ -104,12 +104,13 @@ class Learner:
         """
         coder = self.coder
         grad = coder.decoder.grad
-        assert grad is not None
-        grad.addcmul_(coder.decoder, torch.linalg.vecdot(grad, coder.decoder)[:, None], value=-1)
+        if grad is not None:  # as it may be where the decoder is frozen
+            grad.addcmul_(coder.decoder, torch.linalg.vecdot(grad, coder.decoder)[:, None], value=-1)
         torch.nn.utils.clip_grad_norm_(self.weights.values(), CLIP)
         self.adam.param_groups[0]["lr"] = self.plan.rate(self.steps)
         self.adam.step()
-        coder.decoder.div_(coder.decoder.norm(dim=1, keepdim=True))
+        if not coder.config.frozen:
+            coder.decoder.div_(coder.decoder.norm(dim=1, keepdim=True))
         if coder.config.kind == "jumprelu":
             coder.threshold.clamp_(min=0)  # below it negative values would be let through
 

@@ -30,7 +30,7 @@ from cratescope.neurons.sites import Site, site_named
 from cratescope.neurons.tensors import load_tensors, save_tensors
 from cratescope.progress import STDERR, bars, say
 from cratescope.run import Run, claim
-from cratescope.sae.config import SaeConfig
+from cratescope.sae.config import Recipe, SaeConfig
 from cratescope.sae.foreign import bring_in
 from cratescope.sae.learner import Learner, Plan
 from cratescope.sae.step import Step
@@ -40,7 +40,9 @@ from cratescope.text.crops import Crops
 from cratescope.text.shards import TokenData
 
 PENALTIES = {"relu": 2.0, "jumprelu": 0.3}
-"""Weights of the penalty unless given: first guesses, not tuned (docs/dictionaries.md)."""
+"""Weights of the penalty unless given (docs/dictionaries.md says what they lead to)."""
+LEARNT: dict[str, Kind] = {kind: kind for kind in get_args(Kind)} | {"frozen": "batchtopk"}
+"""What a coder learns as; identity and rotation learn nothing."""
 NOT_IDENTITY = ("run", "name", "source", "grid", "layers", "data", "device", "dtype", "log_every", "save_every")
 """Settings that may change between a run and its resumption, or are in the identity in another form."""
 KEEP = 2
@@ -52,10 +54,14 @@ class Setting:
     """What one member of a grid is: all that can differ between coders that learn together."""
 
     name: str
-    kind: Kind
+    kind: Recipe
     expansion: int
     k: int
     penalty: float | None
+
+    @property
+    def learns(self) -> bool:
+        return self.kind in LEARNT
 
     def config(self, of: SaeConfig, d_in: int) -> CoderConfig:
         """Configuration of a coder of activations of this width. UserError: k is above the number of features."""
@@ -64,7 +70,17 @@ class Setting:
             raise UserError(f"k = {self.k} is more than the {width} features of {self.name}; lower --k")
         penalty = PENALTIES.get(self.kind, 0.0) if self.penalty is None else self.penalty
         prefixes = {max(1, round(share * width)) for share in of.prefixes} if self.kind == "matryoshka" else set()
-        return CoderConfig(self.kind, d_in, width, self.k, penalty, prefixes=tuple(sorted(prefixes)), aux=of.aux)
+        more: dict[str, Any] = {"prefixes": tuple(sorted(prefixes)), "aux": of.aux, "frozen": self.kind == "frozen"}
+        return CoderConfig(LEARNT[self.kind], d_in, width, self.k, penalty, **more)
+
+    def fixed(self, mean: Float[Tensor, " d"], origin: Origin, seed: int) -> SparseCoder:
+        """The coder of a kind that learns nothing, from the mean of the activations."""
+        d = len(mean)
+        if self.kind == "identity":
+            return SparseCoder.of_axes(torch.eye(d), torch.zeros(d), origin)
+        chance = torch.Generator().manual_seed(seed)
+        axes, _ = torch.linalg.qr(torch.randn(d, d, generator=chance))
+        return SparseCoder.of_axes(axes.T, mean.cpu(), origin)
 
 
 def settings_of(config: SaeConfig) -> list[Setting]:
@@ -92,8 +108,8 @@ def _axis(entry: str) -> tuple[str, list[Any]]:
         found = [wanted[name](value) for value in values.split(",")]
     except ValueError as error:
         raise UserError(f"--grid {entry:.50}: {name} takes numbers, as in `{name}=16,32`") from error
-    if name == "kind" and (odd := [value for value in found if value not in get_args(Kind)]):
-        raise UserError(f"--grid {entry:.50}: no kind {odd[0]!r}; there are {', '.join(get_args(Kind))}")
+    if name == "kind" and (odd := [value for value in found if value not in get_args(Recipe)]):
+        raise UserError(f"--grid {entry:.50}: no kind {odd[0]!r}; there are {', '.join(get_args(Recipe))}")
     if name != "kind" and min(found) < (0 if name == "penalty" else 1):
         raise UserError(f"--grid {entry:.50}: {name} has to be {0 if name == 'penalty' else 1} or more")
     return name, list(dict.fromkeys(found))
@@ -149,7 +165,8 @@ class Job:
         crops = Crops("packed", data.split("train"), context, config.seed, 0)
         d_in = width_of(model, site, layers, crops.split.window(0, context))
         for setting in settings:
-            setting.config(config, d_in)
+            if setting.learns:
+                setting.config(config, d_in)
         return cls(config, run, data, model, site, layers, crops, d_in, settings)
 
     @property
@@ -166,7 +183,8 @@ class Job:
 
     @property
     def steps(self) -> int:
-        return max(1, self.config.tokens // self.config.batch)
+        """Batches to learn from: none where all are controls that learn nothing."""
+        return max(1, self.config.tokens // self.config.batch) if any(one.learns for one in self.settings) else 0
 
     def identity(self, setting: Setting | None) -> dict[str, Any]:
         """What the coders of a setting are made from; with None all of a grid's."""
@@ -194,10 +212,15 @@ class Job:
         )
         found = {}
         for setting, layer in itertools.product(self.settings, self.layers):
-            origin = self.origin(layer)
-            coder = SparseCoder(setting.config(config, self.d_in), origin, seed=config.seed * 1000 + layer)
+            if not setting.learns:
+                continue
+            coder = SparseCoder(setting.config(config, self.d_in), self.origin(layer), seed=self.seed(layer))
             found[setting.name, layer] = Learner(coder.to(device), plan)
         return found
+
+    def seed(self, layer: int) -> int:
+        """Seed of a layer's random weights."""
+        return self.config.seed * 1000 + layer
 
     def origin(self, layer: int) -> Origin:
         text = self.data.path.name
@@ -371,6 +394,10 @@ class Training:
             units, coder = self.units[layer], learner.coder
             coder.fold(units.mean, units.scale)
             save_coder(coder_folder(self.job.run, name, layer), coder)
+        for setting, layer in itertools.product(self.job.settings, self.job.layers):
+            if not setting.learns:
+                coder = setting.fixed(self.units[layer].mean, self.job.origin(layer), self.job.seed(layer))
+                save_coder(coder_folder(self.job.run, setting.name, layer), coder)
         for path in self.job.checkpoints.glob("step-*.safetensors"):
             path.unlink()
         if self.job.checkpoints.exists():
