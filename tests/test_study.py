@@ -315,12 +315,11 @@ name = "bt"
         ("models = []", r"\[\[sae\]\] bt: --models: name at least one"),
         ("site = 'mlp'", r"\[\[sae\]\] bt: model a: no site 'mlp' for a crate model"),
         ("layers = [1]", r"\[\[sae\]\] bt: model b: layer 1 is out of range"),
-        ("[[sae]]\nname = 'BT'", r"\[\[sae\]\] name = 'BT' is the name of another one too"),
-        ("[[sae]]\nname = 'b:t'\n[[sae]]\nname = 'b-t'", r"\[\[sae\]\] b-t: 'b-t' is the name of another one too"),
-        ("[[sae]]\nname = 'bt-k4'\n[[sae]]\nname = 'c'\n", ""),
+        ("[[sae]]\nname = 'BT'", r"\[\[sae\]\] BT: a has another 'BT' already"),
+        ("[[sae]]\nname = 'b:t'\n[[sae]]\nname = 'b-t'", r"\[\[sae\]\] b-t: a has another 'b-t' already"),
         (
-            "grid = ['k=4,8']\n[[sae]]\nname = 'bt-k8'",
-            r"\[\[sae\]\] bt-k8: 'bt-k8' is the name of another one too",
+            "grid = ['k=4,8']\n[[sae]]\nname = 'bt-k8'\nmodels = 'b'",
+            r"\[\[sae\]\] bt-k8: b has another 'bt-k8' already",
         ),
         ("[[sae]]\nkind = 'relu'", r"\[\[sae\]\] name = None is not a name"),
         ("[[sae]]\nname = 'a/b'", r"\[\[sae\]\] name = 'a/b' has a slash"),
@@ -329,9 +328,6 @@ name = "bt"
 def test_a_dictionary_of_a_study_is_checked_before_any_work(tmp_path, lines, message):
     path = tmp_path / "plan.toml"
     path.write_text(FEATURES.format(sections="", lines=lines))
-    if not message:
-        assert [one.names for one in check(read_plan(path), path).coders] == [["bt"], ["bt-k4"], ["c"]]
-        return
     with pytest.raises(UserError, match=rf"plan.toml: {message}"):
         check(read_plan(path), path)
 
@@ -352,6 +348,13 @@ def test_a_dictionary_contradicts_no_other_section(tmp_path, sections, lines, me
     path.write_text(FEATURES.format(sections=sections, lines=lines))
     with pytest.raises(UserError, match=message):
         check(read_plan(path), path)
+
+
+def test_different_models_may_have_different_dictionaries_of_one_name(tmp_path):
+    path = tmp_path / "plan.toml"
+    lines = "models = 'a'\ngrid = ['k=4,8']\n[[sae]]\nname = 'bt'\nmodels = 'b'\ngrid = ['k=4']"
+    path.write_text(FEATURES.format(sections="", lines=lines))
+    assert [one.names for one in check(read_plan(path), path).coders] == [["bt-k4", "bt-k8"], ["bt-k4"]]
 
 
 def test_a_dictionary_is_of_all_models_and_of_the_layers_that_are_collected_unless_it_says_otherwise(tmp_path):

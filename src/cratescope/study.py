@@ -50,7 +50,7 @@ BESIDE = "terms"
 ALSO = {"explain": ("layers", "neuron_seed", "protocols"), "simulate": ("protocols",)}
 """Options of a section that hold for terms, too; others are about the language model."""
 MODEL, CODERS = "model", "sae"
-"""Tables that a study may have several of, each with a name of its own."""
+"""Tables that a study may have several of, each with a name."""
 RUN = "run"
 """Option of a [[model]] that is there already, as a run directory or in the zoo."""
 LOOPS = {"sites": "site", "simulators": "simulator", "judges": "scorer"}
@@ -360,27 +360,31 @@ def _look_up_explainers(plan: Plan) -> None:
 
 
 def _look_up_coders(plan: Plan) -> None:
-    """Raises UserError for a wrong grid, two autoencoders of one name, or features that [explain] asks for in vain."""
-    explained = [one.options("explain", run="x") for one in plan.explaining]
-    seen: set[str] = set()
+    """Raises UserError for a wrong grid, two autoencoders of a model and name, or what contradicts [explain]."""
+    taken: dict[str, set[str]] = {model: set() for model in plan.models}
     for one in plan.coders:
         where = f"{plan.path}: [[{CODERS}]] {one.sae.name}:"
         with _blaming(where):
-            names = dict.fromkeys([one.sae.name, *one.names])  # a grid has a folder of its own, too
-        for name in names:
-            if slug(name).casefold() in seen:
-                raise UserError(f"{where} {name!r} is the name of another one too; give it another name")
-        seen |= {slug(name).casefold() for name in names}
-        for config in explained:
-            if one.features and config.neurons and config.neurons > one.features:
-                raise UserError(
-                    f"{where} features = {one.features} are fewer than the {config.neurons} neurons per layer that "
-                    f"{config.explainer_name} explains; raise it, or lower neurons"
-                )
-            if one.sae.layers and (lacking := set(config.layers or ()) - {*one.sae.layers}):
-                raise UserError(
-                    f"{where} layers = {list(one.sae.layers)} lacks layer {min(lacking)} of [explain] layers; add it"
-                )
+            names = {slug(name).casefold(): name for name in (one.sae.name, *one.names)}  # a grid has a folder, too
+        for model in sorted({*(one.models or plan.models)}):
+            if twice := names.keys() & taken[model]:
+                fix = "give it another name, or other models"
+                raise UserError(f"{where} {model} has another {names[min(twice)]!r} already; {fix}")
+            taken[model] |= names.keys()
+        for explaining in plan.explaining:
+            _look_up_features(one, explaining.options("explain", run="x"), where)
+
+
+def _look_up_features(coders: CodersConfig, explain: Any, where: str) -> None:
+    """Raises UserError for more features, or other layers, to explain than are collected."""
+    if coders.features and (explain.neurons or 0) > coders.features:
+        raise UserError(
+            f"{where} features = {coders.features} are fewer than the {explain.neurons} neurons per layer that "
+            f"{explain.explainer_name} explains; raise it, or lower neurons"
+        )
+    layers = coders.sae.layers
+    if layers and (lacking := {*(explain.layers or ())} - {*layers}):
+        raise UserError(f"{where} layers = {list(layers)} lacks layer {min(lacking)} of [explain] layers; add it")
 
 
 def _look_up_sites(plan: Plan) -> None:
@@ -474,7 +478,8 @@ def _check_names_in(tables: Any, kind: str, path: Path) -> None:
         alike = unicodedata.normalize("NFC", str(name)).casefold()
         if reason := "is the name of another one too" if alike in seen else _unfit(name):
             raise UserError(f"{path}: [[{kind}]] name = {name!r:.60} {reason}; write each with a name of its own")
-        seen.add(alike)
+        if kind == MODEL:  # different models may have dictionaries of the same name
+            seen.add(alike)
 
 
 def _name_of_run(model: Settings, path: Path) -> str:
