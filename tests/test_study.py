@@ -200,7 +200,20 @@ def test_milestones_sites_simulators_and_judges_of_a_study_are_all_reported(text
     assert len(llm.asked) == asked
 
 
-def test_a_study_can_leave_milestones_to_terms(text_folder, tmp_path, monkeypatch):
+DICTIONARY = """
+[[sae]]
+name = "small"
+models = ["crate"]
+grid = ["k=4"]
+expansion = 1
+tokens = 2048
+batch = 256
+buffer = 2048
+features = 8
+"""
+
+
+def test_a_study_can_leave_milestones_to_terms_and_dictionaries_to_trained_models(text_folder, tmp_path, monkeypatch):
     llm = ScriptedLLM(lambda prompt: " words", lambda prompt, token: float(len(token)))
     for module in ("asking", "simulate", "judge"):
         monkeypatch.setattr(f"cratescope.explain.{module}.open_llm", lambda config: llm)
@@ -213,15 +226,19 @@ def test_a_study_can_leave_milestones_to_terms(text_folder, tmp_path, monkeypatc
         ('["detection", "intruder"]', "[]"),
     ):
         plan = plan.replace(several, one)
-    (tmp_path / "plan.toml").write_text(plan)
+    untrained = '[[model]]\nname = "untrained"\nsteps = 0\n'
+    (tmp_path / "plan.toml").write_text(plan + untrained + DICTIONARY)
     study(StudyConfig(tmp_path / "plan.toml", tmp_path / "out"))
+    both = {"crate · codes", "crate · sae-small-k4", "untrained"}
     for folder, runs in {
-        "report": {"crate", "crate-step-000002"},
-        "report-list-pmi": {"crate"},
+        "report": {*both, "crate-step-000002"},
+        "report-list-pmi": both,
     }.items():
         rows = list(csv.DictReader((tmp_path / "out" / folder / "scores.csv").read_text().splitlines()))
-        assert {row["model"].partition(" ")[0] for row in rows} == runs
-    assert not (tmp_path / "out/runs/crate/milestones/step-000002/explanations/codes/offline").exists()
+        assert {row["model"] for row in rows} == runs
+    crate = tmp_path / "out/runs/crate"
+    assert not (crate / "milestones/step-000002/explanations/codes/offline").exists()
+    assert sorted(path.parent.name for path in crate.rglob("sae_weights.safetensors")) == ["layer-00"]
 
 
 def test_a_model_that_is_called_like_a_milestone_is_refused(tmp_path):
@@ -264,6 +281,90 @@ def test_what_sections_share_is_given_once_and_known(tmp_path, sections, message
     path.write_text(f'[prepare]\nsource = "x"\n{sections}\n[[model]]\nname = "a"\n')
     with pytest.raises(UserError, match=message):
         check(read_plan(path), path)
+
+
+FEATURES = """
+[prepare]
+source = "x"
+{sections}
+[[model]]
+name = "a"
+preset = "crate-2l"
+[[model]]
+name = "b"
+preset = "gpt2-1l"
+[[sae]]
+name = "bt"
+{lines}
+"""
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ("expanson = 2", r"\[\[sae\]\] bt: has no option 'expanson'"),
+        ("kind = 'reluu'", r"\[\[sae\]\] bt: kind = 'reluu' is not a value it takes"),
+        ("k = 0", r"\[\[sae\]\] bt: --k 0: has to be 1 or more"),
+        ("features = 0", r"\[\[sae\]\] bt: --features 0: has to be 1 or more"),
+        ("features = 1.5", r"\[\[sae\]\] bt: features = 1.5 is not a value it takes"),
+        ("batch = 70_000", r"\[\[sae\]\] bt: --batch 70000: is more than --buffer 65536"),
+        ("grid = ['depth=2']", r"\[\[sae\]\] bt: --grid depth=2: give kind, expansion, k, penalty"),
+        ("run = 'x'", r"\[\[sae\]\] bt: run is given by the study itself; leave it out"),
+        ("data = 'x'", r"\[\[sae\]\] bt: data is given by the study itself; leave it out"),
+        ("models = ['c']", r"\[\[sae\]\] bt: models = 'c' is no \[\[model\]\]; there are a, b"),
+        ("models = []", r"\[\[sae\]\] bt: --models: name at least one"),
+        ("site = 'mlp'", r"\[\[sae\]\] bt: model a: no site 'mlp' for a crate model"),
+        ("layers = [1]", r"\[\[sae\]\] bt: model b: layer 1 is out of range"),
+        ("[[sae]]\nname = 'BT'", r"\[\[sae\]\] BT: a has another 'BT' already"),
+        ("[[sae]]\nname = 'b:t'\n[[sae]]\nname = 'b-t'", r"\[\[sae\]\] b-t: a has another 'b-t' already"),
+        (
+            "grid = ['k=4,8']\n[[sae]]\nname = 'bt-k8'\nmodels = 'b'",
+            r"\[\[sae\]\] bt-k8: b has another 'bt-k8' already",
+        ),
+        ("[[sae]]\nkind = 'relu'", r"\[\[sae\]\] name = None is not a name"),
+        ("[[sae]]\nname = 'a/b'", r"\[\[sae\]\] name = 'a/b' has a slash"),
+    ],
+)
+def test_a_dictionary_of_a_study_is_checked_before_any_work(tmp_path, lines, message):
+    path = tmp_path / "plan.toml"
+    path.write_text(FEATURES.format(sections="", lines=lines))
+    with pytest.raises(UserError, match=rf"plan.toml: {message}"):
+        check(read_plan(path), path)
+
+
+@pytest.mark.parametrize(
+    ("sections", "lines", "message"),
+    [
+        ("[neurons]\nneurons = 9", "features = 8", r"\[\[sae\]\] bt: features = 8 are fewer than the 9 neurons"),
+        ("[terms]\nneurons = 9", "features = 8", r"\[\[sae\]\] bt: features = 8 are fewer than the 9 neurons"),
+        ("[explain]\nlayers = [0]", "models = 'a'\nlayers = [1]", r"bt: layers = \[1\] lacks layer 0 of \[explain\]"),
+        ("[neurons]\nsites = ['auto', 'sae/bt']", "", r"site 'sae/bt': a \[\[sae\]\] adds its features by itself"),
+        ("[collect]\nsite = 'sae/bt'", "", r"site 'sae/bt': a \[\[sae\]\] adds its features by itself"),
+        ("[sae]\nk = 3", "", r"not valid TOML"),
+    ],
+)
+def test_a_dictionary_contradicts_no_other_section(tmp_path, sections, lines, message):
+    path = tmp_path / "plan.toml"
+    path.write_text(FEATURES.format(sections=sections, lines=lines))
+    with pytest.raises(UserError, match=message):
+        check(read_plan(path), path)
+
+
+def test_different_models_may_have_different_dictionaries_of_one_name(tmp_path):
+    path = tmp_path / "plan.toml"
+    lines = "models = 'a'\ngrid = ['k=4,8']\n[[sae]]\nname = 'bt'\nmodels = 'b'\ngrid = ['k=4']"
+    path.write_text(FEATURES.format(sections="", lines=lines))
+    assert [one.names for one in check(read_plan(path), path).coders] == [["bt-k4", "bt-k8"], ["bt-k4"]]
+
+
+def test_a_dictionary_is_of_all_models_and_of_the_layers_that_are_collected_unless_it_says_otherwise(tmp_path):
+    path = tmp_path / "plan.toml"
+    sections = "[collect]\nlayers = [0]"
+    path.write_text(FEATURES.format(sections=sections, lines="[[sae]]\nname = 'own'\nmodels = 'a'\nlayers = [1, 0]"))
+    plan = check(read_plan(path), path).reading(tmp_path)
+    assert [one.sae.layers for one in plan.coders] == [(0,), (1, 0)]
+    assert [one.sae.data for one in plan.coders] == [tmp_path, tmp_path]
+    assert {name: [one.sae.name for one in plan.coders_of(name)] for name in "ab"} == {"a": ["bt", "own"], "b": ["bt"]}
 
 
 def test_what_sections_share_reaches_every_stage_that_has_it(tmp_path):
@@ -338,6 +439,7 @@ def test_a_study_in_another_encoding_is_refused(tmp_path):
         ("[train]\nsteps = 1", "at least one"),
         ("train = 3", r"write \[train\]"),
         ("[model]\nname = 'a'", "two brackets"),
+        ("[sae]\nk = 3", "two brackets"),
         ("[[model]]\npreset = 'crate-1l'", "each with a name"),
         ("[[model]]\nname = 'a'\n[[model]]\nname = 'a'", "a name of its own"),
         ("model = [1]", "two brackets"),

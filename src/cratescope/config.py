@@ -11,6 +11,7 @@ import tyro
 from cratescope.explain.config import DEFAULT_PROTOCOLS, Scorer, Simulator, TermsConfig
 from cratescope.llm.config import LLMConfig
 from cratescope.options import LARGEST_SEED, Checked, PositionalPath, within
+from cratescope.sae.config import SaeConfig
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,25 @@ class BesideConfig(TermsConfig):
     """Neurons per layer that are explained by terms; all by default."""
     protocols: tuple[str, ...] | None = None
     """Protocols to simulate and score them by; those of [neurons] by default."""
+
+
+@dataclass(frozen=True)
+class CodersConfig(Checked):
+    """Table [[sae]] of a study: sparse autoencoders of its models, whose features are then a site like any other."""
+
+    models: tuple[str, ...] | None = None
+    """Models of the study that get them; all by default."""
+    features: Annotated[int | None, within(1)] = None
+    """Features per layer whose records are kept; all by default."""
+    sae: Annotated[SaeConfig, tyro.conf.arg(name="")] = field(default_factory=lambda: SaeConfig(Path("run")))
+    """Their training, of which the study gives the run and the data."""
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the autoencoders: one, or one per combination of a grid. UserError: the grid is not one."""
+        from cratescope.sae.train import settings_of
+
+        return [setting.name for setting in settings_of(self.sae)]
 
 
 @dataclass(frozen=True)

@@ -7,21 +7,22 @@ is missing.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import tomllib
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from cratescope.config import BesideConfig, NeuronsConfig, StudyConfig
+from cratescope.config import BesideConfig, CodersConfig, NeuronsConfig, StudyConfig
 from cratescope.errors import UserError, first_line
 from cratescope.explain.config import JudgeConfig
-from cratescope.files import decode_text
+from cratescope.files import decode_text, slug
 from cratescope.lm.config import EvaluateConfig, TrainConfig
 from cratescope.options import from_table, option_types
 from cratescope.report.config import ReportConfig
@@ -48,6 +49,8 @@ BESIDE = "terms"
 """The section of explanations by terms beside those of a language model."""
 ALSO = {"explain": ("layers", "neuron_seed", "protocols"), "simulate": ("protocols",)}
 """Options of a section that hold for terms, too; others are about the language model."""
+MODEL, CODERS = "model", "sae"
+"""Tables that a study may have several of, each with a name."""
 RUN = "run"
 """Option of a [[model]] that is there already, as a run directory or in the zoo."""
 LOOPS = {"sites": "site", "simulators": "simulator", "judges": "scorer"}
@@ -62,6 +65,7 @@ class Plan:
     sites, simulators, judges: as they were given.
     milestones: whether the language model explains those, too.
     terms: section [terms], if there is one.
+    coders: every [[sae]].
     """
 
     path: Path
@@ -73,6 +77,7 @@ class Plan:
     judges: tuple[Any, ...]
     milestones: bool = True
     terms: Settings | None = None
+    coders: tuple[CodersConfig, ...] = ()
 
     @property
     def explaining(self) -> list[Plan]:
@@ -96,7 +101,12 @@ class Plan:
     def reading(self, data: Path) -> Plan:
         """The same plan, in which every model reads `data` where the file names no other."""
         given = {name: {"data": data} | self.sections[name] for name in ("evaluate", "collect")}
-        return replace(self, sections=self.sections | given)
+        coders = tuple(replace(one, sae=replace(one.sae, data=data)) for one in self.coders)
+        return replace(self, sections=self.sections | given, coders=coders)
+
+    def coders_of(self, model: str) -> list[CodersConfig]:
+        """The [[sae]] that a model gets."""
+        return [one for one in self.coders if one.models is None or model in one.models]
 
     def options(self, section: str, own: Settings | None = None, **given: Any) -> Any:
         """The settings of a section: what the study gives, over a model's `own`, over the file's, over the defaults."""
@@ -141,19 +151,9 @@ def study(config: StudyConfig) -> Path:
     say(f"prepare {config.out / 'data'}")
     plan.do("prepare", out=config.out / "data")
     sites: dict[Path, list[str]] = {}
+    for name, (how, runs) in zip(plan.models, training, strict=True):
+        sites |= _measure(plan, name, how, runs, say)
     ends = {runs[0].root for _, runs in training}
-    for how, runs in training:
-        if how:
-            say(f"train {how.out}")
-            STAGES["train"].load()(how)
-        for run in runs:
-            if run != runs[0] and not run.manifest.exists():  # added to the file when training was past it
-                say(f"  {run.name} was not kept and is left out")
-                continue
-            say(f"evaluate, collect {run.root}")
-            say(_loss(plan.do("evaluate", run=run.root)))
-            collected = [plan.do("collect", run=run.root, site=site) for site in plan.sites]
-            sites[run.root] = list(dict.fromkeys(folder.name for folder in collected))
     explained = {one.explainer: [root for root in sites if one.milestones or root in ends] for one in plan.explaining}
     for one in plan.explaining:
         for root in explained[one.explainer]:
@@ -167,6 +167,45 @@ def study(config: StudyConfig) -> Path:
             given: Settings = {"title": plan.title, "explainer": one.explainer, "simulator": simulator}
             pages.append(plan.do("report", runs=tuple(explained[one.explainer]), out=folder, **given))
     return pages[0]
+
+
+def _measure(
+    plan: Plan, name: str, how: TrainConfig | None, runs: list[Run], say: Callable[[str], None]
+) -> dict[Path, list[str]]:
+    """Train a model, evaluate it and its milestones, and collect their neurons: the sites of each run."""
+    sites = {}
+    if how:
+        say(f"train {how.out}")
+        STAGES["train"].load()(how)
+    for run in runs:
+        if run != runs[0] and not run.manifest.exists():  # added to the file when training was past it
+            say(f"  {run.name} was not kept and is left out")
+            continue
+        say(f"evaluate, collect {run.root}")
+        say(_loss(plan.do("evaluate", run=run.root)))
+        collected = [plan.do("collect", run=run.root, site=site) for site in plan.sites]
+        if run == runs[0] and plan.coders_of(name):
+            collected += _collect_features(plan, plan.coders_of(name), run, say)
+        sites[run.root] = list(dict.fromkeys(folder.name for folder in collected))
+    return sites
+
+
+def _collect_features(plan: Plan, coders: list[CodersConfig], run: Run, say: Callable[[str], None]) -> list[Path]:
+    """Train the sparse autoencoders of a model, and collect their features: the folders of records."""
+    from cratescope.neurons.coded import SAE
+
+    for one in coders:
+        say(f"sae {one.sae.name} {run.root}")
+        STAGES[CODERS].load()(replace(one.sae, run=run.root))
+    say(f"collect {SAE}{', '.join(name for one in coders for name in one.names)} {run.root}")
+    return [
+        plan.do("collect", _of_coders(one), run=run.root, site=f"{SAE}{name}") for one in coders for name in one.names
+    ]
+
+
+def _of_coders(coders: CodersConfig) -> Settings:
+    """The options of `collect` for the features of a [[sae]]."""
+    return {} if coders.sae.layers is None else {"layers": coders.sae.layers}
 
 
 def _score_neurons(plan: Plan, place: Settings, say: Callable[[str], None]) -> None:
@@ -222,8 +261,23 @@ def check(table: Settings, path: Path) -> Plan:
                     f"{path}: [{section}] {single} = {options[single]!r:.60} contradicts what another section says of "
                     f"{several}: {', '.join(map(str, getattr(plan, several)))}; give them once, in [{SHARED}]"
                 )
+    plan = replace(plan, coders=tuple(_coders(one, plan) for one in table.get(CODERS, [])))
+    _look_up_coders(plan)
     _look_up_sites(plan)
     return plan
+
+
+def _coders(table: Settings, plan: Plan) -> CodersConfig:
+    """The settings of a [[sae]]. Its layers are those of [collect] unless it says others."""
+    where = f"{plan.path}: [[{CODERS}]] {table['name']}:"
+    for name in sorted(table.keys() & {"run", "data"}):
+        raise UserError(f"{where} {name} is given by the study itself; leave it out")
+    layers = plan.options("collect", run="x").layers
+    found = from_table(CodersConfig, ({"layers": layers} if layers else {}) | table | {"run": "x"}, where)
+    for model in found.models or ():
+        if model not in plan.models:
+            raise UserError(f"{where} models = {model!r:.60} is no [[model]]; there are {', '.join(plan.models)}")
+    return found
 
 
 def _plan(table: Settings, path: Path, neurons: NeuronsConfig) -> Plan:
@@ -274,7 +328,7 @@ def _look_up(parsed: Any, where: str) -> None:
     from cratescope.results.compare import Quantity
     from cratescope.text.sets import find_set
 
-    try:
+    with _blaming(where):
         if isinstance(parsed, TrainConfig):
             preset_config(parsed.preset, context=parsed.context, crate=parsed.crate)
         if isinstance(parsed, EvaluateConfig):
@@ -284,8 +338,6 @@ def _look_up(parsed: Any, where: str) -> None:
             Quantity.parse(parsed.primary)
         if (protocols := getattr(parsed, "protocols", None)) is not None:
             protocols_named(protocols)
-    except UserError as error:
-        raise UserError(f"{where} {error}") from error
 
 
 def _look_up_explainers(plan: Plan) -> None:
@@ -303,26 +355,72 @@ def _look_up_explainers(plan: Plan) -> None:
         if one is plan and plan.terms is not None and config.explainer == "terms":
             raise UserError(f"{where} explainer = 'terms' is what [{BESIDE}] adds; leave out one of them")
         if config.terms.language:
-            try:
+            with _blaming(f"{where} language:"):
                 load_language(config.terms.language)
-            except UserError as error:
-                raise UserError(f"{where} language: {error}") from error
+
+
+def _look_up_coders(plan: Plan) -> None:
+    """Raises UserError for a wrong grid, two autoencoders of a model and name, or what contradicts [explain]."""
+    taken: dict[str, set[str]] = {model: set() for model in plan.models}
+    for one in plan.coders:
+        where = f"{plan.path}: [[{CODERS}]] {one.sae.name}:"
+        with _blaming(where):
+            names = {slug(name).casefold(): name for name in (one.sae.name, *one.names)}  # a grid has a folder, too
+        for model in sorted({*(one.models or plan.models)}):
+            if twice := names.keys() & taken[model]:
+                fix = "give it another name, or other models"
+                raise UserError(f"{where} {model} has another {names[min(twice)]!r} already; {fix}")
+            taken[model] |= names.keys()
+        for explaining in plan.explaining:
+            _look_up_features(one, explaining.options("explain", run="x"), where)
+
+
+def _look_up_features(coders: CodersConfig, explain: Any, where: str) -> None:
+    """Raises UserError for more features, or other layers, to explain than are collected."""
+    if coders.features and (explain.neurons or 0) > coders.features:
+        raise UserError(
+            f"{where} features = {coders.features} are fewer than the {explain.neurons} neurons per layer that "
+            f"{explain.explainer_name} explains; raise it, or lower neurons"
+        )
+    layers = coders.sae.layers
+    if layers and (lacking := {*(explain.layers or ())} - {*layers}):
+        raise UserError(f"{where} layers = {list(layers)} lacks layer {min(lacking)} of [explain] layers; add it")
 
 
 def _look_up_sites(plan: Plan) -> None:
     """Raises UserError for a site or a layer that one of the models does not have."""
     from cratescope.models.folder import skeleton
-    from cratescope.neurons.sites import site_named
+    from cratescope.neurons.coded import SAE
 
+    if coded := [site for site in plan.sites if site.startswith(SAE)]:
+        raise UserError(f"{plan.path}: site {coded[0]!r:.60}: a [[{CODERS}]] adds its features by itself; leave it out")
     layers = plan.options("collect", run="x", site="auto").layers
     for name, own in plan.models.items():
-        try:
+        with _blaming(f"{plan.path}: [[{MODEL}]] {name}:"):
             blank = skeleton(_shape(plan, own))
-            for site in (site_named(one, blank) for one in plan.sites):
-                for layer in layers or site.layers(blank) or [0]:
-                    site.module(blank, layer)
-        except UserError as error:
-            raise UserError(f"{plan.path}: [[model]] {name}: {error}") from error
+            for site in plan.sites:
+                _look_up_site(blank, site, layers)
+        for one in plan.coders_of(name):
+            with _blaming(f"{plan.path}: [[{CODERS}]] {one.sae.name}: model {name}:"):
+                _look_up_site(blank, one.sae.site, one.sae.layers)
+
+
+def _look_up_site(blank: Any, name: str, layers: Sequence[int] | None) -> None:
+    """Raises UserError for a site or a layer that a model does not have."""
+    from cratescope.neurons.sites import site_named
+
+    site = site_named(name, blank)
+    for layer in layers or site.layers(blank) or [0]:
+        site.module(blank, layer)
+
+
+@contextlib.contextmanager
+def _blaming(where: str) -> Iterator[None]:
+    """Begin errors with the part of the file that they are about."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{where} {error}") from error
 
 
 def _shape(plan: Plan, own: Settings) -> Any:
@@ -339,7 +437,7 @@ def _shape(plan: Plan, own: Settings) -> Any:
 
 
 def read_plan(path: Path) -> dict[str, Any]:
-    """The study file, checked for unknown sections and models without a name."""
+    """The study file, checked for unknown sections, and models and dictionaries without a name."""
     try:
         plan = tomllib.loads(decode_text(path.read_bytes(), errors="strict"))
         repr(plan)  # fails for a hexadecimal number of more digits than Python writes, which no message could name
@@ -349,32 +447,39 @@ def read_plan(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not valid TOML ({first_line(error)})") from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    sections = (*GIVEN, SHARED, BESIDE)
-    unknown = plan.keys() - {*sections, "title", "model"}
+    sections, tables = (*GIVEN, SHARED, BESIDE), (MODEL, CODERS)
+    unknown = plan.keys() - {*sections, *tables, "title"}
     if unknown:
-        raise UserError(f"{path}: no section [{sorted(unknown)[0]}]; there are {', '.join(sections)} and [[model]]")
+        known = f"{', '.join(sections)}, [[{MODEL}]] and [[{CODERS}]]"
+        raise UserError(f"{path}: no section [{sorted(unknown)[0]}]; there are {known}")
     for name in plan.keys() & {*sections}:
         if not isinstance(plan[name], dict):
             raise UserError(f"{path}: {name} is a section; write [{name}] and its options below it")
-    models = plan.get("model", [])
-    if not isinstance(models, list) or not all(isinstance(model, dict) for model in models):
-        raise UserError(f"{path}: write [[model]] with two brackets, one for each model")
-    if not models:
-        raise UserError(f"{path}: give at least one [[model]], each with a name of its own")
-    seen: set[str] = set()
-    for model in models:
-        if RUN in model:
-            model["name"] = _name_of_run(model, path)
-        name = model.get("name")
-        # Two folders of a disk that takes small and capital letters for the same would be one.
-        alike = unicodedata.normalize("NFC", str(name)).casefold()
-        if reason := "is the name of another one too" if alike in seen else _unfit(name):
-            raise UserError(f"{path}: [[model]] name = {name!r:.60} {reason}; write each with a name of its own")
-        seen.add(alike)
+    for kind in plan.keys() & {*tables}:
+        _check_names_in(plan[kind], kind, path)
+    if not plan.get(MODEL):
+        raise UserError(f"{path}: give at least one [[{MODEL}]], each with a name of its own")
     title = plan.get("title", path.stem)
     if not isinstance(title, str) or not title.strip():
         raise UserError(f"{path}: title = {title!r:.60} is not a title; give some words or leave it out")
     return plan | {"title": title}
+
+
+def _check_names_in(tables: Any, kind: str, path: Path) -> None:
+    """Raises UserError for tables that are none, or without names of their own; models that are there get theirs."""
+    if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
+        raise UserError(f"{path}: write [[{kind}]] with two brackets, one for each")
+    seen: set[str] = set()
+    for table in tables:
+        if kind == MODEL and RUN in table:
+            table["name"] = _name_of_run(table, path)
+        name = table.get("name")
+        # Two folders of a disk that takes small and capital letters for the same would be one.
+        alike = unicodedata.normalize("NFC", str(name)).casefold()
+        if reason := "is the name of another one too" if alike in seen else _unfit(name):
+            raise UserError(f"{path}: [[{kind}]] name = {name!r:.60} {reason}; write each with a name of its own")
+        if kind == MODEL:  # different models may have dictionaries of the same name
+            seen.add(alike)
 
 
 def _name_of_run(model: Settings, path: Path) -> str:
@@ -387,11 +492,11 @@ def _name_of_run(model: Settings, path: Path) -> str:
 
 
 LONGEST_NAME = 160
-"""Most bytes in a model's name; file systems allow 255."""
+"""Most bytes in a name; file systems allow 255."""
 
 
 def _unfit(name: Any) -> str | None:
-    """Say why a model's folder cannot have this name; None when it can."""
+    """Say why a folder cannot have this name; None when it can."""
     if not isinstance(name, str) or not name:
         return "is not a name"
     if len(name.encode()) > LONGEST_NAME:
