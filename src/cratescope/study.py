@@ -341,12 +341,15 @@ def _look_up(parsed: Any, where: str) -> None:
 
 
 def _look_up_explainers(plan: Plan) -> None:
-    """Raises UserError when two explainers would be the same, or the language of terms is not valid."""
+    """Raises UserError for explainers that are the same, an invalid language, or more neurons than are collected."""
     from cratescope.explain.terms.language import load_language
 
+    sample = plan.options("collect", run="x", site="auto").sample
     for one in plan.explaining:
         where = f"{plan.path}: [{'explain' if one is plan else BESIDE}]"
         config = one.options("explain", run="x")
+        if sample is not None and (config.neurons or 0) > sample:
+            raise UserError(f"{where} neurons = {config.neurons} is more than [collect] sample = {sample}; raise that")
         if config.explainer == "selected":
             raise UserError(
                 f"{where} explainer = 'selected': a study explains by an LLM and by terms; run `cratescope explain "

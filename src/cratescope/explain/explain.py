@@ -13,7 +13,7 @@ from cratescope.explain.explained import Explained, Explanation
 from cratescope.explain.protocols import ExplanationSet, protocols_named
 from cratescope.explain.waiting import Waiting, keeping
 from cratescope.llm.interface import LanguageModel
-from cratescope.neurons.records import AT_ONCE, NeuronRecord, layer_file
+from cratescope.neurons.records import AT_ONCE, NeuronRecord, layer_file, layer_width
 from cratescope.neurons.sample import draw_neurons, find_site, record_files, records_identity, with_records
 from cratescope.progress import progress
 from cratescope.run import Run, claim
@@ -92,8 +92,10 @@ def _samples(config: ExplainConfig, folder: Path) -> dict[int, list[int]]:
         drawn = draw_neurons(path, config.neuron_seed, layer)
         wanted = len(drawn) if config.neurons is None else config.neurons
         if not 1 <= wanted <= len(drawn):
+            sampled = f" that were collected (of {width})" if (width := layer_width(path)) > len(drawn) else ""
             raise UserError(
-                f"--neurons {wanted}: layer {layer} has {len(drawn)} neurons; give a number from 1 to {len(drawn)}"
+                f"--neurons {wanted}: layer {layer} has {len(drawn)} neurons{sampled}; "
+                f"give a number from 1 to {len(drawn)}"
             )
         samples[layer] = drawn[:wanted]
     return samples

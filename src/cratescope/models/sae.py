@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from jaxtyping import Float, Float32
+from jaxtyping import Float, Float32, Int64
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -137,6 +137,18 @@ class SparseCoder(nn.Module):
         for place, value in ((coder.encoder, rows), (coder.decoder, rows), (coder.bias, bias)):
             place.copy_(value)
         return coder
+
+    @torch.no_grad()
+    def only(self, features: Int64[Tensor, " n"]) -> SparseCoder:
+        """A coder of some features alone, each with the codes that it has here.
+
+        Not for topk, where the other features decide which are the largest.
+        """
+        found = SparseCoder(dataclasses.replace(self.config, width=len(features), prefixes=()), self.origin)
+        found.bias.copy_(self.bias)
+        for name in ("encoder", "encoder_bias", "decoder", "threshold"):
+            getattr(found, name).copy_(getattr(self, name)[features])
+        return found
 
     @torch.no_grad()
     def fold(self, mean: Float[Tensor, " d"], scale: float) -> None:

@@ -8,16 +8,17 @@ place (`replace`) as decode(z'), which leaves out the error x - decode(z).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from jaxtyping import Int64
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from cratescope.errors import UserError
 from cratescope.files import known_sha256
 from cratescope.models.sae import WEIGHTS, SparseCoder, coder_folder, coder_of
-from cratescope.neurons.sites import Site, Visit, site_named
+from cratescope.neurons.sites import SampledSite, Site, Visit, site_named
 from cratescope.run import Run
 
 SAE = "sae/"
@@ -57,6 +58,13 @@ class CodedSite(Site):
             return (found if self.replace else x + (found - coder.decode(codes))).to(x.dtype)
 
         return super().hook(model, layer, coded, shape)
+
+    def only(self, chosen: Mapping[int, Int64[Tensor, " n"]]) -> Site:
+        """As of `Site`; features that do not depend on others are the only ones to be computed."""
+        alone = {layer for layer in chosen if self.coders[layer].config.by_threshold}
+        narrow = {layer: self.coders[layer].only(chosen[layer]) for layer in alone}
+        cut = {layer: features for layer, features in chosen.items() if layer not in alone}
+        return SampledSite(self.name, self.pattern, replace(self, coders={**self.coders, **narrow}), cut)
 
     def _coder(self, layer: int, x: Tensor) -> SparseCoder:
         """On the device of the activations x."""

@@ -1,4 +1,4 @@
-"""One pass over held-out text that records every neuron of a site, for all layers at once (docs/records.md).
+"""One pass over held-out text that records the neurons of a site, for all layers at once (docs/records.md).
 
 The excerpts are cut into parts. Each part's statistics of each layer go into one file, and the files are added up in
 order, so a kill loses at most one part and the records are the same however the work was split.
@@ -9,8 +9,8 @@ from __future__ import annotations
 import contextlib
 import errno
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -31,8 +31,9 @@ from cratescope.models.folder import load_folder, longest_context, model_config,
 from cratescope.neurons.coded import CodedSite, site_of
 from cratescope.neurons.config import CollectConfig
 from cratescope.neurons.merge import Totals, columns
-from cratescope.neurons.records import write_table
-from cratescope.neurons.sites import Site, check_site, partial_pass, site_named
+from cratescope.neurons.records import layer_width, write_table
+from cratescope.neurons.sample import Chosen
+from cratescope.neurons.sites import Site, check_site, partial_pass, site_named, site_widths
 from cratescope.neurons.strata import Pilot
 from cratescope.neurons.streaming import LayerStatistics, Plan, refuse_not_finite
 from cratescope.neurons.tensors import load_tensors, save_tensors
@@ -55,11 +56,11 @@ def collect(config: CollectConfig) -> Path:
 
     Raises:
         UserError: no model or data, a context longer than the model's, too little text, a site that is not read once
-            for every token, records of another model, an activation that is not a number, or a disk too small.
+            for every token, records of another model or sample, an activation that is not a number, or a disk too
+            small.
     """
+    _refuse_contradictions(config)
     run = Run(config.run)
-    if config.model is not None and config.data is None:
-        raise UserError("--model needs --data: a folder that `cratescope prepare --tokenizer` made for that model")
     source = None if config.model is None or is_adopted(run, config.model) else config.model
     data = TokenData.open(config.data) if source and config.data else data_of(run, config.data)
     shape = model_config(source or run.trained_model())
@@ -72,7 +73,8 @@ def collect(config: CollectConfig) -> Path:
         site.module(blank, layer)  # a wrong pattern is found before anything is written
     folder = run.records(site.name)
     if not source and all(layer_file(folder, layer).exists() for layer in layers):
-        claim(folder, _identity(config, run, site, context, data))
+        chosen = _chosen(config, lambda: {layer: layer_width(layer_file(folder, layer)) for layer in layers})
+        claim(folder, _identity(config, run, site, context, data, chosen))
         remove_parts(folder, layers)
         return folder
     if torch.cuda.is_available():
@@ -81,26 +83,25 @@ def collect(config: CollectConfig) -> Path:
     excerpts = excerpts.astype(np.min_scalar_type(excerpts.max()))
     opened = partial(_opened, config, site, layers, excerpts[:TRIED])
     model = adopt(run, source, data, _native(blank, site), opened) if source else opened(run.trained_model())
-    claim(folder, _identity(config, run, site, context, data))
+    chosen = _chosen(config, lambda: _widths(model, site, layers, excerpts[:1]))
+    claim(folder, _identity(config, run, site, context, data, chosen))
     left = [layer for layer in layers if not layer_file(folder, layer).exists()]
-    work = Pass(config, model, site, left, excerpts, folder)
-    try:
-        with torch.inference_mode(), _locked(folder, left, f"{worker}-of-{n_workers}"):
-            work.read(range(worker, work.n_parts, n_workers))
-            if n_workers > 1 and (missing := work.missing()):
-                say(f"worker {worker}: done; {missing} parts of other workers are missing still")
-                return folder
-            with locked(folder, "finish", wait=True):  # the last two workers may have finished together
-                work.finish({"model": run.name, "site": site.name})
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        kept = work.n_parts - work.missing()
-        raise UserError(
-            f"disk full: {folder} keeps {kept} of {work.n_parts} parts and all finished layers; "
-            "free some space and rerun the same command"
-        ) from error
+    work = Pass(config, model, site, left, excerpts, folder, chosen)
+    with _full_disk(work), torch.inference_mode(), _locked(folder, left, f"{worker}-of-{n_workers}"):
+        work.read(range(worker, work.n_parts, n_workers))
+        if n_workers > 1 and (missing := work.missing()):
+            say(f"worker {worker}: done; {missing} parts of other workers are missing still")
+            return folder
+        with locked(folder, "finish", wait=True):  # the last two workers may have finished together
+            work.finish({"model": run.name, "site": site.name})
     return folder
+
+
+def _refuse_contradictions(config: CollectConfig) -> None:
+    if config.model is not None and config.data is None:
+        raise UserError("--model needs --data: a folder that `cratescope prepare --tokenizer` made for that model")
+    if config.dump and config.sample is not None:
+        raise UserError("--dump writes the activations of all neurons; leave out --sample, or --dump")
 
 
 @contextlib.contextmanager
@@ -110,6 +111,21 @@ def _locked(folder: Path, layers: Sequence[int], share: str) -> Iterator[None]:
         for layer in layers:
             locks.enter_context(locked(folder, f"layer-{layer:02d}-{share}"))
         yield
+
+
+@contextlib.contextmanager
+def _full_disk(work: Pass) -> Iterator[None]:
+    """Tell the user what is kept when the disk is full."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        kept = work.n_parts - work.missing()
+        raise UserError(
+            f"disk full: {work.folder} keeps {kept} of {work.n_parts} parts and all finished layers; "
+            "free some space and rerun the same command"
+        ) from error
 
 
 def _native(blank: PreTrainedModel, site: Site) -> str:
@@ -138,7 +154,7 @@ def _opened(
     """Load a folder's model for reading and try it on a few excerpts."""
     model: Any = load_folder(folder, config.dtype)  # Any: the library's own annotation of `to` takes no device
     model = model.to(pick_device(config.device)).eval()
-    tokens = torch.from_numpy(excerpts.astype(np.int64)).to(model.device)
+    tokens = _tokens(model, excerpts)
     try:
         with torch.inference_mode():
             seen = check_site(model, site, layers, tokens)
@@ -155,19 +171,46 @@ def _opened(
     return model
 
 
-def _identity(config: CollectConfig, run: Run, site: Site, context: int, data: TokenData) -> dict[str, Any]:
+def _tokens(model: PreTrainedModel, excerpts: Integer[np.ndarray, "n t"]) -> Int[Tensor, "n t"]:
+    """As the model takes them."""
+    return torch.from_numpy(excerpts.astype(np.int64)).to(model.device)
+
+
+def _widths(
+    model: PreTrainedModel, site: Site, layers: Sequence[int], excerpts: Integer[np.ndarray, "n t"]
+) -> dict[int, int]:
+    with torch.inference_mode():
+        return site_widths(model, site, layers, _tokens(model, excerpts))
+
+
+def _chosen(config: CollectConfig, widths: Callable[[], Mapping[int, int]]) -> dict[int, Chosen]:
+    """The sample of every layer that has more neurons; `widths`, by layer, are asked for only where there is one."""
+    n, seed = config.sample, config.sample_seed
+    if n is None:
+        return {}
+    return {layer: Chosen.drawn(n, seed, layer, width) for layer, width in widths().items() if n < width}
+
+
+def _identity(
+    config: CollectConfig, run: Run, site: Site, context: int, data: TokenData, chosen: Mapping[int, Chosen]
+) -> dict[str, Any]:
     wanted = ("excerpts", "top", "per_excerpt", "random", "window", "strata", "tokens", "dump", "part", "seed")
     settings = {name: getattr(config, name) for name in wanted}
     found = {"site": site.pattern, "context": context, "model_sha256": run.fingerprint()}
     found["data_sha256"] = sha256(data.path / "manifest.json")
     if isinstance(site, CodedSite):
         found["sae_sha256"] = {layer: sha256 for layer, sha256 in site.identity.items()}
+    if chosen:
+        found |= {"sample": config.sample, "sample_seed": config.sample_seed}
     return settings | found | ({} if config.dtype == "auto" else {"dtype": config.dtype})
 
 
 @dataclass(frozen=True)
 class Pass:
-    """The work of collecting `layers` of a site; the files of its parts are in `folder`/.parts/<layer>."""
+    """The work of collecting `layers` of a site; the files of its parts are in `folder`/.parts/<layer>.
+
+    chosen: the neurons to record of each layer; all, where nothing is said of it.
+    """
 
     config: CollectConfig
     model: PreTrainedModel
@@ -175,6 +218,7 @@ class Pass:
     layers: list[int]
     excerpts: Integer[np.ndarray, "n t"]
     folder: Path
+    chosen: Mapping[int, Chosen] = field(default_factory=dict)
 
     @property
     def n_parts(self) -> int:
@@ -188,7 +232,16 @@ class Pass:
             for layer, pilot in self._pilots().items():
                 save_tensors(paths[layer], vars(pilot), first=True)
         loaded = {layer: load_tensors(path) or {} for layer, path in paths.items()}
-        return {layer: Plan.of(self.config, layer, Pilot(**loaded[layer]), self.excerpts) for layer in self.layers}
+        return {
+            layer: Plan.of(self.config, layer, Pilot(**loaded[layer]), self.excerpts, self.chosen.get(layer))
+            for layer in self.layers
+        }
+
+    @cached_property
+    def _recorded(self) -> Site:
+        """The site that is read: what is not recorded is left out as early as can be."""
+        chosen = {layer: torch.from_numpy(one.index) for layer, one in self.chosen.items()}
+        return self.site.only(chosen) if chosen else self.site
 
     def missing(self) -> int:
         """Number of parts that are missing or damaged."""
@@ -212,8 +265,9 @@ class Pass:
             path = layer_file(self.folder, layer)
             try:
                 if not path.exists():
-                    totals = Totals.of(self.plans[layer], self._shards(layer))
-                    write_table(path, columns(self.plans[layer], totals, self.excerpts, labels | {"layer": layer}))
+                    totals, plan = Totals.of(self.plans[layer], self._shards(layer)), self.plans[layer]
+                    found = columns(plan, totals, self.excerpts, labels | {"layer": layer})
+                    write_table(path, found, plan.chosen.width)
             except UserError:
                 if not path.exists():  # else another worker was faster and has deleted the parts
                     raise
@@ -246,14 +300,15 @@ class Pass:
         n, context = self.excerpts.shape
         chosen = np.unique(np.linspace(0, n - 1, -(-PILOT_TOKENS // context)).astype(int)).tolist()
         found: dict[int, list[Tensor]] = {layer: [] for layer in self.layers}
+        index = {layer: one.index for layer, one in self.chosen.items()}
 
         def visit(layer: int, activations: Float[Tensor, "b t h"]) -> None:
             activations = activations.float().cpu()
             with _named(layer, self.model.dtype):
-                refuse_not_finite(activations, excerpt)
+                refuse_not_finite(activations, excerpt, index.get(layer))
             found[layer].append(activations[0])
 
-        with partial_pass(self.model, self.site, self.layers, visit) as run:
+        with partial_pass(self.model, self._recorded, self.layers, visit) as run:
             for excerpt in chosen:
                 run(self._tokens(excerpt, 1))
         return {layer: Pilot.of(torch.cat(parts)) for layer, parts in found.items()}
@@ -269,7 +324,7 @@ class Pass:
             if self.config.dump:
                 dumps[layer].append(_non_zero(activations))
 
-        with partial_pass(self.model, self.site, list(statistics), visit) as run:
+        with partial_pass(self.model, self._recorded, list(statistics), visit) as run:
             for start in range(first, last, self.config.batch_size):
                 tokens = self._tokens(start, min(self.config.batch_size, last - start))
                 run(tokens)
@@ -280,7 +335,7 @@ class Pass:
             save_tensors(self._part(layer, part), one.take_shard(first))
 
     def _tokens(self, start: int, n: int) -> Int[Tensor, "b t"]:
-        return torch.from_numpy(self.excerpts[start : start + n].astype(np.int64)).to(self.model.device)
+        return _tokens(self.model, self.excerpts[start : start + n])
 
     def _check_room(self) -> None:
         """Refuse a dump that would not fit on the disk."""

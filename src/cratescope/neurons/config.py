@@ -24,6 +24,11 @@ class CollectConfig(Checked):
     such as `transformer.h.{layer}.mlp.act`; append `:input` to read the module's input instead of its output."""
     layers: Annotated[tuple[int, ...] | None, within(0)] = None
     """Layers to read; all by default. The forward pass stops after the last of them."""
+    sample: Annotated[int | None, within(1)] = None
+    """Neurons recorded per layer, drawn at random by the sample seed; all by default. They are the ones that `explain
+    --neurons` of as many draws from records of all by the same seed, dead ones included."""
+    sample_seed: Annotated[int, within(0, LARGEST_SEED)] = 0
+    """Draws the sample."""
     excerpts: Annotated[int, within(1)] = 8000
     """Number of excerpts, evenly spaced over the heldout split (paper: 8000)."""
     context: Annotated[int | None, within(1)] = None

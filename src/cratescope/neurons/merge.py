@@ -23,7 +23,6 @@ from cratescope.neurons.strata import (
     bin_edges,
     bins_of,
     cutoffs,
-    draw,
     quantile_places,
 )
 from cratescope.neurons.streaming import SUMS, Plan, Pool, count_tokens, new_pools
@@ -106,7 +105,7 @@ def columns(plan: Plan, totals: Totals, excerpts: Integer[np.ndarray, "n t"], la
     random = _random_windows(plan, totals, top)
     return {
         **{name: [value] * h for name, value in labels.items()},
-        **{"index": np.arange(h), "n_tokens": np.full(h, n_tokens), "maximum": totals.maximum.double().numpy()},
+        **{"index": plan.chosen.index, "n_tokens": np.full(h, n_tokens), "maximum": totals.maximum.double().numpy()},
         **_moments(plan, n_tokens, sums[1:]),
         **{"density": active / n_tokens, "dead": active == 0},
         **{name: w.column(plan, excerpts, w.neuron, h) for name, w in (("top", top), ("random", random))},
@@ -239,7 +238,7 @@ class Sample:
         neuron, position = torch.from_numpy(windows.neuron), torch.from_numpy(windows.position)
         peak = windows.position % plan.context - windows.starts(plan)
         value = torch.from_numpy(windows.activations[np.arange(len(peak)), peak])
-        place = bins_of(value * plan.pilot.scale[neuron]).long() * FRACTION + draw(plan.salt, neuron, position)[1]
+        place = bins_of(value * plan.pilot.scale[neuron]).long() * FRACTION + plan.drawn(neuron, position)[1]
         bars = pool.bar.view(-1, ladder.n_cells)
         return cls(plan, ladder, bars, windows, found["key"][torch.from_numpy(order)], place, value.double())
 

@@ -179,6 +179,8 @@ SCHEMA = pa.schema(
     ],
     metadata=CHECKED,
 )
+WIDTH = b"width"
+"""Metadata of records of a sample: how many neurons the layer has."""
 AT_ONCE = 512
 """Records held in memory at once."""
 _NEURONS_A_READ = 64
@@ -206,11 +208,15 @@ def window_array(
     return pa.StructArray.from_arrays(arrays, fields=list(_WINDOW))
 
 
-def write_table(path: Path, columns: dict[str, Any]) -> None:
-    """Write one layer's columns (SCHEMA) to a Parquet file, atomically, one row per neuron."""
+def write_table(path: Path, columns: dict[str, Any], width: int | None = None) -> None:
+    """Write one layer's columns (SCHEMA) to a Parquet file, atomically, one row per neuron.
+
+    width: how many neurons the layer has, where these may be a sample of them.
+    """
     arrays = [pa.array(columns[field.name], field.type) for field in SCHEMA]
+    about = {} if width in (None, len(arrays[0])) else {WIDTH: str(width).encode()}
     with atomic_path(path) as temporary:
-        table = pa.Table.from_arrays(arrays, schema=SCHEMA)
+        table = pa.Table.from_arrays(arrays, schema=SCHEMA.with_metadata(CHECKED | about))
         # Dictionaries of activations would be larger than these.
         pq.write_table(
             table,
@@ -299,10 +305,26 @@ def records_of(path: Path, table: pa.Table, indices: Sequence[int] | None = None
         rows = {index: row for row, index in enumerate(table.column("index").to_pylist())}
         missing = [index for index in indices if index not in rows]
         if missing:
-            last = max(read_columns(path, ["index"]).column("index").to_pylist())
-            raise UserError(f"{path}: no neuron {missing[0]}; this layer has neurons 0 to {last}")
+            raise _no_neuron(path, missing[0])
         table = table.take(pa.array([rows[index] for index in indices], pa.int64()))
     return {record.neuron.index: record for batch in table.to_batches(64) for record in _records(batch)}
+
+
+def _no_neuron(path: Path, index: int) -> UserError:
+    """What to tell of a neuron that has no record."""
+    known, width = read_columns(path, ["index"]).column("index").to_pylist(), layer_width(path)
+    if len(known) < width and 0 <= index < width:
+        return UserError(
+            f"{path}: neuron {index} was not collected, only a sample of {len(known)} of {width} (such as {known[0]}); "
+            f"delete {path.parent} and run `cratescope collect` without --sample"
+        )
+    return UserError(f"{path}: no neuron {index}; this layer has neurons 0 to {max([*known, width - 1])}")
+
+
+def layer_width(path: Path) -> int:
+    """How many neurons the layer has, of which the file may hold a sample. Errors as of `read_columns`."""
+    known = read_columns(path, ["index"])
+    return int((known.schema.metadata or {}).get(WIDTH, known.num_rows))
 
 
 def read_columns(path: Path, columns: Sequence[str], indices: Sequence[int] | None = None) -> pa.Table:

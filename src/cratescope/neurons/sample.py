@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Int, Int64
 
 from cratescope.arm import Arm
 from cratescope.errors import UserError
@@ -19,6 +20,7 @@ from cratescope.neurons.records import (
     Window,
     bytes_per_row,
     columns_with,
+    layer_width,
     read_columns,
     records_of,
 )
@@ -78,10 +80,32 @@ def neuron_order(seed: int, layer: int, n_neurons: int) -> Int[np.ndarray, " h"]
     return np.random.default_rng([seed, layer]).permutation(n_neurons)
 
 
+@dataclass(frozen=True, eq=False)
+class Chosen:
+    """The neurons of a layer that are recorded: their indices (n,), rising, among the `width` that it has."""
+
+    index: Int64[np.ndarray, " n"]
+    width: int
+
+    @classmethod
+    def every(cls, width: int) -> Chosen:
+        return cls(np.arange(width), width)
+
+    @classmethod
+    def drawn(cls, n: int, seed: int, layer: int, width: int) -> Chosen:
+        """The first `n` in the order in which neurons are drawn from all of the layer."""
+        return cls(np.sort(neuron_order(seed, layer, width)[:n]), width)
+
+
 def draw_neurons(path: Path, seed: int, layer: int) -> list[int]:
-    """Every neuron of a layer's records in the order in which they are drawn. Errors as of `read_columns`."""
-    known = read_columns(path, ["index"]).column("index").to_numpy()
-    return known[neuron_order(seed, layer, len(known))].tolist()
+    """Every neuron of a layer's records in the order in which they are drawn. Errors as of `read_columns`.
+
+    Those of a sample come in the order in which they would be drawn from records of the whole layer.
+    """
+    known, width = read_columns(path, ["index"]).column("index").to_numpy(), layer_width(path)
+    every = known if len(known) == width else np.arange(width)
+    drawn = every[neuron_order(seed, layer, width)]
+    return drawn[np.isin(drawn, known)].tolist()
 
 
 def record_files(folder: Path, layers: Sequence[int] | None = None) -> dict[int, Path]:

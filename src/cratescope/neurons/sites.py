@@ -12,11 +12,12 @@ import contextlib
 import difflib
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Int64
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -102,6 +103,10 @@ class Site:
             return module.register_forward_pre_hook(on_input, with_kwargs=True)
         return module.register_forward_hook(lambda _module, _inputs, output: edit(output))
 
+    def only(self, chosen: Mapping[int, Int64[Tensor, " n"]]) -> Site:
+        """The same site for reading, with only the chosen neurons of these layers and all neurons of others."""
+        return SampledSite(self.name, self.pattern, self, chosen)
+
     def _activations(self, found: Any, shape: list[int]) -> Tensor:
         """As (b, t, h); `found` is what the module gives, or the first of a tuple such as (output, weights)."""
         if isinstance(found, Tensor) and found.is_floating_point():
@@ -114,6 +119,26 @@ class Site:
         raise UserError(
             f"site {self.pattern} has a {kind}{of}; name a module with a tensor (batch, tokens, neurons) of all tokens"
         )
+
+
+@dataclass(frozen=True)
+class SampledSite(Site):
+    """Some neurons of the site `whole`: `chosen` (n,) by layer. What a visitor returns is passed over."""
+
+    whole: Site
+    chosen: Mapping[int, Int64[Tensor, " n"]]
+
+    def layers(self, model: nn.Module) -> list[int]:
+        return self.whole.layers(model)
+
+    def module(self, model: nn.Module, layer: int) -> nn.Module:
+        return self.whole.module(model, layer)
+
+    def hook(self, model: PreTrainedModel, layer: int, visit: Visit, shape: list[int]) -> Any:
+        def see(layer: int, activations: Tensor) -> None:
+            visit(layer, activations[..., self.chosen[layer]] if layer in self.chosen else activations)
+
+        return self.whole.hook(model, layer, see, shape)
 
 
 def _is_experts(module: nn.Module) -> bool:
@@ -307,6 +332,11 @@ def check_site(model: PreTrainedModel, site: Site, layers: Sequence[int], tokens
                 "name a module outside of the experts, with a tensor (batch, tokens, neurons)"
             )
     return {layer: found[0] for layer, found in first.items()}
+
+
+def site_widths(model: PreTrainedModel, site: Site, layers: Sequence[int], tokens: Tensor) -> dict[int, int]:
+    """Number of neurons of each layer, seen in a pass over tokens (b, t) that `check_site` has tried."""
+    return {layer: found[0].shape[-1] for layer, found in _seen(model, site, layers, tokens).items()}
 
 
 def _seen(model: PreTrainedModel, site: Site, layers: Sequence[int], tokens: Tensor) -> dict[int, list[Tensor]]:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from cratescope.errors import UserError
 from cratescope.neurons.config import CollectConfig
+from cratescope.neurons.sample import Chosen
 from cratescope.neurons.strata import FRACTION, LATER, N_BINS, ROWS, Ladder, Pilot, bin_edges, bins_of, draw
 
 BLOCK = 1 << 17
@@ -31,7 +32,8 @@ class Plan:
 
     draws (h, r): uniformly drawn positions among n_excerpts x context; more than windows are wanted, because one that
     overlaps a window already taken is passed over. slots: the row of each token id in the table of sums, the last row
-    for ids not kept. rows: drawn positions whose activations are candidates for the strata, rising.
+    for ids not kept. rows: drawn positions whose activations are candidates for the strata, rising. chosen: which
+    neurons of the layer are looked at, the h neurons of all else.
     """
 
     top: int
@@ -46,20 +48,30 @@ class Plan:
     rows: Int64[Tensor, " rows"]
     pilot: Pilot
     ladders: tuple[Ladder, ...]
+    chosen: Chosen
 
     @classmethod
-    def of(cls, config: CollectConfig, layer: int, pilot: Pilot, excerpts: Integer[np.ndarray, "n t"]) -> Plan:
-        """The draws depend on (seed, layer) alone."""
+    def of(
+        cls,
+        config: CollectConfig,
+        layer: int,
+        pilot: Pilot,
+        excerpts: Integer[np.ndarray, "n t"],
+        chosen: Chosen | None = None,
+    ) -> Plan:
+        """All neurons unless some are `chosen`. A neuron's draws depend on (seed, layer, neuron) alone."""
+        chosen = chosen or Chosen.every(len(pilot.scale))
         context, window = excerpts.shape[1], min(config.window, excerpts.shape[1])
         spare = config.random // 2 + 4 if config.random else 0
         generator = np.random.default_rng([config.seed, layer])
-        draws = generator.integers(0, excerpts.size, size=(len(pilot.scale), config.random + spare))
+        # Drawn for the whole layer, so that a neuron's are the same in every sample.
+        draws = generator.integers(0, excerpts.size, size=(chosen.width, config.random + spare))[chosen.index]
         salt = int(generator.integers(0, 1 << 62))
         rows = generator.choice(excerpts.size, min(ROWS, excerpts.size), replace=False, shuffle=False)
         slots, n_slots = token_slots(excerpts, config.tokens)
         ladders = pilot.ladders(len(rows), window, context) if config.strata else ()
         kept = (config.top, config.per_excerpt, config.random, window, context)
-        return cls(*kept, salt, draws, slots, n_slots, torch.from_numpy(np.sort(rows)), pilot, ladders)
+        return cls(*kept, salt, draws, slots, n_slots, torch.from_numpy(np.sort(rows)), pilot, ladders, chosen)
 
     @property
     def n_neurons(self) -> int:
@@ -68,6 +80,10 @@ class Plan:
     def start(self, position: Tensor, window: int) -> Tensor:
         """First token of the window of a place in an excerpt: half a window before it, moved inside the excerpt."""
         return (position - window // 2).clamp(0, self.context - window)
+
+    def drawn(self, neuron: Int64[Tensor, "*m"], position: Int64[Tensor, "*_"]) -> tuple[Tensor, Tensor]:
+        """Priority and fraction (`draw`) of places among the chosen neurons, and positions in the text."""
+        return draw(self.salt, torch.from_numpy(self.chosen.index)[neuron], position)
 
     def tail_values(self) -> Float[Tensor, " h"]:
         """A value that no activation in the tail lies below."""
@@ -204,7 +220,7 @@ class LayerStatistics:
                 self._add_block(block, None if bins is None else bins[excerpt, start : start + rows])
                 highest.append(_chunk_maxima(block))
         if not self._sums["sums"].isfinite().all():
-            refuse_not_finite(activations, first_excerpt)
+            refuse_not_finite(activations, first_excerpt, self.plan.chosen.index)
             scaled = (activations.double() - self.plan.pilot.centre) * self.plan.pilot.scale
             powers = torch.stack([scaled**power for power in range(1, 5)])  # too large for float32
             self._sums["sums"][1:] = before[1:] + powers.sum((1, 2))
@@ -300,7 +316,7 @@ class LayerStatistics:
     ) -> None:
         """Offer tokens to the cells of their places; `position` is (1, m) or (g, 1), in the batch."""
         pilot = self.plan.pilot
-        priority, fraction = draw(self.plan.salt, neuron, position + offset)
+        priority, fraction = self.plan.drawn(neuron, position + offset)
         place = bins_of(value * pilot.scale[neuron]).long() * FRACTION + fraction
         priority = priority + later
         for ladder, pool in zip(self.plan.ladders, self._strata, strict=True):
@@ -348,10 +364,16 @@ def _chunk_maxima(block: Float[Tensor, "r h"]) -> Float[Tensor, "c h"]:
     return maxima if whole == len(block) else torch.cat([maxima, block[whole:].amax(0, keepdim=True)])
 
 
-def refuse_not_finite(activations: Float[Tensor, "b t h"], first_excerpt: int) -> None:
-    """Raise UserError with the neuron and the position of the first activation that is NaN or infinite."""
+def refuse_not_finite(
+    activations: Float[Tensor, "b t h"], first_excerpt: int, index: Int64[np.ndarray, " h"] | None = None
+) -> None:
+    """Raise UserError with the neuron and the position of the first activation that is NaN or infinite.
+
+    index: of the neurons in the layer, where they are not all of it.
+    """
     wrong = (~activations.isfinite()).nonzero()
     if len(wrong):
         excerpt, token, neuron = wrong[0].tolist()
         value = activations[excerpt, token, neuron].item()
+        neuron = neuron if index is None else index[neuron]
         raise UserError(f"neuron {neuron} is {value} at excerpt {first_excerpt + excerpt}, token {token}")

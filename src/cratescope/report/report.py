@@ -141,7 +141,7 @@ def _write_numbers(
 
 def _template() -> Template:
     environment = page_environment()
-    environment.filters |= {"count": text.count, "span": _span, "known": _known}
+    environment.filters |= {"count": text.count, "span": _span, "known": _known, "of": _of}
     environment.globals |= {
         "headline": verdict.headline,
         "duration": _duration,
@@ -162,6 +162,11 @@ def _span(value: float | None, error: float | None, digits: int = 1, scale: floa
         return Markup("–")
     shown, spread = text.number(value, digits, scale), text.number(error, digits, scale)
     return Markup('{}<span class="se"> ± {}</span>').format(shown, spread)
+
+
+def _of(collected: int, width: int) -> str:
+    """How many neurons were collected, and of how many where these are a sample."""
+    return str(width) if collected == width else f"{collected:,} of {width:,}"
 
 
 def _known(value: Any, shown: Callable[[Any], str] = str) -> str:

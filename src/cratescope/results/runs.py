@@ -16,7 +16,7 @@ from cratescope.errors import UserError
 from cratescope.explain.explained import Explained, Explanation
 from cratescope.files import Shape, read_json, read_jsonl, slug
 from cratescope.neurons.kept import Kept
-from cratescope.neurons.records import layer_file, read_columns
+from cratescope.neurons.records import layer_file, layer_width, read_columns
 from cratescope.results.scores import Scores
 from cratescope.run import IDENTITY, METRICS, Run
 from cratescope.score.quality import read_quality
@@ -35,11 +35,15 @@ UNKNOWN["unigram_entropy"] = None
 
 @dataclass(frozen=True, eq=False)
 class Activity:
-    """How often (fraction of tokens) and how strongly each neuron of a layer was active on the collected text."""
+    """How often (fraction of tokens) and how strongly each neuron of a layer was active on the collected text.
+
+    width: how many neurons the layer has; those with records may be a sample of them.
+    """
 
     index: Int[np.ndarray, " n"]
     density: Float[np.ndarray, " n"]
     maximum: Float[np.ndarray, " n"]
+    width: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,18 +80,24 @@ class Results:
 
     @property
     def width(self) -> int:
-        """Neurons per layer."""
+        """Neurons per layer, with records or not."""
+        return sum(activity.width for activity in self.activity.values()) // len(self.activity)
+
+    @property
+    def collected(self) -> int:
+        """Neurons per layer that there are records of."""
         return sum(len(activity.index) for activity in self.activity.values()) // len(self.activity)
 
     @cached_property
     def matter(self) -> tuple[Any, ...]:
         """Properties two runs must share to be compared, besides their training: size, data, records, LLM."""
-        # Scores by another language model or on other records are not comparable; the site differs by arm.
+        # Scores by another language model or on other records are not comparable; the site differs by arm, and so may
+        # which neurons were drawn.
         made_with = tuple(
             (name, key, str(value))
             for name, settings in sorted(self.made_with.items())
             for key, value in settings.items()
-            if not key.endswith("site")
+            if not key.endswith(("site", ".sample", ".sample_seed"))
         )
         run = self.manifest
         return run["n_layer"], self.arm.size, run["context"], run["data"]["manifest_sha256"], made_with
@@ -99,7 +109,7 @@ class Results:
         return len({*texts} - {""})
 
     def densities(self, layer: int) -> list[float]:
-        """Fraction of tokens on which each neuron of a layer is not zero, in index order; none of an unscored layer."""
+        """Fraction of tokens on which each collected neuron is not zero, in index order; none of an unscored layer."""
         return self.activity[layer].density.tolist() if layer in self.activity else []
 
 
@@ -241,8 +251,9 @@ def _read_activity(folder: Path, layers: Iterable[int]) -> dict[int, Activity]:
     """Density and maximum of every neuron; only these columns are read, the windows are a thousand times larger."""
     found = {}
     for layer in layers:
-        table = read_columns(layer_file(folder, layer), ["index", "density", "maximum"]).sort_by("index")
-        found[layer] = Activity(*(table.column(name).to_numpy() for name in ("index", "density", "maximum")))
+        table = read_columns(path := layer_file(folder, layer), ["index", "density", "maximum"]).sort_by("index")
+        index, density, maximum = (table.column(name).to_numpy() for name in table.column_names)
+        found[layer] = Activity(index, density, maximum, layer_width(path))
     return found
 
 

@@ -158,9 +158,10 @@ def _shown_measures(protocol: str) -> dict[str, str]:
 
 
 def activity_rows(results: Sequence[Results]) -> list[Row]:
-    """One row per model and layer, and one with layer "mean": how often its neurons, all of them, are not zero.
+    """One row per model and layer, and one with layer "mean": how often its neurons are not zero.
 
-    active: fraction of non-zero activations among all neurons and tokens; median_density: of the single neurons.
+    These are the `n_neurons` with a record, scored or not, of the `width` that the layer has. active: fraction of
+    non-zero activations among these and all tokens; median_density: of the single neurons.
     """
     return [row for item in results for row in _activity_rows(item)]
 
@@ -170,10 +171,11 @@ def _activity_rows(item: Results) -> list[Row]:
     for layer in item.scores.layers:
         densities = item.densities(layer)
         means = {"active": statistics.fmean(densities), "median_density": statistics.median(densities)}
-        rows.append({"layer": layer} | means | {"n_dead": densities.count(0), "n_neurons": len(densities)})
+        counts = {"n_dead": densities.count(0), "n_neurons": len(densities), "width": item.activity[layer].width}
+        rows.append({"layer": layer} | means | counts)
     mean = {name: statistics.fmean(row[name] for row in rows) for name in ("active", "median_density")}
-    counts = {name: sum(row[name] for row in rows) for name in ("n_dead", "n_neurons")}
-    return [_start(item) | row for row in [*rows, {"layer": "mean"} | mean | counts]]
+    total = {name: sum(row[name] for row in rows) for name in ("n_dead", "n_neurons", "width")}
+    return [_start(item) | row for row in [*rows, {"layer": "mean"} | mean | total]]
 
 
 def quality_rows(results: Sequence[Results]) -> list[Row]:
