@@ -321,7 +321,7 @@ def _density_column(axes: Any, alive: np.ndarray, place: float, style: Style, la
 
 
 def dictionary_figure(results: Sequence[Results]) -> Figure:
-    """How often features of every measured dictionary are active, a panel per size and layer; dead ones are left out."""
+    """How often live features of every measured dictionary are active, one panel per size and layer."""
     found = [
         (item, dictionary.site, row)
         for item in one_per_run(results)

@@ -1,4 +1,4 @@
-"""One arm against another, or neurons against features: the comparisons that the runs allow, and how certain they are."""
+"""One arm against another, or neurons against features: what the runs allow to compare, and how certain it is."""
 
 from __future__ import annotations
 
