@@ -63,7 +63,7 @@ HOUSE = {
         "judge",
     ),
     "score": ("config", "words", "weights", "measures", "inference", "sanity", "quality", "scores", "score"),
-    "results": ("estimates", "scores", "runs", "neuron", "compare", "tables"),
+    "results": ("estimates", "scores", "dictionaries", "runs", "neuron", "compare", "tables"),
     "report": ("config", "text", "html", "card", "figures", "verdict", "report"),
     "exchange": ("config", "reference", "imports", "openai", "delphi", "export"),
     " ": ("config", "stages", "study", "cli", "__main__"),

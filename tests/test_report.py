@@ -23,18 +23,21 @@ from cratescope.explain.controls import OWN
 from cratescope.explain.explained import Explained
 from cratescope.explain.protocols import ON_UNIFORM_TEXT
 from cratescope.files import read_json, write_json
-from cratescope.neurons.records import Histogram, layer_file, read_records
+from cratescope.models.sae import CoderConfig, Origin, SparseCoder, save_coder
+from cratescope.neurons.records import Histogram, layer_file, read_records, write_records
 from cratescope.report.config import ReportConfig
 from cratescope.report.figures import inline, styles
 from cratescope.report.html import highlight
 from cratescope.report.report import report, spread
 from cratescope.report.text import number, sparkline, visible
 from cratescope.report.verdict import caveats, headline
-from cratescope.results.compare import Comparison, Quantity, comparisons, sides
+from cratescope.results.compare import Comparison, Quantity, against_features, comparisons, sides
+from cratescope.results.dictionaries import NUMBERS
 from cratescope.results.runs import Results, load_results
 from cratescope.results.scores import Scores
 from cratescope.results.tables import (
     FORMULA,
+    dictionary_rows,
     loss_rows,
     matched_rows,
     neuron_rows,
@@ -781,3 +784,144 @@ def test_scores_of_other_simulations_than_there_are_do_not_get_into_a_report(
             UserError, match="scores.json: is not of the simulations in .*; run `cratescope score` again"
         ):
             load_results((run.root,))
+
+
+# Features of sparse autoencoders
+
+
+def add_features(run: Path, name: str = "bt", kind: str = "relu", expansion: int = 16, **origin: Any) -> Path:
+    """Give a run, a copy of its own, features that score as its neurons do, and the autoencoder they are of."""
+    native = read_json(run / "run.json")["arm"]["site"]
+    site = f"sae/{name}"
+    for stage in ("scores", "records", "explanations", "simulations"):
+        shutil.copytree(run / stage / native, run / stage / f"sae-{name}")
+    for layer in range(2):
+        path = layer_file(Run(run).records(site), layer)
+        records = read_records(path).values()
+        path.unlink()
+        write_records(path, [dataclasses.replace(one, neuron=one.neuron._replace(site=site)) for one in records])
+    about = Run(run).scores(site, "offline", "list-pmi") / "scores.json"
+    made_with = read_json(about)["made_with"]["top"]
+    records = made_with["records"] | {"sae_sha256": {"0": "ab", "1": "cd"}, "sample": 100, "sample_seed": 0}
+    edit(about, made_with={"top": made_with | {"site": f"sae-{name}", "records": records}})
+    pattern = "transformer.h.{layer}." + ("ista.codes" if native == "codes" else "mlp.act")
+    for layer in range(2):
+        config = CoderConfig(kind, 4, 4 * expansion)  # type: ignore[arg-type]
+        save_coder(
+            Run(run).saes(name) / f"layer-{layer:02d}",
+            SparseCoder(config, Origin(**{"site": native, "pattern": pattern, "layer": layer} | origin)),
+        )
+    return run
+
+
+def quality_of(layer: int) -> dict[str, Any]:
+    row: dict[str, Any] = {"layer": layer, "kind": "batchtopk", "width": 64, **dict.fromkeys(NUMBERS, 0.5)}
+    row |= {"l0": 31.9, "mse_error": None, "density": {"edges": [-4.0, -2.0, 0.0], "counts": [3, 1]}}
+    return row | {"probing": {"chance": 0.5, "k1": 0.71, "k1_error": 0.01, "k5": 0.8, "k5_error": None}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "found"),
+    [
+        ({}, {"7.6", "3.5", "5.55"}),
+        ({"kind": "jumprelu"}, {""}),
+        ({"expansion": 8}, {""}),
+        ({"pattern": "transformer.h.{layer}.attn"}, {""}),
+    ],
+)
+def test_the_paper_has_relu_features_of_16_per_dimension_of_the_native_site(
+    runs: tuple[Path, Path], tmp_path: Path, changes: dict[str, Any], found: set[str]
+) -> None:
+    results = load_results((add_features(copy_of(runs[1], tmp_path), **changes),))
+    rows = [row for row in score_rows(results) if (row["protocol"], row["measure"]) == ("top-and-random", "pearson")]
+    of = {site: {str(row["paper"] or "") for row in rows if row["site"] == site} for site in ("mlp", "sae/bt")}
+    assert of == {"mlp": {"4.3", "4.1", "4.2"}, "sae/bt": found}
+
+
+def test_features_of_an_untrained_model_are_none_of_the_papers(runs: tuple[Path, Path], tmp_path: Path) -> None:
+    run = add_features(copy_of(runs[1], tmp_path))
+    edit_arm(run, tokens_trained=0)
+    assert {row["paper"] for row in score_rows(load_results((run,)))} == {None}
+
+
+def test_features_stand_below_the_neurons_of_their_run_and_are_compared_with_them(
+    runs: tuple[Path, Path], tmp_path: Path
+) -> None:
+    copies = [copy_of(run, tmp_path) for run in runs]
+    before = comparisons(load_results(tuple(copies)), PRIMARY)
+    for run in copies:
+        add_features(add_features(run, "b", "batchtopk"), "a")
+    results = load_results(tuple(copies))
+    labels = [
+        f"{run} · {site}" for run, own in (("crate", "codes"), ("gpt2", "mlp")) for site in (own, "sae/a", "sae/b")
+    ]
+    assert [item.label for item in results] == labels
+    assert comparisons(results, PRIMARY) == before, "the arms are compared by their neurons"
+    found = against_features(results, PRIMARY)
+    assert [(pair.a.arm, pair.b.arm) for pair in found] == [
+        *(("crate", f"crate + sae/{name}") for name in "ab"),
+        *((arm, f"gpt2 + sae/{name}") for name in "ab" for arm in ("crate", "gpt2")),
+    ]
+    assert all(pair.primary and pair.unit == "neurons" and not pair.only for pair in found)
+    assert found[0].difference == 0 and found[2].difference == pytest.approx(before[0][0].difference)
+    chosen = comparisons(results, PRIMARY, ("crate", "gpt2 + sae/a"))[0]
+    assert chosen[0] == found[2] and "features of GPT-2 + sae/a" in headline(chosen)
+    with pytest.raises(UserError, match="give two of the arms crate, gpt2, crate . sae/a"):
+        sides(results, ("crate", "gpt2 + sae/c"))
+    assert matched_rows(results, sides(results)) == [
+        row | {"a": "crate · codes", "b": "gpt2 · mlp"} for row in matched_rows(load_results(runs), ("crate", "gpt2"))
+    ]
+    looks = styles(results)
+    assert len({looks[label].of_site for label in labels[:3]}) == 3
+
+
+def test_neurons_and_features_of_several_runs_are_compared_with_the_seed_as_the_unit(
+    runs: tuple[Path, Path], tmp_path: Path
+) -> None:
+    first = add_features(copy_of(runs[1], tmp_path))
+    second = add_features(fake_run(tmp_path / "second", Fake("gpt2", seed=1, quality=0.3)).root)
+    (pair,) = against_features(load_results((first, second)), PRIMARY)
+    assert pair.unit == "seeds" and pair.a.seeds == pair.b.seeds and pair.a.seeds.keys() == {0, 1}
+
+
+def test_neurons_are_compared_on_the_layers_that_have_features(runs: tuple[Path, Path], tmp_path: Path) -> None:
+    run = add_features(copy_of(runs[1], tmp_path))
+    (run / "scores" / "sae-bt" / "offline" / "list-pmi" / "layer-00.parquet").unlink()
+    neurons, features = load_results((run,))
+    (pair,) = against_features([neurons, features], PRIMARY)
+    assert pair.only == (1,) and pair.layers == 1
+    assert pair.a.mean == neurons.scores.mean("random-only", over="shuffled", layer=1).mean
+
+
+def test_every_measured_dictionary_is_in_the_report(runs: tuple[Path, Path], tmp_path: Path) -> None:
+    run = add_features(copy_of(runs[1], tmp_path))
+    write_json(run / "saes" / "bt" / "quality.json", {"settings": {}, "layers": [quality_of(1), quality_of(0)]})
+    (run / "saes" / "unscored").mkdir()
+    quality = run / "saes" / "unscored" / "quality.json"
+    write_json(quality, {"settings": {}, "layers": [quality_of(0) | {"probing": None}]})
+    config = ReportConfig((run,), tmp_path / "out", primary="random-only/pearson/shuffled", cards=1)
+    page = report(config, fake_tokenizer()).read_text()
+    rows = rows_of(tmp_path / "out" / "saes.csv")
+    assert [(row["site"], row["layer"]) for row in rows] == [("sae/bt", "0"), ("sae/bt", "1"), ("sae/unscored", "0")]
+    assert [row["probing_k1"] for row in rows] == ["0.71", "0.71", ""] and rows[0]["mse_error"] == ""
+    assert '<section id="dictionaries">' in page and "31.9" in page and "features of relu, 64 a layer" in page
+    assert "GPT-2 + sae/bt" in page and (tmp_path / "out" / "figures" / "dictionaries.svg").exists()
+    write_json(quality, {"settings": {}, "layers": [quality_of(0) | {"l0": 77.7}]})
+    assert "77.7" in report(config, fake_tokenizer()).read_text()
+    for damage in (
+        {"l0": "many"},
+        {"probing": {"k1": 0.7}},
+        {"density": {"edges": [-1.0, 0.0], "counts": [1, 2]}},
+        {"density": {"edges": [0.0, -1.0], "counts": [1]}},
+    ):
+        write_json(quality, {"settings": {}, "layers": [quality_of(0) | damage]})
+        with pytest.raises(UserError, match=r"unscored/quality.json: damaged") as caught:
+            load_results((run,))
+        assert "\n" not in str(caught.value)
+
+
+def test_a_report_without_dictionaries_says_nothing_of_them(runs: tuple[Path, Path], written: Path) -> None:
+    page = (written / "report.html").read_text()
+    assert "dictionaries" not in page.lower() and "autoencoder" not in page and "<dt>Feature" not in page
+    assert dictionary_rows(load_results(runs)) == []
+    assert json.loads((written / "scores.json").read_text()).keys().isdisjoint({"saes", "against_features"})

@@ -34,7 +34,7 @@ Settings = dict[str, Any]
 GIVEN = {
     "prepare": ("out",),
     "train": ("out", "data"),
-    "evaluate": ("run",),
+    "evaluate": ("run", "sae"),
     "collect": ("run", "model"),
     "explain": ("run",),
     "simulate": ("run", "explainer"),
@@ -197,7 +197,10 @@ def _collect_features(plan: Plan, coders: list[CodersConfig], run: Run, say: Cal
     for one in coders:
         say(f"sae {one.sae.name} {run.root}")
         STAGES[CODERS].load()(replace(one.sae, run=run.root))
-    say(f"collect {SAE}{', '.join(name for one in coders for name in one.names)} {run.root}")
+    names = [name for one in coders for name in one.names]
+    if names:
+        say(f"evaluate, collect {SAE}{', '.join(names)} {run.root}")
+        plan.do("evaluate", run=run.root, sae=names)
     return [
         plan.do("collect", _of_coders(one), run=run.root, site=f"{SAE}{name}") for one in coders for name in one.names
     ]
@@ -205,7 +208,8 @@ def _collect_features(plan: Plan, coders: list[CodersConfig], run: Run, say: Cal
 
 def _of_coders(coders: CodersConfig) -> Settings:
     """The options of `collect` for the features of a [[sae]]."""
-    return {} if coders.sae.layers is None else {"layers": coders.sae.layers}
+    found: Settings = {"layers": coders.sae.layers, "sample": coders.features}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _score_neurons(plan: Plan, place: Settings, say: Callable[[str], None]) -> None:

@@ -222,17 +222,22 @@ def load_coder(folder: Path) -> SparseCoder:
     Raises:
         UserError: no coder there, or a file in it is damaged or not of one coder.
     """
-    path = folder / CONFIG
-    if not path.is_file():
+    if not (folder / CONFIG).is_file():
         raise UserError(f"{folder}: no sparse autoencoder there (no {CONFIG}); make one with {MAKER}")
     check_whole(folder)
+    return build_coder(*read_config(folder), read_weights(folder / WEIGHTS), folder / WEIGHTS)
+
+
+def read_config(folder: Path) -> tuple[CoderConfig, Origin]:
+    """What the coder in a folder is, and of which activations, without its weights. UserError: a damaged file."""
+    path = folder / CONFIG
     ours = read_json(path, {"metadata": {"cratescope": OURS}}, MAKER)["metadata"]["cratescope"]
     if ours["kind"] not in get_args(Kind):
         raise UserError(f"{path}: kind = {ours['kind']!r:.50}; there are {', '.join(get_args(Kind))}")
     known = {option.name: ours[option.name] for option in dataclasses.fields(CoderConfig) if option.name in ours}
     config = CoderConfig(**known | {"prefixes": tuple(ours["prefixes"])})
     origin = Origin(**{option.name: ours["origin"][option.name] for option in dataclasses.fields(Origin)})
-    return build_coder(config, origin, read_weights(folder / WEIGHTS), folder / WEIGHTS)
+    return config, origin
 
 
 def coder_folder(run: Run, name: str, layer: int) -> Path:

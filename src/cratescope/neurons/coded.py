@@ -18,10 +18,9 @@ from transformers import PreTrainedModel
 from cratescope.errors import UserError
 from cratescope.files import known_sha256
 from cratescope.models.sae import WEIGHTS, SparseCoder, coder_folder, coder_of
+from cratescope.neurons.sample import SAE
 from cratescope.neurons.sites import SampledSite, Site, Visit, site_named
 from cratescope.run import Run
-
-SAE = "sae/"
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,8 @@ FORMAT = 2
 """Of the files that explain, simulate, judge and score write: 1 was a JSON file per neuron."""
 HELD = 1 << 29
 """Bytes of records that are held as columns, which take a fraction of the room."""
+SAE = "sae/"
+"""What the name of a site begins with that is the features of sparse autoencoders (neurons/coded.py)."""
 DEAD = "dead neuron"
 UNDECODABLE = "tokens the tokenizer does not have"
 

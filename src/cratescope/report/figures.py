@@ -1,4 +1,8 @@
-"""The figures of a report: one hue per arm, one line style per run; the same inputs give the same bytes."""
+"""The figures of a report: one hue per arm, one line style per run; the same inputs give the same bytes.
+
+Where runs were scored at several sites, neurons and features differ by marker, and their distributions have panels of
+their own.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +23,7 @@ from cratescope.files import atomic_path
 from cratescope.report.text import count
 from cratescope.results.compare import USUAL
 from cratescope.results.estimates import finite
-from cratescope.results.runs import Results, one_per_run, protocols
+from cratescope.results.runs import NEURONS, Results, one_per_run, protocols
 
 # Okabe and Ito's, distinguishable with every common kind of colour vision: CRATE blue, GPT-2 vermilion, others in turn.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
@@ -62,12 +66,15 @@ _NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
 
 @dataclass(frozen=True)
 class Style:
-    """A run's look in every figure: the arm's hue, with a line style and marker of its own."""
+    """A run's look in every figure: the arm's hue, with a line style and marker of its own.
+
+    of_site: the marker where the sites of a run share a panel; the run's own if there is one site.
+    """
 
     colour: str
     line: str
     marker: str
-    dodge: float
+    of_site: str
 
 
 def arm_places(results: Sequence[Results]) -> dict[str, int]:
@@ -77,16 +84,20 @@ def arm_places(results: Sequence[Results]) -> dict[str, int]:
 
 
 def styles(results: Sequence[Results]) -> dict[str, Style]:
-    """A style for every label; runs of one arm differ in line and marker, runs of one size are drawn side by side."""
-    seen: dict[str, int] = {}
-    found, hues = {}, arm_places(results)
+    """A style for every label; runs of one arm differ in line and marker."""
+    found, hues, units = {}, arm_places(results), _units(results)
     for item in results:
-        turn = seen[item.arm.name] = seen.get(item.arm.name, -1) + 1
-        beside = [other.label for other in results if other.arm.size == item.arm.size]
-        dodge = (beside.index(item.label) - (len(beside) - 1) / 2) * min(0.14, 0.7 / len(beside))
-        marker = _MARKERS[turn % len(_MARKERS)]
-        found[item.label] = Style(COLOURS[hues[item.arm.name]], _LINES[turn % len(_LINES)], marker, dodge)
+        runs = [other.run.root for other in one_per_run(results) if other.arm.name == item.arm.name]
+        turn = runs.index(item.run.root)
+        places = turn, units.index(item.units) if len(units) > 1 else turn
+        look = _LINES[turn % len(_LINES)], *(_MARKERS[place % len(_MARKERS)] for place in places)
+        found[item.label] = Style(COLOURS[hues[item.arm.name]], *look)
     return found
+
+
+def _units(results: Sequence[Results]) -> list[str]:
+    """What was scored: neurons, then other sites in the order of the runs."""
+    return sorted({item.units: None for item in results}, key=lambda name: name != NEURONS)
 
 
 def _sizes(results: Sequence[Results]) -> dict[str, int]:
@@ -131,6 +142,8 @@ def _figures(results: Sequence[Results]) -> Iterator[tuple[str, Figure]]:
         yield f"histogram-{name}", histogram_figure(results, name)
     yield "density", density_figure(results)
     yield "histogram-density", density_histogram_figure(results)
+    if any(found.quality for item in results for found in item.dictionaries):
+        yield "dictionaries", dictionary_figure(results)
 
 
 def loss_figure(results: Sequence[Results]) -> Figure:
@@ -161,9 +174,8 @@ def layer_figure(results: Sequence[Results]) -> Figure:
     panels = [(size, depth, name) for size, depth in _sizes(results).items() for name in protocols(results)]
     figure, grid = _grid(len(panels), min(3, len(protocols(results))), lambda rows: 2.8 * rows + 0.5)
     for axes, (size, depth, name) in zip(grid, panels, strict=True):
-        for item, style in _styled(results):
-            if item.arm.size == size:
-                _layer_lines(axes, item, name, style)
+        for item, style, dodge in _side_by_side(results, size):
+            _layer_lines(axes, item, name, style, dodge)
         axes.axhline(0, color=INK, linewidth=0.6)
         axes.set(title=f"{size.upper()}, {name}", xlabel="layer", xlim=(-0.5, depth - 0.5))
         axes.set_xticks(range(depth))
@@ -183,18 +195,18 @@ def _grid(n: int, columns: int, height: Callable[[int], float], **shared: Any) -
     return figure, list(grid[:n])
 
 
-def _layer_lines(axes: Any, item: Results, protocol: str, style: Style) -> None:
+def _layer_lines(axes: Any, item: Results, protocol: str, style: Style, dodge: float) -> None:
     for control, fill in ((OWN, style.colour), (SHUFFLED, "none")):
         own = control == OWN
         layers = sorted(item.scores.columns(protocol))
         found = {layer: item.scores.mean(protocol, None, control, layer=layer) for layer in layers}
         means = {layer: mean for layer, mean in found.items() if mean.mean is not None}
         axes.errorbar(
-            [layer + style.dodge for layer in means],
+            [layer + dodge for layer in means],
             [100 * (mean.mean or 0) for mean in means.values()],
             yerr=[100 * (mean.standard_error or 0) for mean in means.values()],
             color=style.colour,
-            marker=style.marker,
+            marker=style.of_site,
             markerfacecolor=fill,
             markersize=5.5 if own else 4.5,
             linestyle=style.line,
@@ -206,7 +218,7 @@ def _layer_lines(axes: Any, item: Results, protocol: str, style: Style) -> None:
 
 
 def histogram_figure(results: Sequence[Results], protocol: str) -> Figure:
-    """Neuron scores of a protocol, one panel per size and layer with its runs overlaid; dashed lines are the means."""
+    """Scores of a protocol, one panel per site, size and layer with its runs overlaid; dashed lines are the means."""
     everything = [value for item in results for layer in item.scores.layers for value in _values(item, protocol, layer)]
     low, high = min(everything, default=-1.0), max(everything, default=1.0)
     bins = np.linspace(math.floor(low * 10) / 10, math.ceil(high * 10) / 10 + 1e-9, 25)
@@ -214,7 +226,7 @@ def histogram_figure(results: Sequence[Results], protocol: str) -> Figure:
 
 
 def density_histogram_figure(results: Sequence[Results]) -> Figure:
-    """How often live neurons are active, one panel per size and layer; dashed lines are the means."""
+    """How often live neurons are active, one panel per site, size and layer; dashed lines are the means."""
     everything = [value for item in results for layer in item.scores.layers for value in _alive(item, layer)]
     low = math.floor(math.log10(min(everything, default=1.0)))
     bins = np.logspace(low, 2, 8 * (2 - low) + 1)
@@ -229,18 +241,26 @@ def density_histogram_figure(results: Sequence[Results]) -> Figure:
 def _histogram_panels(
     results: Sequence[Results], values: Callable[[Results, int], Sequence[float]], bins: np.ndarray, label: str
 ) -> Figure:
-    panels = [(size, layer) for size, depth in _sizes(results).items() for layer in range(depth)]
-    columns = min(4, len(panels))
+    units = _units(results)
+    places = [(size, layer) for size, depth in _sizes(results).items() for layer in range(depth)]
+    panels = [(name, *place) for name in units for place in places]
+    # Sites one below the other, where a row holds all layers.
+    columns = min(4, len(places))
     figure, grid = _grid(len(panels), columns, lambda rows: 2.5 * rows + 0.4, sharex=True, sharey=True)
-    for axes, (size, layer) in zip(grid, panels, strict=True):
-        for item, style in _styled(results):
-            if item.arm.size == size:
-                _histogram(axes, np.array(values(item, layer)), bins, style, item.label)
-        axes.set(title=f"{size.upper()}, layer {layer}", xlabel=label)
+    for axes, (name, size, layer) in zip(grid, panels, strict=True):
+        for item, style, _ in _side_by_side(results, size, name):
+            _histogram(axes, np.array(values(item, layer)), bins, style, item.run.name)
+        axes.set(title=f"{size.upper()}, layer {layer}{_of(name, units)}", xlabel=label)
         axes.tick_params(labelbottom=True)
-    grid[0].set_ylabel("% of neurons")
+        if (name, size, layer) == (name, *places[0]):
+            axes.set_ylabel("% of neurons" if name == NEURONS else "% of features")
     _legend(figure, *grid)
     return figure
+
+
+def _of(name: str, units: Sequence[str]) -> str:
+    """The end of a panel's title: what is scored, where that is not the same everywhere."""
+    return f", {name}" if len(units) > 1 else ""
 
 
 def _alive(item: Results, layer: int) -> list[float]:
@@ -264,25 +284,30 @@ def _histogram(axes: Any, values: np.ndarray, bins: np.ndarray, style: Style, la
 
 def density_figure(results: Sequence[Results]) -> Figure:
     """Fraction of tokens with a non-zero activation: one dot per neuron, with each layer's median and middle half."""
-    sizes = _sizes(results)
-    figure = Figure(figsize=(WIDTH, 3.4), layout="constrained")
-    grid = figure.subplots(1, len(sizes), squeeze=False, sharey=True, width_ratios=list(sizes.values()))[0]
-    for axes, (size, depth) in zip(grid, sizes.items(), strict=True):
-        for item, style in _styled(results):
-            for layer in item.scores.layers if item.arm.size == size else ():
-                alive = _alive(item, layer)
-                if len(alive):
-                    label = item.label if layer == item.scores.layers[0] else None
-                    _density_column(axes, np.array(alive), layer + style.dodge, style, label)
-        axes.set_yscale("log")
-        axes.set(title=size.upper(), xlabel="layer", xlim=(-0.5, depth - 0.5))
-        axes.set_xticks(range(depth))
-    grid[0].set_ylabel("% of tokens with a non-zero activation")
-    grid[0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    grid[0].yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    grid[0].yaxis.set_minor_formatter(NullFormatter())
-    _legend(figure, *grid)
+    sizes, units = _sizes(results), _units(results)
+    figure = Figure(figsize=(WIDTH, 3 * len(units) + 0.4), layout="constrained")
+    ratios = list(sizes.values())
+    grid = figure.subplots(len(units), len(sizes), squeeze=False, sharex="col", sharey=True, width_ratios=ratios)
+    for row, name in zip(grid, units, strict=True):
+        for axes, (size, depth) in zip(row, sizes.items(), strict=True):
+            for item, style, dodge in _side_by_side(results, size, name):
+                _density_columns(axes, item, style, dodge)
+            axes.set_yscale("log")
+            axes.set(title=f"{size.upper()}{_of(name, units)}", xlabel="layer", xlim=(-0.5, depth - 0.5))
+            axes.set_xticks(range(depth))
+        row[0].set_ylabel("% of tokens with a non-zero activation")
+    grid[0, 0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    grid[0, 0].yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    grid[0, 0].yaxis.set_minor_formatter(NullFormatter())
+    _legend(figure, *grid.ravel())
     return figure
+
+
+def _density_columns(axes: Any, item: Results, style: Style, dodge: float) -> None:
+    for layer in item.scores.layers:
+        if len(alive := _alive(item, layer)):
+            label = item.run.name if layer == item.scores.layers[0] else None
+            _density_column(axes, np.array(alive), layer + dodge, style, label)
 
 
 def _density_column(axes: Any, alive: np.ndarray, place: float, style: Style, label: str | None) -> None:
@@ -295,6 +320,50 @@ def _density_column(axes: Any, alive: np.ndarray, place: float, style: Style, la
     axes.plot([place], [middle], marker=style.marker, color=style.colour, label=label, **look)
 
 
+def dictionary_figure(results: Sequence[Results]) -> Figure:
+    """How often live features of every measured dictionary are active, one panel per size and layer."""
+    found = [
+        (item, dictionary.site, row)
+        for item in one_per_run(results)
+        for dictionary in item.dictionaries
+        for row in dictionary.quality
+    ]
+    sites, looks = list(dict.fromkeys(site for _, site, _ in found)), styles(one_per_run(results))
+    panels = sorted({(item.arm.size, row["layer"]) for item, _, row in found})
+    figure, grid = _grid(len(panels), min(4, len(panels)), lambda rows: 2.5 * rows + 0.4, sharex=True, sharey=True)
+    for axes, panel in zip(grid, panels, strict=True):
+        for item, site, row in found:
+            if (item.arm.size, row["layer"]) == panel:
+                line = _LINES[sites.index(site) % len(_LINES)]
+                name = f"{item.run.name} · {site}"
+                _density_line(axes, row["density"], color=looks[item.label].colour, linestyle=line, label=name)
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.set(title=f"{panel[0].upper()}, layer {panel[1]}", xlabel="% of tokens with a non-zero code")
+        axes.tick_params(labelbottom=True)
+    grid[0].set_ylabel("% of features per decade")
+    _legend(figure, *grid)
+    return figure
+
+
+def _density_line(axes: Any, density: dict[str, list[float]], **look: Any) -> None:
+    edges, counts = (np.array(density[name], dtype=float) for name in ("edges", "counts"))
+    share = 100 * counts / max(counts.sum(), 1) / np.diff(edges)
+    axes.stairs(share, 100 * 10**edges, linewidth=1.4, **look)
+
+
+def _side_by_side(
+    results: Sequence[Results], size: str, units: str | None = None
+) -> Iterator[tuple[Results, Style, float]]:
+    """Those of one size, or those at one site of these, with a shift along the layers that keeps them apart."""
+    chosen = [(item, style) for item, style in _styled(results) if item.arm.size == size]
+    chosen = [(item, style) for item, style in chosen if units in (None, item.units)]
+    step = min(0.14, 0.7 / max(len(chosen), 1))
+    for place, (item, style) in enumerate(chosen):
+        yield item, style, (place - (len(chosen) - 1) / 2) * step
+
+
 def _styled(results: Sequence[Results]) -> Iterator[tuple[Results, Style]]:
     found = styles(results)
     for item in results:
@@ -302,7 +371,9 @@ def _styled(results: Sequence[Results]) -> Iterator[tuple[Results, Style]]:
 
 
 def _legend(figure: Figure, *panels: Any) -> None:
-    """One legend above the panels that names everything any of them shows."""
+    """One legend above the panels that names everything any of them shows, in as many columns as its names leave."""
     named = [pair for axes in panels for pair in zip(*axes.get_legend_handles_labels(), strict=True)]
     if entries := {label: handle for handle, label in named}:
-        figure.legend(list(entries.values()), list(entries), loc="outside upper left", ncols=min(4, len(entries)))
+        columns = int(WIDTH / (0.7 + 0.07 * max(map(len, entries))))
+        columns = min(4, max(columns, 1), len(entries))
+        figure.legend(list(entries.values()), list(entries), loc="outside upper left", ncols=columns)

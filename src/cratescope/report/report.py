@@ -34,9 +34,9 @@ from cratescope.results.scores import measures_of
 from cratescope.run import made_from
 from cratescope.score.quality import QUALITIES
 
-VERSION = 3
+VERSION = 4
 """Of the page: raise it when the same results look different."""
-CSV = ("scores", "neurons", "losses", "activity", "quality", "matched", "sanity")
+CSV = ("scores", "neurons", "losses", "activity", "quality", "matched", "sanity", "saes")
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,7 @@ def _made_from(config: ReportConfig) -> dict[str, str]:
     """Every number and text that the report shows, and the settings."""
     inputs = ["run.json", "evaluation.json", "metrics.jsonl", "scores/*/*.json", "scores/*/*/*/*.json"]
     inputs += ["scores/*/*/*/layer-*.parquet", "simulations/*/*/*/*/manifest.json", "explanations/*/*/*/*"]
+    inputs += ["saes/*/quality.json", "saes/*/layer-*/cfg.json"]
     files = [path for run in config.runs for pattern in inputs for path in sorted(run.glob(pattern))]
     settings = {name: value for name, value in vars(config).items() if name != "out"}
     return made_from((path for path in files if path.is_file()), Path(), version=VERSION, **settings)
@@ -86,22 +87,26 @@ def _page(config: ReportConfig, tokenizer: PreTrainedTokenizerFast | None) -> st
     results = load_results(config.runs, config.explainer, config.simulator)
     pair = compare.sides(results, config.compare)
     compared = [pairs for pairs in compare.comparisons(results, primary, pair or ()) if pairs]
+    features = compare.against_features(results, primary)
     groups = [group for item in results for group in _groups(item, config, _decoder(item, tokenizer))]
-    numbers = _write_numbers(config.out, results, compared, pair)
+    numbers = _write_numbers(config.out, results, compared, features, pair)
     figures = draw_figures(results, config.out / "figures")
-    places, titles = arm_places(results), {item.arm.name: item.arm.title for item in results}
+    places, arms = arm_places(results), {item.arm.name: item.arm.title for item in results}
+    titles = arms | {item.side: item.title for item in results}
     return _template().render(
         config=config,
         explainer=Path(config.explainer).name if Path(config.explainer).is_absolute() else config.explainer,
         results=results,
         runs=one_per_run(results),
         compared=compared,
-        caveats=verdict.caveats(results, compared, primary),
+        against_features=features,
+        caveats=verdict.caveats(results, compared or [features], primary) + verdict.about_features(results, features),
         protocols=protocols(results),
         score_tables=_score_tables(results, numbers["scores"]),
         other_measures=[row for row in numbers["scores"] if row["layer"] == "mean" and not _own(row)],
         activity_table=[(item, {row["layer"]: row for row in tables.activity_rows([item])}) for item in results],
         quality=numbers["quality"],
+        dictionaries=numbers["saes"],
         matched=numbers["matched"],
         matched_titles=[titles[name] for name in pair or ()],
         sanity=_sanity_table(numbers["sanity"]),
@@ -109,7 +114,10 @@ def _page(config: ReportConfig, tokenizer: PreTrainedTokenizerFast | None) -> st
         groups=groups,
         prompts=_prompts(results),
         hue={item.label: f"arm{places[item.arm.name]}" for item in results},
-        arms={item.arm.title: f"arm{places[item.arm.name]}" for item in results},
+        arms={title: f"arm{places[name]}" for name, title in arms.items()},
+        probed=any(row["probing_k1"] is not None for row in numbers["saes"]),
+        run_hue={item.run.name: f"arm{places[item.arm.name]}" for item in results},
+        sides={title: f"arm{places[item.arm.name]}" for item in results for title in (item.arm.title, item.title)},
     )
 
 
@@ -119,7 +127,11 @@ def _own(row: Row) -> bool:
 
 
 def _write_numbers(
-    out: Path, results: Sequence[Results], compared: Sequence[Sequence[Comparison]], pair: tuple[str, str] | None
+    out: Path,
+    results: Sequence[Results],
+    compared: Sequence[Sequence[Comparison]],
+    features: Sequence[Comparison],
+    pair: tuple[str, str] | None,
 ) -> dict[str, list[Row]]:
     """Write every CSV file, and scores.json with the comparisons; return the rows of all but neurons.csv, by name."""
     rows = {
@@ -129,13 +141,17 @@ def _write_numbers(
         "quality": tables.quality_rows(results),
         "matched": tables.matched_rows(results, pair),
         "sanity": tables.sanity_rows(results),
+        "saes": tables.dictionary_rows(results),
     }
     tables.write_csv(out / "neurons.csv", lambda: tables.neuron_rows(results))
     for name, found in rows.items():
         tables.write_csv(out / f"{name}.csv", found.__iter__)
     pairs = [tables.comparison_row(pair) for group in compared for pair in group]
-    kept = ("scores", "activity", "quality", "matched", "sanity")
-    write_json(out / "scores.json", {name: rows[name] for name in kept} | {"comparisons": pairs})
+    kept = ("scores", "activity", "quality", "matched", "sanity", *(["saes"] if rows["saes"] else []))
+    numbers = {name: rows[name] for name in kept} | {"comparisons": pairs}
+    if features:
+        numbers["against_features"] = [tables.comparison_row(pair) for pair in features]
+    write_json(out / "scores.json", numbers)
     return rows
 
 

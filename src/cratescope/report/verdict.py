@@ -19,9 +19,9 @@ def headline(pairs: Sequence[Comparison]) -> str:
         trained = f"at a validation loss of {first.loss:.2f} nats"
     named = f"on the primary measure ({first.quantity.name})" if first.primary else f"on {first.quantity.name}"
     a, b = (f"{number(side.mean)} ± {number(side.standard_error)}" for side in (first.a, first.b))
-    text = (
-        f"At size {first.size.upper()}, {trained}, {first.a.title}'s neurons score {a} {named}, {first.b.title}'s {b}. "
-    )
+    whose = f"features of {first.a.title}" if first.a.features else f"{first.a.title}'s neurons"
+    others = f"features of {first.b.title}" if first.b.features else f"{first.b.title}'s"
+    text = f"At size {first.size.upper()}, {trained}, {whose} score {a} {named}, {others} {b}. "
     if first.test is None:
         verdict = f"The difference is {number(first.difference, sign=True)}; there are too few values to test it."
     else:
@@ -70,10 +70,19 @@ def _about_pairs(pairs: Sequence[Comparison], primary: Quantity) -> list[str]:
         notes.append(f"The primary measure ({primary.name}) was not scored.")
     notes.append("All other measures are secondary; their p-values are not corrected for being many.")
     notes.append(f"Each mean rests on {min(min(pair.a.neurons, pair.b.neurons) for pair in pairs):,} neurons or more.")
-    unmatched = next((pair for pair in pairs if pair.tokens_trained and pair.a.loss and pair.b.loss), None)
+    different = (pair for pair in pairs if pair.a.loss and pair.b.loss and pair.a.loss != pair.b.loss)
+    unmatched = next((pair for pair in different if pair.tokens_trained), None)
     if unmatched is not None:
         notes.append(
             f"The models are matched in tokens, not in loss: {unmatched.a.loss:.2f} nats for {unmatched.a.title} and "
             f"{unmatched.b.loss:.2f} for {unmatched.b.title} at size {unmatched.size.upper()}."
         )
     return notes
+
+
+def about_features(results: Sequence[Results], pairs: Sequence[Comparison]) -> list[str]:
+    """Say which features have no neurons that they could be compared with."""
+    compared = {(side.arm, pair.size) for pair in pairs for side in (pair.a, pair.b)}
+    left = [item.label for item in results if item.features and (item.side, item.arm.size) not in compared]
+    why = "there are no neurons here with a common measure on as much text, by the same explainer and settings"
+    return [f"Not compared with neurons, because {why}: {', '.join(left)}."] if left else []

@@ -1,11 +1,11 @@
-"""One arm against another: the comparisons that the runs allow, and how certain they are."""
+"""One arm against another, or neurons against features: what the runs allow to compare, and how certain it is."""
 
 from __future__ import annotations
 
 import itertools
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from cratescope.errors import UserError
 from cratescope.explain.config import SCORERS
 from cratescope.explain.controls import CONTROLS, SHUFFLED
 from cratescope.explain.protocols import ON_UNIFORM_TEXT, PROTOCOLS
+from cratescope.neurons.sample import SAE
 from cratescope.results.estimates import Estimate, finite, in_quadrature, over
 from cratescope.results.runs import Results, protocols, untrained_copy
 from cratescope.results.scores import measures_of
@@ -79,9 +80,10 @@ class Quantity:
 
 @dataclass(frozen=True)
 class Side:
-    """One arm's runs in a comparison, as mean over seeds; plain scores and nats.
+    """The neurons of one arm's runs in a comparison, or features of theirs, as mean over seeds; plain scores and nats.
 
-    The standard error is over seeds when there are at least two, and over neurons when there is one.
+    arm: with the dictionary in it where these are features, such as `gpt2 + sae/bt16` (`Results.side`). The
+    standard error is over seeds when there are at least two, and over neurons when there is one.
     """
 
     arm: str
@@ -93,6 +95,10 @@ class Side:
     deviation: float | None
     loss: float | None
 
+    @property
+    def features(self) -> bool:
+        return f" + {SAE}" in self.arm
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -100,7 +106,8 @@ class Comparison:
 
     loss: the validation loss, as mean over seeds, at which they are compared; None where it is at equal tokens.
     test: over seeds when both sides have at least two, else over the neurons of the one pair of runs there is; None
-    where neither can be made. layers: how many, each with the same number of neurons.
+    where neither can be made. layers: how many, each with the same number of neurons. only: which, where a run was
+    scored on layers that another was not, which are left out.
     """
 
     size: str
@@ -112,6 +119,7 @@ class Comparison:
     test: Difference | None
     layers: int
     loss: float | None = None
+    only: tuple[int, ...] = ()
 
     @property
     def difference(self) -> float:
@@ -151,12 +159,16 @@ class Comparison:
 
 
 def sides(results: Sequence[Results], chosen: Sequence[str] = ()) -> tuple[str, str] | None:
-    """The arms to compare: those chosen, else CRATE and GPT-2, else the first two. UserError: not two of the runs'."""
+    """The sides to compare: those chosen, else the neurons of CRATE and GPT-2, else of the first two arms.
+
+    UserError: not two of the runs' arms, or of their features as `gpt2 + sae/bt16`.
+    """
     names = list(dict.fromkeys(item.arm.name for item in results))
     if chosen:
-        unknown = [name for name in chosen if name not in names]
+        known = list(dict.fromkeys([*names, *(item.side for item in results)]))
+        unknown = [name for name in chosen if name not in known]
         if unknown or len(set(chosen)) != 2:
-            raise UserError(f"--compare {' '.join(chosen)}: give two of the arms {', '.join(names)}")
+            raise UserError(f"--compare {' '.join(chosen)}: give two of the arms {', '.join(known)}")
         return chosen[0], chosen[1]
     found = list(USUAL) if set(USUAL) <= set(names) else names[:2]
     return (found[0], found[1]) if len(found) == 2 else None
@@ -172,15 +184,37 @@ def comparisons(results: Sequence[Results], primary: Quantity, chosen: Sequence[
     Where runs have milestones, a list at equal loss follows that at equal tokens.
     """
     pair = sides(results, chosen)
-    if pair is None:
-        return []
-    native = [item for item in results if item.site == item.arm.site]
-    groups = _at_equal_tokens(native, pair) + _at_equal_loss(native, pair)
-    quantities = _quantities(results, primary)
-    return [
-        [found for quantity in quantities if (found := _compare(arms, quantity, primary, results, loss)) is not None]
-        for arms, loss in groups
-    ]
+    return [] if pair is None else [[*found] for found in _comparisons(results, primary, pair)]
+
+
+def against_features(results: Sequence[Results], primary: Quantity) -> list[Comparison]:
+    """Neurons against the features of sparse autoencoders, by the primary quantity, or the first there is.
+
+    Every arm's features against its own neurons, and against those of the first of the arms that are compared: is
+    sparse coding inside of the model better than afterwards?
+    """
+    usual = sides(results) or ()
+    pairs = [(arm, item.side) for item in results if item.features for arm in (*usual[:1], item.arm.name)]
+    groups = [found for pair in dict.fromkeys(pairs) for found in _comparisons(results, primary, pair)]
+    return [first for found in groups if (first := next(found, None)) is not None]
+
+
+def _comparisons(
+    results: Sequence[Results], primary: Quantity, pair: tuple[str, str]
+) -> Iterator[Iterator[Comparison]]:
+    """Those of two sides, on the layers that all their runs were scored on."""
+    wanted = [item for item in results if item.side in pair]
+    shared: dict[Any, set[int]] = {}
+    for item in wanted:
+        shared[item.matter] = shared.get(item.matter, {*item.scores.layers}) & {*item.scores.layers}
+    results = [item.only(shared.get(item.matter, item.scores.layers)) for item in results]
+    wanted = [item for item in results if item.side in pair]
+    groups = _at_equal_tokens(wanted, pair)
+    if len({item.arm.name for item in wanted}) > 1:  # neurons and features of one model are at equal loss anyway
+        groups += _at_equal_loss(wanted, pair)
+    for arms, loss in groups:
+        found = (_compare(arms, quantity, primary, results, loss) for quantity in _quantities(results, primary))
+        yield (one for one in found if one is not None)
 
 
 Arms = list[dict[int, Mix]]
@@ -193,7 +227,7 @@ def _at_equal_tokens(results: Sequence[Results], pair: tuple[str, str]) -> list[
     for item in results:
         arms = groups.setdefault((item.matter, item.arm.tokens_trained), {})
         # Seeds are the unit of replication, so a second run of a seed (the first given stays) is none.
-        arms.setdefault(item.arm.name, {}).setdefault(item.arm.seed or 0, ((item, 1.0),))
+        arms.setdefault(item.side, {}).setdefault(item.arm.seed or 0, ((item, 1.0),))
     shared = [(key, [arms[name] for name in pair]) for key, arms in groups.items() if arms.keys() >= set(pair)]
     shared.sort(key=lambda group: (group[0][1] == 0, group[0][0], -(group[0][1] or 0)))
     return [(arms, None) for _, arms in shared]
@@ -204,7 +238,7 @@ def _at_equal_loss(results: Sequence[Results], pair: tuple[str, str]) -> list[tu
     courses: dict[tuple[Any, ...], dict[tuple[str, int], list[Results]]] = {}
     for item in results:
         if item.arm.tokens_trained and _loss(item) is not None:
-            courses.setdefault(item.matter, {}).setdefault((item.arm.name, item.arm.seed or 0), []).append(item)
+            courses.setdefault(item.matter, {}).setdefault((item.side, item.arm.seed or 0), []).append(item)
     found: list[tuple[Arms, float | None]] = []
     for _, of_arms in sorted(courses.items(), key=lambda entry: entry[0]):
         arms: Arms = [{}, {}]
@@ -262,7 +296,14 @@ def _compare(
     one = next(iter(arms[0].values()))[0][0]
     layers = max(len(quantity.layers(one)), 1)
     tokens = one.arm.tokens_trained if loss is None else None
-    return Comparison(one.arm.size, tokens, quantity, quantity == primary, a, b, test, layers, loss)
+    return Comparison(one.arm.size, tokens, quantity, quantity == primary, a, b, test, layers, loss, _only(arms))
+
+
+def _only(arms: Arms) -> tuple[int, ...]:
+    """The layers that are compared, if some run has others."""
+    items = [item for mixes in arms for mix in mixes.values() for item, _ in mix]
+    left_out = any({*item.activity} - {*item.scores.layers} for item in items)
+    return tuple(items[0].scores.layers) if left_out else ()
 
 
 def _side(mixes: Mapping[int, Mix], quantity: Quantity, results: Sequence[Results]) -> Side | None:
@@ -279,10 +320,10 @@ def _side(mixes: Mapping[int, Mix], quantity: Quantity, results: Sequence[Result
     deviations = [value for layer in layers if (value := mean_of(layer).standard_deviation) is not None]
     losses = [_mixed([(Estimate(_loss(item), None), share) for item, share in mix]).mean for mix in mixes.values()]
     known = [loss for loss in losses if loss is not None]
-    arm = next(iter(mixes.values()))[0][0].arm
+    one = next(iter(mixes.values()))[0][0]
     return Side(
-        arm=arm.name,
-        title=arm.title,
+        arm=one.side,
+        title=one.title,
         seeds=seeds,
         neurons=sum(map(len, layers)),
         mean=statistics.fmean(seeds.values()),

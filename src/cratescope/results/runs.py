@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ from cratescope.explain.explained import Explained, Explanation
 from cratescope.files import Shape, read_json, read_jsonl, slug
 from cratescope.neurons.kept import Kept
 from cratescope.neurons.records import layer_file, layer_width, read_columns
+from cratescope.neurons.sample import SAE
+from cratescope.results.dictionaries import Dictionary, read_dictionaries
 from cratescope.results.scores import Scores
 from cratescope.run import IDENTITY, METRICS, Run
 from cratescope.score.quality import read_quality
@@ -30,6 +32,9 @@ EVALUATION: Shape = {
 """What a report shows of evaluation.json."""
 UNKNOWN: Row = dict.fromkeys(("split", "n_tokens", "loss", "standard_error", "perplexity", "bits_per_byte"))
 UNKNOWN["unigram_entropy"] = None
+SAMPLE = ("records.sample", "records.sample_seed")
+"""How many units of a layer have records, and which: a mean over them estimates that over all."""
+NEURONS = "neurons"
 """The same of imported records, which come without a model."""
 
 
@@ -52,7 +57,7 @@ class Results:
 
     about: what `score` says of itself (explainer, simulator, sanity verdicts, what each explanation set was made with).
     explanations: texts by explanation set, layer and index. activity: by layer.
-    quality: what `score` says of activation quality, if it does.
+    quality: what `score` says of activation quality, if it does. dictionaries: of the run, whatever the site.
     """
 
     run: Run
@@ -67,6 +72,7 @@ class Results:
     explanations: dict[str, dict[int, dict[int, str]]]
     activity: dict[int, Activity]
     quality: Row | None
+    dictionaries: list[Dictionary]
 
     @cached_property
     def made_with(self) -> dict[str, dict[str, Any]]:
@@ -77,6 +83,36 @@ class Results:
     def plain(self) -> bool:
         """Whether the run is the paper's preset, read at its native site."""
         return self.site == self.arm.site and not self.arm.variant
+
+    @property
+    def features(self) -> bool:
+        """Whether the site is the features of sparse autoencoders; they are scored exactly like neurons."""
+        return self.site.startswith(SAE)
+
+    @property
+    def dictionary(self) -> Dictionary | None:
+        """Whose features these are; None for neurons, and where the autoencoders are gone."""
+        folder = self.run.saes(self.site.removeprefix(SAE)).name
+        return next((one for one in self.dictionaries if self.features and one.name == folder), None)
+
+    @property
+    def units(self) -> str:
+        """What is scored: `neurons` at the arm's native site, else the site."""
+        return NEURONS if self.site == self.arm.site else self.site
+
+    @property
+    def side(self) -> str:
+        """What a comparison goes by: the arm's name alone for its neurons, else `gpt2 + sae/bt16` and the like."""
+        return self.arm.name if self.units == NEURONS else f"{self.arm.name} + {self.site}"
+
+    @property
+    def title(self) -> str:
+        """The side as a reader knows it."""
+        return self.arm.title if self.units == NEURONS else f"{self.arm.title} + {self.site}"
+
+    def only(self, layers: Collection[int]) -> Results:
+        """The same with the scores of some layers."""
+        return self if {*self.scores.layers} <= {*layers} else replace(self, scores=self.scores.only(layers))
 
     @property
     def width(self) -> int:
@@ -92,12 +128,12 @@ class Results:
     def matter(self) -> tuple[Any, ...]:
         """Properties two runs must share to be compared, besides their training: size, data, records, LLM."""
         # Scores by another language model or on other records are not comparable; the site differs by arm, and so may
-        # which neurons were drawn.
+        # the number of units that were drawn.
         made_with = tuple(
             (name, key, str(value))
             for name, settings in sorted(self.made_with.items())
             for key, value in settings.items()
-            if not key.endswith(("site", ".sample", ".sample_seed"))
+            if not key.endswith("site") and key not in SAMPLE
         )
         run = self.manifest
         return run["n_layer"], self.arm.size, run["context"], run["data"]["manifest_sha256"], made_with
@@ -116,15 +152,17 @@ class Results:
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Nested settings as dotted names, without hashes and without the copy of the records' in the explanations'."""
     for name, value in settings.items():
+        if name.endswith("sha256"):
+            continue
         if isinstance(value, dict):
             if not (prefix and name == "records"):
                 yield from _flat(value, f"{prefix}{name}.")
-        elif not name.endswith("sha256"):
+        else:
             yield f"{prefix}{name}", Path(value).name if str(value).startswith("/") else value
 
 
 def load_results(roots: Sequence[Path | str], explainer: str = "offline", simulator: str = "list-pmi") -> list[Results]:
-    """Read run directories, one `Results` per run and scored site.
+    """Read run directories, one `Results` per run and scored site: of a run its neurons first, its features last.
 
     Raises:
         UserError: no run, two runs of one name, or a run whose records or scores are missing.
@@ -139,7 +177,11 @@ def load_results(roots: Sequence[Path | str], explainer: str = "offline", simula
             raise UserError(
                 f"two run directories are called {name!r}; rename one, so that the report can tell them apart"
             )
-    return [item for run in runs for item in _load_run(run, explainer, simulator)]
+    return [item for run in runs for item in sorted(_load_run(run, explainer, simulator), key=_place)]
+
+
+def _place(item: Results) -> tuple[bool, bool, str]:
+    return item.units != NEURONS, item.features, item.site
 
 
 def _load_run(run: Run, explainer: str, simulator: str) -> Iterator[Results]:
@@ -149,18 +191,19 @@ def _load_run(run: Run, explainer: str, simulator: str) -> Iterator[Results]:
     _check_settings(run, manifest)
     folders = _scored(run, explainer, simulator)
     evaluation = read_json(run.evaluation, EVALUATION, "`cratescope evaluate`") if run.manifest.exists() else UNKNOWN
-    metrics = _metrics(run, manifest)
+    metrics, dictionaries = _metrics(run, manifest), read_dictionaries(run)
     for site, folder in folders.items():
         about, scores = read_about(folder), Scores.read(folder)
         if not scores.protocols or about["made_with"].keys() != set(scores.sets):
             raise UserError(f"{folder}: its scores.json is not of its scores; run `cratescope score` again")
+        site = _said_site(run, site, about)
         for name, made_with in about["made_with"].items():
             _check_made_with(folder, made_with, Explained(run, site, explainer, name).simulations(simulator).folder)
         quality = run.quality(site)
         yield Results(
             run=run,
             site=site,
-            label=run.name if len(folders) == 1 else f"{run.name} · {site}",
+            label=run.name if len(folders) == 1 and not site.startswith(SAE) else f"{run.name} · {site}",
             arm=Arm.of(manifest),
             manifest=manifest,
             evaluation=evaluation,
@@ -170,7 +213,17 @@ def _load_run(run: Run, explainer: str, simulator: str) -> Iterator[Results]:
             explanations={name: _texts(Explained(run, site, explainer, name).explanations) for name in scores.sets},
             activity=_read_activity(run.records(site), scores.layers),
             quality=read_quality(quality) if quality.exists() else None,
+            dictionaries=dictionaries,
         )
+
+
+def _said_site(run: Run, folder: str, about: Row) -> str:
+    """The site that a folder is named after; `sae/NAME` has lost its slash there, so its records are asked."""
+    records = [made_with.get("records") for made_with in about["made_with"].values()]
+    if not any(isinstance(one, dict) and "sae_sha256" in one for one in records):
+        return folder
+    table = read_columns(layer_file(run.records(folder), about["layers"][0]), ["site"])
+    return table.column("site")[0].as_py()
 
 
 def _metrics(run: Run, manifest: Row) -> list[Row]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -118,6 +118,14 @@ class Scores:
             column = Column.of(table.take(pa.array(places)))
             self._columns.setdefault((protocol, measure, control), {})[layer] = column
             self.set_of[protocol] = name
+
+    def only(self, layers: Collection[int]) -> Scores:
+        """Those of some layers."""
+        chosen = Scores()
+        chosen.set_of = self.set_of
+        for key, columns in self._columns.items():
+            chosen._columns[key] = {layer: column for layer, column in columns.items() if layer in layers}
+        return chosen
 
     @cached_property
     def protocols(self) -> list[str]:

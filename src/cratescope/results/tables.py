@@ -18,6 +18,7 @@ from cratescope.explain.controls import CONTROLS
 from cratescope.explain.protocols import ON_UNIFORM_TEXT
 from cratescope.files import atomic_path
 from cratescope.results.compare import DETECTABLE, UNTRAINED, Comparison
+from cratescope.results.dictionaries import NUMBERS, PROBING
 from cratescope.results.estimates import NOTHING, Estimate, finite, over
 from cratescope.results.runs import Results, Row, one_per_run, protocols, untrained_copy
 from cratescope.results.scores import measures_of, numbers_at
@@ -32,12 +33,26 @@ def paper() -> Row:
 
 def paper_score(item: Results, protocol: str, layer: int | None = None) -> float | None:
     """The paper's score x100 of a layer, or of the mean over layers; None where the paper has no such model."""
-    comparable = item.plain and not item.arm.untrained
-    entry = paper()["scores"].get(protocol, {}).get(item.arm.preset, {}) if comparable else {}
+    entry = paper()["scores"].get(protocol, {}).get(_name_in_paper(item), {})
     if layer is None:
-        return entry.get("mean")
+        return entry.get("mean") if len(item.scores.layers) == item.manifest["n_layer"] else None
     layers = entry.get("layers", ())
     return layers[layer] if layer < len(layers) else None
+
+
+def _name_in_paper(item: Results) -> str | None:
+    """The paper has trained presets, and the features of 16 times as wide ReLU autoencoders of their neurons."""
+    if item.arm.untrained or item.arm.variant:
+        return None
+    if item.dictionary is None:
+        return item.arm.preset if item.plain else None
+    from cratescope.neurons.sites import BUILT_IN
+
+    native = BUILT_IN.get(item.arm.family, {}).get(item.arm.site)
+    config = item.dictionary.config
+    if config is None or config.kind != "relu" or config.width != 16 * config.d_in or item.dictionary.pattern != native:
+        return None
+    return f"{item.arm.preset} + sae"
 
 
 def _start(item: Results) -> Row:
@@ -193,6 +208,19 @@ def quality_rows(results: Sequence[Results]) -> list[Row]:
             distinct = None if row["layer"] == "mean" else item.distinct(item.scores.sets[0], row["layer"])
             rows.append(_start(item) | {"layer": row["layer"]} | numbers | errors | {"distinct_explanations": distinct})
     return rows
+
+
+def dictionary_rows(results: Sequence[Results]) -> list[Row]:
+    """The quality of every dictionary that was measured, its features scored or not: a row per run, name and layer."""
+    return [
+        {"model": item.run.name, "family": item.arm.family, "preset": item.arm.preset, "seed": item.arm.seed}
+        | {"tokens_trained": item.arm.tokens_trained, "site": found.site}
+        | {name: row[name] for name in ("layer", "kind", "width", *NUMBERS)}
+        | {f"probing_{name}": (row.get("probing") or {}).get(name) for name in PROBING}
+        for item in one_per_run(results)
+        for found in item.dictionaries
+        for row in found.quality
+    ]
 
 
 def matched_rows(results: Sequence[Results], pair: tuple[str, str] | None) -> list[Row]:

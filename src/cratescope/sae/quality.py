@@ -219,7 +219,7 @@ def _row(one: LayerQuality, text: Text) -> dict[str, Any]:
         raise UserError(
             f"layer {one.coder.origin.layer}: the loss is not a number with this autoencoder; train it again"
         )
-    row: dict[str, Any] = {"kind": config.kind, "frozen": config.frozen, "width": config.width}
+    row: dict[str, Any] = {"kind": "frozen" if config.frozen else config.kind, "width": config.width}
     row |= _named("l0", *ratio(sums["l0"], sums["tokens"]))
     lost, error = ratio(sums["error"], sums["variance"])
     row |= _named("explained_variance", 1 - lost, error)
