@@ -67,6 +67,7 @@ class Stream:
                 chosen = order[place * self.batch : (place + 1) * self.batch].to(next(iter(held.values())).device)
                 yield {layer: activations[chosen] for layer, activations in held.items()}
             number, skip = number + 1, 0
+            held.clear()  # before the next block is read, so that memory holds one
 
     def read(self, number: int) -> dict[int, Float[Tensor, "n d"]]:
         """All activations of a block, in the order of the text; float32.
