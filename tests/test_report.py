@@ -799,7 +799,8 @@ def add_features(run: Path, name: str = "bt", kind: str = "relu", expansion: int
         path = layer_file(Run(run).records(site), layer)
         records = read_records(path).values()
         path.unlink()
-        write_records(path, [dataclasses.replace(one, neuron=one.neuron._replace(site=site)) for one in records])
+        moved = (dataclasses.replace(one.neuron, site=site) for one in records)
+        write_records(path, [dataclasses.replace(one, neuron=id) for one, id in zip(records, moved, strict=True)])
     about = Run(run).scores(site, "offline", "list-pmi") / "scores.json"
     made_with = read_json(about)["made_with"]["top"]
     records = made_with["records"] | {"sae_sha256": {"0": "ab", "1": "cd"}, "sample": 100, "sample_seed": 0}
@@ -886,7 +887,9 @@ def test_neurons_and_features_of_several_runs_are_compared_with_the_seed_as_the_
 
 def test_neurons_are_compared_on_the_layers_that_have_features(runs: tuple[Path, Path], tmp_path: Path) -> None:
     run = add_features(copy_of(runs[1], tmp_path))
-    (run / "scores" / "sae-bt" / "offline" / "list-pmi" / "layer-00.parquet").unlink()
+    scores = run / "scores" / "sae-bt" / "offline" / "list-pmi"
+    (scores / "layer-00.parquet").unlink()
+    write_json(scores / "scores.json", read_json(scores / "scores.json") | {"layers": [1]})
     neurons, features = load_results((run,))
     (pair,) = against_features([neurons, features], PRIMARY)
     assert pair.only == (1,) and pair.layers == 1

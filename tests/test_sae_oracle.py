@@ -28,6 +28,7 @@ TRAIN = """
 import json, sys, torch
 from pathlib import Path
 from safetensors.torch import load_file, save_file
+from sae_lens import SAE
 from sae_lens.config import SAETrainerConfig, LoggingConfig
 from sae_lens.saes.standard_sae import StandardTrainingSAE, StandardTrainingSAEConfig
 from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
@@ -76,6 +77,11 @@ if kind == "jumprelu":
     found["threshold"] = sae.threshold.detach().clamp(min=0)
 save_file(found | {"losses": torch.tensor(losses)}, folder / "end.safetensors")
 sae.save_inference_model(str(folder / "saved"))
+loaded, x = SAE.load_from_disk(str(folder / "saved")), batches[0]
+with torch.no_grad():
+    z = loaded.encode(x)
+    found = {"x": x, "z": z, "y": loaded.decode(z)}
+    save_file({name: value.contiguous() for name, value in found.items()}, folder / "saved.safetensors")
 """
 
 LOAD = """
@@ -150,6 +156,9 @@ def test_losses_and_weights_follow_saelens(kind, tmp_path):
         assert gap < 1e-4, (name, gap)
     if kind == "jumprelu":
         assert float((coder.threshold.detach() - end["threshold"]).norm() / end["threshold"].norm()) < 1e-4
+    saved, loaded = load_file(tmp_path / "saved.safetensors"), read_foreign(tmp_path / "saved").coder(Origin())
+    assert saved["z"].any() and torch.allclose(loaded.encode(saved["x"]), saved["z"], atol=1e-5)
+    assert torch.allclose(loaded(saved["x"]), saved["y"], atol=1e-5)
 
 
 @needs_theirs
