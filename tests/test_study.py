@@ -229,7 +229,7 @@ def test_a_study_can_leave_milestones_to_terms_and_dictionaries_to_trained_model
     untrained = '[[model]]\nname = "untrained"\nsteps = 0\n'
     (tmp_path / "plan.toml").write_text(plan + untrained + DICTIONARY)
     study(StudyConfig(tmp_path / "plan.toml", tmp_path / "out"))
-    both = {"crate · codes", "crate · sae-small-k4", "untrained"}
+    both = {"crate · codes", "crate · sae/small-k4", "untrained"}
     for folder, runs in {
         "report": {*both, "crate-step-000002"},
         "report-list-pmi": both,
