@@ -31,7 +31,8 @@ from cratescope.models.presets import build
 from cratescope.neurons.collect import collect
 from cratescope.neurons.config import CollectConfig
 from cratescope.neurons.records import layer_file, read_records
-from cratescope.neurons.sites import Intervention, intervene, site_named
+from cratescope.neurons.sites import site_named
+from cratescope.neurons.steer import Edit, steered
 from cratescope.run import Run
 from cratescope.text.shards import TokenData
 
@@ -166,8 +167,8 @@ def test_neurons_of_experts_are_asked_of_experts_only_and_cannot_be_forced(adopt
     site = "model.layers.{layer}.self_attn:neurons"
     refused(adopted, tmp_path, r"layers\.0\.self_attn is no mixture of experts", config, site=site)
     model = build(config, 0)
-    force = Intervention(site_named("auto", model), 0, 3, 1.0)
-    with intervene(model, force), pytest.raises(UserError, match="can be read only"):
+    force = Edit(site_named("auto", model), 0, 3, "set", 1.0)
+    with steered(model, [force]), pytest.raises(UserError, match="can be read only"):
         model(torch.arange(8)[None])
 
 

@@ -18,7 +18,8 @@ from cratescope.neurons.coded import find_coders
 from cratescope.neurons.collect import collect
 from cratescope.neurons.config import CollectConfig
 from cratescope.neurons.records import NeuronId, layer_file, read_records
-from cratescope.neurons.sites import Intervention, hooked, intervene, read_site
+from cratescope.neurons.sites import hooked, read_site
+from cratescope.neurons.steer import Edit, steered
 from cratescope.results.scores import Scores
 from cratescope.run import Run
 from cratescope.score.config import ScoreConfig
@@ -80,7 +81,8 @@ def test_replacing_differs_from_adding_by_the_error_of_the_autoencoder(run, toke
     after = {}
     for site in (added, replaced):
         below = type(site).__base__(site.name, site.pattern)  # sees what the hook before it leaves
-        with torch.no_grad(), intervene(model, Intervention(site, 0, 5, 2.0)), read_site(model, below, [0]) as found:
+        force = Edit(site, 0, 5, "set", 2.0)
+        with torch.no_grad(), steered(model, [force]), read_site(model, below, [0]) as found:
             model(tokens)
         after[site.replace] = found[0]
     with torch.no_grad():

@@ -21,7 +21,8 @@ from cratescope.neurons import collect as module
 from cratescope.neurons.collect import collect
 from cratescope.neurons.config import CollectConfig
 from cratescope.neurons.records import NeuronId, layer_file, read_records
-from cratescope.neurons.sites import Intervention, Site, intervene, read_site, site_named
+from cratescope.neurons.sites import Site, read_site, site_named
+from cratescope.neurons.steer import Edit, steered
 from cratescope.neurons.tensors import load_tensors
 from cratescope.text.shards import TokenData
 
@@ -233,7 +234,7 @@ def test_a_layer_or_neuron_out_of_range_is_refused(collected, runs_folder):
         Site("codes", "transformer.h.{layer}.ista.codes").module(model, 1)
     with (
         pytest.raises(UserError, match="neuron 600 is out of range"),
-        intervene(model, Intervention(site_named("auto", model), 0, 600, 1.0)),
+        steered(model, [Edit(site_named("auto", model), 0, 600, "set", 1.0)]),
     ):
         model(torch.zeros(1, 2, dtype=torch.long))
 

@@ -16,7 +16,8 @@ from cratescope.errors import UserError
 from cratescope.exchange.config import ConvertConfig
 from cratescope.exchange.reference import _names, _transposed, convert, from_reference, load_checkpoint, to_reference
 from cratescope.models.presets import CRATE_FIELDS
-from cratescope.neurons.sites import Intervention, intervene, read_site, site_named
+from cratescope.neurons.sites import read_site, site_named
+from cratescope.neurons.steer import Edit, steered
 
 FIXTURES = Path(__file__).parent / "fixtures"
 NAMES = ("reference-crate-2l", "reference-gpt-relu-2l")
@@ -69,11 +70,11 @@ def test_a_forced_neuron_steers_the_logits_as_in_the_reference():
     path = FIXTURES / "reference-crate-2l.pt"
     model = from_reference(load_checkpoint(path), path)
     expected = load_file(FIXTURES / "reference-crate-2l.expected.safetensors")
-    force = Intervention(site_named("auto", model), layer=model.config.n_layer - 1, index=7, value=5.0)
-    with torch.no_grad(), intervene(model, force):
-        steered = model(expected["input_ids"]).logits
-    assert (steered - expected["steered_logits.layer_last.neuron_7.value_5"]).abs().max() < 1e-5
-    assert (steered - expected["logits"]).abs().max() > 1e-2
+    force = Edit(site_named("auto", model), model.config.n_layer - 1, 7, "set", 5.0)
+    with torch.no_grad(), steered(model, [force]):
+        logits = model(expected["input_ids"]).logits
+    assert (logits - expected["steered_logits.layer_last.neuron_7.value_5"]).abs().max() < 1e-5
+    assert (logits - expected["logits"]).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -14,14 +14,13 @@ from cratescope.models.folder import skeleton
 from cratescope.models.presets import build
 from cratescope.neurons.sites import (
     BUILT_IN,
-    Intervention,
     Site,
-    intervene,
     partial_pass,
     read_site,
     site_named,
     sites_of,
 )
+from cratescope.neurons.steer import Edit, steered
 from tiny_models import tiny_config
 
 SHAPE = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
@@ -68,11 +67,11 @@ def test_an_mlp_site_is_what_the_last_projection_is_given(models, kind):
 
 @pytest.mark.parametrize("kind", CONFIGS)
 @pytest.mark.parametrize("name", ["auto", "attention", "residual"])
-def test_an_intervention_reaches_the_output_and_leaves_no_trace(models, kind, name):
+def test_an_edit_reaches_the_output_and_leaves_no_trace(models, kind, name):
     model, site = models[kind], site_named(name, models[kind])
     with torch.no_grad():
         before = model(TOKENS).logits
-        with intervene(model, Intervention(site, 1, 5, 3.0)), read_site(model, site, [1, 2]) as found:
+        with steered(model, [Edit(site, 1, 5, "set", 3.0)]), read_site(model, site, [1, 2]) as found:
             during = model(TOKENS).logits
         assert (found[1][..., 5] == 3.0).all() and not torch.allclose(before, during)
         assert torch.equal(before, model(TOKENS).logits)
@@ -126,7 +125,8 @@ def test_an_input_given_by_name_is_read_and_edited(models):
     with torch.no_grad(), read_site(model, site, [0]) as found:
         before = model(TOKENS).logits
     assert found[0].shape == (2, 12, 16)
-    with torch.no_grad(), intervene(model, Intervention(site, 0, 3, 9.0)), read_site(model, site, [0]) as found:
+    force = Edit(site, 0, 3, "set", 9.0)
+    with torch.no_grad(), steered(model, [force]), read_site(model, site, [0]) as found:
         assert not torch.allclose(before, model(TOKENS).logits)
     assert (found[0][..., 3] == 9.0).all()
 

@@ -19,7 +19,7 @@ from cratescope.errors import UserError
 from cratescope.files import known_sha256
 from cratescope.models.sae import WEIGHTS, SparseCoder, coder_folder, coder_of
 from cratescope.neurons.sample import SAE
-from cratescope.neurons.sites import SampledSite, Site, Visit, site_named
+from cratescope.neurons.sites import Given, SampledSite, Site, Visit, site_named
 from cratescope.run import Run
 
 
@@ -44,7 +44,7 @@ class CodedSite(Site):
             raise UserError(f"{self.name}: layer {layer} has no autoencoder; give --layers of {there}")
         return super().module(model, layer)
 
-    def hook(self, model: PreTrainedModel, layer: int, visit: Visit, shape: list[int]) -> Any:
+    def hook(self, model: PreTrainedModel, layer: int, visit: Visit, given: Given) -> Any:
         self.module(model, layer)
 
         def coded(layer: int, x: Tensor) -> Tensor | None:
@@ -56,7 +56,7 @@ class CodedSite(Site):
             found = coder.decode(edited)
             return (found if self.replace else x + (found - coder.decode(codes))).to(x.dtype)
 
-        return super().hook(model, layer, coded, shape)
+        return super().hook(model, layer, coded, given)
 
     def only(self, chosen: Mapping[int, Int64[Tensor, " n"]]) -> Site:
         """As of `Site`; features that do not depend on others are the only ones to be computed."""
@@ -95,6 +95,9 @@ def find_coders(run: Run, name: str, replace: bool = False) -> CodedSite:
     return CodedSite(f"{SAE}{name}", patterns[0], coders, identity, replace)
 
 
-def site_of(run: Run, name: str, model: PreTrainedModel) -> Site:
-    """The site that is meant by --site: `sae/NAME` of the run, or a site of the model. Errors as of both."""
-    return find_coders(run, name.removeprefix(SAE)) if name.startswith(SAE) else site_named(name, model)
+def site_of(run: Run, name: str, model: PreTrainedModel, replace: bool = False) -> Site:
+    """The site that is meant by --site: `sae/NAME` of the run, or a site of the model. Errors as of both.
+
+    replace: as of `CodedSite`.
+    """
+    return find_coders(run, name.removeprefix(SAE), replace) if name.startswith(SAE) else site_named(name, model)

@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import inspect
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Int64
+from jaxtyping import Bool, Int64
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -27,6 +28,75 @@ from cratescope.models.folder import text_config
 INPUT, NEURONS = ":input", ":neurons"
 Visit = Callable[[int, Tensor], Tensor | None]
 """Sees a layer's activations (b, t, h); a tensor it returns takes their place."""
+CACHES = ("past_key_values", "cache_params", "state", "mems")
+"""What models call the argument that holds what they remember of the tokens before these."""
+
+
+@dataclass
+class Given:
+    """What the forward pass under way was given.
+
+    shape: batch and tokens; empty where no tensor says so. past: tokens before these in a cache, None where the cache
+    does not tell. mask: the attention mask as it came, 0 at padding.
+    """
+
+    shape: list[int] = field(default_factory=list)
+    past: int | None = 0
+    mask: Any = None
+
+    def note(self, module: nn.Module, inputs: tuple, named: dict[str, Any]) -> None:
+        """A forward pre-hook. It has to look now: the pass itself makes the cache longer."""
+        names = inspect.signature(module.forward).parameters if len(inputs) > 1 else ()
+        named = dict(zip(names, inputs, strict=False)) | named
+        tokens = (named.get("input_ids"), named.get("inputs_embeds"), *inputs[:1])
+        self.shape = next((list(each.shape[:2]) for each in tokens if isinstance(each, Tensor)), [])
+        self.mask = named.get("attention_mask")
+        self.past = self._past(next((named[name] for name in CACHES if named.get(name) is not None), None))
+
+    def _past(self, cache: Any) -> int | None:
+        if cache is None:
+            return 0
+        with contextlib.suppress(AttributeError, ValueError):  # a list, or a cache of states without a length
+            return int(cache.get_seq_length())
+        two = isinstance(self.mask, Tensor) and self.mask.ndim == 2 and self.shape
+        return max(self.mask.shape[1] - self.shape[1], 0) if two else None
+
+    def columns(self) -> Int64[Tensor, " t"]:
+        """Places of these tokens in the rows of the whole batch: padding counts, and so do tokens in the cache.
+
+        Raises:
+            UserError: the pass does not say how many tokens are before these.
+        """
+        if self.past is None or not self.shape:
+            raise UserError(
+                "this model's cache does not say how many tokens it holds, so the places of the next ones are not "
+                "known; steer all positions, or call it with use_cache=False"
+            )
+        return torch.arange(self.past, self.past + self.shape[1])
+
+    def positions(self) -> Int64[Tensor, "b t"]:
+        """Places of these tokens counted from the first of each row that is no padding, which has 0.
+
+        Raises:
+            UserError: as of `columns`, or a mask that does not show where padding is.
+        """
+        columns, mask = self.columns().expand(*self.shape), self._whole_mask()
+        if mask is None and self.mask is not None:
+            raise UserError(
+                "the attention mask does not show which tokens are padding, as with a static cache, so positions are "
+                "not known; give one of (batch, all tokens), or leave cache_implementation out"
+            )
+        return columns if mask is None else columns.to(mask.device) - mask.long().argmax(1, keepdim=True)
+
+    def real(self) -> Bool[Tensor, "b t"] | None:
+        """Which of these tokens are no padding; None where there is no mask that says so."""
+        mask = self._whole_mask()
+        return None if mask is None or self.past is None else mask[:, self.past : self.past + self.shape[1]]
+
+    def _whole_mask(self) -> Bool[Tensor, "b s"] | None:
+        """The mask, if it has an entry for each token up to these."""
+        found = isinstance(self.mask, Tensor) and self.mask.ndim == 2 and self.shape and self.past is not None
+        return self.mask.bool() if found and self.mask.shape[1] >= self.past + self.shape[1] else None
 
 
 @dataclass(frozen=True)
@@ -68,16 +138,13 @@ class Site:
         near = difflib.get_close_matches(path, modules, n=3, cutoff=0.3)
         raise UserError(f"this model has no module {path!r}; nearest: {', '.join(near) or 'none'}")
 
-    def hook(self, model: PreTrainedModel, layer: int, visit: Visit, shape: list[int]) -> Any:
-        """Have `visit` see this layer in every forward pass, until the handle returned is removed.
-
-        `shape` holds batch and tokens of the pass under way.
-        """
+    def hook(self, model: PreTrainedModel, layer: int, visit: Visit, given: Given) -> Any:
+        """Have `visit` see this layer in every forward pass, until the handle returned is removed."""
 
         def edit(found: Any) -> Any:
             """Return what replaces `found`, or None to leave it unchanged."""
             first = found[0] if isinstance(found, tuple | list) and found else found
-            edited = visit(layer, self._activations(first, shape))
+            edited = visit(layer, self._activations(first, given.shape))
             if edited is None:
                 return None
             edited = edited.reshape(first.shape)
@@ -123,7 +190,7 @@ class Site:
 
 @dataclass(frozen=True)
 class SampledSite(Site):
-    """Some neurons of the site `whole`: `chosen` (n,) by layer. What a visitor returns is passed over."""
+    """Some neurons of the site `whole`, for reading: `chosen` (n,) by layer."""
 
     whole: Site
     chosen: Mapping[int, Int64[Tensor, " n"]]
@@ -134,11 +201,13 @@ class SampledSite(Site):
     def module(self, model: nn.Module, layer: int) -> nn.Module:
         return self.whole.module(model, layer)
 
-    def hook(self, model: PreTrainedModel, layer: int, visit: Visit, shape: list[int]) -> Any:
+    def hook(self, model: PreTrainedModel, layer: int, visit: Visit, given: Given) -> Any:
         def see(layer: int, activations: Tensor) -> None:
-            visit(layer, activations[..., self.chosen[layer]] if layer in self.chosen else activations)
+            seen = activations[..., self.chosen[layer]] if layer in self.chosen else activations
+            if visit(layer, seen) is not None:
+                raise UserError(f"site {self.name}: a sample of its neurons can be read only; edit the whole site")
 
-        return self.whole.hook(model, layer, see, shape)
+        return self.whole.hook(model, layer, see, given)
 
 
 def _is_experts(module: nn.Module) -> bool:
@@ -357,19 +426,22 @@ def _stop(*_: Any) -> None:
 
 
 @contextlib.contextmanager
+def noted(model: PreTrainedModel) -> Iterator[Given]:
+    """While open, what is yielded tells what the forward pass under way was given."""
+    given = Given()
+    with contextlib.ExitStack() as handles:
+        # The one in the other comes last, and some callers use only the one in it.
+        for whole in dict.fromkeys((model, model.base_model)):
+            handles.callback(whole.register_forward_pre_hook(given.note, with_kwargs=True).remove)
+        yield given
+
+
+@contextlib.contextmanager
 def hooked(model: PreTrainedModel, site: Site, layers: Sequence[int], visit: Visit) -> Iterator[None]:
     """While open, `visit` sees, and may replace, the layers' activations in every forward pass."""
-    shape: list[int] = []
-
-    def note(module: nn.Module, inputs: tuple, named: dict[str, Any]) -> None:
-        tokens = inputs[0] if inputs else named.get("input_ids", named.get("inputs_embeds"))
-        shape[:] = tokens.shape[:2] if isinstance(tokens, Tensor) else []
-
-    with contextlib.ExitStack() as handles:
-        for whole in {model, model.base_model}:
-            handles.callback(whole.register_forward_pre_hook(note, with_kwargs=True).remove)
+    with noted(model) as given, contextlib.ExitStack() as handles:
         for layer in layers:
-            handles.callback(site.hook(model, layer, visit, shape).remove)
+            handles.callback(site.hook(model, layer, visit, given).remove)
         yield
 
 
@@ -413,36 +485,3 @@ def partial_pass(
 
     with hooked(model, site, layers, see):
         yield run
-
-
-@dataclass(frozen=True)
-class Intervention:
-    """Force one neuron to `value` at every position (paper section 7, steering)."""
-
-    site: Site
-    layer: int
-    index: int
-    value: float
-
-
-@contextlib.contextmanager
-def intervene(model: PreTrainedModel, *interventions: Intervention) -> Iterator[None]:
-    """While open, every forward pass runs with the neurons forced; the model itself is not changed.
-
-    UserError: layer or index out of range (the index is known only in the forward pass).
-    """
-
-    def visit_of(force: Intervention) -> Visit:
-        def visit(layer: int, activations: Tensor) -> Tensor:
-            if not 0 <= force.index < activations.shape[-1]:
-                raise UserError(f"neuron {force.index} is out of range; layer {layer} has {activations.shape[-1]}")
-            edited = activations.clone()
-            edited[..., force.index] = force.value
-            return edited
-
-        return visit
-
-    with contextlib.ExitStack() as stack:
-        for force in interventions:
-            stack.enter_context(hooked(model, force.site, [force.layer], visit_of(force)))
-        yield
