@@ -36,9 +36,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> cs.Run:
 
 
 def test_these_names_are_public() -> None:
-    types = ["Arm", "Neuron", "NeuronId", "NeuronRecord", "Run", "Score", "UserError"]
+    types = ["Arm", "Edit", "Neuron", "NeuronId", "NeuronRecord", "Run", "Score", "UserError"]
     functions = ["collect_records", "explain_neurons", "load_model", "load_results", "load_tokenizer"]
-    functions += ["score_neurons", "simulate_neurons"]
+    functions += ["score_neurons", "simulate_neurons", "steered"]
     assert sorted(cs.__all__) == sorted([*types, *functions])
     assert all(isinstance(getattr(cs, name), type) for name in types)
     assert all(callable(getattr(cs, name)) for name in functions)

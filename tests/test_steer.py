@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +14,18 @@ import torch
 from safetensors.torch import load_file
 from transformers import GPT2Config, LlamaConfig
 
+from cratescope import cli
 from cratescope.errors import UserError
 from cratescope.exchange.reference import from_reference, load_checkpoint
 from cratescope.models import CrateConfig
 from cratescope.models.presets import build
 from cratescope.models.sae import CoderConfig, Origin, SparseCoder
 from cratescope.neurons.coded import CodedSite
+from cratescope.neurons.config import SteerConfig
+from cratescope.neurons.continuations import steer
 from cratescope.neurons.records import Histogram, Moments, NeuronId, NeuronRecord, layer_file, write_records
 from cratescope.neurons.sites import Site, read_site, site_named
+from cratescope.neurons.spelled import read_edit
 from cratescope.neurons.steer import Above, Edit, in_raw_units, steered
 from cratescope.run import Run, claim
 from tiny_models import tiny_model
@@ -533,6 +539,133 @@ def test_a_number_beyond_the_format_is_refused(gpt2):
     edit = Edit(site, 1, 7, "set", 1e39)
     with pytest.raises(UserError, match=r"edit of mlp/1:7: 1e\+39 is beyond the range of float32; give a smaller"):
         logits(model, edits=[edit])
+
+
+def spelled(text):
+    return read_edit(text, lambda name: Site(name or "mlp", "transformer.h.{layer}.mlp.act"))
+
+
+MLP = Site("mlp", "transformer.h.{layer}.mlp.act")
+
+
+@pytest.mark.parametrize(
+    ("text", "edit"),
+    [
+        ("1:37=4x", Edit(MLP, 1, 37, "set", 4.0, "maximum")),
+        ("1:37=-2.5e-1", Edit(MLP, 1, 37, "set", -0.25)),
+        ("0:3=1q", Edit(MLP, 0, 3, "set", 1.0, "quantile")),
+        ("0:3=mean", Edit(MLP, 0, 3, "set", 1.0, "mean")),
+        ("1:37+=2", Edit(MLP, 1, 37, "add", 2.0)),
+        (" 1:37 += -.5x ", Edit(MLP, 1, 37, "add", -0.5, "maximum")),
+        ("1:37*=0", Edit(MLP, 1, 37, "scale", 0.0)),
+        ("1:37<=3", Edit(MLP, 1, 37, "cap", high=3.0)),
+        ("1:37 >= 0.5x", Edit(MLP, 1, 37, "cap", low=0.5, unit="maximum")),
+        ("1:37=0@generated", Edit(MLP, 1, 37, "set", 0.0, where="generated")),
+        ("1:37=0 @ 0,3,4", Edit(MLP, 1, 37, "set", 0.0, where=(0, 3, 4))),
+        ("1:37=0@all if 12>0.5", Edit(MLP, 1, 37, "set", 0.0, when=Above(12, 0.5))),
+        ("1:37=4x if 0:12 > -1", Edit(MLP, 1, 37, "set", 4.0, "maximum", when=Above(12, -1.0, 0))),
+    ],
+)
+def test_edits_are_read_as_they_are_written(text, edit):
+    assert spelled(text) == edit
+
+
+def test_a_site_may_stand_before_the_layer():
+    named = {text: spelled(text).site.name for text in ("sae/bt16/1:5=2x", "residual/0:1*=2 if 0:3>1")}
+    assert list(named.values()) == ["sae/bt16", "residual"]
+    path = "transformer.h.{layer}.mlp.act:input"
+    assert spelled(f"{path}/1:5=2").site.name == path
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "character 1: expected LAYER:NEURON such as 1:37, not the end"),
+        ("1.37=4x", "character 1: expected LAYER:NEURON such as 1:37, not '1.37=4x'"),
+        ("-1:37=4x", "character 1: expected LAYER:NEURON"),
+        ("1:37", "character 5: expected one of = += *= <= >=, not the end"),
+        ("1:37==4", "character 6: expected a number such as 2, 4x or 1q, or mean, not '=4'"),
+        ("1:37=nan", "character 6: expected a number"),
+        ("1:37=inf", "character 6: expected a number"),
+        ("1:37+=mean", "character 7: expected a number such as 2, 4x or 1q, not 'mean'"),
+        ("1:37*=2x", "character 8: expected @WHERE, a condition such as `if 12>0.5`, or the end, not 'x'"),
+        ("1:37=4y", "character 7: expected @WHERE"),
+        ("1:37=4x@start", "character 9: expected all, prompt, generated, or positions such as 0,3, not 'start'"),
+        ("1:37=4x@1,", "character 10: expected @WHERE"),
+        ("1:37=4x if", "character 11: expected a neuron such as 12 or 0:12, not the end"),
+        ("1:37=4x if 0:12<1", "character 16: expected >, not '<1'"),
+        ("1:37=4x if 0:12>x", "character 17: expected a number such as 0.5, not 'x'"),
+        ("1:37=\u0664", "character 6: expected a number"),
+        ("1:37=1e999", "edit of mlp/1:37: its number is not finite"),
+        ("1:37=4 if 2:3>1", "the same layer or one before it"),
+    ],
+)
+def test_what_cannot_be_read_names_the_character(text, message):
+    with pytest.raises(UserError, match=re.escape(message)) as said:
+        spelled(text)
+    assert len(str(said.value).splitlines()) == 1
+
+
+def steer_run(runs_folder, *edits, **options):
+    return steer(SteerConfig(runs_folder / "crate", tuple(edits), "the cat", tokens=4, device="cpu", **options))
+
+
+def test_steer_shows_text_and_predictions_beside_the_plain_ones(runs_folder, tmp_path):
+    found = steer_run(runs_folder, "0:3=40", json=tmp_path / "found.json")
+    run = Run(runs_folder / "crate")
+    model = run.load_model().eval()
+    ids = torch.tensor([run.tokenizer("the cat").input_ids])
+    before = logits(model, ids)[0].double()
+    after = logits(model, ids, [Edit(site_named("auto", model), 0, 3, "set", 40.0)])[0].double()
+    change = (after - before)[-1]
+    assert found.rises[0].token == int(change.argmax()) and found.falls[0].token == int(change.argmin())
+    assert found.rises[0].change == pytest.approx(float(change.max())) and len(found.falls) == 10
+    assert found.rises[0].steered == pytest.approx(float(after[-1].softmax(-1)[change.argmax()]))
+    p, q = after[-1].log_softmax(-1), before[-1].log_softmax(-1)
+    assert found.kl_prompt == pytest.approx(float((p.exp() * (p - q)).sum())) and found.kl_prompt > 1e-4
+    text = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False)
+    assert found.plain == run.tokenizer.decode(text[0, ids.shape[1] :])
+    kept = json.loads((tmp_path / "found.json").read_text())
+    assert kept["kl_generated"] == found.kl_generated and kept["rises"][0]["token"] == found.rises[0].token
+
+
+def test_an_edit_that_changes_nothing_gives_the_same_text_and_no_divergence(runs_folder):
+    for temperature in (0.0, 1.0):
+        found = steer_run(runs_folder, "0:3*=1", "0:4+=0", temperature=temperature)
+        assert found.plain == found.steered and found.kl_prompt == found.kl_generated == 0
+    assert steer_run(runs_folder, "0:3*=1", temperature=1.0) == steer_run(runs_folder, "0:3*=1", temperature=1.0)
+    several = {steer_run(runs_folder, "0:3*=1", temperature=1.0, seed=seed).plain for seed in range(3)}
+    assert len(several) > 1
+
+
+def test_the_command_prints_them_side_by_side(runs_folder):
+    shown = cli.run(["steer", f"{runs_folder / 'crate'}", "--edit", "0:3=40", "0:5*=0", "--prompt", "the cat", "--tokens", "6"])
+    assert re.search(r"plain +.* steered", shown) and "KL(steered || plain): " in shown
+    assert "rises" in shown and "falls" in shown and "after the 6 generated tokens" in shown
+
+
+@pytest.mark.parametrize(
+    ("edits", "options", "message"),
+    [
+        ((), {}, "--edit: name at least one, such as 1:37=4x"),
+        (("0:3=4x",), {"site": "attention"}, "no records, which a unit is measured by; run `cratescope collect"),
+        (("0:9999=1",), {}, "neuron 9999 is out of range; layer 0 has 512"),
+        (("7:3=1",), {}, "layer 7 is out of range"),
+        (("nowhere/0:3=1",), {}, "no site 'nowhere' for a crate model"),
+        (("sae/none/0:3=1",), {}, "no sparse autoencoder 'none'"),
+        (("0:3=1e38",), {}, "with these edits the model's logits are not finite; give smaller numbers"),
+        (("0:3=1", "0:3"), {}, "--edit '0:3', character 4"),
+    ],
+)
+def test_what_the_command_cannot_do_is_one_line(runs_folder, edits, options, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        steer_run(runs_folder, *edits, **options)
+
+
+def test_a_prompt_that_does_not_fit_is_refused(runs_folder):
+    long = SteerConfig(runs_folder / "crate", ("0:3=1",), "the cat " * 20, tokens=20, device="cpu")
+    with pytest.raises(UserError, match=r"--prompt of \d+ tokens and --tokens 20 are more than the 32 tokens"):
+        steer(long)
 
 
 def test_gradients_go_through_edits(gpt2):

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from cratescope.neurons.collect import collect as collect_records
     from cratescope.neurons.records import NeuronId as NeuronId
     from cratescope.neurons.records import NeuronRecord as NeuronRecord
+    from cratescope.neurons.steer import Edit as Edit
+    from cratescope.neurons.steer import steered as steered
     from cratescope.results.neuron import Neuron as Neuron
     from cratescope.results.runs import load_results as load_results
     from cratescope.run import Run as Run
@@ -27,6 +29,7 @@ __version__ = "0.1.0"
 # their subcommand: a room of the package may have that name.
 _PUBLIC = {
     "Arm": "arm:Arm",
+    "Edit": "neurons.steer:Edit",
     "Neuron": "results.neuron:Neuron",
     "NeuronId": "neurons.records:NeuronId",
     "NeuronRecord": "neurons.records:NeuronRecord",
@@ -40,6 +43,7 @@ _PUBLIC = {
     "load_tokenizer": "text.tokenizer:load_tokenizer",
     "score_neurons": "score.score:score",
     "simulate_neurons": "explain.simulate:simulate",
+    "steered": "neurons.steer:steered",
 }
 __all__ = list(_PUBLIC)
 

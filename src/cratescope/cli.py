@@ -84,6 +84,37 @@ def _shown(_config: Any, card: Any) -> str:
     return shown.get().rstrip("\n")
 
 
+def _steered(config: Any, found: Any) -> str:
+    """Format text and predictions, steered beside plain."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    from cratescope.report.text import number, visible
+
+    texts = Table(expand=True)
+    for name in ("plain", "steered"):
+        texts.add_column(name, ratio=1, overflow="fold")
+    texts.add_row(*(Text("\n".join(map(visible, text.split("\n")))) for text in (found.plain, found.steered)))
+    tokens = Table(title="logits after the prompt", title_justify="left")
+    for name in ("rises", "by", "probability", "falls", "by", "probability"):
+        tokens.add_column(name, justify="left" if name in ("rises", "falls") else "right", no_wrap=True)
+    for pair in zip(found.rises, found.falls, strict=True):
+        cells = [
+            (visible(one.text), number(one.change, 2, 1, sign=True), f"{one.plain:.3g} → {one.steered:.3g}")
+            for one in pair
+        ]
+        tokens.add_row(*(Text(cell) for row in cells for cell in row))
+    line = (
+        f"KL(steered || plain): {found.kl_prompt:.4f} nats after the prompt, {found.kl_generated:.4f} on average after "
+    )
+    return _shown(config, Group(Text(visible(found.prompt), "bold"), texts, tokens, Text(line + _n(found.generated))))
+
+
+def _n(tokens: int) -> str:
+    return "the generated token" if tokens == 1 else f"the {tokens} generated tokens"
+
+
 def _plus_minus(*numbers: float | None) -> str:
     return " +- ".join("-" if number is None else f"{number:.4f}" for number in numbers)
 
@@ -98,6 +129,7 @@ SAID: dict[str, Callable[[Any, Any], str]] = {
     "evaluate": _evaluated,
     "score": _scored,
     "show": _shown,
+    "steer": _steered,
 }
 """Output of a stage from its settings and result; other stages print the result, one or several paths."""
 

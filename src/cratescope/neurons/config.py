@@ -1,4 +1,4 @@
-"""Settings of `collect`."""
+"""Settings of `collect` and `steer`."""
 
 from __future__ import annotations
 
@@ -60,3 +60,33 @@ class CollectConfig(Checked):
     """Device to run the model on."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Number format to run the model in; auto keeps that of its checkpoint. Use float32 if float16 overflows."""
+
+
+@dataclass(frozen=True)
+class SteerConfig(Checked):
+    """Force neurons while the model writes: its text steered beside plain, and what the edits do to its predictions."""
+
+    run: PositionalPath
+    """Run directory with a trained model."""
+    edit: tuple[str, ...]
+    """Edits such as `1:37=4x`: layer 1, neuron 37, set to 4 times its maximum in the records; they are made in this
+    order. Set `=2` `=4x` `=1q` (its quantile 0.999) `=mean`, add `+=`, scale `*=` (`*=0` ablates), cap `<=` `>=`. Then,
+    if wanted, `@prompt`, `@generated` or positions `@0,3`, and a condition `if 0:12>0.5`. Before the layer there may be
+    a site: `sae/bt16/1:37=2x`. Put it in quotes: the shell reads `*`, `<` and `>`."""
+    prompt: str
+    """Text to write on from."""
+    site: str = "auto"
+    """Site of edits that name none: as of `collect`, or `sae/NAME` for features of sparse autoencoders."""
+    sae: Literal["delta", "replace"] = "delta"
+    """How edits of features are written back: as the difference that they make to the reconstruction, or by the
+    reconstruction in place of the activation, which loses what the autoencoder does not reconstruct."""
+    tokens: Annotated[int, within(1, 100_000)] = 40
+    """Tokens to write; fewer where the model ends its text."""
+    temperature: Annotated[float, within(0, 100)] = 0.0
+    """0 takes the likeliest token each time; else tokens are drawn at this temperature."""
+    seed: Annotated[int, within(0, LARGEST_SEED)] = 0
+    """Seed of the draws; the steered text is drawn by the same random numbers as the plain one."""
+    json: Path | None = None
+    """File to write the same to, with all numbers."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Device to run the model on."""
