@@ -639,7 +639,9 @@ def test_an_edit_that_changes_nothing_gives_the_same_text_and_no_divergence(runs
 
 
 def test_the_command_prints_them_side_by_side(runs_folder):
-    shown = cli.run(["steer", f"{runs_folder / 'crate'}", "--edit", "0:3=40", "0:5*=0", "--prompt", "the cat", "--tokens", "6"])
+    shown = cli.run(
+        ["steer", f"{runs_folder / 'crate'}", "--edit", "0:3=40", "0:5*=0", "--prompt", "the cat", "--tokens", "6"]
+    )
     assert re.search(r"plain +.* steered", shown) and "KL(steered || plain): " in shown
     assert "rises" in shown and "falls" in shown and "after the 6 generated tokens" in shown
 

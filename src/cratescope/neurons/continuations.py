@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Float64, Int64
+from jaxtyping import Float64, Int64
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
@@ -97,20 +97,19 @@ def _compared(
     config: SteerConfig, run: Run, model: PreTrainedModel, edits: Sequence[Edit], ids: Int64[Tensor, "1 t"]
 ) -> Continuations:
     n = ids.shape[1]
-    before, after = (_log_probabilities(model, made, ids, n)[-1] for made in ([], edits))
+    before, after = (_logits(model, made, ids, n)[-1] for made in ([], edits))
     plain, other = (_written(config, model, made, ids) for made in ([], edits))
-    on_steered = [_log_probabilities(model, made, other, n)[n:] for made in ([], edits)]
-    change = _logits(model, edits, ids, n)[-1] - _logits(model, [], ids, n)[-1]
-    strings = run.tokenizer.decode(plain[0, n:]), run.tokenizer.decode(other[0, n:])
+    q, p = (_logits(model, made, other, n)[n:].log_softmax(-1) for made in ([], edits))
     return Continuations(
-        config.prompt,
-        config.edit,
-        *map(str, strings),
-        _most(run, change, before, after, largest=True),
-        _most(run, change, before, after, largest=False),
-        float(_kl(after, before)),
-        float(_kl(on_steered[1], on_steered[0]).mean()),
-        other.shape[1] - n,
+        prompt=config.prompt,
+        edits=config.edit,
+        plain=str(run.tokenizer.decode(plain[0, n:])),
+        steered=str(run.tokenizer.decode(other[0, n:])),
+        rises=_most(run, before, after, largest=True),
+        falls=_most(run, before, after, largest=False),
+        kl_prompt=float(_kl(after.log_softmax(-1), before.log_softmax(-1))),
+        kl_generated=float(_kl(p, q).mean()),
+        generated=other.shape[1] - n,
     )
 
 
@@ -126,25 +125,20 @@ def _logits(
     return found
 
 
-def _log_probabilities(
-    model: PreTrainedModel, edits: Sequence[Edit], ids: Int64[Tensor, "1 t"], prompt: int
-) -> Float64[Tensor, "t v"]:
-    return _logits(model, edits, ids, prompt).log_softmax(-1)
-
-
 def _kl(p: Float64[Tensor, "*t v"], q: Float64[Tensor, "*t v"]) -> Float64[Tensor, "*t"]:
     """KL(p || q) in nats, of log-probabilities."""
     return (p.exp() * (p - q)).sum(-1)
 
 
 def _most(
-    run: Run, change: Float[Tensor, " v"], before: Float[Tensor, " v"], after: Float[Tensor, " v"], largest: bool
+    run: Run, before: Float64[Tensor, " v"], after: Float64[Tensor, " v"], largest: bool
 ) -> tuple[TokenChange, ...]:
-    """Tokens whose logits change most in one direction."""
+    """Tokens whose logits change most in one direction, from `before` to `after`."""
+    change, plain, other = after - before, before.softmax(-1), after.softmax(-1)
     top = change.topk(min(SHOWN, len(change)), largest=largest).indices.tolist()
     strings = token_strings(run.tokenizer, top)
     return tuple(
-        TokenChange(token, text, float(change[token]), float(before[token].exp()), float(after[token].exp()))
+        TokenChange(token, text, float(change[token]), float(plain[token]), float(other[token]))
         for token, text in zip(top, strings, strict=True)
     )
 

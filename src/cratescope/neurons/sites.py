@@ -95,8 +95,9 @@ class Given:
 
     def _whole_mask(self) -> Bool[Tensor, "b s"] | None:
         """The mask, if it has an entry for each token up to these."""
-        found = isinstance(self.mask, Tensor) and self.mask.ndim == 2 and self.shape and self.past is not None
-        return self.mask.bool() if found and self.mask.shape[1] >= self.past + self.shape[1] else None
+        if self.past is None or not self.shape or not isinstance(self.mask, Tensor) or self.mask.ndim != 2:
+            return None
+        return self.mask.bool() if self.mask.shape[1] >= self.past + self.shape[1] else None
 
 
 @dataclass(frozen=True)

@@ -82,7 +82,7 @@ def _where(reader: _Reader) -> Where | tuple[int, ...]:
         return "all"
     for word in ("all", "prompt", "generated"):
         if reader.may(rf"{word}\b"):
-            return word  # type: ignore[return-value]
+            return word
     found = reader.take(r"\d+(?:,\d+)*", "all, prompt, generated, or positions such as 0,3")
     return tuple(map(int, found[0].split(",")))
 
