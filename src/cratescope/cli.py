@@ -108,7 +108,8 @@ def _steered(config: Any, found: Any) -> str:
     line = (
         f"KL(steered || plain): {found.kl_prompt:.4f} nats after the prompt, {found.kl_generated:.4f} on average after "
     )
-    return _shown(config, Group(Text(visible(found.prompt), "bold"), texts, tokens, Text(line + _n(found.generated))))
+    shown = _shown(config, Group(Text(visible(found.prompt), "bold"), texts, tokens))
+    return f"{shown}\n{line}{_n(found.generated)}"
 
 
 def _n(tokens: int) -> str:
