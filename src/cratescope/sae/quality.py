@@ -183,33 +183,59 @@ def _add(
     tokens = torch.from_numpy(text.tokens[crops]).to(model.device)
     documents = text.documents[crops]
     with read_site(model, site, list(layers)) as seen:
-        own = _predictions(model, tokens)
-    loss = -own.gather(2, tokens[:, 1:, None])[..., 0]
+        own = _Predictions.of(model, tokens)
     for layer, one in layers.items():
         x = seen[layer].float()
         z = one.coder.encode(x)
         y = one.coder.decode(z)
         apart = {"error": x - y, "variance": x - one.mean}
         sums = {name: value.square().sum(-1) for name, value in apart.items()}
-        one.sums.add(documents, l0=(z > 0).sum(-1), tokens=torch.ones_like(tokens), **sums)
-        one.active.add_((z > 0).flatten(0, 1).sum(0))
+        active = (z > 0).float()
+        one.sums.add(documents, l0=active.sum(-1), tokens=torch.ones_like(tokens), **sums)
+        one.active.add_(active.sum((0, 1)))
         if one.probing:
             one.probing.add(z.flatten(0, 1), crops)
-        one.sums.add(documents[:, 1:], predicted=torch.ones_like(loss), loss=loss)
+        one.sums.add(documents[:, 1:], predicted=torch.ones_like(own.loss), loss=own.loss)
         for name, instead in (("y", y), ("zero", torch.zeros_like(x)), ("mean", one.mean.expand_as(x))):
             with hooked(model, site, [layer], partial(_replace, instead)):
-                edited = _predictions(model, tokens)
-            nats, kl = -edited.gather(2, tokens[:, 1:, None])[..., 0], (own.exp() * (own - edited)).sum(-1)
-            one.sums.add(documents[:, 1:], **{f"loss_{name}": nats, f"kl_{name}": kl})
+                loss, kl = own.against(model, tokens)
+            one.sums.add(documents[:, 1:], **{f"loss_{name}": loss, f"kl_{name}": kl})
 
 
 def _replace(instead: Float[Tensor, "b t d"], layer: int, x: Float[Tensor, "b t d"]) -> Float[Tensor, "b t d"]:
     return instead.to(x.dtype)
 
 
-def _predictions(model: PreTrainedModel, tokens: Int[Tensor, "b t"]) -> Float[Tensor, "b s v"]:
-    """Log-probabilities of the token after each but the last."""
-    return plain_pass(model, tokens).logits[:, :-1].float().log_softmax(-1)
+@dataclass(frozen=True)
+class _Predictions:
+    """The model's own predictions p of the token after each but the last: p, sum p log p, and the loss (nats)."""
+
+    p: Float[Tensor, "b s v"]
+    negentropy: Float[Tensor, "b s"]
+    loss: Float[Tensor, "b s"]
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, tokens: Int[Tensor, "b t"]) -> _Predictions:
+        logits = _logits(model, tokens).log_softmax(-1)
+        p = logits.exp()
+        return cls(p, torch.linalg.vecdot(p, logits), -_at(logits, tokens))
+
+    def against(
+        self, model: PreTrainedModel, tokens: Int[Tensor, "b t"]
+    ) -> tuple[Float[Tensor, "b s"], Float[Tensor, "b s"]]:
+        """Loss of the model as it is hooked now, and its divergence from these predictions, sum p (log p - log q)."""
+        logits = _logits(model, tokens)
+        total = logits.logsumexp(-1)
+        return total - _at(logits, tokens), self.negentropy - torch.linalg.vecdot(self.p, logits) + total
+
+
+def _logits(model: PreTrainedModel, tokens: Int[Tensor, "b t"]) -> Float[Tensor, "b s v"]:
+    return plain_pass(model, tokens).logits[:, :-1].float()
+
+
+def _at(values: Float[Tensor, "b s v"], tokens: Int[Tensor, "b t"]) -> Float[Tensor, "b s"]:
+    """Those of the tokens that follow."""
+    return values.gather(2, tokens[:, 1:, None])[..., 0]
 
 
 def _row(one: LayerQuality, text: Text) -> dict[str, Any]:
