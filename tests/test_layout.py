@@ -38,7 +38,7 @@ HOUSE = {
         *("config", "records", "kept", "sample", "sites", "coded", "steer", "spelled", "continuations"),
         *("tensors", "strata", "streaming", "merge", "collect"),
     ),
-    "sae": ("config", "loss", "step", "learner", "planted", "stream", "foreign", "train", "probing", "quality"),
+    "sae": ("config", "loss", "step", "learner", "stream", "foreign", "train", "probing", "quality"),
     "explain": (
         *("config", "protocols", "shown", "phrase", "slots", "openai_wording", "wording", "controls"),
         *("explained", "waiting", "simulators.__init__"),

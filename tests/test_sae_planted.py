@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
 from cratescope.models.sae import CoderConfig, SparseCoder, explained_variance
 from cratescope.sae.learner import ENCODER_SHARE, Learner, Plan
-from cratescope.sae.planted import Planted, mean_max_cosine
 from cratescope.sae.train import Units
+
+sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
+from planted_dictionary import Planted, mean_max_cosine  # noqa: E402
 
 SMALL = Planted(n_atoms=64, d=32, active=3)
 PENALTIES = {"relu": 1.0, "jumprelu": 0.3}

@@ -203,3 +203,8 @@ def test_the_command_line_trains_and_says_where(run, data_folder, capsys):
 
 def test_a_grid_without_entries_is_the_setting_itself():
     assert [setting.name for setting in settings_of(SaeConfig("run", name="x"))] == ["x"]
+
+
+def test_a_grid_of_what_is_brought_in_is_refused(run):
+    with pytest.raises(UserError, match="--grid is of settings to learn, and --from brings in"):
+        SaeConfig(run, source="elsewhere", grid=("k=1,2",))

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import track
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn, track
 
 T = TypeVar("T")
 
@@ -27,3 +27,10 @@ def bars() -> bool:
 def progress(items: Iterable[T], label: str, total: int | None = None) -> Iterable[T]:
     """Iterate over `items` beside a progress bar, which is gone at the end."""
     return track(items, escape(label), total, console=STDERR, transient=True, disable=not bars())
+
+
+def step_bar(says: str, shown: bool = True, **options: Any) -> Progress:
+    """A bar of a training's steps that ends in `says`, a format of its task; `options` as of rich's Progress."""
+    columns = BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn(says)
+    name = TextColumn("{task.description}", markup=False)
+    return Progress(name, *columns, console=STDERR, transient=True, disable=not (shown and bars()), **options)

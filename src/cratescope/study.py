@@ -198,9 +198,8 @@ def _collect_features(plan: Plan, coders: list[CodersConfig], run: Run, say: Cal
         say(f"sae {one.sae.name} {run.root}")
         STAGES[CODERS].load()(replace(one.sae, run=run.root))
     names = [name for one in coders for name in one.names]
-    if names:
-        say(f"evaluate, collect {SAE}{', '.join(names)} {run.root}")
-        plan.do("evaluate", run=run.root, sae=names)
+    say(f"evaluate, collect {SAE}{', '.join(names)} {run.root}")
+    plan.do("evaluate", run=run.root, sae=names)
     return [
         plan.do("collect", _of_coders(one), run=run.root, site=f"{SAE}{name}") for one in coders for name in one.names
     ]

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from accelerate.utils import gather, reduce, wait_for_everyone
 from jaxtyping import Int
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainerState
 
 from cratescope.errors import UserError
@@ -27,7 +26,7 @@ from cratescope.lm.evaluate import crop_losses, mean_loss
 from cratescope.lm.head import Head
 from cratescope.models.cost import flops_per_token
 from cratescope.models.folder import load_folder
-from cratescope.progress import STDERR, bars
+from cratescope.progress import step_bar
 from cratescope.run import Run
 from cratescope.stopping import Asked
 from cratescope.workers import processes, rank
@@ -49,15 +48,9 @@ class Watch(TrainerCallback):
         self.step_loss: torch.Tensor | float = 0.0
         self.seconds, self.timed_steps = 0.0, 0
         self.name = f"train {run.name}"
-        self.progress = Progress(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("loss {task.fields[loss]} {task.fields[speed]}"),
-            console=STDERR,
-            transient=True,
-            disable=rank() > 0 or not bars(),
+        self.progress = step_bar(
+            "loss {task.fields[loss]} {task.fields[speed]}",
+            shown=rank() == 0,
             speed_estimate_period=3600,  # one step of the paper's recipe takes minutes on a small machine
         )
 

@@ -42,6 +42,23 @@ def longest_context(config: Any) -> int | None:
     return longest - (getattr(text, "pad_token_id", None) or 0) - BEHIND_PADDING[text.model_type]
 
 
+def context_length(config: Any, wanted: int | None) -> int:
+    """Tokens to read at once: as many as wanted, else the most that the model reads.
+
+    Raises:
+        UserError: the model does not state how many it reads, or reads fewer than wanted.
+    """
+    longest = longest_context(config)
+    context = wanted or longest
+    if context is None:
+        raise UserError(
+            f"a {config.model_type} model states no longest context; give --context, tokens to read at once"
+        )
+    if longest is not None and context > longest:
+        raise UserError(f"context = {context} is longer than the {longest} tokens of this model")
+    return context
+
+
 def model_config(source: str | Path) -> Any:
     """The configuration of a folder or hub name. UserError: no such model, or a class that transformers has not."""
     with as_user_error(f"model {source}: cannot be loaded", "give a folder or a hub name"):

@@ -27,7 +27,7 @@ from cratescope.hardware import pick_device
 from cratescope.lm.adopt import adopt, is_adopted
 from cratescope.lm.load import data_of
 from cratescope.locks import locked
-from cratescope.models.folder import load_folder, longest_context, model_config, skeleton
+from cratescope.models.folder import context_length, load_folder, model_config, skeleton
 from cratescope.neurons.coded import CodedSite, site_of
 from cratescope.neurons.config import CollectConfig
 from cratescope.neurons.merge import Totals, columns
@@ -64,7 +64,7 @@ def collect(config: CollectConfig) -> Path:
     source = None if config.model is None or is_adopted(run, config.model) else config.model
     data = TokenData.open(config.data) if source and config.data else data_of(run, config.data)
     shape = model_config(source or run.trained_model())
-    context = _context(config, shape)
+    context = context_length(shape, config.context)
     worker, n_workers = worker_of(config.worker)
     blank = skeleton(shape)
     site = site_of(run, config.site, blank)
@@ -134,18 +134,6 @@ def _native(blank: PreTrainedModel, site: Site) -> str:
         return site_named("auto", blank).name
     except UserError:
         return site.name
-
-
-def _context(config: CollectConfig, shape: Any) -> int:
-    """Number of tokens per excerpt."""
-    longest = longest_context(shape)
-    context = config.context or longest
-    if context is None:
-        what = f"a {shape.model_type} model states no longest context"
-        raise UserError(f"{what}; give the length of an excerpt with --context")
-    if longest is not None and context > longest:
-        raise UserError(f"context = {context} is longer than the {longest} tokens of this model")
-    return context
 
 
 def _opened(

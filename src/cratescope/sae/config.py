@@ -78,5 +78,9 @@ class SaeConfig(Checked):
         super().__post_init__()
         if "/" in self.name or self.name in (".", ".."):
             raise UserError(f"--name {self.name:.50}: is the name of a folder in RUN/saes; give one without slashes")
+        if self.source is not None and self.grid:
+            raise UserError(
+                "--grid is of settings to learn, and --from brings in what is learnt; leave one of them out"
+            )
         if self.batch > self.buffer:
             raise UserError(f"--batch {self.batch}: is more than --buffer {self.buffer}; lower it or raise --buffer")

@@ -35,7 +35,7 @@ from cratescope.lm.load import data_of, load_model
 from cratescope.locks import locked
 from cratescope.models.sae import SparseCoder
 from cratescope.neurons.coded import CodedSite, find_coders
-from cratescope.neurons.sites import Site, hooked, partial_pass, read_site
+from cratescope.neurons.sites import Site, hooked, partial_pass
 from cratescope.progress import progress
 from cratescope.run import Run
 from cratescope.sae.probing import Probing
@@ -182,7 +182,9 @@ def _add(
     """Add some crops to the sums of every layer."""
     tokens = torch.from_numpy(text.tokens[crops]).to(model.device)
     documents = text.documents[crops]
-    with read_site(model, site, list(layers)) as seen:
+    seen: dict[int, Tensor] = {}
+    # Copied, since what comes after the site may write into its activations.
+    with hooked(model, site, list(layers), lambda layer, x: seen.update({layer: x.clone()})):
         own = _Predictions.of(model, tokens)
     for layer, one in layers.items():
         x = seen[layer].float()

@@ -15,7 +15,6 @@ from typing import Any, get_args
 
 import torch
 from jaxtyping import Float
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -24,11 +23,11 @@ from cratescope.files import read_jsonl, sha256, write_text
 from cratescope.hardware import pick_device, pick_dtype
 from cratescope.lm.load import data_of, load_model
 from cratescope.locks import locked
-from cratescope.models.folder import longest_context
+from cratescope.models.folder import context_length
 from cratescope.models.sae import CoderConfig, Kind, Origin, SparseCoder, coder_folder, save_coder
 from cratescope.neurons.sites import Site, site_named
 from cratescope.neurons.tensors import load_tensors, save_tensors
-from cratescope.progress import STDERR, bars, say
+from cratescope.progress import say, step_bar
 from cratescope.run import Run, claim
 from cratescope.sae.config import Recipe, SaeConfig
 from cratescope.sae.foreign import bring_in
@@ -45,6 +44,8 @@ LEARNT: dict[str, Kind] = {kind: kind for kind in get_args(Kind)} | {"frozen": "
 """What a coder learns as; identity and rotation learn nothing."""
 NOT_IDENTITY = ("run", "name", "source", "grid", "layers", "data", "device", "dtype", "log_every", "save_every")
 """Settings that may change between a run and its resumption, or are in the identity in another form."""
+VERSION = 1
+"""Of how coders learn: raise it when the same settings lead to another coder."""
 KEEP = 2
 """Checkpoints kept; with two, one is left if the newest is damaged."""
 
@@ -161,7 +162,7 @@ class Job:
         layers = sorted(set(config.layers or site.layers(model) or [0]))
         for layer in layers:
             site.module(model, layer)
-        context = _context(config, run, model)
+        context = context_length(model.config, config.context or run.read_manifest()["context"])
         crops = Crops("packed", data.split("train"), context, config.seed, 0)
         d_in = width_of(model, site, layers, crops.split.window(0, context))
         for setting in settings:
@@ -191,7 +192,8 @@ class Job:
         config = self.config
         found = {key: value for key, value in dataclasses.asdict(config).items() if key not in NOT_IDENTITY}
         found |= dataclasses.asdict(setting) if setting else {"grid": list(config.grid)}
-        found |= {"site": self.site.pattern, "context": self.crops.context, "model_sha256": self.run.fingerprint()}
+        found |= {"version": VERSION, "site": self.site.pattern, "context": self.crops.context}
+        found["model_sha256"] = self.run.fingerprint()
         dtype = pick_dtype(config.dtype, pick_device(config.device))
         found |= {"data_sha256": sha256(self.data.path / "manifest.json"), "dtype": str(dtype).removeprefix("torch.")}
         return found | {"layers": self.layers}
@@ -246,16 +248,6 @@ class Job:
         training.finish()
 
 
-def _context(config: SaeConfig, run: Run, model: PreTrainedModel) -> int:
-    stated, longest = run.read_manifest()["context"], longest_context(model.config)
-    context = config.context or stated or longest
-    if context is None:
-        raise UserError(f"a {model.config.model_type} model states no longest context; give --context")
-    if longest is not None and context > longest:
-        raise UserError(f"context = {context} is longer than the {longest} tokens of this model")
-    return context
-
-
 class Units:
     """Mean and scale of a layer's activations, which learn as (x - mean) * scale, of mean squared norm d."""
 
@@ -284,16 +276,7 @@ class Training:
         self.job, self.stream, self.learners, self.step = job, stream, learners, 0
         self.units: dict[int, Units] = {}
         self.tallies = {key: torch.zeros(len(TALLIED), dtype=torch.float64) for key in learners}
-        self.progress = Progress(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[said]}"),
-            console=STDERR,
-            transient=True,
-            disable=not bars(),
-        )
+        self.progress = step_bar("{task.fields[said]}")
         self.clock, self.since = time.monotonic(), 0
 
     def resume(self) -> None:
