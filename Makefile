@@ -17,11 +17,11 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("cratescope needs Python 3.11 or newer; name one with make PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) -c constraints.txt $(TORCH)
-	$(PIP) -c constraints.txt -e .
+	$(PIP) -c constraints.txt -e '.[view]'
 	touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed
-	$(PIP) -c constraints.txt -e '.[dev,hub]'
+	$(PIP) -c constraints.txt -e '.[dev,hub,view]'
 	touch $@
 
 quick: $(VENV)/installed ## explained neurons of two trained models that come with cratescope (about 3 minutes)
