@@ -35,7 +35,7 @@ HOUSE = {
         *("cache", "answers", "server", "open"),
     ),
     "neurons": (
-        *("config", "records", "kept", "sample", "sites", "coded", "steer", "spelled", "continuations"),
+        *("config", "records", "kept", "sample", "sites", "coded", "directions", "steer", "spelled", "continuations"),
         *("tensors", "strata", "streaming", "merge", "collect"),
     ),
     "sae": ("config", "loss", "step", "learner", "stream", "foreign", "train", "probing", "quality"),
