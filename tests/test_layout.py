@@ -36,7 +36,7 @@ HOUSE = {
     ),
     "neurons": (
         *("config", "records", "kept", "sample", "sites", "coded", "directions", "steer", "spelled", "continuations"),
-        *("tensors", "strata", "streaming", "merge", "collect"),
+        *("tensors", "strata", "streaming", "merge", "collect", "effects", "forced", "affect"),
     ),
     "sae": ("config", "loss", "step", "learner", "stream", "foreign", "train", "probing", "quality"),
     "explain": (
