@@ -36,7 +36,7 @@ HOUSE = {
     ),
     "neurons": (
         *("config", "records", "kept", "sample", "sites", "coded", "directions", "steer", "spelled", "continuations"),
-        *("tensors", "strata", "streaming", "merge", "collect", "effects", "forced", "affect"),
+        *("tensors", "strata", "streaming", "merge", "collect", "effects", "forced", "affect", "written"),
     ),
     "sae": ("config", "loss", "step", "learner", "stream", "foreign", "train", "probing", "quality"),
     "explain": (
@@ -60,7 +60,7 @@ HOUSE = {
         *("terms.explainer", "asking", "selected", "explain"),
         *(f"simulators.{name}" for name in ("readings", "reader", "list_pmi", "list_in_context", "all_at_once")),
         "simulate",
-        *(f"judges.{name}" for name in ("__init__", "yes_no", "intruder")),
+        *(f"judges.{name}" for name in ("__init__", "yes_no", "intruder", "output")),
         "judge",
     ),
     "score": ("config", "words", "weights", "measures", "inference", "sanity", "quality", "scores", "score"),
