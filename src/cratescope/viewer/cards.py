@@ -34,29 +34,38 @@ def card(opened: Opened, site: OpenedSite, layer: int, index: int, untrained: Op
 
     untrained: the run's untrained copy, where it is opened too.
     """
+    [found] = cards(opened, site, layer, [index], untrained)
+    return found
+
+
+def cards(
+    opened: Opened, site: OpenedSite, layer: int, indices: Sequence[int], untrained: Opened | None
+) -> Iterator[dict[str, Any]]:
+    """The same of several units, whose files are read once."""
     site.file(layer)
-    neuron = read_neurons(opened.run, layer, [index], site.folder)[0]
-    record = neuron.record
+    for neuron in read_neurons(opened.run, layer, indices, site.folder):
+        yield finite(_card(opened, site, neuron, untrained))
+
+
+def _card(opened: Opened, site: OpenedSite, neuron: Neuron, untrained: Opened | None) -> dict[str, Any]:
+    record, layer, index = neuron.record, neuron.id.layer, neuron.id.index
     simulation = next((said.simulation for said in neuron.said if said.simulation and said.simulation.expected), None)
-    windows = [*_windows(record, opened.decode, simulation)]
-    return finite(
-        {
-            "run": opened.name,
-            "site": site.name,
-            "layer": layer,
-            "index": index,
-            "title": f"{opened.arm.title}, {site.name}, layer {layer}, {'feature' if site.coded else 'neuron'} {index}",
-            "about": [*about(opened, site, neuron)],
-            "numbers": moments(record),
-            "histogram": histogram(record.histogram),
-            "quantiles": quantiles(record.histogram),
-            "top_tokens": _token_means(record.top_tokens, opened.decode),
-            "bottom_tokens": _token_means(record.bottom_tokens, opened.decode),
-            "windows": windows,
-            "problem": _problem(opened, record),
-            "explanations": [_explanation(said, neuron, untrained, site) for said in neuron.said],
-        }
-    )
+    return {
+        "run": opened.name,
+        "site": site.name,
+        "layer": layer,
+        "index": index,
+        "title": f"{opened.arm.title}, {site.name}, layer {layer}, {'feature' if site.coded else 'neuron'} {index}",
+        "about": [*about(opened, site, neuron)],
+        "numbers": moments(record),
+        "histogram": histogram(record.histogram),
+        "quantiles": quantiles(record.histogram),
+        "top_tokens": _token_means(record.top_tokens, opened.decode),
+        "bottom_tokens": _token_means(record.bottom_tokens, opened.decode),
+        "windows": [*_windows(record, opened.decode, simulation)],
+        "problem": _problem(opened, record),
+        "explanations": [_explanation(said, neuron, untrained, site) for said in neuron.said],
+    }
 
 
 def moments(record: NeuronRecord) -> dict[str, Any]:

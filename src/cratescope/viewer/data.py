@@ -66,12 +66,19 @@ class Library:
 
     def card(self, run: str, site: str, layer: int, index: int) -> Json:
         """Everything known of one unit."""
+        [found] = self.cards(run, site, layer, [index])
+        return found
+
+    def cards(self, run: str, site: str, layer: int, indices: Sequence[int]) -> list[Json]:
+        """Everything known of several units of a layer, in this order."""
         opened = self.run_named(run)
         found = opened.site(site)
         with self._lock:
-            made = cards.card(opened, found, layer, index, self.untrained_copy(opened))
-            life = [self._life(milestone, site, layer, index) for milestone in opened.life]
-        return made | {"effects": None, "nearest": None, "life": [one for one in life if one]}
+            made = [*cards.cards(opened, found, layer, indices, self.untrained_copy(opened))]
+            for one in made:
+                life = [self._life(milestone, site, layer, one["index"]) for milestone in opened.life]
+                one |= {"effects": None, "nearest": None, "life": [stage for stage in life if stage]}
+        return made
 
     def untrained_copy(self, opened: Opened) -> Opened | None:
         """The same arm with the same seed, not trained, among the runs that were opened."""

@@ -6,13 +6,13 @@ import functools
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float16
 from tokenizers import Tokenizer
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from cratescope.errors import UserError
 from cratescope.models.folder import longest_context, model_config
@@ -79,15 +79,14 @@ def _numbers(config: Any) -> int:
     return config.n_layer * block + (heads * config.vocab_size + config.n_positions) * d
 
 
-def inside(run: Run) -> Inside:
+def inside(name: str, model: PreTrainedModel) -> Inside:
     """The model of a run that `refusal` has nothing against. UserError: weights that float16 cannot hold."""
-    model = run.load_model()
-    weights = {name: tensor.detach().float() for name, tensor in model.state_dict().items()}
+    weights = {key: tensor.detach().float() for key, tensor in model.state_dict().items()}
     config: Any = model.config
     of = _of_crate if config.model_type == "crate" else _of_gpt2
     tensors = dict(_shared(weights, config)) | dict(of(weights, config))
     about = _shape(config) | {"tied": "head" not in tensors, "end": _end(model)}
-    return Inside(about, {name: _half(run.name, name, tensor) for name, tensor in tensors.items()})
+    return Inside(about, {key: _half(name, key, tensor) for key, tensor in tensors.items()})
 
 
 def _shape(config: Any) -> dict[str, Any]:
@@ -154,10 +153,14 @@ def _half(model: str, name: str, tensor: Tensor) -> Float16[np.ndarray, "..."]:
     return np.ascontiguousarray(found.numpy())
 
 
+def places(family: str) -> dict[str, str]:
+    """Where each site that has a name is in the page's models; the native one first."""
+    return {name: PLACES.get(name, name) for name in BUILT_IN[family]}
+
+
 def place_of(family: str, pattern: str) -> str | None:
     """Where a site of this module path is in the page's models; None where they do not show it."""
-    names = [name for name, path in BUILT_IN[family].items() if path == pattern]
-    return PLACES.get(names[0], names[0]) if names else None
+    return next((place for name, place in places(family).items() if BUILT_IN[family][name] == pattern), None)
 
 
 def coder_inside(model: str, coder: SparseCoder) -> Inside:
@@ -165,7 +168,7 @@ def coder_inside(model: str, coder: SparseCoder) -> Inside:
     config = coder.config
     about = {"kind": config.kind, "width": config.width, "d": config.d_in, "k": config.k}
     names = ("encoder", "encoder_bias", "decoder", "bias", "threshold")
-    return Inside(about, {name: _half(model, name, getattr(coder, name).detach()) for name in names})
+    return Inside(about, {name: _half(model, f"sae.{name}", getattr(coder, name).detach()) for name in names})
 
 
 def tokenizer_inside(backend: Tokenizer) -> dict[str, Any]:
@@ -221,8 +224,3 @@ def _pattern() -> Any:
     from tokenizers.pre_tokenizers import ByteLevel
 
     return ByteLevel(add_prefix_space=False)
-
-
-def folder_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer in a folder, without transformers."""
-    return Tokenizer.from_file(str(folder / "tokenizer.json"))

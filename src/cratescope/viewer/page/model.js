@@ -335,5 +335,5 @@
     }
   }
 
-  Object.assign(Cratescope, { Model, Coder, fromHalf, logSoftmax });
+  Cratescope.inside = { ...Cratescope.inside, Model, Coder, fromHalf, logSoftmax };
 })();

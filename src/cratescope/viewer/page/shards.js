@@ -5,7 +5,6 @@
   const waiting = new Map();
   const kept = new Map();
   const WINDOW = ["kind", "label", "tokens", "activations", "simulated", "peak", "excerpt", "start"];
-  const HITS = 100;
 
   /** Called by every script of the folder data. */
   function shard(name, text) {
@@ -52,7 +51,7 @@
     let at = 0;
     for (const [part, name] of names.entries()) {
       const part_bytes = await bytes(name);
-      const halves = Cratescope.fromHalf(new Uint16Array(part_bytes.buffer));
+      const halves = Cratescope.inside.fromHalf(new Uint16Array(part_bytes.buffer));
       found.set(halves, at);
       at += halves.length;
       onPart(part + 1, names.length);
@@ -125,5 +124,6 @@
     }
   }
 
-  Object.assign(Cratescope, { shard, Shards, readShard: read, readNumbers: numbers, HITS });
+  Cratescope.shard = shard;
+  Cratescope.inside = { ...Cratescope.inside, Shards, readShard: read, readNumbers: numbers };
 })();

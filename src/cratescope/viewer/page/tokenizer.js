@@ -192,5 +192,5 @@
     }
   }
 
-  Cratescope.Tokenizer = Tokenizer;
+  Cratescope.inside = { ...Cratescope.inside, Tokenizer };
 })();

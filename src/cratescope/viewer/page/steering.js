@@ -170,5 +170,5 @@
     return found;
   }
 
-  Object.assign(Cratescope, { readEdit, inRawUnits, Steering });
+  Cratescope.inside = { ...Cratescope.inside, readEdit, inRawUnits, Steering };
 })();
