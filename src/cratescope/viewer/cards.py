@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,9 @@ CONTROL_TITLES = {
 }
 SIMULATED = 10.0
 """What the largest simulated activation of a unit is shown as: simulators have scales of their own."""
+Labelled = tuple[str, str, Window, list[float] | None]
+"""A window of a record: its kind, its label, itself, and what was simulated for it."""
+Choose = Callable[[Sequence[Labelled]], Sequence[Labelled]]
 LIFE_WINDOWS = 3
 WINDOW_DIGITS = 3
 
@@ -39,15 +42,22 @@ def card(opened: Opened, site: OpenedSite, layer: int, index: int, untrained: Op
 
 
 def cards(
-    opened: Opened, site: OpenedSite, layer: int, indices: Sequence[int], untrained: Opened | None
+    opened: Opened,
+    site: OpenedSite,
+    layer: int,
+    indices: Sequence[int],
+    untrained: Opened | None,
+    choose: Choose = list,
 ) -> Iterator[dict[str, Any]]:
-    """The same of several units, whose files are read once."""
+    """The same of several units, whose files are read once; `choose` says which of their windows are shown."""
     site.file(layer)
     for neuron in read_neurons(opened.run, layer, indices, site.folder):
-        yield finite(_card(opened, site, neuron, untrained))
+        yield finite(_card(opened, site, neuron, untrained, choose))
 
 
-def _card(opened: Opened, site: OpenedSite, neuron: Neuron, untrained: Opened | None) -> dict[str, Any]:
+def _card(
+    opened: Opened, site: OpenedSite, neuron: Neuron, untrained: Opened | None, choose: Choose
+) -> dict[str, Any]:
     record, layer, index = neuron.record, neuron.id.layer, neuron.id.index
     simulation = next((said.simulation for said in neuron.said if said.simulation and said.simulation.expected), None)
     return {
@@ -62,7 +72,7 @@ def _card(opened: Opened, site: OpenedSite, neuron: Neuron, untrained: Opened | 
         "quantiles": quantiles(record.histogram),
         "top_tokens": _token_means(record.top_tokens, opened.decode),
         "bottom_tokens": _token_means(record.bottom_tokens, opened.decode),
-        "windows": [*_windows(record, opened.decode, simulation)],
+        "windows": [*_windows(record, opened.decode, simulation, choose)],
         "problem": _problem(opened, record),
         "explanations": [_explanation(said, neuron, untrained, site) for said in neuron.said],
     }
@@ -97,10 +107,13 @@ def _token_means(means: Sequence[TokenMean], decode: Decode) -> list[dict[str, A
     ]
 
 
-def _windows(record: NeuronRecord, decode: Decode, simulation: Simulation | None) -> Iterator[dict[str, Any]]:
+def _windows(
+    record: NeuronRecord, decode: Decode, simulation: Simulation | None, choose: Choose
+) -> Iterator[dict[str, Any]]:
     guesses = _guesses(simulation)
-    for kind, label, window in _labelled(record):
-        yield {"kind": kind, "label": label} | window_entry(window, decode, guesses.get(window.key))
+    every = [(kind, label, window, guesses.get(window.key)) for kind, label, window in _labelled(record)]
+    for kind, label, window, guess in choose(every):
+        yield {"kind": kind, "label": label} | window_entry(window, decode, guess)
 
 
 def _labelled(record: NeuronRecord) -> Iterator[tuple[str, str, Window]]:

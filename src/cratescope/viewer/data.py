@@ -69,12 +69,14 @@ class Library:
         [found] = self.cards(run, site, layer, [index])
         return found
 
-    def cards(self, run: str, site: str, layer: int, indices: Sequence[int]) -> list[Json]:
-        """Everything known of several units of a layer, in this order."""
+    def cards(
+        self, run: str, site: str, layer: int, indices: Sequence[int], choose: cards.Choose = list
+    ) -> list[Json]:
+        """Everything known of several units of a layer, in this order; `choose` says which windows are shown."""
         opened = self.run_named(run)
         found = opened.site(site)
         with self._lock:
-            made = [*cards.cards(opened, found, layer, indices, self.untrained_copy(opened))]
+            made = [*cards.cards(opened, found, layer, indices, self.untrained_copy(opened), choose)]
             for one in made:
                 life = [self._life(milestone, site, layer, one["index"]) for milestone in opened.life]
                 one |= {"effects": None, "nearest": None, "life": [stage for stage in life if stage]}

@@ -25,7 +25,7 @@ from cratescope.progress import progress
 from cratescope.viewer.config import ViewConfig
 from cratescope.viewer.data import Library
 from cratescope.viewer.opened import Opened, OpenedSite
-from cratescope.viewer.packed import Json, Packer, Words, compact, script, thinned, words_of
+from cratescope.viewer.packed import Json, Packer, Words, compact, few, narrow, script, words_of
 from cratescope.viewer.values import finite
 
 PAGE = Path(__file__).with_name("page")
@@ -145,9 +145,9 @@ class Export:
     def _cards(self, opened: Opened, site: OpenedSite, layer: int, indices: Sequence[int]) -> Iterator[list[Json]]:
         """Cards of a layer, as many at a time as go into one script; their words are added to the index."""
         for start in range(0, len(indices), AT_ONCE):
-            cards = self.library.cards(opened.name, site.name, layer, indices[start : start + AT_ONCE])
+            cards = self.library.cards(opened.name, site.name, layer, indices[start : start + AT_ONCE], few)
             for place in range(0, len(cards), SHARD):
-                thin = [*map(thinned, cards[place : place + SHARD])]
+                thin = [*map(narrow, cards[place : place + SHARD])]
                 for card in thin:
                     self._add_words(card)
                 yield thin

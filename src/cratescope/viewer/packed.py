@@ -14,11 +14,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from cratescope.viewer.cards import Labelled
+
 Json = dict[str, Any]
 
 WIDTH = 32
 """Tokens of a window, around its peak."""
-FIRST = {"top": 12, "random": 6}
+FIRST = {"top": 10, "random": 4}
 """Windows of these kinds that are kept; of others, one per stratum."""
 PER_STRATUM = 1
 WINDOW = ("kind", "label", "tokens", "activations", "simulated", "peak", "excerpt", "start")
@@ -65,23 +67,24 @@ class Packer:
         return {"$bins": steps, "count": histogram["count"]}
 
 
-def thinned(card: Json) -> Json:
-    """The card with fewer and narrower windows, and without what follows from its histogram."""
-    windows = [cut(window) for window in _kept(card["windows"])]
-    life = [stage | {"top": [*map(cut, stage.get("top", ()))]} for stage in card["life"]]
-    return {key: value for key, value in card.items() if key != "quantiles"} | {"windows": windows, "life": life}
-
-
-def _kept(windows: Sequence[Json]) -> Iterator[Json]:
+def few(windows: Sequence[Labelled]) -> list[Labelled]:
     """Of each kind, or of each stratum of a kind, the first ones; those that were simulated before others."""
-    groups: dict[tuple[str, str], list[Json]] = defaultdict(list)
+    groups: dict[tuple[str, str], list[Labelled]] = defaultdict(list)
     for window in windows:
-        kind = window["kind"]
-        groups[kind, "" if kind in FIRST else window["label"]].append(window)
+        kind, label, _, _ = window
+        groups[kind, "" if kind in FIRST else label].append(window)
+    found: list[Labelled] = []
     for (kind, _), group in groups.items():
-        if kind != "top":
-            group.sort(key=lambda window: window["simulated"] is None)
-        yield from group[: FIRST.get(kind, PER_STRATUM)]
+        ordered = group if kind == "top" else sorted(group, key=lambda window: window[3] is None)
+        found += ordered[: FIRST.get(kind, PER_STRATUM)]
+    return found
+
+
+def narrow(card: Json) -> Json:
+    """The card with narrower windows, and without its histogram, which the layer's own script has."""
+    life = [stage | {"top": [*map(cut, stage.get("top", ()))]} for stage in card["life"]]
+    rest = {key: value for key, value in card.items() if key not in ("histogram", "quantiles")}
+    return rest | {"windows": [*map(cut, card["windows"])], "life": life}
 
 
 def cut(window: Json) -> Json:

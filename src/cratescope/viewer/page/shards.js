@@ -82,6 +82,14 @@
     return { low: rows.map((row) => row[0]), high: rows.map((row) => row[1]), count };
   }
 
+  /** A unit's histogram among those of its layer; null where there is none. */
+  function histogramOf({ index, bins, count, edges }, unit) {
+    const row = index.indexOf(unit);
+    if (!(count[row]?.length > 0)) return null;
+    const { low, high } = histogram(bins[row], count[row], edges), short = (value) => Number(value.toPrecision(5));
+    return { low: low.map(short), high: high.map(short), count: count[row] };
+  }
+
   /** Shares of tokens at or below the upper edge of each bin. */
   function quantiles(found) {
     if (!found) return null;
@@ -116,11 +124,12 @@
     }
 
     async card(run, site, layer, index) {
-      const { shards } = this.layer(run, site, layer), shard = shards.findLast((one) => one.first <= index);
+      const { shards, units } = this.layer(run, site, layer), shard = shards.findLast((one) => one.first <= index);
       const found = shard && (await read(shard.name));
       if (!found?.cards[index]) throw new Error(`unit ${index} of layer ${layer} is not in this export of ${run} ${site}`);
       const card = unpacked(found.cards[index], await read(this.run(run).words), found.edges);
-      return { ...card, quantiles: quantiles(card.histogram) };
+      const bins = histogramOf(await read(units), index);
+      return { ...card, histogram: bins, quantiles: quantiles(bins) };
     }
   }
 
