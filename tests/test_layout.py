@@ -66,7 +66,10 @@ HOUSE = {
     "results": ("estimates", "scores", "dictionaries", "runs", "neuron", "compare", "tables"),
     "report": ("config", "text", "html", "card", "figures", "verdict", "report"),
     "exchange": ("config", "reference", "imports", "openai", "delphi", "export"),
-    "viewer": ("config", "values", "opened", "table", "home", "cards", "data", "guard", "server"),
+    "viewer": (
+        *("config", "values", "opened", "table", "home", "cards", "data", "search", "notes"),
+        *("loaded", "live", "steering", "turns", "guard", "api", "server"),
+    ),
     " ": ("config", "stages", "study", "cli", "__main__"),
 }
 ORDER = {
