@@ -35,8 +35,8 @@ HOUSE = {
         *("cache", "answers", "server", "open"),
     ),
     "neurons": (
-        *("config", "records", "kept", "sample", "sites", "coded", "steer", "spelled", "continuations"),
-        *("tensors", "strata", "streaming", "merge", "collect"),
+        *("config", "records", "kept", "sample", "sites", "coded", "directions", "steer", "spelled", "continuations"),
+        *("tensors", "strata", "streaming", "merge", "collect", "effects", "forced", "affect"),
     ),
     "sae": ("config", "loss", "step", "learner", "stream", "foreign", "train", "probing", "quality"),
     "explain": (
