@@ -85,7 +85,8 @@ class Export:
     model: bool
     names: set[str] = field(default_factory=set)
     tokenizers: dict[str, str] = field(default_factory=dict)
-    index: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
+    index: dict[str, tuple[list[int], list[int]]] = field(default_factory=lambda: defaultdict(lambda: ([], [])))
+    indexed: int = 0
     units: int = 0
 
     def write(self) -> None:
@@ -153,27 +154,26 @@ class Export:
                 yield thin
 
     def _add_words(self, card: Json) -> None:
-        for word in words_of(card):
-            self.index[word].append(self.indexed)
+        for place, words in enumerate(words_of(card)):
+            for word in words:
+                self.index[word][place].append(self.indexed)
         self.indexed += 1
-
-    indexed: int = 0
 
     def _words(self) -> list[Json]:
         """Scripts of words, each with the units whose windows have it as differences; -> the first word of each."""
         scripts: list[Json] = []
         held: Json = {}
         room = POSTINGS
-        for word in progress(sorted(self.index), "words"):
-            units = np.array(self.index[word])
-            held[word] = np.diff(units, prepend=0).tolist()
-            room -= len(units)
+        for word in progress(sorted(self.index, key=_utf16), "words"):
+            held[word] = [np.diff(units, prepend=0).tolist() for units in self.index[word]]
+            room -= sum(map(len, held[word]))
             if room <= 0:
-                scripts.append({"first": next(iter(held)), "name": self.put(held, "search", f"{len(scripts):02d}")})
+                scripts.append(self._words_script(held, len(scripts)))
                 held, room = {}, POSTINGS
-        if held:
-            scripts.append({"first": next(iter(held)), "name": self.put(held, "search", f"{len(scripts):02d}")})
-        return scripts
+        return [*scripts, self._words_script(held, len(scripts))] if held else scripts
+
+    def _words_script(self, held: Json, number: int) -> Json:
+        return {"first": next(iter(held)), "name": self.put(held, "search", f"{number:02d}")}
 
     def _model(self, opened: Opened) -> Json | str:
         """The model for the page, or why the page has none."""
@@ -184,6 +184,11 @@ class Export:
         if opened.can_run is not True:
             return f"{opened.can_run}"
         return inside.refusal(opened.run) or ModelExport(self, opened).write()
+
+
+def _utf16(word: str) -> bytes:
+    """What JavaScript orders strings by."""
+    return word.encode("utf-16-be", "surrogatepass")
 
 
 class ModelExport:

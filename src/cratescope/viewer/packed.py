@@ -26,6 +26,8 @@ PER_STRATUM = 1
 WINDOW = ("kind", "label", "tokens", "activations", "simulated", "peak", "excerpt", "start")
 BINS = {"low", "high", "count"}
 WORD = re.compile(r"[^\W_]+")
+NEAR = 2
+"""Tokens before and after a peak whose words are found first."""
 LONGEST_WORD = 40
 """Characters; what is longer is no word that anyone looks for."""
 
@@ -97,10 +99,19 @@ def cut(window: Json) -> Json:
     return window | rows | {"peak": window["peak"] - first, "start": window["start"] + first}
 
 
-def words_of(card: Json) -> set[str]:
-    """Words of its windows, in small letters."""
-    texts = ("".join(window["tokens"]) for window in card["windows"])
-    return {word for text in texts for word in WORD.findall(text.lower()) if len(word) <= LONGEST_WORD}
+def words_of(card: Json) -> tuple[set[str], set[str]]:
+    """Words of a card's windows, in small letters: those near the peak of a top window, and all others."""
+    near = _words("".join(_around(window)) for window in card["windows"] if window["kind"] == "top")
+    return near, _words("".join(window["tokens"]) for window in card["windows"]) - near
+
+
+def _around(window: Json) -> list[str]:
+    return window["tokens"][max(window["peak"] - NEAR, 0) : window["peak"] + NEAR + 1]
+
+
+def _words(texts: Iterable[str]) -> set[str]:
+    found = {word for text in texts for word in WORD.findall(text.replace("\u0130", "i").lower())}
+    return {word for word in found if len(word) <= LONGEST_WORD}
 
 
 def script(name: str, value: Any) -> str:

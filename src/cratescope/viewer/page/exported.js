@@ -5,7 +5,7 @@
   const { Shards, Inside, readShard } = Cratescope.inside;
   const HITS = 100, OPENED = 60; // hits in all; units whose windows are looked at
   const AROUND = 60; // characters of a snippet before the first mark
-  const WORDS = /[\p{L}\p{N}]+/gu;
+  const WORDS = /[\p{L}\p{N}]+/gu, LETTER = /[\p{L}\p{N}]/u;
   const ONLY_SERVER = "An exported page keeps no notes. Open the run with `cratescope view` to write some.";
   const NO_TWINS = "An exported page has no twins of these sites. Open the runs with `cratescope view`.";
 
@@ -63,7 +63,8 @@
     }
 
     async live(request, signal) {
-      const runs = request.runs ?? this.manifest.runs.filter((run) => typeof run.model === "object").map((run) => run.name);
+      const able = this.manifest.runs.filter((run) => typeof run.model === "object").map((run) => run.name);
+      const runs = request.runs?.length ? request.runs : able;
       const found = [];
       for (const run of runs) {
         const model = await this.model(run);
@@ -82,7 +83,7 @@
     }
 
     async search(text, signal) {
-      const asked = text.trim().toLowerCase(), words = asked.match(WORDS) ?? [];
+      const asked = text.trim().replaceAll("\u0130", "i").toLowerCase(), words = asked.match(WORDS) ?? [];
       if (!words.length) return { hits: [], truncated: false };
       const hits = await this.inExplanations(asked), units = await this.unitsWith(words);
       for (const unit of units.slice(0, OPENED)) {
@@ -111,24 +112,29 @@
       return hits;
     }
 
-    /** Numbers of the units whose windows have all of these words, the last of them perhaps only begun. */
+    /**
+     * Numbers of the units whose windows have all of these words, the last of them perhaps only begun; those first in which
+     * one of them stands near the peak of a top window.
+     */
     async unitsWith(words) {
-      let found = null;
-      for (const [place, word] of words.entries()) {
-        const units = await this.unitsOf(word, place === words.length - 1);
-        found = found ? found.filter((unit) => units.has(unit)) : [...units].sort((one, other) => one - other);
-      }
-      return found;
+      const found = await Promise.all(words.map((word, place) => this.unitsOf(word, place === words.length - 1)));
+      const units = [...found[0].keys()].filter((unit) => found.every((one) => one.has(unit)));
+      const far = (unit) => (found.some((one) => one.get(unit)) ? 0 : 1);
+      return units.sort((one, other) => far(one) - far(other) || one - other);
     }
 
+    /** Units that have a word, by number, and whether it stands near a peak. */
     async unitsOf(word, begun) {
-      const { search } = this.manifest, found = new Set();
+      const { search } = this.manifest, found = new Map();
       const first = Math.max(search.findLastIndex((one) => one.first <= word), 0);
       for (const one of search.slice(first)) {
         if (one.first > word && !(begun && one.first.startsWith(word))) break;
         const held = await readShard(one.name);
         const meant = begun ? Object.keys(held).filter((other) => other.startsWith(word)) : Object.hasOwn(held, word) ? [word] : [];
-        for (const other of meant) for (const unit of summed(held[other])) found.add(unit);
+        for (const [near, far] of meant.map((other) => held[other])) {
+          for (const unit of summed(far)) if (!found.has(unit)) found.set(unit, false);
+          for (const unit of summed(near)) found.set(unit, true);
+        }
       }
       return found;
     }
@@ -145,14 +151,19 @@
     }
   }
 
-  /** {snippet, marks} of the places in a text where `asked` stands; null where it does not. */
+  /** Where `asked` stands in a text of small letters, at the beginning of a word if it begins with one. */
+  function placesOf(text, asked) {
+    const found = [], word = LETTER.test(asked[0]);
+    for (let at = text.indexOf(asked); at >= 0; at = text.indexOf(asked, at + 1)) if (!(word && at && LETTER.test(text[at - 1]))) found.push(at);
+    return found;
+  }
+
+  /** {snippet, marks}: the part of a text around the first place where `asked` stands; null where it does not. */
   function snippetOf(text, asked) {
-    const small = text.toLowerCase(), at = small.length === text.length ? small.indexOf(asked) : -1;
-    if (at < 0) return null;
-    const from = Math.max(at - AROUND, 0), snippet = text.slice(from, at + asked.length + AROUND), marks = [];
-    for (let next = at; next >= 0 && next + asked.length <= from + snippet.length; next = small.indexOf(asked, next + asked.length))
-      marks.push([next - from, next - from + asked.length]);
-    return { snippet, marks };
+    const small = (part) => part.replaceAll("\u0130", "i").toLowerCase(), [at] = placesOf(small(text), asked);
+    if (at === undefined) return null;
+    const snippet = text.slice(Math.max(at - AROUND, 0), at + asked.length + AROUND);
+    return { snippet, marks: placesOf(small(snippet), asked).map((place) => [place, place + asked.length]) };
   }
 
   /** The methods of `serverSource`, for what data/manifest.js says is there. */

@@ -267,7 +267,7 @@
       const { prompt, tokens = 40, temperature = 0, seed = 0, sae = "delta" } = request;
       const ids = this.ids(prompt, tokens), edits = await this.edits(request.edits ?? []);
       const steering = await this.steering(edits, ids.length, sae === "replace");
-      onEvent({ kind: "start", prompt_tokens: this.texts(ids) });
+      onEvent({ kind: "start", prompt_tokens: ids.length });
       const plain = await this.writer("plain", ids, null, signal), steered = await this.writer("steered", ids, steering, signal);
       const reread = { ...plain, cache: structuredClone(plain.cache) }, before = plain.logits, after = steered.logits;
       const divergences = [];
@@ -280,7 +280,14 @@
         this.advance(reread, token);
         divergences.push(divergence(logSoftmax(steered.logits), logSoftmax(reread.logits)));
       }
+      for (const writer of [plain, steered]) this.finish(writer, onEvent);
       onEvent(this.ending(before, after, divergences));
+    }
+
+    /** Tell of what is left of a character that is not whole. */
+    finish(writer, onEvent) {
+      const text = writer.spell(null);
+      if (text) onEvent({ kind: writer.kind, text, logprob: writer.logprob });
     }
 
     /** A model that has read the prompt: {kind, cache, steering, logits after the last token}. */
@@ -298,8 +305,8 @@
     /** Write a token and tell of it; `on` is whether it is read, too. */
     writeOne(writer, onEvent, on) {
       const token = chosen(writer.logits, writer.temperature, writer.draw);
-      const logprob = digits(logSoftmax(writer.logits)[token], 5);
-      onEvent({ kind: writer.kind, text: writer.spell(token), logprob });
+      writer.logprob = digits(logSoftmax(writer.logits)[token], 5);
+      onEvent({ kind: writer.kind, text: writer.spell(token), logprob: writer.logprob });
       writer.done = this.model.end.includes(token);
       if (on) this.advance(writer, token);
       return token;
@@ -313,13 +320,13 @@
     ending(before, after, divergences) {
       const change = Float64Array.from(after, (logit, id) => logit - before[id]), [plain, steered] = [before, after].map(logSoftmax);
       const listed = (ids, sign) => ids.map((id) => ({
-        ...{ token: id, text: this.texts([id])[0], change: change[id] },
-        ...{ plain: Math.exp(plain[id]), steered: Math.exp(steered[id]) },
+        ...{ text: this.texts([id])[0], change: digits(change[id], 5) },
+        ...{ plain: digits(Math.exp(plain[id]), 5), steered: digits(Math.exp(steered[id]), 5) },
       }));
       const mean = divergences.reduce((sum, value) => sum + value, 0) / divergences.length;
       return {
         ...{ kind: "end", rises: listed(largest(change, CHANGES)), falls: listed(largest(change.map((value) => -value), CHANGES)) },
-        ...{ kl_prompt: divergence(steered, plain), kl_generated: divergences.length ? mean : null, generated: divergences.length },
+        ...{ kl_prompt: digits(divergence(steered, plain), 5), kl_generated: digits(mean, 5), generated: divergences.length },
       };
     }
   }

@@ -304,14 +304,15 @@
     constructor(about, tensor) {
       Object.assign(this, about);
       this.tensor = tensor;
+      this.columns = transposed(tensor.encoder, this.width, this.d);
+      const away = product(tensor.bias, tensor.encoder, 1, this.width, this.d);
+      this.offset = tensor.encoder_bias.map((bias, feature) => bias - away[feature]);
     }
 
-    /** x (t, d) -> codes (t, m). */
+    /** x (t, d) -> codes (t, m). Most of x may be zeros, so E (x - b) + c is computed as E x + (c - E b). */
     encode(x, t) {
-      const { encoder, encoder_bias: c, bias, threshold } = this.tensor, m = this.width;
-      const centred = x.slice();
-      for (let i = 0, k = 0; i < x.length; i++, k = k + 1 === bias.length ? 0 : k + 1) centred[i] -= bias[k];
-      const seen = addBias(product(centred, encoder, t, m, this.d), c);
+      const { threshold } = this.tensor, m = this.width;
+      const seen = addBias(sparseProduct(x, this.columns, t, this.d, m), this.offset);
       if (this.kind === "topk") for (let row = 0; row < t; row++) keepLargest(seen.subarray(row * m, (row + 1) * m), this.k);
       else for (let i = 0, j = 0; i < seen.length; i++, j = j + 1 === m ? 0 : j + 1) {
         if (!(seen[i] > 0 && seen[i] > threshold[j])) seen[i] = 0;
@@ -323,6 +324,13 @@
     decode(z, t) {
       return addBias(sparseProduct(z, this.tensor.decoder, t, this.width, this.d), this.tensor.bias);
     }
+  }
+
+  /** (m, n) -> (n, m). */
+  function transposed(W, m, n) {
+    const found = new Float32Array(W.length);
+    for (let j = 0; j < m; j++) for (let k = 0; k < n; k++) found[k * m + j] = W[j * n + k];
+    return found;
   }
 
   /** Zero all but the k largest positive numbers of a row; of equal ones the first stay. */
