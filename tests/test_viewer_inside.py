@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import random
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -133,14 +132,26 @@ def assert_alike(found, expected, within=1e-4):
 @pytest.fixture(scope="module")
 def tokenizers():
     texts = (*NASTY, *TEXTS) * 3
-    return {"gpt2": load_tokenizer("gpt2"), "zoo": load_tokenizer("zoo/crate-2l-seed3"), "own": train_bpe(iter(texts), 300)}
+    return {
+        "gpt2": load_tokenizer("gpt2"),
+        "zoo": load_tokenizer("zoo/crate-2l-seed3"),
+        "own": train_bpe(iter(texts), 300),
+    }
 
 
 @pytest.mark.parametrize("name", ["gpt2", "zoo", "own"])
 def test_tokens_and_their_texts_are_the_library_s_on_nasty_texts(page, tokenizers, name):
     tokenizer, chance = tokenizers[name], random.Random(0)
     put_tokenizer(page, tokenizer)
-    ranges = [(0, 0x7F), (0x20, 0x250), (0x370, 0x600), (0x900, 0xE80), (0x1F00, 0x3100), (0xA000, 0xD7FF), (0xE000, 0x2FFFF)]
+    ranges = [
+        (0, 0x7F),
+        (0x20, 0x250),
+        (0x370, 0x600),
+        (0x900, 0xE80),
+        (0x1F00, 0x3100),
+        (0xA000, 0xD7FF),
+        (0xE000, 0x2FFFF),
+    ]
     made = ["".join(chr(chance.randint(*chance.choice(ranges))) for _ in range(30)) for _ in range(300)]
     spaced = ["".join(chance.choice(" \n\t'a1!éß中🙂\u2003") for _ in range(40)) for _ in range(200)]
     texts = [*NASTY, *TEXTS, *made, *spaced]
@@ -181,7 +192,12 @@ def test_steered_logits_are_pytorch_s_and_a_cache_changes_nothing(page, name):
     rounded(model)
     site = site_named("auto", model)
     [ids] = encode(run.tokenizer, [" ".join(TEXTS[:4])])
-    for texts in (["1:37=2"], ["0:5+=1.5", "1:7*=0", "1:9<=0.01"], ["0:1=2@0,3,9", "1:3=-1@generated"], ["1:4=3 if 0:7>0.001"]):
+    for texts in (
+        ["1:37=2"],
+        ["0:5+=1.5", "1:7*=0", "1:9<=0.01"],
+        ["0:1=2@0,3,9", "1:3=-1@generated"],
+        ["1:4=3 if 0:7>0.001"],
+    ):
         edits = [read_edit(text, lambda _: site) for text in texts]
         expected = in_torch(model, ids, site, edits, 6)
         assert_alike(in_page(page, ids, edits=texts, prompt=6), expected)
@@ -253,14 +269,42 @@ def test_features_of_a_dictionary_are_read_and_edited_as_in_pytorch(page, kind, 
     with torch.no_grad(), read_site(model, Site("mlp", own.pattern), [1]) as seen:
         model(torch.tensor([IDS]))
     codes = coder.encode(seen[1][0]).detach().numpy()
-    in_js = page.evaluate("([x, t]) => [...coder.encode(Float32Array.from(x), t)]", [seen[1].flatten().tolist(), len(IDS)])
+    in_js = page.evaluate(
+        "([x, t]) => [...coder.encode(Float32Array.from(x), t)]", [seen[1].flatten().tolist(), len(IDS)]
+    )
     assert np.abs(np.array(in_js).reshape(codes.shape) - codes).max() < 1e-5
 
 
-READABLE = ("1:37=4x", "1:37 =1q", "0:1=mean", "1:2+=-.5", "1:2*=0", "3:4<=1e3x", "3:4>=0@prompt", "1:2=3@0,4 if 0:1>0.5",
-            "sae/bt16/1:5=2x", "1:5=1 @generated  if 12>-1")
-REFUSED = ("", "1", "1:2", "1:2=", "1:2=x", "1:2=inf", "1:2*=2x", "1:2+=mean", "1:2=1@", "1:2=1@nowhere", "1:2=1 if 3:1>0",
-           "1:2=1 if 1>", "-1:2=1", "1:2=1e39", "1:2=1;", "1:2==1")
+READABLE = (
+    "1:37=4x",
+    "1:37 =1q",
+    "0:1=mean",
+    "1:2+=-.5",
+    "1:2*=0",
+    "3:4<=1e3x",
+    "3:4>=0@prompt",
+    "1:2=3@0,4 if 0:1>0.5",
+    "sae/bt16/1:5=2x",
+    "1:5=1 @generated  if 12>-1",
+)
+REFUSED = (
+    "",
+    "1",
+    "1:2",
+    "1:2=",
+    "1:2=x",
+    "1:2=inf",
+    "1:2*=2x",
+    "1:2+=mean",
+    "1:2=1@",
+    "1:2=1@nowhere",
+    "1:2=1 if 3:1>0",
+    "1:2=1 if 1>",
+    "-1:2=1",
+    "1:2=1e39",
+    "1:2=1;",
+    "1:2==1",
+)
 
 
 def test_edits_are_read_as_on_the_command_line(page):
@@ -271,7 +315,9 @@ def test_edits_are_read_as_on_the_command_line(page):
         assert (found["site"] or "own", found["layer"], found["index"]) == (edit.site.name, edit.layer, edit.index)
         assert (found["operation"], found["unit"], found["value"]) == (edit.operation, edit.unit, edit.value)
         assert (tuple(found["where"]) if isinstance(found["where"], list) else found["where"]) == edit.where
-        assert found["when"] == (edit.when and {"index": edit.when.index, "number": edit.when.number, "layer": edit.when.layer})
+        assert found["when"] == (
+            edit.when and {"index": edit.when.index, "number": edit.when.number, "layer": edit.when.layer}
+        )
     for text in REFUSED:
         assert isinstance(page.evaluate(tell, text), str), text
         if text != "1:2=1e39":  # refused when it meets the model's numbers
@@ -281,6 +327,10 @@ def test_edits_are_read_as_on_the_command_line(page):
 
 def test_half_precision_is_read_bit_by_bit(page):
     every = np.arange(65536, dtype=np.uint16)
-    found = page.evaluate("() => [...Cratescope.inside.fromHalf(Uint16Array.from({ length: 65536 }, (_, i) => i))].map(String)")
+    found = page.evaluate(
+        "() => [...Cratescope.inside.fromHalf(Uint16Array.from({ length: 65536 }, (_, i) => i))].map(String)"
+    )
     expected = every.view(np.float16).astype(np.float64)
-    assert np.array_equal(np.array([float(text.replace("Infinity", "inf")) for text in found]), expected, equal_nan=True)
+    assert np.array_equal(
+        np.array([float(text.replace("Infinity", "inf")) for text in found]), expected, equal_nan=True
+    )

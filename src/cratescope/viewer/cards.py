@@ -9,6 +9,7 @@ import numpy as np
 
 from cratescope.explain.controls import OWN
 from cratescope.explain.explained import Judgement, Simulation
+from cratescope.neurons.effects import Effects, TokenChange, TokenLogit
 from cratescope.neurons.records import Histogram, NeuronRecord, TokenMean, Window, read_records
 from cratescope.report.text import Decode
 from cratescope.results.estimates import of_layer
@@ -55,9 +56,7 @@ def cards(
         yield finite(_card(opened, site, neuron, untrained, choose))
 
 
-def _card(
-    opened: Opened, site: OpenedSite, neuron: Neuron, untrained: Opened | None, choose: Choose
-) -> dict[str, Any]:
+def _card(opened: Opened, site: OpenedSite, neuron: Neuron, untrained: Opened | None, choose: Choose) -> dict[str, Any]:
     record, layer, index = neuron.record, neuron.id.layer, neuron.id.index
     simulation = next((said.simulation for said in neuron.said if said.simulation and said.simulation.expected), None)
     return {
@@ -89,7 +88,8 @@ def moments(record: NeuronRecord) -> dict[str, Any]:
 def histogram(found: Histogram | None) -> dict[str, Any] | None:
     if found is None or not len(found.count):
         return None
-    return {"low": numbers(found.low), "high": numbers(found.high), "count": found.count.tolist()}
+    high = np.where(np.isfinite(found.high), found.high, np.maximum(found.low, np.max(found.low)))
+    return {"low": numbers(found.low), "high": numbers(high), "count": found.count.tolist()}
 
 
 def quantiles(found: Histogram | None) -> dict[str, Any] | None:
@@ -250,6 +250,29 @@ def _judgement(one: Judgement) -> dict[str, Any]:
         "n": len(pairs),
         "skipped": one.skipped,
     }
+
+
+def effects(site: OpenedSite, layer: int, indices: Sequence[int]) -> dict[int, dict[str, Any]]:
+    """What units do to the predictions, of those that were measured."""
+    if layer not in site.effects.layers:
+        return {}
+    return {index: _effect(found) for index, found in site.effects.read(layer, indices).items()}
+
+
+def _effect(found: Effects) -> dict[str, Any]:
+    numbers = ("value", "kl", "direct_share", "input_score", "output_score", "output_score_plain")
+    logits = {name: [_logit(one) for one in getattr(found, name)] for name in ("raises", "lowers")}
+    changes = {name: [_change(one) for one in getattr(found, name)] for name in ("measured_raises", "measured_lowers")}
+    about = {"contexts": found.contexts, "unmeasured": found.unmeasured, "undirected": found.undirected}
+    return logits | changes | {name: number(getattr(found, name)) for name in numbers} | about
+
+
+def _logit(one: TokenLogit) -> dict[str, Any]:
+    return {"text": one.text, "logit": number(one.logit)}
+
+
+def _change(one: TokenChange) -> dict[str, Any]:
+    return {"text": one.text, "change": number(one.change), "probability": number(one.probability)}
 
 
 def life_entry(opened: Opened, site: OpenedSite, layer: int, index: int) -> dict[str, Any] | None:

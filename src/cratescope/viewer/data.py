@@ -69,17 +69,16 @@ class Library:
         [found] = self.cards(run, site, layer, [index])
         return found
 
-    def cards(
-        self, run: str, site: str, layer: int, indices: Sequence[int], choose: cards.Choose = list
-    ) -> list[Json]:
+    def cards(self, run: str, site: str, layer: int, indices: Sequence[int], choose: cards.Choose = list) -> list[Json]:
         """Everything known of several units of a layer, in this order; `choose` says which windows are shown."""
         opened = self.run_named(run)
         found = opened.site(site)
         with self._lock:
             made = [*cards.cards(opened, found, layer, indices, self.untrained_copy(opened), choose)]
+            effects = cards.effects(found, layer, indices)
             for one in made:
                 life = [self._life(milestone, site, layer, one["index"]) for milestone in opened.life]
-                one |= {"effects": None, "nearest": None, "life": [stage for stage in life if stage]}
+                one |= {"effects": effects.get(one["index"]), "nearest": None, "life": [*filter(None, life)]}
         return made
 
     def untrained_copy(self, opened: Opened) -> Opened | None:

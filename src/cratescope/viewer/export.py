@@ -6,27 +6,25 @@ page (page/shards.js).
 
 from __future__ import annotations
 
-import hashlib
 import re
 import shutil
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from cratescope.errors import UserError
-from cratescope.files import atomic_folder, slug, write_text
-from cratescope.neurons.records import NeuronRecord, read_records
-from cratescope.neurons.steer import quantile
+from cratescope.files import atomic_folder, write_text
 from cratescope.progress import progress
+from cratescope.viewer.alike import Alike
 from cratescope.viewer.config import ViewConfig
 from cratescope.viewer.data import Library
+from cratescope.viewer.inside import ModelScripts
+from cratescope.viewer.loaded import Models
 from cratescope.viewer.opened import Opened, OpenedSite
-from cratescope.viewer.packed import Json, Packer, Words, compact, few, narrow, script, words_of
-from cratescope.viewer.values import finite
+from cratescope.viewer.packed import Address, Json, Packer, Scripts, Words, compact, few, narrow, words_of
+from cratescope.viewer.sizes import unit_sizes
 
 PAGE = Path(__file__).with_name("page")
 INSIDE = ("tokenizer.js", "model.js", "steering.js", "shards.js", "inside.js", "exported.js")
@@ -35,8 +33,6 @@ SHARD = 64
 """Units in one script."""
 AT_ONCE = 512
 """Units read at a time."""
-PART = 1 << 19
-"""Numbers of a model in one script: a page that reads them stays responsive."""
 POSTINGS = 1 << 17
 """Units named in one script of words."""
 MANIFEST = Path("data") / "manifest.js"
@@ -49,13 +45,12 @@ def export(config: ViewConfig) -> Path:
         UserError: a folder that holds something else, or a run that cannot be read.
     """
     assert config.export is not None
-    folder = config.export
-    check_free(folder)
-    library = Library(config.runs)
-    with atomic_folder(folder) as new:
+    check_free(config.export)
+    library, models = Library(config.runs), Models(config.device)
+    with atomic_folder(config.export) as new:
         write_page(new)
-        Export(library, new, config.model).write()
-    return folder / "index.html"
+        Export(library, models, Scripts(new / "data"), config.model).write(new / MANIFEST)
+    return config.export / "index.html"
 
 
 def check_free(folder: Path) -> None:
@@ -69,45 +64,39 @@ def write_page(folder: Path) -> None:
     """The same page as the server's, with the scripts of an export."""
     shutil.copytree(PAGE, folder / "page", ignore=shutil.ignore_patterns("index.html", ".*"))
     text = (PAGE / "index.html").read_text(encoding="utf-8")
-    found = re.search(r"([ \t]*)<script src=\"page/data\.js\"[^>]*></script>\n", text)
+    found = re.search(r"<script src=\"page/data\.js\"></script>\n", text)
     assert found, "index.html has no data.js"
     names = [*(f"page/{name}" for name in INSIDE), MANIFEST.as_posix()]
-    scripts = "".join(f'{found[1]}<script src="{name}"></script>\n' for name in names)
+    scripts = "".join(f'<script src="{name}"></script>\n' for name in names)
     write_text(folder / "index.html", text[: found.end()] + scripts + text[found.end() :])
 
 
-@dataclass
 class Export:
-    """Writes the data of an export. `names` are those of its scripts so far, in small letters."""
+    """Writes the data of an export.
 
-    library: Library
-    folder: Path
-    model: bool
-    names: set[str] = field(default_factory=set)
-    tokenizers: dict[str, str] = field(default_factory=dict)
-    index: dict[str, tuple[list[int], list[int]]] = field(default_factory=lambda: defaultdict(lambda: ([], [])))
-    indexed: int = 0
-    units: int = 0
+    units: the number of every unit, in the order of runs, sites, layers. index: units by the words in their windows,
+    those that have one near a peak and the others.
+    """
 
-    def write(self) -> None:
-        (self.folder / "data").mkdir()
+    def __init__(self, library: Library, models: Models, scripts: Scripts, model: bool) -> None:
+        self.library, self.models, self.scripts, self.model = library, models, scripts, model
+        self.alike = Alike(library, models)
+        self.units: dict[Address, int] = {}
+        for opened in library.opened.values():
+            for site in opened.sites.values():
+                for layer in site.layers:
+                    for index in site.units(layer).index.tolist():
+                        self.units[opened.name, site.name, layer, index] = len(self.units)
+        self.index: dict[str, tuple[list[int], list[int]]] = defaultdict(lambda: ([], []))
+
+    def write(self, manifest: Path) -> None:
         runs = [self._run(opened) for opened in self.library.opened.values()]
         home = self.library.home() | {"notes": {}}
         for run, entry in zip(runs, home["runs"], strict=True):
             entry["model"]["can_run"] = True if isinstance(run["model"], dict) else run["model"]
-        about = {"version": home["version"], "home": self.put(home, "home"), "runs": runs, "search": self._words()}
-        text = f"window.CRATESCOPE_EXPORT = {compact(about)};\n"
-        write_text(self.folder / MANIFEST, text)
-
-    def put(self, value: Any, *parts: object) -> str:
-        """Write a script and return its name, which is made of `parts` and like no other one's."""
-        whole = "-".join(slug(str(part)) for part in parts)
-        name, again = whole, 2
-        while name.lower() in self.names:
-            name, again = f"{whole}-again-{again}", again + 1
-        self.names.add(name.lower())
-        write_text(self.folder / "data" / f"{name}.js", script(name, value))
-        return name
+        about = {"version": home["version"], "home": self.scripts.put(home, "home"), "runs": runs}
+        about |= {"search": self._words(), "twins": [*self._twins()]}
+        write_text(manifest, f"window.CRATESCOPE_EXPORT = {compact(about)};\n")
 
     def _run(self, opened: Opened) -> Json:
         words = Words()
@@ -115,49 +104,52 @@ class Export:
         return {
             "name": opened.name,
             "sites": sites,
-            "words": self.put([*words.numbers], "words", opened.name),
+            "words": self.scripts.put([*words.numbers], "words", opened.name),
             "model": self._model(opened),
         }
 
+    def _model(self, opened: Opened) -> Json | str:
+        """The model for the page, or why the page has none."""
+        if not self.model:
+            return "This page was exported without its models; open the run with `cratescope view`."
+        return ModelScripts.of(self.scripts, opened, self.models)
+
     def _site(self, opened: Opened, site: OpenedSite, words: Words) -> Json:
-        table = self.library.table(opened.name, site.name)
-        first, self.units = self.units, self.units + len(table["index"])
+        name = opened.name, site.name
+        table = self.library.table(*name)
+        first = self.units[*name, table["layer"][0], table["index"][0]] if table["index"] else len(self.units)
         layers = [self._layer(opened, site, layer, words) for layer in site.layers]
-        return {
-            "name": site.name,
-            "first": first,
-            "table": self.put(table, "table", opened.name, site.name),
-            "layers": layers,
-        }
+        return {"name": site.name, "first": first, "table": self.scripts.put(table, "table", *name), "layers": layers}
 
     def _layer(self, opened: Opened, site: OpenedSite, layer: int, words: Words) -> Json:
         indices = site.units(layer).index.tolist()
+        name = opened.name, site.name, layer
         shards = []
-        label = f"{opened.name} {site.name} {layer}"
-        for cards in progress(self._cards(opened, site, layer, indices), label, -(-len(indices) // SHARD)):
-            packer = Packer(words)
+        for cards in progress(self._cards(*name, indices), " ".join(map(str, name)), -(-len(indices) // SHARD)):
+            packer = Packer(words, self.units)
             packed = {card["index"]: packer.pack(card) for card in cards}
             value = {"edges": [*packer.edges], "cards": packed}
-            name = self.put(value, "cards", opened.name, site.name, layer, f"{len(shards):02d}")
-            shards.append({"name": name, "first": cards[0]["index"]})
-        units = self.put(sizes(site, layer, indices), "units", opened.name, site.name, layer)
+            number = f"{len(shards):02d}"
+            shards.append({"name": self.scripts.put(value, "cards", *name, number), "first": cards[0]["index"]})
+        units = self.scripts.put(unit_sizes(site, layer, indices), "units", *name)
         return {"layer": layer, "units": units, "shards": shards}
 
-    def _cards(self, opened: Opened, site: OpenedSite, layer: int, indices: Sequence[int]) -> Iterator[list[Json]]:
+    def _cards(self, run: str, site: str, layer: int, indices: Sequence[int]) -> Iterator[list[Json]]:
         """Cards of a layer, as many at a time as go into one script; their words are added to the index."""
         for start in range(0, len(indices), AT_ONCE):
-            cards = self.library.cards(opened.name, site.name, layer, indices[start : start + AT_ONCE], few)
+            cards = self.library.cards(run, site, layer, indices[start : start + AT_ONCE], few)
             for place in range(0, len(cards), SHARD):
-                thin = [*map(narrow, cards[place : place + SHARD])]
-                for card in thin:
+                some = [narrow(card) for card in cards[place : place + SHARD]]
+                for card in some:
+                    card["nearest"] = self.alike.nearest(run, site, layer, card["index"])
                     self._add_words(card)
-                yield thin
+                yield some
 
     def _add_words(self, card: Json) -> None:
+        unit = self.units[card["run"], card["site"], card["layer"], card["index"]]
         for place, words in enumerate(words_of(card)):
             for word in words:
-                self.index[word][place].append(self.indexed)
-        self.indexed += 1
+                self.index[word][place].append(unit)
 
     def _words(self) -> list[Json]:
         """Scripts of words, each with the units whose windows have it as differences; -> the first word of each."""
@@ -173,117 +165,19 @@ class Export:
         return [*scripts, self._words_script(held, len(scripts))] if held else scripts
 
     def _words_script(self, held: Json, number: int) -> Json:
-        return {"first": next(iter(held)), "name": self.put(held, "search", f"{number:02d}")}
+        return {"first": next(iter(held)), "name": self.scripts.put(held, "search", f"{number:02d}")}
 
-    def _model(self, opened: Opened) -> Json | str:
-        """The model for the page, or why the page has none."""
-        from cratescope.viewer import inside
+    def _twins(self) -> Iterator[Json]:
+        """What is known of the twins of every two sites."""
+        for one, other, found in self.alike.twins():
+            pairs = [[pair[name] for pair in found["pairs"]] for name in TWIN]
+            value = {"a": found["a"], "b": found["b"], "n_tokens": found["n_tokens"], "pairs": pairs}
+            yield {"a": one, "b": other, "name": self.scripts.put(value, "twins", *one, *other)}
 
-        if not self.model:
-            return "This page was exported without its models. Open it with `cratescope view`."
-        if opened.can_run is not True:
-            return f"{opened.can_run}"
-        return inside.refusal(opened.run) or ModelExport(self, opened).write()
+
+TWIN = ("layer", "index", "other_layer", "other_index", "correlation", "back")
 
 
 def _utf16(word: str) -> bytes:
     """What JavaScript orders strings by."""
     return word.encode("utf-16-be", "surrogatepass")
-
-
-class ModelExport:
-    """Writes one run's model, its tokenizer, and the sparse autoencoders that its sites need."""
-
-    def __init__(self, to: Export, opened: Opened) -> None:
-        from cratescope.viewer import inside
-        from cratescope.viewer.loaded import Loaded
-
-        self.to, self.opened, self.inside = to, opened, inside
-        self.loaded = Loaded(opened)
-        self.whole = inside.inside(opened.name, self.loaded.model)
-        self.room = inside.LARGEST - self.whole.size
-
-    def write(self) -> Json:
-        family = self.whole.about["family"]
-        named = self.inside.places(family)
-        sites: dict[str, Json] = {name: {"place": place, "coders": None} for name, place in named.items()}
-        problems = [*self.loaded.problems]
-        places = []
-        for one in self.loaded.places:
-            where = self.inside.place_of(family, one.site.pattern)
-            coder = self._coder(one) if where else None
-            if where is None or isinstance(coder, str):
-                problems.append(coder or f"{one.name} is not read inside this page; open it with `cratescope view`")
-                continue
-            if coder:
-                sites.setdefault(one.name, {"place": where, "coders": {}})["coders"][str(one.layer)] = len(places)
-            places.append(self._place(one, where, coder))
-        about = {"tokenizer": self._tokenizer(), "native": next(iter(named)), "sites": sites, "places": places}
-        return self._numbers(self.whole, "model", self.opened.name) | about | {"problems": [*dict.fromkeys(problems)]}
-
-    def _place(self, one: Any, where: str, coder: Json | None) -> Json:
-        about = self.whole.about
-        wide = about["neurons"] if where in ("neurons", "first_codes") else about["width"]
-        return {
-            "site": one.name,
-            "layer": one.layer,
-            "place": where,
-            "coder": coder,
-            "width": coder["about"]["width"] if coder else wide,
-            "recorded": one.units is not None,
-        }
-
-    def _coder(self, one: Any) -> Json | str | None:
-        """The place's autoencoder, if it is of one; or why the page has it not."""
-        coder = getattr(one.site, "coders", {}).get(one.layer)
-        if coder is None:
-            return None
-        found = self.inside.coder_inside(self.opened.name, coder)
-        if found.size > self.room:
-            return f"{one.name} of layer {one.layer} is too large for this page; open it with `cratescope view`"
-        self.room -= found.size
-        return self._numbers(found, "coder", self.opened.name, one.name, one.layer)
-
-    def _numbers(self, of: Any, *name: object) -> Json:
-        """Write the numbers of a model or an autoencoder."""
-        flat = np.concatenate([tensor.ravel() for tensor in of.tensors.values()])
-        parts = [flat[start : start + PART].tobytes() for start in range(0, len(flat), PART)]
-        names = [
-            self.to.put(part, *name, f"{number:02d}")
-            for number, part in enumerate(progress(parts, " ".join(map(str, name))))
-        ]
-        tensors = [[key, tensor.size] for key, tensor in of.tensors.items()]
-        return {"about": of.about, "tensors": tensors, "parts": names, "size": len(flat)}
-
-    def _tokenizer(self) -> str:
-        """The name of its script; models of one tokenizer share it."""
-        value = self.inside.tokenizer_inside(self.opened.run.tokenizer.backend_tokenizer)
-        digest = hashlib.sha256(compact(value).encode()).hexdigest()
-        if digest not in self.to.tokenizers:
-            self.to.tokenizers[digest] = self.to.put(value, "tokenizer", self.opened.name)
-        return self.to.tokenizers[digest]
-
-
-def sizes(site: OpenedSite, layer: int, indices: Sequence[int]) -> Json:
-    """Of every unit of a layer what live text and edits need, in full precision: numbers and histogram."""
-    names = ("density", "mean", "maximum")
-    found: Json = {name: [] for name in ("index", *names, "quantile", "bins", "count")}
-    edges: dict[tuple[float, float], int] = {}
-    for start in range(0, len(indices), AT_ONCE):
-        for index, record in read_records(site.file(layer), indices[start : start + AT_ONCE], strata=()).items():
-            bins = [] if record.histogram is None else _numbered(record, edges)
-            found["index"].append(index)
-            found["density"].append(finite(record.density))
-            found["mean"].append(finite(record.moments.mean))
-            found["maximum"].append(finite(record.moments.maximum))
-            found["quantile"].append(finite(quantile(record)) if bins else None)
-            found["bins"].append(np.diff(bins, prepend=0).tolist())
-            found["count"].append(record.histogram.count.tolist() if record.histogram is not None else [])
-    return found | {"edges": [*edges]}
-
-
-def _numbered(record: NeuronRecord, edges: dict[tuple[float, float], int]) -> list[int]:
-    """The bins of a histogram by number; new ones are added to `edges`."""
-    assert record.histogram is not None
-    pairs = zip(record.histogram.low.tolist(), record.histogram.high.tolist(), strict=True)
-    return [edges.setdefault(pair, len(edges)) for pair in pairs]

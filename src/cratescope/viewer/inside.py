@@ -18,11 +18,17 @@ from cratescope.errors import UserError
 from cratescope.models.folder import longest_context, model_config
 from cratescope.models.sae import SparseCoder
 from cratescope.neurons.sites import BUILT_IN
+from cratescope.progress import progress
 from cratescope.run import Run
 from cratescope.text.encoding import cuts_like_gpt2
+from cratescope.viewer.loaded import Loaded, Models, Place
+from cratescope.viewer.opened import Opened
+from cratescope.viewer.packed import Json, Scripts
 
 LARGEST = 20_000_000
 """Numbers of the largest model that a page is given: 40 MB of float16, 55 MB as text. Larger ones take seconds a token."""
+PART = 1 << 19
+"""Numbers in one script: a page that reads them stays responsive."""
 ACTIVATIONS = ("relu", "gelu", "gelu_new", "gelu_pytorch_tanh")
 """Activation functions of GPT-2 that the page has."""
 NEURONS = "neurons"
@@ -146,7 +152,7 @@ def _of_gpt2(weights: dict[str, Tensor], config: Any) -> Iterator[tuple[str, Ten
             yield f"{layer}.{name}.bias", weights[f"{block}.{theirs}.bias"]
 
 
-def _half(model: str, name: str, tensor: Tensor) -> Float16[np.ndarray, "..."]:
+def _half(model: str, name: str, tensor: Tensor) -> Float16[np.ndarray, ...]:
     found = tensor.half()
     if not found.isfinite().all():
         raise UserError(f"{model}: its tensor {name} holds numbers that float16 cannot; export it with --no-model")
@@ -224,3 +230,76 @@ def _pattern() -> Any:
     from tokenizers.pre_tokenizers import ByteLevel
 
     return ByteLevel(add_prefix_space=False)
+
+
+class ModelScripts:
+    """Writes one run's model, its tokenizer, and the sparse autoencoders that its sites need."""
+
+    def __init__(self, scripts: Scripts, opened: Opened, loaded: Loaded) -> None:
+        self.scripts, self.opened, self.loaded = scripts, opened, loaded
+        self.whole = inside(opened.name, loaded.model)
+        self.room = LARGEST - self.whole.size
+
+    @classmethod
+    def of(cls, scripts: Scripts, opened: Opened, models: Models) -> Json | str:
+        """What the manifest says of the model, or why the page has none."""
+        if opened.can_run is not True:
+            return str(opened.can_run)
+        return refusal(opened.run) or cls(scripts, opened, models.of(opened)).write()
+
+    def write(self) -> Json:
+        family = self.whole.about["family"]
+        named = places(family)
+        sites: dict[str, Json] = {name: {"place": place, "coders": None} for name, place in named.items()}
+        problems = [*self.loaded.problems]
+        places = []
+        for one in self.loaded.places:
+            where = place_of(family, one.site.pattern)
+            coder = self._coder(one) if where else None
+            if where is None or isinstance(coder, str):
+                problems.append(coder or f"{one.name} is not read inside this page; open it with `cratescope view`")
+                continue
+            if coder:
+                sites.setdefault(one.name, {"place": where, "coders": {}})["coders"][str(one.layer)] = len(places)
+            places.append(self._place(one, where, coder))
+        about = {"tokenizer": self._tokenizer(), "native": next(iter(named)), "sites": sites, "places": places}
+        return self._numbers(self.whole, "model", self.opened.name) | about | {"problems": [*dict.fromkeys(problems)]}
+
+    def _place(self, one: Place, where: str, coder: Json | None) -> Json:
+        about = self.whole.about
+        wide = about["neurons"] if where in ("neurons", "first_codes") else about["width"]
+        return {
+            "site": one.name,
+            "layer": one.layer,
+            "place": where,
+            "coder": coder,
+            "width": coder["about"]["width"] if coder else wide,
+            "recorded": one.units is not None,
+        }
+
+    def _coder(self, one: Place) -> Json | str | None:
+        """The place's autoencoder, if it is of one; or why the page has it not."""
+        coder = getattr(one.site, "coders", {}).get(one.layer)
+        if coder is None:
+            return None
+        found = coder_inside(self.opened.name, coder)
+        if found.size > self.room:
+            return f"{one.name} of layer {one.layer} is too large for this page; open it with `cratescope view`"
+        self.room -= found.size
+        return self._numbers(found, "coder", self.opened.name, one.name, one.layer)
+
+    def _numbers(self, of: Inside, *name: object) -> Json:
+        """Write the numbers of a model or an autoencoder."""
+        flat = np.concatenate([tensor.ravel() for tensor in of.tensors.values()])
+        parts = [flat[start : start + PART].tobytes() for start in range(0, len(flat), PART)]
+        names = [
+            self.scripts.put(part, *name, f"{number:02d}")
+            for number, part in enumerate(progress(parts, " ".join(map(str, name))))
+        ]
+        tensors = [[key, tensor.size] for key, tensor in of.tensors.items()]
+        return {"about": of.about, "tensors": tensors, "parts": names, "size": len(flat)}
+
+    def _tokenizer(self) -> str:
+        """The name of its script; models of one tokenizer share it."""
+        value = tokenizer_inside(self.opened.run.tokenizer.backend_tokenizer)
+        return self.scripts.put_once(value, "tokenizer", self.opened.name)

@@ -1,5 +1,6 @@
-"""JSON values made short for an export: windows fewer and narrower, tokens as numbers, histograms without their edges.
+"""JSON values made short for an export, and the scripts that hand them to the page.
 
+Cards have fewer and narrower windows, tokens and other units as numbers, and histograms without their edges;
 page/shards.js unpacks them (`unpacked`).
 """
 
@@ -7,13 +8,16 @@ from __future__ import annotations
 
 import base64
 import gzip
+import hashlib
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from cratescope.files import slug, write_text
 from cratescope.viewer.cards import Labelled
 
 Json = dict[str, Any]
@@ -25,6 +29,14 @@ FIRST = {"top": 10, "random": 4}
 PER_STRATUM = 1
 WINDOW = ("kind", "label", "tokens", "activations", "simulated", "peak", "excerpt", "start")
 BINS = {"low", "high", "count"}
+UNIT = {"run", "site", "layer", "index", "value", "text"}
+TOKENS = {
+    frozenset({"text", "mean", "count"}): "$mean",
+    frozenset({"text", "logit"}): "$logit",
+    frozenset({"text", "change", "probability"}): "$change",
+}
+"""Tokens with numbers, by their fields: how each is called when it is short."""
+Address = tuple[str, str, int, int]
 WORD = re.compile(r"[^\W_]+")
 NEAR = 2
 """Tokens before and after a peak whose words are found first."""
@@ -44,9 +56,13 @@ class Words:
 
 @dataclass
 class Packer:
-    """Makes cards short; `words` and `edges` say what its numbers mean."""
+    """Makes cards short; `words`, `units` and `edges` say what its numbers mean.
+
+    units: numbers by run, site, layer and index.
+    """
 
     words: Words
+    units: Mapping[Address, int] = field(default_factory=dict)
     edges: dict[tuple[float, float], int] = field(default_factory=dict)
 
     def pack(self, value: Any) -> Any:
@@ -56,9 +72,14 @@ class Packer:
             return value
         if value.keys() == BINS:
             return self._bins(value)
+        if value.keys() == UNIT:
+            return {"$unit": [self.units[_address(value)], value["value"]]}
         if "tokens" in value and "activations" in value:
             row = value | {"tokens": self.words.of(value["tokens"])}
             return {"$window": [row.get(name) for name in WINDOW]}
+        if value.keys() in TOKENS:
+            kind, names = next((kind, names) for names, kind in TOKENS.items() if names == value.keys())
+            return {kind: [*self.words.of([value["text"]]), *(value[name] for name in sorted(names - {"text"}))]}
         return {key: self.pack(item) for key, item in value.items()}
 
     def _bins(self, histogram: Json) -> Json:
@@ -67,6 +88,10 @@ class Packer:
         bins = [self.edges.setdefault(pair, len(self.edges)) for pair in pairs]
         steps = [after - before for before, after in zip([0, *bins], bins, strict=False)]
         return {"$bins": steps, "count": histogram["count"]}
+
+
+def _address(value: Json) -> Address:
+    return value["run"], value["site"], value["layer"], value["index"]
 
 
 def few(windows: Sequence[Labelled]) -> list[Labelled]:
@@ -95,7 +120,9 @@ def cut(window: Json) -> Json:
     if n <= WIDTH:
         return window
     first = min(max(window["peak"] - WIDTH // 2, 0), n - WIDTH)
-    rows = {name: window[name] and window[name][first : first + WIDTH] for name in ("tokens", "activations", "simulated")}
+    rows = {
+        name: window[name] and window[name][first : first + WIDTH] for name in ("tokens", "activations", "simulated")
+    }
     return window | rows | {"peak": window["peak"] - first, "start": window["start"] + first}
 
 
@@ -114,13 +141,35 @@ def _words(texts: Iterable[str]) -> set[str]:
     return {word for word in found if len(word) <= LONGEST_WORD}
 
 
-def script(name: str, value: Any) -> str:
-    """A script that hands a JSON value, or bytes as they are, to the page."""
-    raw = value if isinstance(value, bytes) else compact(value).encode()
-    packed = base64.b64encode(gzip.compress(raw, mtime=0)).decode()
-    return f'Cratescope.shard({json.dumps(name)}, "{packed}");\n'
-
-
 def compact(value: Any) -> str:
     """JSON without spaces. ValueError: a number that is not finite."""
     return json.dumps(value, separators=(",", ":"), allow_nan=False)
+
+
+class Scripts:
+    """The scripts in a folder. Each hands a JSON value, or bytes, to the page by a name that no other one has."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir()
+        self.folder = folder
+        self._names: set[str] = set()
+        self._same: dict[str, str] = {}
+
+    def put(self, value: Any, *parts: object) -> str:
+        """Write a script and return its name, made of `parts`, however these are spelled."""
+        whole = "-".join(slug(str(part)) for part in parts)
+        name, again = whole, 2
+        while name.lower() in self._names:  # there are disks that do not tell capitals from small letters
+            name, again = f"{whole}-again-{again}", again + 1
+        self._names.add(name.lower())
+        raw = value if isinstance(value, bytes) else compact(value).encode()
+        packed = base64.b64encode(gzip.compress(raw, mtime=0)).decode()
+        write_text(self.folder / f"{name}.js", f'Cratescope.shard("{name}", "{packed}");\n')
+        return name
+
+    def put_once(self, value: Any, *parts: object) -> str:
+        """The same, but what was put once before has that name."""
+        digest = hashlib.sha256(compact(value).encode()).hexdigest()
+        if digest not in self._same:
+            self._same[digest] = self.put(value, *parts)
+        return self._same[digest]

@@ -7,7 +7,8 @@
   const AROUND = 60; // characters of a snippet before the first mark
   const WORDS = /[\p{L}\p{N}]+/gu, LETTER = /[\p{L}\p{N}]/u;
   const ONLY_SERVER = "An exported page keeps no notes. Open the run with `cratescope view` to write some.";
-  const NO_TWINS = "An exported page has no twins of these sites. Open the runs with `cratescope view`.";
+  const TWIN = ["layer", "index", "other_layer", "other_index", "correlation", "back"];
+  const NO_TWINS = "An exported page has no twins of these two sites. Open the runs with `cratescope view`.";
 
   /** What the manifest says of a run's model, with its places and coders put together. */
   function modelOf(shards, run) {
@@ -33,7 +34,7 @@
       this.manifest = manifest;
       this.models = new Map();
       const runs = manifest.runs.map((run) => run.model), there = runs.some((model) => typeof model === "object") || runs[0];
-      this.capabilities = { live: there, steer: there, notes: ONLY_SERVER, windowSearch: true, twins: NO_TWINS };
+      this.capabilities = { live: there, steer: there, notes: ONLY_SERVER, windowSearch: true };
     }
 
     home() {
@@ -48,8 +49,12 @@
       throw new Error(ONLY_SERVER);
     }
 
-    async twins() {
-      throw new Error(NO_TWINS);
+    async twins(runA, siteA, runB, siteB) {
+      const same = (pair, run, site) => pair[0] === run && pair[1] === site;
+      const there = this.manifest.twins.find(({ a, b }) => same(a, runA, siteA) && same(b, runB, siteB));
+      if (!there) throw new Error(NO_TWINS);
+      const { pairs, ...about } = await readShard(there.name);
+      return { ...about, pairs: pairs[0].map((_, row) => Object.fromEntries(TWIN.map((name, place) => [name, pairs[place][row]]))) };
     }
 
     /** A run's model, read when it is first asked for. */
@@ -95,15 +100,10 @@
       return { hits: hits.slice(0, HITS), truncated: hits.length > HITS || units.length > OPENED };
     }
 
-    /** [run, site name, number of its first unit] of every site. */
-    sites() {
-      return this.manifest.runs.flatMap((run) => run.sites.map((site) => ({ run: run.name, site: site.name, first: site.first })));
-    }
-
     async inExplanations(asked) {
       const hits = [];
-      for (const { run, site } of this.sites()) {
-        const table = await this.table(run, site);
+      for (const { run, site, table: name } of this.shards.sites) {
+        const table = await readShard(name);
         table.text.forEach((text, row) => {
           const hit = hits.length <= HITS && snippetOf(text, asked);
           if (hit) hits.push({ run, site, layer: table.layer[row], index: table.index[row], field: "explanation", ...hit });
@@ -140,8 +140,8 @@
     }
 
     async inWindows(unit, asked) {
-      const { run, site, first } = this.sites().findLast((one) => one.first <= unit);
-      const table = await this.table(run, site), layer = table.layer[unit - first], index = table.index[unit - first];
+      const { run, site, first, table: name } = this.shards.siteOf(unit);
+      const table = await readShard(name), layer = table.layer[unit - first], index = table.index[unit - first];
       const card = await this.shards.card(run, site, layer, index);
       for (const { tokens } of card.windows) {
         const hit = snippetOf(tokens.join(""), asked);

@@ -60,13 +60,23 @@
     return found;
   }
 
-  /** A value as the server gives it, from one in which windows and histograms are short; see viewer/packed.py. */
-  function unpacked(value, words, edges) {
-    if (Array.isArray(value)) return value.map((item) => unpacked(item, words, edges));
+  /** Tokens with numbers, by what they are called when they are short: their fields, in the order of these. */
+  const TOKENS = { $mean: ["text", "count", "mean"], $logit: ["text", "logit"], $change: ["text", "change", "probability"] };
+
+  /** A value as the server gives it, from a short one (viewer/packed.py). meanings: {words, edges, unit: number -> address}. */
+  function unpacked(value, meanings) {
+    if (Array.isArray(value)) return value.map((item) => unpacked(item, meanings));
     if (value === null || typeof value !== "object") return value;
-    if (value.$window) return fullWindow(value.$window, words);
-    if (value.$bins) return histogram(value.$bins, value.count, edges);
-    return Object.fromEntries(Object.entries(value).map(([key, item]) => [key, unpacked(item, words, edges)]));
+    const [kind] = Object.keys(value);
+    if (kind === "$window") return fullWindow(value.$window, meanings.words);
+    if (kind === "$bins") return histogram(value.$bins, value.count, meanings.edges);
+    if (kind === "$unit") return { ...meanings.unit(value.$unit[0]), value: value.$unit[1] };
+    if (kind in TOKENS) return token(TOKENS[kind], value[kind], meanings.words);
+    return Object.fromEntries(Object.entries(value).map(([key, item]) => [key, unpacked(item, meanings)]));
+  }
+
+  function token(names, [word, ...numbers], words) {
+    return Object.fromEntries([["text", words[word]], ...numbers.map((number, place) => [names[place + 1], number])]);
   }
 
   function fullWindow(row, words) {
@@ -103,6 +113,8 @@
     constructor(manifest) {
       this.manifest = manifest;
       this.runs = new Map(manifest.runs.map((run) => [run.name, run]));
+      this.sites = manifest.runs.flatMap((run) =>
+        run.sites.map(({ name, first, table }) => ({ run: run.name, site: name, first, table })));
     }
 
     run(name) {
@@ -127,9 +139,26 @@
       const { shards, units } = this.layer(run, site, layer), shard = shards.findLast((one) => one.first <= index);
       const found = shard && (await read(shard.name));
       if (!found?.cards[index]) throw new Error(`unit ${index} of layer ${layer} is not in this export of ${run} ${site}`);
-      const card = unpacked(found.cards[index], await read(this.run(run).words), found.edges);
+      const packed = found.cards[index], unit = await this.addresses(packed.nearest);
+      const card = unpacked(packed, { words: await read(this.run(run).words), edges: found.edges, unit });
       const bins = histogramOf(await read(units), index);
       return { ...card, histogram: bins, quantiles: quantiles(bins) };
+    }
+
+    /** The site of a unit by its number, with the number of the site's first unit. */
+    siteOf(number) {
+      return this.sites.findLast((site) => site.first <= number);
+    }
+
+    /** number -> {run, site, layer, index, text} of every unit that is named as near. */
+    async addresses(nearest) {
+      const numbers = ["weights", "activation"].flatMap((kind) => nearest?.[kind] ?? []).map((one) => one.$unit[0]);
+      const sites = [...new Set(numbers.map((number) => this.siteOf(number)))];
+      const tables = new Map(await Promise.all(sites.map(async (site) => [site, await read(site.table)])));
+      return (number) => {
+        const site = this.siteOf(number), table = tables.get(site), row = number - site.first;
+        return { run: site.run, site: site.site, layer: table.layer[row], index: table.index[row], text: table.text[row] };
+      };
     }
   }
 
