@@ -26,7 +26,7 @@ from cratescope.viewer.opened import Opened
 from cratescope.viewer.packed import Json, Scripts
 
 LARGEST = 20_000_000
-"""Numbers of the largest model that a page is given: 40 MB of float16, 55 MB as text. Larger ones take seconds a token."""
+"""Numbers of the largest model that a page is given: 40 MB of float16, 55 MB as text."""
 PART = 1 << 19
 """Numbers in one script: a page that reads them stays responsive."""
 ACTIVATIONS = ("relu", "gelu", "gelu_new", "gelu_pytorch_tanh")
@@ -251,8 +251,7 @@ class ModelScripts:
         family = self.whole.about["family"]
         named = places(family)
         sites: dict[str, Json] = {name: {"place": place, "coders": None} for name, place in named.items()}
-        problems = [*self.loaded.problems]
-        places = []
+        problems, found = [*self.loaded.problems], []
         for one in self.loaded.places:
             where = place_of(family, one.site.pattern)
             coder = self._coder(one) if where else None
@@ -260,9 +259,9 @@ class ModelScripts:
                 problems.append(coder or f"{one.name} is not read inside this page; open it with `cratescope view`")
                 continue
             if coder:
-                sites.setdefault(one.name, {"place": where, "coders": {}})["coders"][str(one.layer)] = len(places)
-            places.append(self._place(one, where, coder))
-        about = {"tokenizer": self._tokenizer(), "native": next(iter(named)), "sites": sites, "places": places}
+                sites.setdefault(one.name, {"place": where, "coders": {}})["coders"][str(one.layer)] = len(found)
+            found.append(self._place(one, where, coder))
+        about = {"tokenizer": self._tokenizer(), "native": next(iter(named)), "sites": sites, "places": found}
         return self._numbers(self.whole, "model", self.opened.name) | about | {"problems": [*dict.fromkeys(problems)]}
 
     def _place(self, one: Place, where: str, coder: Json | None) -> Json:

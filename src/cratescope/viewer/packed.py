@@ -22,11 +22,14 @@ from cratescope.viewer.cards import Labelled
 
 Json = dict[str, Any]
 
-WIDTH = 32
+WIDTH = 28
 """Tokens of a window, around its peak."""
 FIRST = {"top": 10, "random": 4}
 """Windows of these kinds that are kept; of others, one per stratum."""
 PER_STRATUM = 1
+RAISED = ("raises", "lowers", "measured_raises", "measured_lowers")
+TOKENS_RAISED = 10
+"""Tokens that are kept of each list of effects."""
 WINDOW = ("kind", "label", "tokens", "activations", "simulated", "peak", "excerpt", "start")
 BINS = {"low", "high", "count"}
 UNIT = {"run", "site", "layer", "index", "value", "text"}
@@ -77,9 +80,9 @@ class Packer:
         if "tokens" in value and "activations" in value:
             row = value | {"tokens": self.words.of(value["tokens"])}
             return {"$window": [row.get(name) for name in WINDOW]}
-        if value.keys() in TOKENS:
-            kind, names = next((kind, names) for names, kind in TOKENS.items() if names == value.keys())
-            return {kind: [*self.words.of([value["text"]]), *(value[name] for name in sorted(names - {"text"}))]}
+        if kind := TOKENS.get(names := frozenset(value)):
+            numbers = [value[name] for name in sorted(names - {"text"})]
+            return {kind: [*self.words.of([value["text"]]), *numbers]}
         return {key: self.pack(item) for key, item in value.items()}
 
     def _bins(self, histogram: Json) -> Json:
@@ -108,10 +111,11 @@ def few(windows: Sequence[Labelled]) -> list[Labelled]:
 
 
 def narrow(card: Json) -> Json:
-    """The card with narrower windows, and without its histogram, which the layer's own script has."""
+    """The card with narrower windows and fewer tokens, and without its histogram, which the layer's script has."""
     life = [stage | {"top": [*map(cut, stage.get("top", ()))]} for stage in card["life"]]
+    effects = card["effects"] and card["effects"] | {name: card["effects"][name][:TOKENS_RAISED] for name in RAISED}
     rest = {key: value for key, value in card.items() if key not in ("histogram", "quantiles")}
-    return rest | {"windows": [*map(cut, card["windows"])], "life": life}
+    return rest | {"windows": [*map(cut, card["windows"])], "effects": effects, "life": life}
 
 
 def cut(window: Json) -> Json:
