@@ -35,8 +35,8 @@ HOUSE = {
         *("cache", "answers", "server", "open"),
     ),
     "neurons": (
-        *("config", "records", "kept", "sample", "sites", "coded", "steer", "spelled", "continuations"),
-        *("tensors", "strata", "streaming", "merge", "collect"),
+        *("config", "records", "kept", "sample", "sites", "coded", "directions", "steer", "spelled", "continuations"),
+        *("tensors", "strata", "streaming", "merge", "collect", "effects", "forced", "affect"),
     ),
     "sae": ("config", "loss", "step", "learner", "stream", "foreign", "train", "probing", "quality"),
     "explain": (
@@ -66,7 +66,10 @@ HOUSE = {
     "results": ("estimates", "scores", "dictionaries", "runs", "neuron", "compare", "tables"),
     "report": ("config", "text", "html", "card", "figures", "verdict", "report"),
     "exchange": ("config", "reference", "imports", "openai", "delphi", "export"),
-    "viewer": ("config", "values", "opened", "table", "home", "cards", "data", "guard", "server"),
+    "viewer": (
+        *("config", "values", "opened", "table", "home", "cards", "data", "search", "notes"),
+        *("loaded", "live", "steering", "turns", "guard", "api", "server"),
+    ),
     " ": ("config", "stages", "study", "cli", "__main__"),
 }
 ORDER = {

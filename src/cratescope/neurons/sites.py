@@ -149,7 +149,9 @@ class Site:
             if edited is None:
                 return None
             edited = edited.reshape(first.shape)
-            return edited if first is found else (edited, *found[1:])
+            if first is found:
+                return edited
+            return [edited, *found[1:]] if isinstance(found, list) else (edited, *found[1:])
 
         def on_input(module: nn.Module, inputs: tuple, named: dict[str, Any]) -> Any:
             if inputs:
@@ -292,7 +294,7 @@ def sites_of(model: PreTrainedModel) -> dict[str, str]:
     mixtures of experts without one it is what the experts' last projections are given, which is `experts` otherwise.
     mixer is what the last projection of a state space mixer (Mamba) is given.
     """
-    stem, blocks = _blocks(model)
+    stem, blocks = blocks_of(model)
     if not len(blocks):
         return {}
     embeddings: Any = model.get_input_embeddings()
@@ -311,7 +313,7 @@ def sites_of(model: PreTrainedModel) -> dict[str, str]:
     return sites if _MLP.search(stem.rpartition(".")[2]) else sites | {"residual": f"{stem}.{{layer}}"}
 
 
-def _blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+def blocks_of(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     """Path and modules of the text model's layers: of the lists that lie in no other list the one with most weights."""
     lists = {name: part for name, part in model.named_modules() if isinstance(part, nn.ModuleList)}
     lists = {name: part for name, part in lists.items() if not _NOT_TEXT.search(name)}
@@ -367,7 +369,7 @@ def _described(block: nn.Module, name: str) -> str:
 
 def _projections(model: PreTrainedModel, n: int = 6) -> list[str]:
     """Module paths with {layer} of projections of the last block, for messages."""
-    stem, blocks = _blocks(model)
+    stem, blocks = blocks_of(model)
     names = list(_linears(blocks[-1])) if len(blocks) else []
     return [f"{stem}.{{layer}}.{name}" for name in names[-n:]]
 
