@@ -75,7 +75,7 @@ class Api:
         except UserError as error:
             return as_response({"error": str(error).removeprefix("--")}, 404 if request.method == "GET" else 400)
         except Exception as error:  # noqa: BLE001 (a bug of ours: it must not show the machine's files to a page)
-            sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
+            sys.excepthook(*sys.exc_info())
             return as_response({"error": _bug(error)}, 500)
 
     async def home(self, request: Request) -> Response:

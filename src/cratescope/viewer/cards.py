@@ -9,6 +9,7 @@ import numpy as np
 
 from cratescope.explain.controls import OWN
 from cratescope.explain.explained import Judgement, Simulation
+from cratescope.neurons.effects import TokenChange, TokenLogit
 from cratescope.neurons.records import Histogram, NeuronRecord, TokenMean, Window, read_records
 from cratescope.report.text import Decode
 from cratescope.results.estimates import of_layer
@@ -39,24 +40,22 @@ def card(opened: Opened, site: OpenedSite, layer: int, index: int, untrained: Op
     record = neuron.record
     simulation = next((said.simulation for said in neuron.said if said.simulation and said.simulation.expected), None)
     windows = [*_windows(record, opened.decode, simulation)]
-    return finite(
-        {
-            "run": opened.name,
-            "site": site.name,
-            "layer": layer,
-            "index": index,
-            "title": f"{opened.arm.title}, {site.name}, layer {layer}, {'feature' if site.coded else 'neuron'} {index}",
-            "about": [*about(opened, site, neuron)],
-            "numbers": moments(record),
-            "histogram": histogram(record.histogram),
-            "quantiles": quantiles(record.histogram),
-            "top_tokens": _token_means(record.top_tokens, opened.decode),
-            "bottom_tokens": _token_means(record.bottom_tokens, opened.decode),
-            "windows": windows,
-            "problem": _problem(opened, record),
-            "explanations": [_explanation(said, neuron, untrained, site) for said in neuron.said],
-        }
-    )
+    return {
+        "run": opened.name,
+        "site": site.name,
+        "layer": layer,
+        "index": index,
+        "title": f"{opened.arm.title}, {site.name}, layer {layer}, {'feature' if site.coded else 'neuron'} {index}",
+        "about": [*about(opened, site, neuron)],
+        "numbers": moments(record),
+        "histogram": histogram(record.histogram),
+        "quantiles": quantiles(record.histogram),
+        "top_tokens": _token_means(record.top_tokens, opened.decode),
+        "bottom_tokens": _token_means(record.bottom_tokens, opened.decode),
+        "windows": windows,
+        "problem": _problem(opened, record),
+        "explanations": [_explanation(said, neuron, untrained, site) for said in neuron.said],
+    }
 
 
 def moments(record: NeuronRecord) -> dict[str, Any]:
@@ -70,7 +69,8 @@ def moments(record: NeuronRecord) -> dict[str, Any]:
 def histogram(found: Histogram | None) -> dict[str, Any] | None:
     if found is None or not len(found.count):
         return None
-    return {"low": numbers(found.low), "high": numbers(found.high), "count": found.count.tolist()}
+    high = np.where(np.isfinite(found.high), found.high, np.maximum(found.low, np.max(found.low)))
+    return {"low": numbers(found.low), "high": numbers(high), "count": found.count.tolist()}
 
 
 def quantiles(found: Histogram | None) -> dict[str, Any] | None:
@@ -228,6 +228,26 @@ def _judgement(one: Judgement) -> dict[str, Any]:
         "n": len(pairs),
         "skipped": one.skipped,
     }
+
+
+def effects(site: OpenedSite, layer: int, index: int) -> dict[str, Any] | None:
+    """What a unit does to the predictions; None where it was not measured."""
+    found = site.effects.read(layer, [index]).get(index) if layer in site.effects.layers else None
+    if found is None:
+        return None
+    numbers = ("value", "kl", "direct_share", "input_score", "output_score", "output_score_plain")
+    logits = {name: [_logit(one) for one in getattr(found, name)] for name in ("raises", "lowers")}
+    changes = {name: [_change(one) for one in getattr(found, name)] for name in ("measured_raises", "measured_lowers")}
+    about = {"contexts": found.contexts, "unmeasured": found.unmeasured, "undirected": found.undirected}
+    return logits | changes | {name: number(getattr(found, name)) for name in numbers} | about
+
+
+def _logit(one: TokenLogit) -> dict[str, Any]:
+    return {"text": one.text, "logit": number(one.logit)}
+
+
+def _change(one: TokenChange) -> dict[str, Any]:
+    return {"text": one.text, "change": number(one.change), "probability": number(one.probability)}
 
 
 def life_entry(opened: Opened, site: OpenedSite, layer: int, index: int) -> dict[str, Any] | None:

@@ -70,8 +70,9 @@ class Library:
         found = opened.site(site)
         with self._lock:
             made = cards.card(opened, found, layer, index, self.untrained_copy(opened))
+            effects = cards.effects(found, layer, index)
             life = [self._life(milestone, site, layer, index) for milestone in opened.life]
-        return made | {"effects": None, "nearest": None, "life": [one for one in life if one]}
+        return made | {"effects": effects, "nearest": None, "life": [one for one in life if one]}
 
     def untrained_copy(self, opened: Opened) -> Opened | None:
         """The same arm with the same seed, not trained, among the runs that were opened."""

@@ -89,7 +89,10 @@ def _site(site: OpenedSite) -> dict[str, Any]:
         "width": max(site.units(layer).width for layer in site.layers),
         "layers": [_layer(site, layer) for layer in site.layers],
         "measures": measures,
-        "has": {"explanations": any(any(site.texts(layer)) for layer in site.layers)},
+        "has": {
+            "explanations": any(any(site.texts(layer)) for layer in site.layers),
+            "effects": bool(site.effects.layers),
+        },
     }
 
 

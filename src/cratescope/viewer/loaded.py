@@ -82,7 +82,8 @@ class Loaded:
                 f"the text has {len(ids):,} tokens, {self.opened.name} reads at most {self.context:,} at once; "
                 "give less"
             )
-        rows = self.model.get_input_embeddings().weight.shape[0]
+        embeddings: Any = self.model.get_input_embeddings()
+        rows = embeddings.weight.shape[0]
         if max(ids) >= rows:
             raise UserError(
                 f"{self.opened.name}: its tokenizer has token {max(ids)}, its model only {rows}; put the tokenizer "

@@ -21,6 +21,8 @@ from cratescope.explain.controls import OWN, SHUFFLED
 from cratescope.explain.explained import Explained
 from cratescope.explain.protocols import PROTOCOLS
 from cratescope.files import read_json, slug
+from cratescope.neurons.effects import Effects, kept_effects
+from cratescope.neurons.kept import Kept
 from cratescope.neurons.records import layer_width, read_columns
 from cratescope.neurons.sample import SAE, record_files
 from cratescope.results.runs import described
@@ -30,6 +32,8 @@ from cratescope.score.scores import scores as scores_in
 
 NUMBERS = ("density", "mean", "maximum", "kurtosis", "skewness")
 """Columns of numbers of the records that tables show."""
+EFFECTS = ("direct_share", "input_score", "output_score")
+"""Those of the effects."""
 PRIMARY = "uniform"
 """The protocol that comes first where there is one: that of the report's primary measure."""
 
@@ -109,6 +113,7 @@ class OpenedSite:
         self._units: dict[int, Units] = {}
         self._scored: dict[tuple[Measure, int], Scored] = {}
         self._texts: dict[int, list[str]] = {}
+        self._effects: dict[tuple[str, int], Float[np.ndarray, " n"]] = {}
 
     @property
     def layers(self) -> list[int]:
@@ -185,6 +190,22 @@ class OpenedSite:
         control = np.array(table.column("control").to_pylist(), dtype=object)
         own, shuffled = (units.spread(index[control == name], value[control == name]) for name in (OWN, SHUFFLED))
         return Scored(own, shuffled)
+
+    @cached_property
+    def effects(self) -> Kept[Effects]:
+        """What its units do, where `cratescope effects` has measured it."""
+        return kept_effects(self.run.effects(self.folder))
+
+    def effect(self, name: str, layer: int) -> Float[np.ndarray, " n"]:
+        """A number of the effects of a layer's units; NaN where there is none."""
+        if (name, layer) not in self._effects:
+            units = self.units(layer)
+            table = self.effects.tables.read(layer, EFFECTS)
+            index = table.column("index").to_numpy()
+            for column in EFFECTS:
+                values = table.column(column).to_numpy(zero_copy_only=False).astype(np.float64)
+                self._effects[column, layer] = units.spread(index, values)
+        return self._effects[name, layer]
 
     @cached_property
     def explainers(self) -> list[str]:

@@ -174,7 +174,8 @@ def _top(site: OpenedSite, layer: int) -> dict[str, np.ndarray]:
 
 def _places(text: str, query: str) -> tuple[Int[np.ndarray, " k"], bool]:
     """Where the query stands in a text, at the beginning of a word if it begins with one; and if there are more."""
-    word, found, place = query[0].isalnum(), [], text.find(query)
+    word, place = query[0].isalnum(), text.find(query)
+    found: list[int] = []
     while place >= 0 and len(found) < MOST_PLACES:
         if not (word and place and text[place - 1].isalnum()):
             found.append(place)

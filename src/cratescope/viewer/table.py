@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
-from cratescope.viewer.opened import NUMBERS, Measure, Opened, OpenedSite
+from cratescope.viewer.opened import EFFECTS, NUMBERS, Measure, Opened, OpenedSite
 from cratescope.viewer.values import numbers
 
-TITLES = {
-    "density": "density",
-    "mean": "mean",
-    "maximum": "maximum",
-    "kurtosis": "kurtosis",
-    "skewness": "skewness",
-}
 OfLayer = Callable[[int], Float[np.ndarray, " n"]]
 
 
@@ -54,12 +48,28 @@ def title(measure: Measure) -> str:
 
 
 def _numbers(site: OpenedSite) -> Iterator[tuple[str, str, OfLayer]]:
+    """Key, title and values of every column of numbers."""
     for ending, measure in keys(site.measures):
-        yield f"score{ending}", f"score ({title(measure)})", lambda layer, by=measure: site.scored(by, layer).own
+        yield f"score{ending}", f"score ({title(measure)})", partial(_own, site, measure)
         gain = f"gain over another's explanation ({title(measure)})"
-        yield f"gain{ending}", gain, lambda layer, by=measure: site.scored(by, layer).gain
+        yield f"gain{ending}", gain, partial(_gain, site, measure)
     for name in NUMBERS:
-        yield name, TITLES[name], lambda layer, name=name: site.units(layer).numbers[name]
+        yield name, name, partial(_number, site, name)
+    if site.effects.layers:
+        for name in EFFECTS:
+            yield name, name.replace("_", " "), partial(site.effect, name)
+
+
+def _own(site: OpenedSite, measure: Measure, layer: int) -> Float[np.ndarray, " n"]:
+    return site.scored(measure, layer).own
+
+
+def _gain(site: OpenedSite, measure: Measure, layer: int) -> Float[np.ndarray, " n"]:
+    return site.scored(measure, layer).gain
+
+
+def _number(site: OpenedSite, name: str, layer: int) -> Float[np.ndarray, " n"]:
+    return site.units(layer).numbers[name]
 
 
 def _joined(site: OpenedSite, of_layer: OfLayer) -> Float[np.ndarray, " n"]:
