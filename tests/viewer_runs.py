@@ -22,7 +22,7 @@ from cratescope.files import write_json
 from cratescope.models import CrateConfig, CrateForCausalLM
 from cratescope.neurons.collect import collect
 from cratescope.neurons.config import CollectConfig, EffectsConfig
-from cratescope.neurons.effects import effects
+from cratescope.neurons.affect import effects
 from cratescope.run import Run
 from cratescope.sae.config import SaeConfig
 from cratescope.sae.train import train_coders
@@ -39,7 +39,7 @@ LAYERS, WIDTH, NEURONS, CONTEXT = 2, 16, 32, 64
 STEPS = (50, 100)
 TRAINED = 2_000_000
 MARKUP = '<script>window.hacked = 1</script><img src=x onerror="window.hacked = 1">'
-HOSTILE = 'a "quoted" <i>run</i>'
+HOSTILE = 'a "quoted" <i>run'
 """The name of a run."""
 
 
