@@ -20,7 +20,7 @@
       <div class="head"><h2 id="arms-title">Arms</h2>
         ${measures.size > 0 && html`<${Select} label="measure × 100" value=${shown} choices=${[...measures]} choose=${choose} />`}</div>
       <div class="tiles">${home.runs.map((run) => html`<${Arm} key=${run.name} run=${run} measure=${shown} scale=${scale} />`)}</div>
-      ${measures.size > 0 && html`<p class="note">Filled: the mean over neurons with its interval of 95 %. Hollow: the same with another neuron's explanation.</p>`}
+      ${measures.size > 0 && html`<p class="note">Score: the mean over neurons, drawn with its interval of 95 %. Control, hollow: the same with another neuron's explanation.</p>`}
     </section>`;
   }
 
@@ -32,21 +32,24 @@
       <dt>parameters</dt><dd>${count(run.parameters)}</dd>
       <dt>training tokens</dt><dd>${count(run.tokens_trained)}</dd>
     </dl>
-    ${run.sites.map((site) => html`<${Site} key=${site.name} run=${run} site=${site} measure=${measure} scale=${scale} />`)}
+    ${run.sites.length > 0 && html`<${Sites} ...${{ run, measure, scale }} />`}
     ${!run.sites.length && html`<p class="note">No records yet: <code>cratescope collect</code> makes them.</p>`}
   </article>`;
 
-  const Site = ({ run, site, measure, scale }) => html`<div class="scroll plain"><table class="dense">
-    <thead><tr><th scope="col"><a href=${Cratescope.link([], { run: run.name, site: site.name })}>${site.title || site.name}</a></th><th scope="col">neurons</th><th scope="col">dead</th><th scope="col">active</th><th scope="col">score</th><th scope="col" class="left"><span class="unseen">interval</span></th></tr></thead>
-    <tbody>${site.layers.map((layer) => html`<${Layer} key=${layer.layer} layer=${layer} row=${scoreOf(layer, measure)} scale=${scale} />`)}</tbody>
+  const Sites = ({ run, measure, scale }) => html`<div class="scroll plain"><table>
+    <thead><tr><td></td><th scope="col">units</th><th scope="col">dead</th><th scope="col">score</th><th scope="col">control</th><th scope="col"><span class="unseen">interval</span></th></tr></thead>
+    ${run.sites.map((site) => html`<tbody key=${site.name}>
+      <tr><th scope="rowgroup" colspan="6"><a href=${Cratescope.link([], { run: run.name, site: site.name })}>${site.title || site.name}</a></th></tr>
+      ${site.layers.map((layer) => html`<${Layer} key=${layer.layer} layer=${layer} row=${scoreOf(layer, measure)} scale=${scale} />`)}
+    </tbody>`)}
   </table></div>`;
 
   const Layer = ({ layer, row, scale }) => html`<tr>
     <th scope="row">layer ${layer.layer}</th>
-    <td>${layer.n.toLocaleString("en")}</td>
+    <td data-tip="active on ${percent(layer.median_density)} of tokens, in the median">${layer.n.toLocaleString("en")}</td>
     <td>${known(layer.dead) ? layer.dead.toLocaleString("en") : "–"}</td>
-    <td data-tip="median share of tokens on which a neuron is active">${percent(layer.median_density)}</td>
-    <td>${row ? score(row.mean) : "–"}</td>
+    <td data-tip=${row && spoken(row)}>${row ? html`<strong>${score(row.mean)}</strong>` : "–"}</td>
+    <td class="se">${row ? score(row.control_mean) : "–"}</td>
     <td class="left">${row && html`<${Intervals} rows=${estimates(row)} low=${scale[0]} high=${scale[1]} label=${spoken(row)} />`}</td>
   </tr>`;
 

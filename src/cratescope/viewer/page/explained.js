@@ -18,23 +18,32 @@
 
   const shownText = (said) => (said.text ? visible(said.text) : `no explanation: ${said.skipped ?? "not asked for"}`);
 
+  /** Per protocol: its own measure, below it the controls, and other measures beside them. */
   function Scores({ scores }) {
     const all = scores.flatMap((row) => [row, ...row.controls]).flatMap((row) => [row.value, row.low, row.high]).filter(known);
-    const [low, high] = [Math.min(0, ...all), Math.max(0.01, ...all)];
-    return html`<div class="scroll"><table class="dense scores">
-      <thead><tr><th scope="col">protocol</th><th scope="col" class="left">measure × 100</th><th scope="col">score</th><th scope="col" class="left">controls</th><th scope="col" class="left"><span class="unseen">intervals</span></th><th scope="col" class="left">other measures</th></tr></thead>
-      <tbody>${scores.map((row, place) => html`<tr key=${place}>
-        <th scope="row">${row.protocol}</th>
-        <td class="left">${row.measure}</td>
-        <td>${known(row.value) ? html`<strong><${Estimate} row=${row} /></strong>` : html`<span class="se" data-tip=${row.reason}>${row.reason ?? "–"}</span>`}</td>
-        <td class="left">${row.controls.map((control) => html`<div key=${control.name} data-tip=${control.title}><span class="se">${control.name}</span> <${Estimate} row=${control} /></div>`)}</td>
-        <td class="left"><${Intervals} rows=${[{ ...row, own: true, title: row.measure }, ...row.controls]} low=${low} high=${high} label=${spoken(row)} /></td>
-        <td class="left">${row.beside.map((other) => html`<div key=${other.measure} data-tip=${other.reason}><span class="se">${other.measure}</span> <${Estimate} row=${other} /></div>`)}</td>
-      </tr>`)}</tbody>
+    const scale = [Math.min(0, ...all), Math.max(0.01, ...all)];
+    return html`<div class="scroll"><table class="scores">
+      <thead><tr><th scope="col">protocol</th><th scope="col" class="left">measure or control</th><th scope="col" class="left">× 100</th><th scope="col" class="left"><span class="unseen">interval</span></th><th scope="col" class="left">other measures × 100</th></tr></thead>
+      ${scores.map((row, place) => html`<${Protocol} key=${place} row=${row} scale=${scale} />`)}
     </table></div>`;
   }
 
-  const spoken = (row) => [{ ...row, title: row.measure }, ...row.controls].map(Cratescope.estimateText).join("; ");
+  function Protocol({ row, scale }) {
+    const lines = [{ ...row, own: true, name: row.measure, title: `${row.protocol} ${row.measure}` }, ...row.controls];
+    const n = Math.max(lines.length, row.beside.length);
+    return html`<tbody>${Array.from({ length: n }, (_, place) => html`<tr key=${place} class=${place ? "" : "mean"}>
+      ${!place && html`<th scope="rowgroup" rowspan=${n}>${row.protocol}</th>`}
+      <${Line} line=${lines[place]} scale=${scale} />
+      <td class="left">${row.beside[place] && html`<span data-tip=${row.beside[place].reason}><span class="se">${row.beside[place].measure}</span> <${Estimate} row=${row.beside[place]} /></span>`}</td>
+    </tr>`)}</tbody>`;
+  }
+
+  function Line({ line, scale }) {
+    if (!line) return html`<td></td><td></td><td></td>`;
+    const text = known(line.value) ? html`<${Estimate} row=${line} />` : html`<span class="se">${line.reason ?? "–"}</span>`;
+    return html`<td class="left" data-tip=${line.title}>${line.name}</td><td class="left">${text}</td>
+      <td class="left"><${Intervals} rows=${[line]} low=${scale[0]} high=${scale[1]} label=${Cratescope.estimateText(line)} width=${150} /></td>`;
+  }
 
   const Judgements = ({ judgements }) => html`<div class="scroll"><table class="dense">
     <thead><tr><th scope="col">judge</th><th scope="col" class="left">explanation shown</th><th scope="col">value × 100</th><th scope="col">questions</th></tr></thead>

@@ -86,7 +86,10 @@
     const choice = (name, otherwise) => (has(query.get(name)) ? query.get(name) : has(otherwise) ? otherwise : columns[0].key);
     const [x, y] = [choice("x", "density"), choice("y", "score")];
     const [logX, logY] = [query.get("logx") ? query.get("logx") === "1" : x === "density", query.get("logy") === "1"];
-    const title = (key) => columns.find((column) => column.key === key).title;
+    const title = (key) => {
+      const column = columns.find((one) => one.key === key);
+      return column.unit ? `${column.title}, ${column.unit}` : column.title;
+    };
     const choices = columns.map((column) => [column.key, column.title]);
     return html`<div class="side">
       <div class="axes">

@@ -4,7 +4,7 @@
   const { html, number, fixed, percent, visible, known, link, changed, replace, go, Rows, Bars, Choice, Check, Loaded, Empty, Unit } = Cratescope;
   const { useState, useEffect } = preactHooks;
   const PAUSE = 150; // milliseconds without a key before the text is sent
-  const COMMON = 0.01; // neurons that are active on more tokens are hidden unless asked for
+  const COMMON = 0.01; // neurons that are active on more tokens can be hidden
   const FAINT = 12; // nats at which a token that was not expected is shaded most
   const LIMIT = 50;
   const TEXT = "They saw some boats on the sea. The captain of the ship said that he would sail in March.";
@@ -34,14 +34,14 @@
       text: query.get("text") ?? TEXT,
       by: query.get("by") ?? "activation",
       tokens: (query.get("at") ?? "").split(",").filter(Boolean).map(Number),
-      common: query.get("common") === "1",
+      rare: query.get("rare") === "1",
       first: query.get("first") === "1",
       limit: Number(query.get("limit")) || LIMIT,
     };
   }
 
-  function requestOf({ runs, text, by, tokens, common, first, limit }) {
-    return { runs, text, order: { by, tokens }, limit, hide: { density_above: common ? null : COMMON, first_token: !first } };
+  function requestOf({ runs, text, by, tokens, rare, first, limit }) {
+    return { runs, text, order: { by, tokens }, limit, hide: { density_above: rare ? COMMON : null, first_token: !first } };
   }
 
   function Live({ home, query, change }) {
@@ -55,7 +55,7 @@
     return html`<label class="prompt-field"><span class="unseen">text</span><textarea class="live-text" rows="3" value=${state.text} onInput=${(event) => typed(event.target.value)} placeholder="Type, and watch the neurons fire"></textarea></label>
       <div class="head"><${Models} ...${{ home, state, change }} />
         <${Choice} label="Sort neurons by" choices=${ORDERS} value=${state.by} choose=${(by) => change({ by })} />
-        <${Check} label="hide neurons active on more than 1 % of tokens" checked=${!state.common} change=${(on) => change({ common: on ? null : 1 })} />
+        <${Check} label="hide neurons active on more than 1 % of tokens" checked=${state.rare} change=${(on) => change({ rare: on ? 1 : null })} />
         <${Check} label="ignore the first token" tip="where many neurons act whatever the text is" checked=${!state.first} change=${(on) => change({ first: on ? null : 1 })} />
         ${state.tokens.length > 0 && html`<button onClick=${() => change({ at: null })}>All tokens</button>`}</div>
       <${Loaded} state=${found} what="Running the models">${(value) => html`<${Runs} ...${{ value, state, mark, change }} waiting=${found.waiting} />`}<//>`;
@@ -80,7 +80,7 @@
     return html`<section class="live-run ${Cratescope.colour(run.run)}" aria-label=${run.run}>
       <h2 class="dot">${run.run} <span class="note">${number(run.total, 9)} neurons, ${number(run.milliseconds)} ms</span></h2>
       <${LiveTokens} ...${{ run, neuron, mark }} chosen=${state.tokens} />
-      ${run.neurons.length ? html`<${LiveNeurons} ...${{ run, state, at, hover, open }} />` : html`<${Empty}>No neuron is left. Show those that are active on more than 1 % of tokens, or choose other tokens.<//>`}
+      ${run.neurons.length ? html`<${LiveNeurons} ...${{ run, state, at, hover, open }} />` : html`<${Empty}>No neuron is left. ${state.rare ? "Show those that are active on more than 1 % of tokens, or choose" : "Choose"} other tokens.<//>`}
       ${run.neurons.length >= state.limit && run.neurons.length < run.total && html`<button onClick=${() => change({ limit: 4 * state.limit })}>More neurons</button>`}
     </section>`;
   }

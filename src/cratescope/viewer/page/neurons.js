@@ -39,7 +39,8 @@
 
   /** A column as it is shown: shares as percentages, scores × 100, its title without what is in brackets. */
   function described({ key, title, kind, unit }) {
-    const [short] = title.split(" (");
+    const [what, source] = /^(score|gain) (.+)$/.exec(key)?.slice(1) ?? [];
+    const short = source ? `${what}, ${source}` : key === "gain" ? key : title.split(" (")[0];
     const percent = /^(density|direct_share)$/.test(key);
     const hundred = kind === "number" && (percent || /^(score|gain|input_score|output_score)( |$)/.test(key));
     const suffix = { true: percent ? "%" : "× 100", false: unit }[hundred];

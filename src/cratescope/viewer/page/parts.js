@@ -59,17 +59,15 @@
     return html`<a class="unit dot ${Cratescope.colour(unit.run)}" href=${Cratescope.unitLink(unit, query)}>${name}</a>`;
   }
 
-  /** Estimates × 100 with their intervals on one scale: the first is filled, its controls are hollow. */
-  function Intervals({ rows, low, high, label }) {
-    const width = 132;
+  /** Estimates with their intervals on one scale, in one line: an `own` one is filled, its controls are hollow. */
+  function Intervals({ rows, low, high, label, width = 64 }) {
     const at = (value) => 6 + ((Math.min(high, Math.max(low, value)) - low) / (high - low || 1)) * (width - 12);
-    const seen = rows.filter((row) => known(row.value));
-    return html`<svg class="intervals" width=${width} height=${4 + 9 * seen.length} role="img" aria-label=${label}>
-      <line class="zero" x1=${at(0)} x2=${at(0)} y1="0" y2="100%" />
-      ${seen.map((row, place) => html`<g key=${place} class=${row.own ? "own" : "control"} data-tip=${estimateText(row)}>
-        <rect class="hit" x="0" y=${9 * place} width=${width} height="9" />
-        ${known(row.low) && html`<line x1=${at(row.low)} x2=${at(row.high)} y1=${6 + 9 * place} y2=${6 + 9 * place} />`}
-        <circle cx=${at(row.value)} cy=${6 + 9 * place} r=${row.own ? 3.5 : 2.8} />
+    return html`<svg class="intervals" width=${width} height="12" role="img" aria-label=${label}>
+      <line class="zero" x1=${at(0)} x2=${at(0)} y1="0" y2="12" />
+      ${rows.filter((row) => known(row.value)).map((row, place) => html`<g key=${place} class=${row.own ? "own" : "control"} data-tip=${estimateText(row)}>
+        <rect class="hit" x=${at(row.value) - 6} y="0" width="12" height="12" />
+        ${known(row.low) && known(row.high) && html`<line x1=${at(row.low)} x2=${at(row.high)} y1="6" y2="6" />`}
+        <circle cx=${at(row.value)} cy="6" r=${row.own ? 3.5 : 2.8} />
       </g>`)}
     </svg>`;
   }

@@ -4,7 +4,7 @@
   const { html, number } = Cratescope;
   const { useRef, useEffect } = preactHooks;
   const NEAR = 14; // pixels from the pointer to the point it means
-  const HEIGHT = 300;
+  const HEIGHT = 380;
 
   /** Points that can be drawn: known numbers, above 0 where the axis is logarithmic. */
   function pointsOf({ neurons, places, x, y, logX, logY }) {
