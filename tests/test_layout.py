@@ -67,6 +67,11 @@ HOUSE = {
     "results": ("estimates", "scores", "dictionaries", "runs", "neuron", "compare", "tables"),
     "report": ("config", "text", "html", "card", "figures", "verdict", "report"),
     "exchange": ("config", "reference", "imports", "openai", "delphi", "export"),
+    "viewer": (
+        *("config", "values", "opened", "table", "home", "cards", "data", "search", "notes"),
+        *("turns", "loaded", "live", "steering", "pairs", "nearest"),
+        *("packed", "sizes", "inside", "alike", "export", "guard", "api", "server"),
+    ),
     " ": ("config", "stages", "study", "cli", "__main__"),
 }
 ORDER = {
@@ -133,7 +138,20 @@ def test_help_loads_nothing_heavy():
 
 
 HEAVY = ("torch", "transformers.modeling_utils", "scipy", "pandas", "matplotlib", "datasets", "accelerate")
-LIGHT = ("prepare", "explain", "simulate", "judge", "score", "terms", "show", "study", "export", "import", "report")
+LIGHT = (
+    "prepare",
+    "explain",
+    "simulate",
+    "judge",
+    "score",
+    "terms",
+    "show",
+    "study",
+    "export",
+    "import",
+    "report",
+    "view",
+)
 """Stages that begin without torch; those that ask a local LLM load it then."""
 
 

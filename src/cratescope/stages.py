@@ -15,6 +15,7 @@ from cratescope.report.config import ReportConfig, ShowConfig
 from cratescope.sae.config import SaeConfig
 from cratescope.score.config import ScoreConfig
 from cratescope.text.config import PrepareConfig
+from cratescope.viewer.config import ViewConfig
 
 
 class Stage(NamedTuple):
@@ -44,6 +45,7 @@ STAGES: dict[str, Stage] = {
     "terms": Stage(LanguageConfig, "explain.terms.language:print_language", "List what explanations by terms may say."),
     "show": Stage(ShowConfig, "report.card:neuron_card", "Print all that is known of one neuron."),
     "steer": Stage(SteerConfig, "neurons.continuations:steer", "Force neurons and read what the model then says."),
+    "view": Stage(ViewConfig, "viewer.server:view", "Look around in runs in the browser: neurons, text, steering."),
     "report": Stage(ReportConfig, "report.report:report", "Write one HTML page about some runs."),
     "study": Stage(StudyConfig, "study:study", "Do all of this for the models of one TOML file."),
     "zoo": Stage(ZooConfig, "zoo:listing", "List the trained models that come with cratescope."),
