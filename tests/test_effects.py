@@ -36,11 +36,19 @@ FEW = {"contexts": 3, "context": 8, "neurons": 6, "batch_size": 4, "device": "cp
 TEXT = [5, 9, 200, 7, 31, 4]
 
 
+@pytest.fixture(scope="module")
+def collected(runs_folder, tmp_path_factory):
+    """The runs with records of their neurons."""
+    folder = tmp_path_factory.mktemp("collected")
+    for name in ("crate", "gpt2"):
+        shutil.copytree(runs_folder / name, folder / name, ignore=shutil.ignore_patterns("records", "saes", "effects"))
+        collect(CollectConfig(folder / name, **SMALL))
+    return folder
+
+
 @pytest.fixture(params=["crate", "gpt2"])
-def run(runs_folder, tmp_path, request):
-    shutil.copytree(
-        runs_folder / request.param, tmp_path / request.param, ignore=shutil.ignore_patterns("records", "saes")
-    )
+def run(collected, tmp_path, request):
+    shutil.copytree(collected / request.param, tmp_path / request.param)
     return Run(tmp_path / request.param)
 
 
@@ -81,8 +89,8 @@ def slowly(run, site, record, texts, n_ids):
 def test_effects_are_those_of_a_slow_loop_over_texts_and_neurons(run, data_folder, coded):
     if coded:
         save_coder(run.saes("small") / "layer-00", random_coder(run, run.name))
+        collect(CollectConfig(run.root, site="sae/small", **SMALL))
     name = "sae/small" if coded else "auto"
-    collect(CollectConfig(run.root, site=name, **SMALL))
     model = run.load_model().eval()
     site = find_coders(run, "small") if coded else site_named("auto", model)
     texts = TokenData.open(data_folder).split("heldout").spaced(FEW["contexts"], FEW["context"]).tolist()
@@ -112,7 +120,6 @@ def test_effects_are_those_of_a_slow_loop_over_texts_and_neurons(run, data_folde
 
 
 def test_the_output_score_adds_ten_times_the_largest_activation_after_the_neutral_prompt(run):
-    collect(CollectConfig(run.root, **SMALL))
     model, site = run.load_model().eval(), site_named("auto", run.load_model())
     [ids] = encode(run.tokenizer, ["From my experience,"])
     with torch.no_grad(), read_site(model, site, [0]) as seen:
@@ -225,7 +232,6 @@ def test_axes_of_the_stream_have_effects_too(run, name):
 
 
 def test_an_interrupted_stage_resumes_to_the_same_bytes_and_a_larger_sample_keeps_what_is_done(run, monkeypatch):
-    collect(CollectConfig(run.root, **SMALL))
     config = EffectsConfig(run.root, **FEW | {"neurons": 12})
     whole = layer_file(effects(config), 0).read_bytes()
     shutil.rmtree(run.effects("codes" if run.name == "crate" else "mlp").parent)
@@ -250,7 +256,6 @@ def test_an_interrupted_stage_resumes_to_the_same_bytes_and_a_larger_sample_keep
 
 
 def test_workers_share_the_neurons(run):
-    collect(CollectConfig(run.root, **SMALL))
     config = EffectsConfig(run.root, **FEW | {"neurons": 12})
     whole = layer_file(effects(config), 0).read_bytes()
     shutil.rmtree(run.root / "effects")
@@ -260,7 +265,6 @@ def test_workers_share_the_neurons(run):
 
 
 def test_other_settings_are_refused_by_a_folder_that_has_effects(run):
-    collect(CollectConfig(run.root, **SMALL))
     found(run)
     for other in ({"strength": 2}, {"contexts": 4}, {"prompt": "So"}):
         with pytest.raises(UserError, match=f"was made with {next(iter(other))}"):
@@ -280,7 +284,6 @@ def test_other_settings_are_refused_by_a_folder_that_has_effects(run):
     ],
 )
 def test_what_cannot_be_measured_is_refused_in_one_line(run, options, message):
-    collect(CollectConfig(run.root, **SMALL))
     if message is None:
         return found(run, **options)
     with pytest.raises(UserError, match=message) as refused:
@@ -289,7 +292,6 @@ def test_what_cannot_be_measured_is_refused_in_one_line(run, options, message):
 
 
 def test_records_of_another_model_are_refused(run, runs_folder):
-    collect(CollectConfig(run.root, **SMALL))
     other = "gpt2" if run.name == "crate" else "crate"
     shutil.rmtree(run.model)
     shutil.copytree(runs_folder / other / "model", run.model)
@@ -307,7 +309,6 @@ def test_a_number_beyond_the_format_is_refused_with_the_fix(tmp_path, data_folde
 
 
 def test_the_command_says_where_the_tables_are_and_pandas_reads_them(run):
-    collect(CollectConfig(run.root, **SMALL))
     said = cli.run(["effects", str(run.root), "--contexts=2", "--context=8", "--neurons=3"])
     table = pandas.read_parquet(f"{said}/layer-00.parquet")
     assert len(table) == 3 and {"raises", "measured_raises", "direct_share", "output_score"} <= {*table.columns}
