@@ -56,7 +56,7 @@ class Head:
             )
         own, logits = cls(model, "own"), plain_pass(model, tokens).logits
         # In another order than the text's: `losses` puts parts of several rows into the head.
-        if not _holds(lambda: _alike(own._logits(own._states(tokens).flip(1)), logits.flip(1))):
+        if not _holds(lambda: alike(own._logits(own._states(tokens).flip(1)), logits.flip(1))):
             return cls(model, "whole")
         return cls(model, "product") if _holds(lambda: own._is_product(tokens)) else own
 
@@ -115,7 +115,7 @@ class Head:
         False for narrow formats, where the product of loss.py rounds differently from the model.
         """
         weight = self.model.get_output_embeddings().weight
-        if weight.dtype.itemsize < 4 or not _alike(Head(self.model, "product")._states(tokens), self._states(tokens)):
+        if weight.dtype.itemsize < 4 or not alike(Head(self.model, "product")._states(tokens), self._states(tokens)):
             return False
         chance = torch.Generator().manual_seed(0)
         rows = torch.randn(4, weight.shape[1], generator=chance).to(weight)
@@ -123,7 +123,7 @@ class Head:
         if not largest > 0:
             return False
         probes = torch.cat([rows * (scale / largest) for scale in SCALES])
-        return _alike(self._logits(probes), probes @ weight.t())
+        return alike(self._logits(probes), probes @ weight.t())
 
 
 @torch.no_grad()
@@ -136,7 +136,7 @@ def looks_ahead(model: Any, tokens: Int[torch.Tensor, "b t"]) -> bool:
     logits = plain_pass(model, tokens).logits[:, :-1]
     for step in range(LAST_TOKENS):
         other = torch.cat([tokens[:, :-1], torch.where(last == step, LAST_TOKENS, step)], 1)
-        if _alike(plain_pass(model, other).logits[:, :-1], logits, 5):
+        if alike(plain_pass(model, other).logits[:, :-1], logits, 5):
             return False
     return True
 
@@ -164,7 +164,7 @@ def _holds(trial: Callable[[], bool]) -> bool:
         return False
 
 
-def _alike(one: torch.Tensor, other: torch.Tensor, times: int = 1) -> bool:
+def alike(one: torch.Tensor, other: torch.Tensor, times: int = 1) -> bool:
     """Whether they are equal up to a multiple of the rounding error, relative to the largest value of each row."""
     tolerance = times * (EXACT if one.dtype.itemsize >= 4 else ROUNDED)
     if one.shape != other.shape:

@@ -67,13 +67,14 @@ def steer(config: SteerConfig) -> Continuations:
         UserError: an edit that cannot be read or made, an empty or too long prompt, or logits that are not finite.
     """
     run = Run(config.run)
-    if not config.edit:
-        raise UserError("--edit: name at least one, such as 1:37=4x")
+    written = (*config.edit, *([f"{config.neuron}={config.set}"] if config.neuron else []))
+    if not written:
+        raise UserError("--edit: name at least one, such as 1:37=4x, or a --neuron such as 1:37")
     model = load_model(run, config.device)
     site = functools.cache(lambda name: site_of(run, name or config.site, model, replace=config.sae == "replace"))
-    edits = in_raw_units(run, [read_edit(text, site) for text in config.edit])
+    edits = in_raw_units(run, [read_edit(text, site) for text in written])
     ids = _prompt_ids(config, run, model)
-    found = _compared(config, run, model, edits, ids)
+    found = _compared(dataclasses.replace(config, edit=written), run, model, edits, ids)
     if config.json:
         write_json(config.json, dataclasses.asdict(found))
     return found
