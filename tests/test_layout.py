@@ -36,6 +36,7 @@ HOUSE = {
     ),
     "neurons": (
         *("config", "records", "kept", "sample", "sites", "coded", "directions", "steer", "spelled", "continuations"),
+        *("pushed", "outcomes", "curves", "sweep"),
         *("tensors", "strata", "streaming", "merge", "collect"),
     ),
     "sae": ("config", "loss", "step", "learner", "stream", "foreign", "train", "probing", "quality"),
@@ -63,8 +64,8 @@ HOUSE = {
         "judge",
     ),
     "score": ("config", "words", "weights", "measures", "inference", "sanity", "quality", "scores", "score"),
-    "results": ("estimates", "scores", "dictionaries", "runs", "neuron", "compare", "tables"),
-    "report": ("config", "text", "html", "card", "figures", "verdict", "report"),
+    "results": ("estimates", "scores", "dictionaries", "runs", "neuron", "compare", "steering", "tables"),
+    "report": ("config", "text", "html", "card", "figures", "steering", "verdict", "report"),
     "exchange": ("config", "reference", "imports", "openai", "delphi", "export"),
     " ": ("config", "stages", "study", "cli", "__main__"),
 }

@@ -28,7 +28,7 @@ from cratescope.neurons.directions import Readout, output_directions
 from cratescope.neurons.outcomes import Aimed, FixedText, Writing
 from cratescope.neurons.pushed import Pushes, Tail, module_of
 from cratescope.neurons.records import NeuronId, layer_file, read_columns
-from cratescope.neurons.sample import draw_neurons, record_files, records_identity
+from cratescope.neurons.sample import SAE, draw_neurons, record_files, records_identity
 from cratescope.neurons.sites import Site
 from cratescope.neurons.steer import check_records
 from cratescope.progress import progress
@@ -54,7 +54,7 @@ def sweep(config: SteerConfig) -> Path:
             curves of other settings in the folder.
     """
     work = Sweep.of(config)
-    folder = work.run.steering(work.site.name, config.sae == "replace" and isinstance(work.site, CodedSite))
+    folder = curves_folder(config, work.site.name)
     claim(folder, work.identity())
     kept = curves(folder)
     with locked(folder, "sweep"), kept.writing() as keep:
@@ -68,6 +68,11 @@ def sweep(config: SteerConfig) -> Path:
                     keep(points)
     _write_example(config, work, folder)
     return folder
+
+
+def curves_folder(config: SteerConfig, site: str) -> Path:
+    """Where the curves of a site are kept."""
+    return Run(config.run).steering(site, replaced=config.sae == "replace" and site.startswith(SAE))
 
 
 def sweep_one(config: SteerConfig, layer: int, index: int) -> list[Point]:
