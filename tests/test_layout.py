@@ -37,7 +37,7 @@ HOUSE = {
     "neurons": (
         *("config", "records", "kept", "sample", "sites", "coded", "directions", "steer", "spelled", "continuations"),
         *("pushed", "outcomes", "curves", "sweep"),
-        *("tensors", "strata", "streaming", "merge", "collect"),
+        *("tensors", "strata", "streaming", "merge", "collect", "effects", "forced", "affect"),
     ),
     "sae": ("config", "loss", "step", "learner", "stream", "foreign", "train", "probing", "quality"),
     "explain": (
@@ -67,6 +67,10 @@ HOUSE = {
     "results": ("estimates", "scores", "dictionaries", "runs", "neuron", "compare", "steering", "tables"),
     "report": ("config", "text", "html", "card", "figures", "steering", "verdict", "report"),
     "exchange": ("config", "reference", "imports", "openai", "delphi", "export"),
+    "viewer": (
+        *("config", "values", "opened", "table", "home", "cards", "data", "search", "notes"),
+        *("turns", "loaded", "live", "steering", "pairs", "nearest", "guard", "api", "server"),
+    ),
     " ": ("config", "stages", "study", "cli", "__main__"),
 }
 ORDER = {
@@ -133,7 +137,20 @@ def test_help_loads_nothing_heavy():
 
 
 HEAVY = ("torch", "transformers.modeling_utils", "scipy", "pandas", "matplotlib", "datasets", "accelerate")
-LIGHT = ("prepare", "explain", "simulate", "judge", "score", "terms", "show", "study", "export", "import", "report")
+LIGHT = (
+    "prepare",
+    "explain",
+    "simulate",
+    "judge",
+    "score",
+    "terms",
+    "show",
+    "study",
+    "export",
+    "import",
+    "report",
+    "view",
+)
 """Stages that begin without torch; those that ask a local LLM load it then."""
 
 

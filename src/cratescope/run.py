@@ -149,6 +149,10 @@ class Run:
         """Folder with one Parquet file per layer."""
         return self.root / "records" / slug(site)
 
+    def effects(self, site: str) -> Path:
+        """Folder with one Parquet file of effects per layer."""
+        return self.root / "effects" / slug(site)
+
     def scores(self, site: str, explainer: str, simulator: str) -> Path:
         """Folder with one Parquet file per layer (a row per neuron, protocol, control and measure) and scores.json."""
         return self.root / "scores" / slug(site) / slug(explainer) / slug(simulator)

@@ -10,11 +10,12 @@ from cratescope.config import StudyConfig, ZooConfig
 from cratescope.exchange.config import ConvertConfig, ExportConfig, ImportConfig
 from cratescope.explain.config import ExplainConfig, JudgeConfig, LanguageConfig, SimulateConfig
 from cratescope.lm.config import EvaluateConfig, TrainConfig
-from cratescope.neurons.config import CollectConfig, SteerConfig
+from cratescope.neurons.config import CollectConfig, EffectsConfig, SteerConfig
 from cratescope.report.config import ReportConfig, ShowConfig
 from cratescope.sae.config import SaeConfig
 from cratescope.score.config import ScoreConfig
 from cratescope.text.config import PrepareConfig
+from cratescope.viewer.config import ViewConfig
 
 
 class Stage(NamedTuple):
@@ -36,6 +37,7 @@ STAGES: dict[str, Stage] = {
     "evaluate": Stage(EvaluateConfig, "sae.quality:evaluate", "Measure loss on any text, and dictionaries."),
     "sae": Stage(SaeConfig, "sae.train:train_coders", "Learn sparse dictionaries of a model's activations."),
     "collect": Stage(CollectConfig, "neurons.collect:collect", "Read text and write what every neuron does."),
+    "effects": Stage(EffectsConfig, "neurons.affect:effects", "Say which tokens every neuron raises and lowers."),
     "explain": Stage(ExplainConfig, "explain.explain:explain", "Say what each neuron finds."),
     "simulate": Stage(SimulateConfig, "explain.simulate:simulate", "Predict activations from explanations."),
     "judge": Stage(JudgeConfig, "explain.judge:judge", "Ask an LLM about whole windows instead."),
@@ -43,6 +45,7 @@ STAGES: dict[str, Stage] = {
     "terms": Stage(LanguageConfig, "explain.terms.language:print_language", "List what explanations by terms may say."),
     "show": Stage(ShowConfig, "report.card:neuron_card", "Print all that is known of one neuron."),
     "steer": Stage(SteerConfig, "report.steering:steer", "Force neurons and read what the model then says."),
+    "view": Stage(ViewConfig, "viewer.server:view", "Look around in runs in the browser: neurons, text, steering."),
     "report": Stage(ReportConfig, "report.report:report", "Write one HTML page about some runs."),
     "study": Stage(StudyConfig, "study:study", "Do all of this for the models of one TOML file."),
     "zoo": Stage(ZooConfig, "zoo:listing", "List the trained models that come with cratescope."),

@@ -1,4 +1,4 @@
-"""Settings of `collect` and `steer`."""
+"""Settings of `collect`, `effects` and `steer`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,17 @@ from typing import Annotated, Literal
 
 import tyro
 
-from cratescope.options import LARGEST_BATCH, LARGEST_SEED, Checked, PositionalPath, RayGPUs, RayTasks, Worker, within
+from cratescope.options import (
+    LARGEST_BATCH,
+    LARGEST_SEED,
+    Checked,
+    PositionalPath,
+    RayGPUs,
+    RayTasks,
+    Worker,
+    within,
+)
+from cratescope.options import Site as SiteOption
 
 
 @dataclass(frozen=True)
@@ -94,6 +104,40 @@ class SweepConfig(Checked):
     """For --sweep: tokens that it writes after each, drawn at temperature 1."""
     data: Path | None = None
     """For --sweep: folder made by `cratescope prepare`; the run's own by default."""
+
+
+@dataclass(frozen=True)
+class EffectsConfig(Checked):
+    """Say which tokens every neuron raises and lowers: by its weights, and measured by forcing it on held-out text."""
+
+    run: PositionalPath
+    """Run directory with neuron records."""
+    site: SiteOption = "auto"
+    layers: Annotated[tuple[int, ...] | None, within(0)] = None
+    """Layers to measure; all of the records by default."""
+    neurons: Annotated[int | None, within(1)] = None
+    """Neurons per layer, drawn at random with --neuron-seed as `explain` draws them; all by default."""
+    neuron_seed: Annotated[int, within(0, LARGEST_SEED)] = 0
+    """Seed of the draw of neurons; a larger --neurons keeps those already done."""
+    data: Path | None = None
+    """Folder made by `cratescope prepare`; the run's own by default."""
+    contexts: Annotated[int, within(1)] = 64
+    """Held-out texts, evenly spaced, at whose last token a neuron is forced."""
+    context: Annotated[int, within(1)] = 32
+    """Tokens of each."""
+    strength: Annotated[float, within(0, 10_000, above=True)] = 1.0
+    """What a neuron is set to, as a multiple of its maximum in the records: 1 is as strong as text makes it."""
+    prompt: str = "From my experience,"
+    """Neutral text that output scores are measured after (Arad et al. 2025)."""
+    batch_size: Annotated[int, within(1, LARGEST_BATCH)] = 256
+    """Neurons in one forward pass; fewer where the vocabulary is large."""
+    worker: Worker = "auto"
+    ray: RayTasks = 0
+    ray_gpus: RayGPUs = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Device to run the model on."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Number format to run the model in; auto keeps that of its checkpoint."""
 
 
 @dataclass(frozen=True)

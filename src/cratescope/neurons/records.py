@@ -321,14 +321,18 @@ def _no_neuron(path: Path, index: int) -> UserError:
     return UserError(f"{path}: no neuron {index}; this layer has neurons 0 to {max([*known, width - 1])}")
 
 
-def layer_width(path: Path) -> int:
-    """How many neurons the layer has, of which the file may hold a sample. Errors as of `read_columns`."""
-    known = read_columns(path, ["index"])
+def layer_width(path: Path, whole: bool = True) -> int:
+    """How many neurons the layer has, of which the file may hold a sample. `whole`, errors as of `read_columns`."""
+    known = read_columns(path, ["index"], whole=whole)
     return int((known.schema.metadata or {}).get(WIDTH, known.num_rows))
 
 
-def read_columns(path: Path, columns: Sequence[str], indices: Sequence[int] | None = None) -> pa.Table:
+def read_columns(
+    path: Path, columns: Sequence[str], indices: Sequence[int] | None = None, whole: bool = True
+) -> pa.Table:
     """Some columns of one layer's records, a row per neuron; only of some neurons when `indices` are given.
+
+    whole: compare the checksum of the whole file first, which reads it all; without, only what is read is checked.
 
     Raises UserError: the file is missing, damaged or of another version.
     """
@@ -337,7 +341,7 @@ def read_columns(path: Path, columns: Sequence[str], indices: Sequence[int] | No
     chosen = None if indices is None else _among(indices)
     fix, kinds = "delete it and run `cratescope collect`", (OSError, ValueError, pa.ArrowException)
     with as_user_error(f"{path}: damaged Parquet file", fix, kinds):
-        sealed = is_sealed(path)
+        sealed = not whole or is_sealed(path)
         schema = pq.read_schema(path)
         if (schema.metadata or {}).get(b"checksum") and not sealed:
             raise pa.ArrowInvalid("its checksum is gone")

@@ -20,9 +20,9 @@ from cratescope.files import sha256, write_json
 from cratescope.lm.load import data_of, load_model
 from cratescope.locks import locked
 from cratescope.models.folder import context_length, longest_context
-from cratescope.neurons import continuations
 from cratescope.neurons.coded import CodedSite, site_of
 from cratescope.neurons.config import SteerConfig
+from cratescope.neurons.continuations import continuations
 from cratescope.neurons.curves import KINDS, OWN, UNEDITED, Point, curves
 from cratescope.neurons.directions import Readout, output_directions
 from cratescope.neurons.outcomes import Aimed, FixedText, Writing
@@ -261,7 +261,7 @@ def _write_example(config: SteerConfig, work: Sweep, folder: Path) -> None:
     layer, index = example_unit(work, prompt)
     site = f"{work.site.name}/" if isinstance(work.site, CodedSite) else ""
     edit = f"{site}{layer}:{index}={EXAMPLE_STRENGTH:g}x"
-    found = continuations.steer(dataclasses.replace(config, prompt=prompt, edit=(edit,), json=None))
+    found = continuations(dataclasses.replace(config, prompt=prompt, edit=(edit,)), work.run, work.model)
     write_json(path, dataclasses.asdict(found))
 
 

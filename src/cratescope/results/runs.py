@@ -185,7 +185,7 @@ def _place(item: Results) -> tuple[bool, bool, str]:
 
 
 def _load_run(run: Run, explainer: str, simulator: str) -> Iterator[Results]:
-    manifest = _imported(run) or run.read_manifest()
+    manifest = described(run)
     if not run.evaluation.exists() and run.manifest.exists():
         raise UserError(f"{run.evaluation}: no such file; run `cratescope evaluate {run.root}` first")
     _check_settings(run, manifest)
@@ -265,6 +265,11 @@ def _check_made_with(folder: Path, made_with: Row, simulations: Path) -> None:
         raise UserError(
             f"{folder / 'scores.json'}: is not of the simulations in {simulations}; run `cratescope score` again"
         )
+
+
+def described(run: Run) -> Row:
+    """Its run.json, or what stands for it where records were imported without a model. Errors as `read_manifest`."""
+    return _imported(run) or run.read_manifest()
 
 
 def _imported(run: Run) -> Row | None:

@@ -28,7 +28,7 @@ AGAINST = (("random", AIMS), *((control, TARGETS) for control in CONTROLS))
 """Controls that gains are over; of the first the gain is primary."""
 _TOKENS: Shape = [{"token": int, "text": str, "change": float, "plain": float, "steered": float}]
 EXAMPLE: Shape = {
-    **{"prompt": str, "edits": [str], "plain": str, "steered": str, "rises": _TOKENS, "falls": _TOKENS},
+    **{"prompt": str, "edits": [str], "plain": str, "steered": str, "rises": _TOKENS, "likelier": _TOKENS},
     **{"kl_prompt": float, "kl_generated": float, "generated": int},
 }
 """What is read of example.json."""

@@ -1,0 +1,1 @@
+"""The viewer: look around in neurons, type text, force them, and compare models."""
