@@ -43,7 +43,7 @@ GIVEN = {
     "steer": ("run", "edit", "neuron", "json"),
     "report": ("runs", "out", "title", "explainer"),
 }
-"""Section -> the options that the study itself gives. Without judges [judge] is left out; [steer] is if it is not there."""
+"""Section -> the options that the study itself gives. Without judges there is no [judge]; [steer] has to be there."""
 SHARED = "neurons"
 """The section of what several sections share: an option of it is one of every stage that has it."""
 BESIDE = "terms"
@@ -321,7 +321,16 @@ def _plan(table: Settings, path: Path, neurons: NeuronsConfig) -> Plan:
     models = {model["name"]: {key: value for key, value in model.items() if key != "name"} for model in table["model"]}
     terms = table.get(BESIDE)
     _look_up(from_table(BesideConfig, terms or {}, f"{path}: [{BESIDE}]"), f"{path}: [{BESIDE}]")
-    return Plan(path, table["title"], sections, models, **loops, milestones=neurons.explain_milestones, terms=terms, steering="steer" in table)
+    return Plan(
+        path,
+        table["title"],
+        sections,
+        models,
+        **loops,
+        milestones=neurons.explain_milestones,
+        terms=terms,
+        steering="steer" in table,
+    )
 
 
 def _listed(value: Any) -> tuple[Any, ...]:

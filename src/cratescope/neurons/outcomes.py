@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from jaxtyping import Float, Float64, Int64
+from jaxtyping import Float64, Int64
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -71,7 +71,7 @@ class FixedText:
         of their probabilities with the edit and without.
         """
         parts = [self._measured(tail, some) for some in aimed.split(self._together(len(self.tokens)))]
-        found = {name: torch.cat([part[name] for part in parts]).double() for name in parts[0]}
+        found = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         if not found["kl"].isfinite().all():
             raise UserError("with an edit the model's logits are not finite; give smaller --strengths")
         return found
@@ -82,7 +82,7 @@ class FixedText:
         b, c, last, _ = logits.shape
         logprobs = logits.log_softmax(-1)
         gone = self._plain.gather(-1, self._labels) - logprobs.gather(-1, self._labels.expand(b, c, last, 1))
-        found: Numbers = {"loss": gone.mean((1, 2, 3))}
+        found = {"loss": gone.mean((1, 2, 3))}
         for name, tokens in aimed.sets.items():
             where = tokens[:, None, None].expand(b, c, last, -1)
             after, before = logprobs.gather(-1, where), self._plain.expand_as(logprobs).gather(-1, where)
@@ -92,7 +92,7 @@ class FixedText:
             found[f"{name}mass_plain"] = before.exp().sum(-1).mean((1, 2))
         chances = logprobs.exp()
         found["kl"] = torch.linalg.vecdot(chances, logprobs.sub_(self._plain)).mean((1, 2))
-        return found
+        return {name: values.double() for name, values in found.items()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,7 +135,7 @@ class Writing:
 
     @cached_property
     @torch.no_grad()
-    def plain(self) -> list[tuple[Int64[Tensor, "1 l"], Float64[Tensor, "1"]]]:
+    def plain(self) -> list[tuple[Int64[Tensor, "1 l"], Float64[Tensor, " 1"]]]:
         """Of each prompt what the model writes without edits, and its loss."""
         texts = [self._written(prompt, 1) for prompt in range(len(self.prompts))]
         return [(text, self._nats(prompt, text)) for prompt, text in enumerate(texts)]

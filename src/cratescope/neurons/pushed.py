@@ -1,11 +1,11 @@
 """One edit for each row of a batch: many units, strengths and directions in one forward pass.
 
-`steered` (neurons/steer.py) makes a list of edits in every row. Here each row has one of its own, and what it changes may
-be written along another direction than the unit's, which is what a control of the same norm is. For a row whose
+`steered` (neurons/steer.py) makes a list of edits in every row. Here each row has one of its own, and what it changes
+may be written along another direction than the unit's, which is what a control of the same norm is. For a row whose
 direction is the unit's own the two are the same.
 
-On a fixed text nothing before the edit depends on it. So the blocks up to its layer are run once, and for every edit the
-passes go on behind them (`Tail`), where a trial shows that this gives the same.
+On a fixed text nothing before the edit depends on it. So the blocks up to its layer are run once, and for every edit
+the passes go on behind them (`Tail`), where a trial shows that this gives the same.
 """
 
 from __future__ import annotations
@@ -71,7 +71,9 @@ def seen(site: Site, layer: int, x: Float[Tensor, "b t h"], index: Int64[Tensor,
     """Activations of one unit in each row, of the activations x of the site's module."""
     index, coder = index.to(x.device), _coder(site, layer, x)
     if coder is not None and coder.config.by_threshold:  # a feature depends on no other
-        found = torch.einsum("bth,bh->bt", x.float() - coder.bias, coder.encoder[index]) + coder.encoder_bias[index, None]
+        found = (
+            torch.einsum("bth,bh->bt", x.float() - coder.bias, coder.encoder[index]) + coder.encoder_bias[index, None]
+        )
         return found.relu() * (found > coder.threshold[index, None])
     units = x if coder is None else coder.encode(x)
     return units.gather(-1, index[:, None, None].expand(-1, x.shape[1], 1))[..., 0]

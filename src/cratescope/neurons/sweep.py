@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,7 +24,7 @@ from cratescope.models.folder import context_length, longest_context
 from cratescope.neurons.coded import CodedSite, site_of
 from cratescope.neurons.config import SteerConfig
 from cratescope.neurons.continuations import continuations
-from cratescope.neurons.curves import KINDS, OWN, UNEDITED, Point, curves
+from cratescope.neurons.curves import OWN, UNEDITED, Point, curves
 from cratescope.neurons.directions import Readout, output_directions
 from cratescope.neurons.outcomes import Aimed, FixedText, Writing
 from cratescope.neurons.pushed import Pushes, Tail, module_of
@@ -37,6 +38,7 @@ from cratescope.text.tokenizer import encode
 
 VERSION = 1
 """Of the curves: raise it when the same edits and texts give others."""
+TRIAL_EDITS = 2
 TOGETHER = 8
 """Units whose edits are made in the same passes."""
 EXAMPLE_PROMPT = "1 2 3 4 5"
@@ -128,10 +130,37 @@ class Units:
 
     def directions(self, index: int, seed: int) -> dict[str, Float32[Tensor, " h"]]:
         """By kind, what a change of the unit by 1 adds to the module's activations; all write the same norm."""
-        own = self.along(index)
-        found = {OWN: own, "random": self.random(index, seed), "flipped": -own, "other": self.along(self.other(index))}
-        norm = self.own[index].norm()
-        return {kind: along * (norm / (along @ self.module).norm()) if kind in ("random", "other") else along for kind, along in found.items()}
+        own, norm = self.along(index), self.own[index].norm()
+        controls = {"random": self.random(index, seed), "other": self.along(self.other(index))}
+        matched = {kind: along * (norm / (along @ self.module).norm()) for kind, along in controls.items()}
+        return {OWN: own, "flipped": -own} | matched
+
+
+@dataclass(frozen=True, eq=False)
+class Planned:
+    """One edit of a unit before it is made; what is not said here is as of `Point`, `Pushes` and `Aimed`."""
+
+    index: int
+    kind: str
+    strength: float
+    value: float
+    along: Float32[Tensor, " h"]
+    written: Float32[Tensor, " d"]
+    targets: Int64[Tensor, " k"]
+    aims: Int64[Tensor, " k"]
+
+    def point(self, model: str, units: Units, numbers: dict[str, float]) -> Point:
+        """The same with what was measured."""
+        return Point(
+            NeuronId(model, units.site.name, units.layer, self.index),
+            self.kind,
+            self.strength,
+            self.value,
+            float(self.written.norm()),
+            tuple(self.targets.tolist()),
+            tuple(self.aims.tolist()),
+            **numbers,
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,6 +190,7 @@ class Sweep:
         tokens = data.split("heldout").spaced(how.texts, context + 1).astype(np.int64)
         text = FixedText(model, torch.from_numpy(tokens).to(model.device))
         writing = Writing(model, _prompts(config, run, model), how.length, config.seed)
+        _example_length(config, run, model)  # what could not be written is found before hours of work
         return cls(config, run, model, site, layers, text, writing, sha256(data.path / "manifest.json"))
 
     def identity(self) -> dict[str, Any]:
@@ -192,45 +222,44 @@ class Sweep:
 
     def measured(self, units: Units, indices: Sequence[int]) -> Iterator[list[Point]]:
         """The points of each of some units."""
-        named, aimed = self._edits(units, indices)
-        first = aimed.pushes.only(slice(0, 2))
-        tail = Tail(self.model, self.site, units.layer, self.text.tokens, self.text.last, first)
+        planned = [edit for index in indices for edit in self._planned(units, index)]
+        aimed = self._aimed(units, planned)
+        trial = aimed.pushes.only(slice(0, TRIAL_EDITS))
+        tail = Tail(self.model, self.site, units.layer, self.text.tokens, self.text.last, trial)
         measured = self.text.measured(tail, aimed) | self.writing.measured(aimed)
         numbers = {name: values.tolist() for name, values in measured.items()}
-        points = []
-        for place, about in enumerate(named):
-            neuron = NeuronId(self.run.name, self.site.name, units.layer, int(aimed.pushes.index[place]))
-            tokens = {"targets": tuple(aimed.targets[place].tolist()), "aims": tuple(aimed.aims[place].tolist())}
-            points.append(Point(neuron, **about, **tokens, **{name: values[place] for name, values in numbers.items()}))
-        for index in indices:
-            yield [point for point in points if point.neuron.index == index]
+        points = [
+            edit.point(self.run.name, units, {name: values[place] for name, values in numbers.items()})
+            for place, edit in enumerate(planned)
+        ]
+        for _, group in itertools.groupby(points, key=lambda point: point.neuron.index):
+            yield list(group)
 
     @torch.no_grad()
-    def _edits(self, units: Units, indices: Sequence[int]) -> tuple[list[dict[str, Any]], Aimed]:
-        """The edits of some units, and of each its kind, strength, value and norm."""
-        how, named, rows, along, targets = self.config.how, [], [], [], []
-        for index in indices:
-            found = units.directions(index, how.neuron_seed)
-            aims = self._top(torch.stack([direction @ units.module for direction in found.values()]))
-            for kind, aim in zip(found, aims, strict=True):
-                for strength in how.strengths:
-                    named.append({"kind": kind, "strength": strength, "value": strength * units.maxima[index]})
-                    rows.append(index)
-                    along.append(found[kind])
-                    targets.append((aims[0], aim))
-            if isinstance(self.site, CodedSite) and self.site.replace:
-                named.append({"kind": UNEDITED, "strength": 0.0, "value": 0.0})
-                rows.append(index)
-                along.append(torch.zeros_like(found[OWN]))
-                targets.append((aims[0], aims[0]))
-        added = torch.stack(along)
-        written = added @ units.module
-        for about, norm in zip(named, written.norm(dim=1).tolist(), strict=True):
-            about["norm"] = norm
-        values = torch.tensor([about["value"] for about in named]).to(added)
-        pushes = Pushes(self.site, units.layer, torch.tensor(rows).to(added.device), values, added, written, how.operation)
-        own, aimed = (torch.stack([pair[place] for pair in targets]) for place in (0, 1))
-        return named, Aimed(pushes, own, aimed)
+    def _planned(self, units: Units, index: int) -> Iterator[Planned]:
+        """The edits of a unit: every kind at every strength."""
+        how = self.config.how
+        found = units.directions(index, how.neuron_seed)
+        written = {kind: along @ units.module for kind, along in found.items()}
+        aims = dict(zip(found, self._top(torch.stack([*written.values()])), strict=True))
+        for kind, along in found.items():
+            for strength in how.strengths:
+                value = strength * units.maxima[index]
+                yield Planned(index, kind, strength, value, along, written[kind], aims[OWN], aims[kind])
+        if isinstance(self.site, CodedSite) and self.site.replace:
+            nothing = torch.zeros_like(found[OWN]), torch.zeros_like(written[OWN])
+            yield Planned(index, UNEDITED, 0.0, 0.0, *nothing, aims[OWN], aims[OWN])
+
+    def _aimed(self, units: Units, planned: Sequence[Planned]) -> Aimed:
+        def stacked(name: str) -> Tensor:
+            return torch.stack([getattr(edit, name) for edit in planned])
+
+        along = stacked("along")
+        index = torch.tensor([edit.index for edit in planned], device=along.device)
+        value = torch.tensor([edit.value for edit in planned], device=along.device)
+        operation = self.config.how.operation
+        pushes = Pushes(self.site, units.layer, index, value, along, stacked("written"), operation)
+        return Aimed(pushes, stacked("targets"), stacked("aims"))
 
     def _top(self, directions: Float[Tensor, "n d"]) -> Int64[Tensor, "n k"]:
         """The tokens whose direct logits are the highest."""
@@ -239,6 +268,8 @@ class Sweep:
 
 def _prompts(config: SteerConfig, run: Run, model: PreTrainedModel) -> list[list[int]]:
     """Token ids of the neutral prompts. UserError: one is empty, or too long."""
+    if not config.how.prefixes:
+        raise UserError("--prefixes: name at least one text to write on from")
     found = [list(ids) for ids in encode(run.tokenizer, list(config.how.prefixes))]
     longest = longest_context(model.config)
     for text, ids in zip(config.how.prefixes, found, strict=True):
@@ -252,6 +283,17 @@ def _prompts(config: SteerConfig, run: Run, model: PreTrainedModel) -> list[list
     return found
 
 
+def _example_length(config: SteerConfig, run: Run, model: PreTrainedModel) -> int:
+    """Tokens to write in the example: as many as are asked for, or have room. UserError: no token, or no room."""
+    [ids] = encode(run.tokenizer, [config.prompt or EXAMPLE_PROMPT])
+    longest = longest_context(model.config)
+    if not ids:
+        raise UserError("--prompt: has no token; give some text")
+    if longest and len(ids) >= longest:
+        raise UserError(f"--prompt of {len(ids)} tokens is more than a model of {longest} can write on from; cut it")
+    return min(config.tokens, longest - len(ids)) if longest else config.tokens
+
+
 def _write_example(config: SteerConfig, work: Sweep, folder: Path) -> None:
     """The paper's example with the neuron that `example_unit` chooses, unless it is there."""
     path = folder / "example.json"
@@ -261,7 +303,8 @@ def _write_example(config: SteerConfig, work: Sweep, folder: Path) -> None:
     layer, index = example_unit(work, prompt)
     site = f"{work.site.name}/" if isinstance(work.site, CodedSite) else ""
     edit = f"{site}{layer}:{index}={EXAMPLE_STRENGTH:g}x"
-    found = continuations(dataclasses.replace(config, prompt=prompt, edit=(edit,)), work.run, work.model)
+    tokens = _example_length(config, work.run, work.model)
+    found = continuations(dataclasses.replace(config, prompt=prompt, edit=(edit,), tokens=tokens), work.run, work.model)
     write_json(path, dataclasses.asdict(found))
 
 
@@ -269,14 +312,12 @@ def _write_example(config: SteerConfig, work: Sweep, folder: Path) -> None:
 def example_unit(work: Sweep, prompt: str) -> tuple[int, int]:
     """Layer and index of the unit that, by the weights alone, raises the prompt's own tokens most.
 
-    It is sought in the last layer, from which the direct path is all there is: of each unit's direct logits, in standard
-    deviations from their mean, the mean over the prompt's different tokens is taken. UserError: an empty prompt.
+    It is sought in the last layer, from which the direct path is all there is: of each unit's direct logits, in
+    standard deviations from their mean, the mean over the prompt's different tokens is taken.
     """
     layer = work.layers[-1]
     units = work.units(layer)
     [ids] = encode(work.run.tokenizer, [prompt])
-    if not ids:
-        raise UserError("--prompt: has no token; give some text")
     tokens, known = torch.tensor(sorted(set(ids))), sorted(units.maxima)
     scores = []
     for logits in work.readout.blocks(units.own[known]):

@@ -6,9 +6,10 @@ their own.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,8 @@ from cratescope.explain.controls import OWN, SHUFFLED
 from cratescope.files import atomic_path
 from cratescope.report.text import count
 from cratescope.results.compare import USUAL
-from cratescope.neurons.curves import Point
-from cratescope.results.estimates import finite, of_model
+from cratescope.results.estimates import finite
 from cratescope.results.runs import NEURONS, Results, one_per_run, protocols
-from cratescope.results.steering import AIMS, Steering, Swept
 
 # Okabe and Ito's, distinguishable with every common kind of colour vision: CRATE blue, GPT-2 vermilion, others in turn.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
@@ -110,11 +109,14 @@ def _sizes(results: Sequence[Results]) -> dict[str, int]:
     return dict(sorted(depths.items(), key=lambda entry: (entry[1], entry[0])))
 
 
-def draw_figures(results: Sequence[Results], folder: Path, swept: Sequence[Swept] = ()) -> dict[str, str]:
-    """Write every figure to `folder` as SVG and PNG; return the SVGs for the page by name."""
+def draw_figures(figures: Iterable[tuple[str, Figure]], folder: Path) -> dict[str, str]:
+    """Write figures to `folder` as SVG and PNG; return the SVGs for the page by name.
+
+    Each is to be drawn only when it is asked for, since the style is set while this goes on.
+    """
     page = {}
-    with matplotlib.rc_context(_STYLE):
-        for name, figure in _figures(results, swept):
+    with styled():
+        for name, figure in figures:
             with atomic_path(folder / f"{name}.png") as path:
                 figure.savefig(path, format="png", dpi=150, metadata={"Software": None})
             figure.set_layout_engine("none")  # keep the layout just made, for both files alike
@@ -123,8 +125,13 @@ def draw_figures(results: Sequence[Results], folder: Path, swept: Sequence[Swept
     return page
 
 
+def styled() -> contextlib.AbstractContextManager[None]:
+    """While open, figures get the style of reports."""
+    return matplotlib.rc_context(_STYLE)
+
+
 def save_svg(figure: Figure, path: Path) -> None:
-    with matplotlib.rc_context(_STYLE), atomic_path(path) as temporary:
+    with atomic_path(path) as temporary:
         figure.savefig(temporary, format="svg", dpi=150, metadata=_NO_METADATA)
 
 
@@ -141,7 +148,8 @@ def inline(path: Path) -> str:
     return re.sub(r'<g id="[a-zA-Z0-9]+_\d+">', "<g>", svg)
 
 
-def _figures(results: Sequence[Results], swept: Sequence[Swept]) -> Iterator[tuple[str, Figure]]:
+def figures_of(results: Sequence[Results]) -> Iterator[tuple[str, Figure]]:
+    """Every figure of runs, by name."""
     yield "loss", loss_figure(results)
     yield "layers", layer_figure(results)
     for name in protocols(results):
@@ -150,8 +158,6 @@ def _figures(results: Sequence[Results], swept: Sequence[Swept]) -> Iterator[tup
     yield "histogram-density", density_histogram_figure(results)
     if any(found.quality for item in results for found in item.dictionaries):
         yield "dictionaries", dictionary_figure(results)
-    if swept:
-        yield "steering", steering_figure(results, swept)
 
 
 def loss_figure(results: Sequence[Results]) -> Figure:
@@ -173,14 +179,14 @@ def loss_figure(results: Sequence[Results]) -> Figure:
         axes.axhline(entropy, color=INK, linestyle=(0, (5, 4)), linewidth=1, label=label)
     axes.set(xlabel="training tokens", ylabel="loss (nats per token)")
     axes.xaxis.set_major_formatter(lambda value, _: count(value))
-    _legend(figure, axes)
+    add_legend(figure, axes)
     return figure
 
 
 def layer_figure(results: Sequence[Results]) -> Figure:
     """Mean score of every layer (filled, plus or minus one standard error) and its shuffled control (hollow), x100."""
     panels = [(size, depth, name) for size, depth in _sizes(results).items() for name in protocols(results)]
-    figure, grid = _grid(len(panels), min(3, len(protocols(results))), lambda rows: 2.8 * rows + 0.5)
+    figure, grid = make_grid(len(panels), min(3, len(protocols(results))), lambda rows: 2.8 * rows + 0.5)
     for axes, (size, depth, name) in zip(grid, panels, strict=True):
         for item, style, dodge in _side_by_side(results, size):
             _layer_lines(axes, item, name, style, dodge)
@@ -189,11 +195,11 @@ def layer_figure(results: Sequence[Results]) -> Figure:
         axes.set_xticks(range(depth))
         if axes.get_subplotspec().is_first_col():
             axes.set_ylabel("score × 100")
-    _legend(figure, *grid)
+    add_legend(figure, *grid)
     return figure
 
 
-def _grid(n: int, columns: int, height: Callable[[int], float], **shared: Any) -> tuple[Figure, list[Any]]:
+def make_grid(n: int, columns: int, height: Callable[[int], float], **shared: Any) -> tuple[Figure, list[Any]]:
     """A figure with `n` panels in rows of `columns`; `height` gives its inches from the number of rows."""
     rows = math.ceil(n / columns)
     figure = Figure(figsize=(WIDTH, height(rows)), layout="constrained")
@@ -254,7 +260,7 @@ def _histogram_panels(
     panels = [(name, *place) for name in units for place in places]
     # Sites one below the other, where a row holds all layers.
     columns = min(4, len(places))
-    figure, grid = _grid(len(panels), columns, lambda rows: 2.5 * rows + 0.4, sharex=True, sharey=True)
+    figure, grid = make_grid(len(panels), columns, lambda rows: 2.5 * rows + 0.4, sharex=True, sharey=True)
     for axes, (name, size, layer) in zip(grid, panels, strict=True):
         for item, style, _ in _side_by_side(results, size, name):
             _histogram(axes, np.array(values(item, layer)), bins, style, item.run.name)
@@ -262,7 +268,7 @@ def _histogram_panels(
         axes.tick_params(labelbottom=True)
         if (name, size, layer) == (name, *places[0]):
             axes.set_ylabel("% of neurons" if name == NEURONS else "% of features")
-    _legend(figure, *grid)
+    add_legend(figure, *grid)
     return figure
 
 
@@ -307,7 +313,7 @@ def density_figure(results: Sequence[Results]) -> Figure:
     grid[0, 0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     grid[0, 0].yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     grid[0, 0].yaxis.set_minor_formatter(NullFormatter())
-    _legend(figure, *grid.ravel())
+    add_legend(figure, *grid.ravel())
     return figure
 
 
@@ -338,7 +344,7 @@ def dictionary_figure(results: Sequence[Results]) -> Figure:
     ]
     sites, looks = list(dict.fromkeys(site for _, site, _ in found)), styles(one_per_run(results))
     panels = sorted({(item.arm.size, row["layer"]) for item, _, row in found})
-    figure, grid = _grid(len(panels), min(4, len(panels)), lambda rows: 2.5 * rows + 0.4, sharex=True, sharey=True)
+    figure, grid = make_grid(len(panels), min(4, len(panels)), lambda rows: 2.5 * rows + 0.4, sharex=True, sharey=True)
     for axes, panel in zip(grid, panels, strict=True):
         for item, site, row in found:
             if (item.arm.size, row["layer"]) == panel:
@@ -351,7 +357,7 @@ def dictionary_figure(results: Sequence[Results]) -> Figure:
         axes.set(title=f"{panel[0].upper()}, layer {panel[1]}", xlabel="% of tokens with a non-zero code")
         axes.tick_params(labelbottom=True)
     grid[0].set_ylabel("% of features per decade")
-    _legend(figure, *grid)
+    add_legend(figure, *grid)
     return figure
 
 
@@ -359,76 +365,6 @@ def _density_line(axes: Any, density: dict[str, list[float]], **look: Any) -> No
     edges, counts = (np.array(density[name], dtype=float) for name in ("edges", "counts"))
     share = 100 * counts / max(counts.sum(), 1) / np.diff(edges)
     axes.stairs(share, 100 * 10**edges, linewidth=1.4, **look)
-
-
-CURVE = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.4, 2.0)
-"""Nats per token that the figure of steering reads success off at."""
-
-
-def steering_figure(results: Sequence[Results], swept: Sequence[Swept]) -> Figure:
-    """Success against KL, one panel per kind of unit, with the interval of 95 %; dashed: random directions.
-
-    A line ends where half of its units have got no further.
-    """
-    panels, looks = list(dict.fromkeys(panel_of(item, found) for item, found in swept)), styles(one_per_run(results))
-    figure, grid = _grid(len(panels), min(3, len(panels)), lambda rows: 2.8 * rows + 0.5, sharex=True, sharey=True)
-    for axes, panel in zip(grid, panels, strict=True):
-        for item, found in swept:
-            if panel_of(item, found) == panel:
-                _success_lines(axes, found, looks[item.label], item.run.name)
-        axes.axhline(0, color=INK, linewidth=0.6)
-        axes.set_xscale("log")
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        axes.set(title=panel, xlabel="KL(steered || plain), nats per token")
-        axes.tick_params(labelbottom=True)
-        if axes.get_subplotspec().is_first_col():
-            axes.set_ylabel("rise of the targets' probability × 100")
-    _legend(figure, *grid)
-    return figure
-
-
-def panel_of(item: Results, found: Steering) -> str:
-    """`neurons`, or the autoencoder and how its edits are written back."""
-    return NEURONS if found.site == item.arm.site else found.title
-
-
-def _success_lines(axes: Any, found: Steering, style: Style, label: str) -> None:
-    kls = [kl for kl in CURVE if found.reached(kl) >= 0.5]
-    own = [of_model(found.success(kl)) for kl in kls]
-    random = [of_model(found.success(kl, kind="random", tokens=AIMS), bounds=False) for kl in kls]
-    for means, line, name in ((own, style.line, label), (random, (0, (1, 1.5)), None)):
-        shown = [100 * (one.mean or 0) for one in means]
-        axes.plot(kls, shown, color=style.colour, linestyle=line, linewidth=1.4 if name else 1, label=name)
-    bounds = [(kl, 100 * one.low, 100 * one.high) for kl, one in zip(kls, own, strict=True) if one.low is not None and one.high is not None]
-    if bounds:
-        axes.fill_between(*zip(*bounds, strict=True), color=style.colour, alpha=0.15, linewidth=0)
-
-
-KIND_LINES = {"own": ("-", COLOURS[0]), "random": (":", INK), "flipped": ("--", COLOURS[1]), "other": ("-.", COLOURS[2])}
-
-
-def unit_figure(points: Sequence[Point]) -> Figure:
-    """The curves of one unit over strengths, with its controls."""
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(WIDTH, 4.6), layout="constrained")
-        panels: dict[str, Callable[[Point], float]] = {
-            "KL(steered || plain), nats per token": lambda one: one.kl,
-            "change of the loss, nats per token": lambda one: one.loss,
-            "rise of the logits of targets": lambda one: one.logit,
-            "rise of the targets' probability × 100": lambda one: 100 * (one.mass - one.mass_plain),
-            "targets in written text, %": lambda one: 100 * one.rate,
-            "loss of written text without edit, nats": lambda one: one.nats,
-        }
-        grid = list(figure.subplots(2, 3, sharex=True).ravel())
-        for axes, (title, value) in zip(grid, panels.items(), strict=True):
-            for kind, (line, colour) in KIND_LINES.items():
-                found = [(one.strength, value(one)) for one in points if one.kind == kind]
-                axes.plot(*zip(*found, strict=True), linestyle=line, color=colour, marker="o", markersize=3, label=kind)
-            axes.set_xscale("log", base=2)
-            axes.xaxis.set_major_formatter(lambda place, _: f"{place:g}")
-            axes.set(title=title, xlabel="multiples of the maximum")
-        _legend(figure, *grid)
-        return figure
 
 
 def _side_by_side(
@@ -448,7 +384,7 @@ def _styled(results: Sequence[Results]) -> Iterator[tuple[Results, Style]]:
         yield item, found[item.label]
 
 
-def _legend(figure: Figure, *panels: Any) -> None:
+def add_legend(figure: Figure, *panels: Any) -> None:
     """One legend above the panels that names everything any of them shows, in as many columns as its names leave."""
     named = [pair for axes in panels for pair in zip(*axes.get_legend_handles_labels(), strict=True)]
     if entries := {label: handle for handle, label in named}:

@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ from cratescope.locks import locked
 from cratescope.neurons.records import layer_file
 from cratescope.report import text, verdict
 from cratescope.report.config import ReportConfig
-from cratescope.report.figures import arm_places, draw_figures, panel_of
+from cratescope.report.curves import panel_of, steering_figures
+from cratescope.report.figures import arm_places, draw_figures, figures_of
 from cratescope.report.html import Card, page_card, page_environment
 from cratescope.results import compare, tables
 from cratescope.results.compare import DETECTABLE, UNTRAINED, Comparison, Quantity
@@ -93,7 +95,7 @@ def _page(config: ReportConfig, tokenizer: PreTrainedTokenizerFast | None) -> st
     groups = [group for item in results for group in _groups(item, config, _decoder(item, tokenizer))]
     swept = read_swept(results)
     numbers = _write_numbers(config.out, results, compared, features, pair, swept)
-    figures = draw_figures(results, config.out / "figures", swept)
+    figures = draw_figures(chain(figures_of(results), steering_figures(results, swept)), config.out / "figures")
     places, arms = arm_places(results), {item.arm.name: item.arm.title for item in results}
     titles = arms | {item.side: item.title for item in results}
     return _template().render(
@@ -154,7 +156,14 @@ def _write_numbers(
     for name, found in rows.items():
         tables.write_csv(out / f"{name}.csv", found.__iter__)
     pairs = [tables.comparison_row(pair) for group in compared for pair in group]
-    kept = ("scores", "activity", "quality", "matched", "sanity", *(name for name in ("saes", "steering") if rows[name]))
+    kept = (
+        "scores",
+        "activity",
+        "quality",
+        "matched",
+        "sanity",
+        *(name for name in ("saes", "steering") if rows[name]),
+    )
     numbers = {name: rows[name] for name in kept} | {"comparisons": pairs}
     if features:
         numbers["against_features"] = [tables.comparison_row(pair) for pair in features]

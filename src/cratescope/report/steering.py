@@ -13,7 +13,7 @@ from cratescope.neurons.config import SteerConfig
 from cratescope.neurons.continuations import Continuations
 from cratescope.neurons.curves import Point
 from cratescope.neurons.sweep import curves_folder, sweep, sweep_one
-from cratescope.report.figures import save_svg, unit_figure
+from cratescope.report.curves import draw_unit
 from cratescope.results.tables import write_csv
 from cratescope.run import Run
 from cratescope.text.tokenizer import token_strings
@@ -41,14 +41,16 @@ def steer(config: SteerConfig) -> Continuations | UnitCurves | Path:
 def _sweep_unit(config: SteerConfig) -> UnitCurves:
     named = re.fullmatch(r"(\d{1,9}):(\d{1,9})", config.neuron or "", re.ASCII)
     if named is None:
-        raise UserError(f"--neuron {config.neuron!r:.60}: a sweep takes LAYER:NEURON such as 1:37, and --site for others")
+        raise UserError(
+            f"--neuron {config.neuron!r:.60}: a sweep takes LAYER:NEURON such as 1:37, and --site for others"
+        )
     layer, index = map(int, named.groups())
     points = sweep_one(config, layer, index)
     run = Run(config.run)
     table = curves_folder(config, points[0].neuron.site) / f"layer-{layer:02d}-unit-{index}.csv"
     figure = table.with_suffix(".svg")
     write_csv(table, lambda: [_cells(point) for point in points])
-    save_svg(unit_figure(points), figure)
+    draw_unit(points, figure)
     return UnitCurves(points, token_strings(run.tokenizer, points[0].targets), (table, figure))
 
 

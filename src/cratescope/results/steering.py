@@ -172,7 +172,9 @@ def success_rows(swept: Sequence[Swept]) -> list[Row]:
 
     over: the control that a gain is over; empty for success itself. tokens: those that the control is measured on.
     """
-    return [row for item, found in swept for kl in KLS for measure in MEASURES for row in _rows(item, found, kl, measure)]
+    return [
+        row for item, found in swept for kl in KLS for measure in MEASURES for row in _rows(item, found, kl, measure)
+    ]
 
 
 def _rows(item: Results, found: Steering, kl: float, measure: str) -> Iterator[Row]:
@@ -193,7 +195,9 @@ def _numbers(estimate: Estimate) -> Row:
 def curve_rows(swept: Sequence[Swept]) -> list[Row]:
     """The curves themselves, means over units: a row per sweep, layer, kind and strength."""
     return [
-        _about(item, found) | {"layer": layer, "kind": kind, "n": len(points)} | {name: mean(points, name) for name in NUMBERS}
+        _about(item, found)
+        | {"layer": layer, "kind": kind, "n": len(points)}
+        | {name: mean(points, name) for name in NUMBERS}
         for item, found in swept
         for layer, units in found.points.items()
         for (kind, _), points in sorted(_by_strength(units).items())
