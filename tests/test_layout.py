@@ -36,6 +36,7 @@ HOUSE = {
     ),
     "neurons": (
         *("config", "records", "kept", "sample", "sites", "coded", "directions", "steer", "spelled", "continuations"),
+        *("pushed", "outcomes", "curves", "sweep"),
         *("tensors", "strata", "streaming", "merge", "collect", "effects", "forced", "affect", "written"),
     ),
     "sae": ("config", "loss", "step", "learner", "stream", "foreign", "train", "probing", "quality"),
@@ -64,8 +65,8 @@ HOUSE = {
         "judge",
     ),
     "score": ("config", "words", "weights", "measures", "inference", "sanity", "quality", "scores", "score"),
-    "results": ("estimates", "scores", "dictionaries", "runs", "neuron", "compare", "tables"),
-    "report": ("config", "text", "html", "card", "figures", "verdict", "report"),
+    "results": ("estimates", "scores", "dictionaries", "runs", "neuron", "compare", "steering", "tables"),
+    "report": ("config", "text", "html", "card", "figures", "curves", "steering", "verdict", "report"),
     "exchange": ("config", "reference", "imports", "openai", "delphi", "export"),
     "viewer": (
         *("config", "values", "opened", "table", "home", "cards", "data", "search", "notes"),
