@@ -66,13 +66,20 @@ class Library:
 
     def card(self, run: str, site: str, layer: int, index: int) -> Json:
         """Everything known of one unit."""
+        [found] = self.cards(run, site, layer, [index])
+        return found
+
+    def cards(self, run: str, site: str, layer: int, indices: Sequence[int], choose: cards.Choose = list) -> list[Json]:
+        """Everything known of several units of a layer, in this order; `choose` says which windows are shown."""
         opened = self.run_named(run)
         found = opened.site(site)
         with self._lock:
-            made = cards.card(opened, found, layer, index, self.untrained_copy(opened))
-            effects = cards.effects(found, layer, index)
-            life = [self._life(milestone, site, layer, index) for milestone in opened.life]
-        return made | {"effects": effects, "nearest": None, "life": [one for one in life if one]}
+            made = [*cards.cards(opened, found, layer, indices, self.untrained_copy(opened), choose)]
+            effects = cards.effects(found, layer, indices)
+            for one in made:
+                life = [self._life(milestone, site, layer, one["index"]) for milestone in opened.life]
+                one |= {"effects": effects.get(one["index"]), "nearest": None, "life": [*filter(None, life)]}
+        return made
 
     def untrained_copy(self, opened: Opened) -> Opened | None:
         """The same arm with the same seed, not trained, among the runs that were opened."""
