@@ -85,7 +85,8 @@ class Api:
 
     async def home(self, request: Request) -> Response:
         def found() -> Response:
-            return as_response(self.library.home() | {"notes": self._notes()})
+            notes = self._notes()
+            return as_response(self.library.home() | {"notes": notes})
 
         return await run_in_threadpool(found)
 
@@ -130,6 +131,7 @@ class Api:
         """Of all runs; a damaged file must not hide the runs."""
         found: dict[str, Any] = {}
         for opened in self.library.opened.values():
+            opened.problems.pop("notes", None)
             try:
                 found |= self.notes.of(opened)
             except UserError as error:
