@@ -68,7 +68,7 @@ HOUSE = {
     "exchange": ("config", "reference", "imports", "openai", "delphi", "export"),
     "viewer": (
         *("config", "values", "opened", "table", "home", "cards", "data", "search", "notes"),
-        *("loaded", "live", "steering", "turns", "guard", "api", "server"),
+        *("turns", "loaded", "live", "steering", "pairs", "nearest", "guard", "api", "server"),
     ),
     " ": ("config", "stages", "study", "cli", "__main__"),
 }

@@ -18,6 +18,7 @@ from starlette.responses import Response, StreamingResponse
 from cratescope.errors import UserError
 from cratescope.files import SURROGATES, parse_json
 from cratescope.viewer.data import Library
+from cratescope.viewer.nearest import Nearest, Side
 from cratescope.viewer.notes import Notes, checked
 from cratescope.viewer.search import Search
 from cratescope.viewer.turns import BusyError, Turns
@@ -53,12 +54,14 @@ class Api:
             ("GET", "table", 2): self.table,
             ("GET", "card", 4): self.card,
             ("GET", "search", 0): self.search,
+            ("GET", "twins", 4): self.twins,
             ("GET", "notes", 0): self.read_notes,
             ("POST", "notes", 0): self.write_note,
             ("POST", "live", 0): self.live,
             ("POST", "steer", 0): self.steer,
         }
         self._live: Any = None
+        self.nearest = Nearest(library.opened.values(), lambda: self.models().models, self.turns)
 
     async def answer(self, request: Request) -> Response:
         """Find the route and give its answer. What goes wrong is told in one line, never as a stack trace."""
@@ -89,7 +92,25 @@ class Api:
 
     async def card(self, request: Request, run: str, site: str, layer: str, index: str) -> Response:
         address = whole(layer, "layer"), whole(index, "neuron")
-        return await run_in_threadpool(lambda: as_response(self.library.card(run, site, *address)))
+
+        def found() -> Response:
+            made = self.library.card(run, site, *address)
+            opened = self.library.run_named(run)
+            return as_response(made | {"nearest": self.nearest.of(opened, opened.site(site), *address)})
+
+        return await run_in_threadpool(found)
+
+    async def twins(self, request: Request, run: str, site: str, other: str, other_site: str) -> Response:
+        def side(run: str, site: str) -> Side:
+            opened = self.library.run_named(run)
+            return Side(opened, opened.site(site))
+
+        one, two = side(run, site), side(other, other_site)
+        while (found := await run_in_threadpool(self.nearest.twins, one, two)) is None:
+            await asyncio.sleep(PATIENCE)
+            if await request.is_disconnected():
+                return Response(status_code=499)
+        return as_response(found)
 
     async def search(self, request: Request) -> Response:
         runs, text = [*self.library.opened.values()], request.query_params.get("q", "")

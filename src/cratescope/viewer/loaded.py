@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Integer
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -95,12 +95,33 @@ class Loaded:
     def read(self, ids: Sequence[int]) -> tuple[Float[Tensor, "t v"], dict[int, Float[np.ndarray, "t h"]]]:
         """Log-probabilities of what comes after each token, and the activations of every place, by its number."""
         found: dict[int, Float[np.ndarray, "t h"]] = {}
+
+        def keep(number: int, layer: int, activations: Tensor) -> None:
+            found[number] = activations[0].float().cpu().numpy()
+
+        with self._hooks(keep):
+            logits = plain_pass(self.model, torch.tensor([list(ids)], device=self.model.device)).logits[0].float()
+        return logits.log_softmax(-1).cpu(), found
+
+    @torch.no_grad()
+    def activations(self, tokens: Integer[np.ndarray, "b t"]) -> dict[int, Float[np.ndarray, "n h"]]:
+        """Activations of every place, by its number, on all tokens of some texts end to end."""
+        found: dict[int, Float[np.ndarray, "n h"]] = {}
+
+        def keep(number: int, layer: int, activations: Tensor) -> None:
+            found[number] = activations.flatten(0, 1).float().cpu().numpy()
+
+        with self._hooks(keep):
+            plain_pass(self.model.base_model, torch.from_numpy(tokens.astype(np.int64)).to(self.model.device))
+        return found
+
+    @contextlib.contextmanager
+    def _hooks(self, keep: Callable[[int, int, Tensor], None]) -> Iterator[None]:
+        """While open, `keep` sees the number of every place, its layer and its activations (b, t, h)."""
         with contextlib.ExitStack() as stack:
             for number, place in enumerate(self.places):
-                stack.enter_context(hooked(self.model, place.site, [place.layer], _keep(found, number)))
-            tokens = torch.tensor([list(ids)], device=self.model.device)
-            logits = plain_pass(self.model, tokens).logits[0].float()
-        return logits.log_softmax(-1).cpu(), found
+                stack.enter_context(hooked(self.model, place.site, [place.layer], partial(keep, number)))
+            yield
 
     def _places(self) -> list[Place]:
         """Every layer of every site with records; without any, of the model's own site."""
@@ -134,13 +155,6 @@ class Loaded:
         if isinstance(pattern, str) and "{layer}" in pattern:
             return Site(opened.name, pattern)
         return site_named(opened.name, self.model)
-
-
-def _keep(found: dict[int, Any], number: int) -> Any:
-    def visit(layer: int, activations: Tensor) -> None:
-        found[number] = activations[0].float().cpu().numpy()
-
-    return visit
 
 
 class Models:

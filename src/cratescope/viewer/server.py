@@ -107,7 +107,9 @@ def application(api: Api, rules: Rules, opened: threading.Event | None = None) -
 
     routes = [Route("/", page), Route("/page/{name:path}", file)]
     routes.append(Route("/api/{rest:path}", api.answer, methods=["GET", "POST"]))
-    return Guard(Starlette(routes=routes, exception_handlers={404: _nothing, 405: _nothing}), rules)
+    app = Starlette(routes=routes, exception_handlers={404: _nothing, 405: _nothing})
+    app.router.redirect_slashes = False
+    return Guard(app, rules)
 
 
 def _page_file(name: str) -> Response:
