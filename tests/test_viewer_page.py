@@ -570,10 +570,10 @@ def test_twins_stand_side_by_side_by_the_correlation_of_their_activations(tab: T
     correlations = column(tab, "correlation")
     assert correlations == sorted(correlations, reverse=True)
     tab.page.locator(".rows tbody tr:not(.space)").nth(1).click()
-    tab.see(".twins article")
-    tab.until("document.querySelectorAll('.twins article').length === 2")
+    tab.see(".twins article.neuron")
+    tab.until("document.querySelectorAll('.twins article.neuron').length === 2")
     pair = tab.texts(".rows tr.selected td")
-    labels = [card.get_attribute("aria-label") for card in tab.page.locator(".twins article").all()]
+    labels = [card.get_attribute("aria-label") for card in tab.page.locator(".twins article.neuron").all()]
     assert labels == [f"crate codes {pair[2]}", f"gpt2 mlp {pair[4]}"]
     before = tab.hash
     tab.press("j")
