@@ -40,7 +40,8 @@ HOUSE = {
     ),
     "sae": ("config", "loss", "step", "learner", "stream", "foreign", "train", "probing", "quality"),
     "explain": (
-        *("config", "protocols", "shown", "phrase", "slots", "openai_wording", "wording", "controls"),
+        *("config", "protocols", "shown", "phrase", "slots", "openai_wording", "wording", "output_wording"),
+        "controls",
         *("explained", "waiting", "simulators.__init__"),
         *(
             f"terms.{name}"
@@ -68,7 +69,8 @@ HOUSE = {
     "exchange": ("config", "reference", "imports", "openai", "delphi", "export"),
     "viewer": (
         *("config", "values", "opened", "table", "home", "cards", "data", "search", "notes"),
-        *("turns", "loaded", "live", "steering", "pairs", "nearest", "guard", "api", "server"),
+        *("quiet", "turns", "loaded", "live", "steering", "pairs", "nearest"),
+        *("packed", "sizes", "inside", "alike", "export", "guard", "api", "server"),
     ),
     " ": ("config", "stages", "study", "cli", "__main__"),
 }
