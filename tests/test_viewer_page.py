@@ -25,6 +25,7 @@ CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.whic
 TEXT = "the court sold bread. a judge found Paris"
 browser_test = pytest.mark.browser
 CARD = "#/n/crate/codes/1/"
+OF_EXPORTS = {"tokenizer.js", "model.js", "steering.js", "shards.js", "inside.js", "exported.js"}
 
 
 @dataclass
@@ -137,7 +138,7 @@ def test_the_page_has_no_script_style_or_markup_outside_of_its_files() -> None:
     assert not re.search(r"<script(?! src=)|<style| style=| on\w+=", read("index.html"))
     ours = {path.name: path.read_text() for path in PAGE.glob("*.js")}
     assert not [name for name, text in ours.items() if re.search(r"innerHTML|insertAdjacentHTML|eval\(|https?://", text)]
-    assert sorted(re.findall(r"page/(\w+\.js)", read("index.html"))) == sorted({*ours} - {"shards.js", "model.js"})
+    assert sorted(re.findall(r"page/(\w+\.js)", read("index.html"))) == sorted({*ours} - OF_EXPORTS)
 
 
 def read(name: str) -> str:

@@ -37,7 +37,7 @@
     return html`<div class="pair">
       <${Neighbours} title="by weights" tip="cosine of what the two write into the residual stream" rows=${nearest.weights} card=${card} />
       <${Neighbours} title="by activation" tip="correlation of the two on the same text" rows=${nearest.activation} card=${card} />
-    </div>`;
+    </div>${nearest.n_tokens > 0 && html`<p class="note">By activation on ${number(nearest.n_tokens, 9)} tokens of held-out text.</p>`}`;
   }
 
   function Neighbours({ title, tip, rows, card }) {
