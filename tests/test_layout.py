@@ -40,7 +40,8 @@ HOUSE = {
     ),
     "sae": ("config", "loss", "step", "learner", "stream", "foreign", "train", "probing", "quality"),
     "explain": (
-        *("config", "protocols", "shown", "phrase", "slots", "openai_wording", "wording", "controls"),
+        *("config", "protocols", "shown", "phrase", "slots", "openai_wording", "wording", "output_wording"),
+        "controls",
         *("explained", "waiting", "simulators.__init__"),
         *(
             f"terms.{name}"

@@ -44,6 +44,8 @@ def load(place: str) -> Any:
 
 
 Prompts = Literal["own", "openai"]
+Source = Literal["activations", "output", "both"]
+"""What an explanation by a language model is made from."""
 Explainer = Literal["llm", "terms", "selected"]
 TERMS = "terms"
 SELECTED = "selected"
@@ -112,6 +114,9 @@ class ExplainConfig(Checked):
     windows: Annotated[int, within(0)] = 0
     """llm: 1, 2, ... explains from the next top windows instead, which its protocols do not score: one more candidate
     for --explainer selected, kept under the name of the LLM and `_windows1`."""
+    from_: Annotated[Source, tyro.conf.arg(name="from")] = "activations"
+    """llm: made from the words that excite a neuron (activations), from the tokens that it raises and lowers, which
+    `cratescope effects` measures (output), or both; kept under the name of the LLM and `_output` or `_both`."""
     worker: Worker = "auto"
     ray: RayTasks = 0
     ray_gpus: RayGPUs = 0
@@ -123,6 +128,7 @@ class ExplainConfig(Checked):
     def explainer_name(self) -> str:
         """Name used in files, and by --explainer of later stages."""
         asked = f"{self.llm.llm_name}_windows{self.windows}" if self.windows else self.llm.llm_name
+        asked += "" if self.from_ == "activations" else f"_{self.from_}"
         return asked if self.explainer == "llm" else self.explainer
 
     def __post_init__(self) -> None:
@@ -137,6 +143,17 @@ class ExplainConfig(Checked):
             raise UserError("--prompts: goes with --explainer llm")
         if self.explainer != "llm" and self.windows:
             raise UserError("--windows: goes with --explainer llm")
+        self._check_from()
+
+    def _check_from(self) -> None:
+        if self.from_ == "activations":
+            return
+        if self.explainer != "llm":
+            raise UserError(f"--from {self.from_}: goes with --explainer llm; {self.explainer} fits activations")
+        if self.prompts != "own":
+            raise UserError(f"--from {self.from_}: goes with --prompts own; OpenAI's prompt shows activations alone")
+        if self.from_ == "output" and self.windows:
+            raise UserError("--windows: goes with --from activations or both; effects are of no window")
 
 
 def _changed(settings: Checked) -> list[str]:

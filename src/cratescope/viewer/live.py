@@ -82,7 +82,7 @@ class Quantiles:
         counts = np.diff(bins.offsets.to_numpy())
         flat = bins.flatten()
         low, high, count = (flat.field(name).to_numpy().astype(np.float64) for name in ("low", "high", "count"))
-        width = int(counts.max(initial=0))
+        width = int(counts.max(initial=1))
         rows = np.repeat(np.arange(len(counts)), counts)
         columns = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
         shape = (len(counts), width)
@@ -235,7 +235,7 @@ class Live:
         surprise = None
         if row is not None:
             quantile = self._quantile(reading, place, np.full(len(values), index), values)
-            surprise = numbers(np.where(values == 0, np.nan, quantile), 6)
+            surprise = None if np.isnan(quantile).all() else numbers(np.where(values == 0, np.nan, quantile), 6)
         return {
             "site": where.name,
             "layer": where.layer,
