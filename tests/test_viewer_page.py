@@ -25,6 +25,7 @@ CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.whic
 TEXT = "the court sold bread. a judge found Paris"
 browser_test = pytest.mark.browser
 CARD = "#/n/crate/codes/1/"
+OF_EXPORTS = {"tokenizer.js", "model.js", "steering.js", "shards.js", "inside.js", "exported.js"}
 
 
 @dataclass
@@ -55,7 +56,7 @@ class Tab:
 
     def go(self, hash: str) -> Tab:
         self.page.goto(self.address + hash)
-        self.page.wait_for_selector("main h1, main h2, main [role=alert]")
+        self.page.wait_for_selector("main :is(h1, h2, [role=alert], .state:not([role=status]))")
         return self
 
     def see(self, selector: str, text: str | re.Pattern[str] | None = None) -> Any:
@@ -77,7 +78,12 @@ class Tab:
         return self.page.evaluate("location.hash")
 
     def until(self, condition: str) -> None:
-        self.page.wait_for_function(condition)
+        """Wait; Playwright's own way to do so evaluates a string, which the page's policy forbids."""
+        for _ in range(400):
+            if self.page.evaluate(condition):
+                return
+            self.page.wait_for_timeout(50)
+        raise AssertionError(f"never came: {condition}")
 
     def press(self, key: str) -> None:
         self.page.keyboard.press(key)
@@ -132,7 +138,7 @@ def test_the_page_has_no_script_style_or_markup_outside_of_its_files() -> None:
     assert not re.search(r"<script(?! src=)|<style| style=| on\w+=", read("index.html"))
     ours = {path.name: path.read_text() for path in PAGE.glob("*.js")}
     assert not [name for name, text in ours.items() if re.search(r"innerHTML|insertAdjacentHTML|eval\(|https?://", text)]
-    assert sorted(re.findall(r"page/(\w+\.js)", read("index.html"))) == sorted({*ours} - {"shards.js", "model.js"})
+    assert sorted(re.findall(r"page/(\w+\.js)", read("index.html"))) == sorted({*ours} - OF_EXPORTS)
 
 
 def read(name: str) -> str:
@@ -232,6 +238,7 @@ def test_only_rows_in_sight_are_in_the_document(tab: Tab) -> None:
     tab.page.locator(".rows").evaluate("box => (box.scrollTop = box.scrollHeight)")
     tab.see(".rows .unit", "codes 11:3071")
     tab.page.locator(".rows thead").get_by_role("button", name="score", exact=True).click()
+    tab.see(".rows th[aria-sort=descending]")
     assert column(tab, "score")[0] == 100.0
 
 
@@ -364,12 +371,12 @@ def test_a_card_says_where_it_comes_from(tab: Tab) -> None:
 
 @browser_test
 def test_live_text_shows_the_log_probability_of_every_token_while_one_types(tab: Tab) -> None:
-    tab.go("#/live?run=crate&run=gpt2")
+    tab.go("#/live?run=crate&run=gpt2&text=the")
     tab.page.get_by_label("text", exact=True).fill(TEXT)
-    tab.until(f"document.querySelector('.live-tokens')?.textContent === {json.dumps(TEXT)}")
+    tab.until(shown(TEXT))
     asked = sum("api/live" in url for url in tab.requests)
     tab.page.get_by_label("text", exact=True).press_sequentially(" quickly", delay=15)
-    tab.until(f"document.querySelector('.live-tokens').textContent === {json.dumps(TEXT + ' quickly')}")
+    tab.until(shown(TEXT + " quickly"))
     assert sum("api/live" in url for url in tab.requests) - asked <= 3  # eight keys, but the text is sent when they pause
     assert tab.texts(".live-run h2")[0].startswith("crate") and len(tab.texts(".live-run h2")) == 2
     tab.page.locator(".token").nth(3).hover()
@@ -384,9 +391,7 @@ def test_all_neurons_are_sorted_by_what_they_do_on_the_tokens_that_are_clicked(t
     everywhere = tab.texts(".live-run .rows .unit")
     tab.page.locator(".token").nth(4).click()
     tab.until("location.hash.includes('at=4')")
-    tab.until(f"document.querySelector('.live-run .rows .unit').textContent !== {json.dumps(everywhere[0])} || true")
-    asked = {"by": "activation", "tokens": [4]}
-    found = answer(tab, order=asked)
+    found = answer(tab, order={"by": "activation", "tokens": [4]})
     tab.until(f"document.querySelector('.live-run .rows .unit').textContent === {json.dumps(name(found[0]))}")
     values = [neuron["values"][4] for neuron in found]
     assert values == sorted(values, reverse=True)
@@ -421,6 +426,11 @@ def test_common_neurons_can_be_hidden_and_the_first_token_ignored(tab: Tab) -> N
     tab.page.wait_for_timeout(100)
     assert sent[0]["hide"] == {"density_above": 0.01, "first_token": True}
     assert sent[-1]["hide"] == {"density_above": 0.01, "first_token": False}
+
+
+def shown(text: str) -> str:
+    """Whether the tokens are those of the text; a token that is a space is shown as a dot."""
+    return f"document.querySelector('.live-tokens')?.textContent.replaceAll('·', ' ') === {json.dumps(text)}"
 
 
 def live(run: str = "crate") -> str:
@@ -561,10 +571,10 @@ def test_twins_stand_side_by_side_by_the_correlation_of_their_activations(tab: T
     correlations = column(tab, "correlation")
     assert correlations == sorted(correlations, reverse=True)
     tab.page.locator(".rows tbody tr:not(.space)").nth(1).click()
-    tab.see(".twins article")
-    tab.until("document.querySelectorAll('.twins article').length === 2")
+    tab.see(".twins article.neuron")
+    tab.until("document.querySelectorAll('.twins article.neuron').length === 2")
     pair = tab.texts(".rows tr.selected td")
-    labels = [card.get_attribute("aria-label") for card in tab.page.locator(".twins article").all()]
+    labels = [card.get_attribute("aria-label") for card in tab.page.locator(".twins article.neuron").all()]
     assert labels == [f"crate codes {pair[2]}", f"gpt2 mlp {pair[4]}"]
     before = tab.hash
     tab.press("j")

@@ -3,7 +3,7 @@
 // data and by models that run in the page.
 (() => {
   const { Shards, Inside, readShard } = Cratescope.inside;
-  const HITS = 100, OPENED = 60; // hits in all; units whose windows are looked at
+  const HITS = 100, OPENED = 40; // hits of each field; scripts of cards whose windows are looked at
   const AROUND = 60; // characters of a snippet before the first mark
   const WORDS = /[\p{L}\p{N}]+/gu, LETTER = /[\p{L}\p{N}]/u;
   const ONLY_SERVER = "An exported page keeps no notes. Open the run with `cratescope view` to write some.";
@@ -90,14 +90,15 @@
     async search(text, signal) {
       const asked = text.trim().replaceAll("\u0130", "i").toLowerCase(), words = asked.match(WORDS) ?? [];
       if (!words.length) return { hits: [], truncated: false };
-      const hits = await this.inExplanations(asked), units = await this.unitsWith(words);
-      for (const unit of units.slice(0, OPENED)) {
+      const said = await this.inExplanations(asked), seen = [], opened = new Set();
+      for (const unit of await this.unitsWith(words)) {
         if (signal?.aborted) throw signal.reason;
-        if (hits.length >= HITS) break;
-        const hit = await this.inWindows(unit, asked);
-        if (hit) hits.push(hit);
+        if (seen.length > HITS || opened.size > OPENED) break;
+        const hit = await this.inWindows(unit, asked, opened);
+        if (hit) seen.push(hit);
       }
-      return { hits: hits.slice(0, HITS), truncated: hits.length > HITS || units.length > OPENED };
+      const truncated = Math.max(said.length, seen.length) > HITS || opened.size > OPENED;
+      return { hits: [...said.slice(0, HITS), ...seen.slice(0, HITS)], truncated };
     }
 
     async inExplanations(asked) {
@@ -105,7 +106,7 @@
       for (const { run, site, table: name } of this.shards.sites) {
         const table = await readShard(name);
         table.text.forEach((text, row) => {
-          const hit = hits.length <= HITS && snippetOf(text, asked);
+          const hit = snippetOf(text, asked);
           if (hit) hits.push({ run, site, layer: table.layer[row], index: table.index[row], field: "explanation", ...hit });
         });
       }
@@ -139,12 +140,13 @@
       return found;
     }
 
-    async inWindows(unit, asked) {
+    /** The first window of a unit with what is asked for; null if there is none. The script it is in is added to `opened`. */
+    async inWindows(unit, asked, opened) {
       const { run, site, first, table: name } = this.shards.siteOf(unit);
       const table = await readShard(name), layer = table.layer[unit - first], index = table.index[unit - first];
-      const card = await this.shards.card(run, site, layer, index);
-      for (const { tokens } of card.windows) {
-        const hit = snippetOf(tokens.join(""), asked);
+      opened.add(this.shards.shard(run, site, layer, index).name);
+      for (const text of await this.shards.windows(run, site, layer, index)) {
+        const hit = snippetOf(text, asked);
         if (hit) return { run, site, layer, index, field: "window", ...hit };
       }
       return null;

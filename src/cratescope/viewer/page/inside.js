@@ -185,7 +185,7 @@
       const neurons = await Promise.all(ranked.map((unit) => this.unit(reading, unit, textOf)));
       return {
         ...{ run: this.name, tokens: this.texts(ids), logprobs: [null, ...predicted.slice(0, -1).map((one) => one.next)] },
-        ...{ top: [[], ...likeliest.slice(0, -1)], next: likeliest.at(-1), neurons },
+        ...{ top: likeliest, neurons },
         ...{ total: this.about.places.reduce((sum, place) => sum + place.width, 0), problems: this.about.problems },
         milliseconds: digits(performance.now() - start, 4),
       };

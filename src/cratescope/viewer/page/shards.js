@@ -135,12 +135,28 @@
       return found;
     }
 
-    async card(run, site, layer, index) {
-      const { shards, units } = this.layer(run, site, layer), shard = shards.findLast((one) => one.first <= index);
-      const found = shard && (await read(shard.name));
+    /** The script that a unit's card is in. */
+    shard(run, site, layer, index) {
+      return this.layer(run, site, layer).shards.findLast((one) => one.first <= index);
+    }
+
+    /** A unit's card as it is in its script, and that script. */
+    async packed(run, site, layer, index) {
+      const shard = this.shard(run, site, layer, index), found = shard && (await read(shard.name));
       if (!found?.cards[index]) throw new Error(`unit ${index} of layer ${layer} is not in this export of ${run} ${site}`);
-      const packed = found.cards[index], unit = await this.addresses(packed.nearest);
-      const card = unpacked(packed, { words: await read(this.run(run).words), edges: found.edges, unit });
+      return [found.cards[index], found];
+    }
+
+    /** The texts of a unit's windows. */
+    async windows(run, site, layer, index) {
+      const [{ windows }] = await this.packed(run, site, layer, index), words = await read(this.run(run).words);
+      return windows.map(({ $window }) => $window[WINDOW.indexOf("tokens")].map((number) => words[number]).join(""));
+    }
+
+    async card(run, site, layer, index) {
+      const [packed, { edges }] = await this.packed(run, site, layer, index), { units } = this.layer(run, site, layer);
+      const unit = await this.addresses(packed.nearest);
+      const card = unpacked(packed, { words: await read(this.run(run).words), edges, unit });
       const bins = histogramOf(await read(units), index);
       return { ...card, histogram: bins, quantiles: quantiles(bins) };
     }

@@ -92,8 +92,8 @@
       throw new Error(`edit of ${named(edit)}: its ${title} is not in the records; give a number without a unit`);
     if (edit.unit !== "mean" && size <= 0)
       throw new Error(`edit of ${named(edit)}: its ${title} is ${size} in the records; give a number without a unit`);
-    const raw = { value: edit.value * size, low: edit.low * size, high: edit.high * size, unit: "raw" };
-    return checked({ ...edit, ...raw });
+    const raw = edit.operation === "cap" ? { low: edit.low * size, high: edit.high * size } : { value: edit.value * size };
+    return checked({ ...edit, ...raw, unit: "raw" });
   }
 
   function applied(edit, x) {
