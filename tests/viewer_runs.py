@@ -35,7 +35,7 @@ from cratescope.viewer.guard import Rules
 from cratescope.viewer.server import application, listen, warm
 from fake_run import Fake, fake_run, fake_tokenizer
 
-LAYERS, WIDTH, NEURONS, CONTEXT = 2, 16, 32, 64
+LAYERS, WIDTH, NEURONS, CONTEXT = 2, 16, 16, 64
 STEPS = (50, 100)
 TRAINED = 2_000_000
 MARKUP = '<script>window.hacked = 1</script><img src=x onerror="window.hacked = 1">'
