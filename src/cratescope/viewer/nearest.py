@@ -155,7 +155,10 @@ def unit_length(columns: Float32[np.ndarray, "t m"]) -> Float32[np.ndarray, "t m
 class Nearest:
     """Computes pairs of sites in a thread of its own, those first that somebody waits for."""
 
-    def __init__(self, runs: Iterable[Opened], models: Callable[[], Models], turns: Turns, quiet: Quiet) -> None:
+    def __init__(
+        self, runs: Iterable[Opened], models: Callable[[], Models], turns: Turns, quiet: Quiet | None = None
+    ) -> None:
+        """quiet: what is waited for before the first pair is computed."""
         self.runs, self.models, self.turns, self.quiet = [*runs], models, turns, quiet
         self._found: dict[tuple[str, ...], Best | str] = {}
         self._asked: dict[tuple[str, ...], int] = {}
@@ -241,8 +244,9 @@ class Nearest:
         return [_entry(*one) for one in (*within, *across)]
 
     def _work(self) -> None:
-        give_way()
-        self.quiet.wait()
+        if self.quiet is not None:
+            give_way()
+            self.quiet.wait()
         while True:
             _, _, pair = self._waiting.get()
             if pair.key in self._found:
