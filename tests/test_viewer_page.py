@@ -498,8 +498,11 @@ def test_steering_from_the_card_streams_steered_text_beside_plain(tab: Tab) -> N
     steer.get_by_role("button", name="Add edit").click()
     assert tab.texts(".edits code") == ["1:3=8x@generated"]
     tab.page.evaluate(
-        """() => { window.seen = [];
-        new MutationObserver(() => seen.push(document.querySelectorAll('.written b').length)).observe(document.querySelector('#steer'), { childList: true, subtree: true }) }"""
+        """() => {
+            window.seen = [];
+            const look = () => seen.push(document.querySelectorAll(".written b").length);
+            new MutationObserver(look).observe(document.querySelector("#steer"), { childList: true, subtree: true });
+        }"""
     )
     steer.get_by_role("button", name="Steer", exact=True).click()
     steer.get_by_text("KL after the prompt").wait_for()
@@ -650,7 +653,12 @@ def test_notes_and_bookmarks_are_written_to_the_run_and_there_after_a_reload(tab
     kept = json.loads((viewer.runs["crate"] / "notes.json").read_text())["codes/1/6"]
     assert kept["text"] == "fires on <b>courts</b>" and kept["bookmarked"] is True
     tab.page.reload()
+    sent: list[dict[str, Any]] = []
+    tab.page.on("request", lambda request: sent.append(request.post_data_json) if "api/notes" in request.url else None)
+    tab.see("button[aria-pressed=true]", "Bookmarked").click()
+    tab.see("button[aria-pressed=false]", "Bookmark").click()
     tab.see("button[aria-pressed=true]", "Bookmarked")
+    assert {*sent[0]} == {"run", "site", "layer", "index", "text", "bookmarked"}  # not the whole card
     assert tab.page.get_by_placeholder("What you think").input_value() == "fires on <b>courts</b>"
     tab.go("#/?marked=1")
     tab.page.reload()

@@ -62,12 +62,14 @@
   }
 
   /** Write a note; what is shown changes at once, and back if it cannot be written. */
-  async function writeNote(unit, note) {
+  async function writeNote({ run, site, layer, index }, note) {
+    const unit = { run, site, layer, index };
     const key = Cratescope.unitKey(unit);
     const before = notes.get();
     notes.set({ ...before, [key]: { ...before[key], ...note } });
     try {
-      await source().note(unit, { text: "", bookmarked: false, ...notes.get()[key] });
+      const { text = "", bookmarked = false } = notes.get()[key];
+      await source().note(unit, { text, bookmarked });
     } catch (error) {
       notes.set({ ...notes.get(), [key]: before[key] });
       throw error;
