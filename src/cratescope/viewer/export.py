@@ -124,7 +124,7 @@ class Export:
     def _layer(self, opened: Opened, site: OpenedSite, layer: int, words: Words) -> Json:
         indices = site.units(layer).index.tolist()
         name = opened.name, site.name, layer
-        shards = []
+        shards: list[Json] = []
         for cards in progress(self._cards(*name, indices), " ".join(map(str, name)), -(-len(indices) // SHARD)):
             packer = Packer(words, self.units)
             packed = {card["index"]: packer.pack(card) for card in cards}

@@ -191,21 +191,18 @@
       };
     }
 
-    /** The first units in the order asked for: {place, index, key}. */
+    /** The first units in the order asked for, by their largest value at the chosen tokens: {place, index, most, key}. */
     ranked(reading, { order = {}, hide = {}, limit = SHOWN }) {
       const tokens = this.chosenTokens(reading, order.tokens ?? [], hide.first_token), by = order.by ?? "activation";
       const all = [];
       this.about.places.forEach(({ width }, place) => {
-        const units = reading.units[place], values = reading.values[place], hidden = hiddenUnits(units, hide.density_above);
-        for (let index = 0; index < width; index++) {
-          if (hidden.has(index)) continue;
-          const [mean, most] = over(values, width, index, tokens);
-          const key = by === "activation" ? mean : by === "maximum" ? most : surpriseOf(units, index)(most);
-          all.push({ place, index, most, key });
+        const units = reading.units[place], values = reading.values[place];
+        for (const index of listed(units, width, hide.density_above)) {
+          const most = highest(values, width, index, tokens), key = most && keyOf(units, index, by, most);
+          if (most && Number.isFinite(key)) all.push({ place, index, most, key });
         }
       });
-      const rank = (unit) => (Number.isNaN(unit.key) ? -Infinity : unit.key);
-      all.sort((one, other) => rank(other) - rank(one) || other.most - one.most || one.place - other.place || one.index - other.index);
+      all.sort((one, other) => other.key - one.key || other.most - one.most || one.place - other.place || one.index - other.index);
       return all.slice(0, limit);
     }
 
@@ -219,7 +216,8 @@
     async unit(reading, { place, index, key }, textOf) {
       const { site, layer, width } = this.about.places[place], units = reading.units[place], known = unitOf(units, index);
       const values = Array.from(reading.ids, (_, token) => reading.values[place][token * width + index]);
-      const surprise = known && values.map(surpriseOf(units, index)).map((value) => digits(value, 6));
+      const found = known ? values.map(surpriseOf(units, index)).map((value) => digits(value, 6)) : [];
+      const surprise = known && units.count[known.row].length ? found : null;
       return {
         ...{ site, layer, index, surprise, values: values.map((value) => digits(value, 4)), key: digits(key, 6) },
         ...{ density: known ? digits(known.density, 5) : null, text: known ? await textOf(site, layer, index) : "", recorded: known !== null },
@@ -331,21 +329,23 @@
     }
   }
 
-  /** Indices of units that are more often active than `density`. */
-  function hiddenUnits(units, density) {
-    if (!units || density === null || density === undefined) return new Set();
-    return new Set(units.index.filter((_, row) => units.density[row] !== null && units.density[row] > density));
+  /** Indices of units that are shown: those with a record that are not more often active than `density`, or all without records. */
+  function listed(units, width, density) {
+    if (!units) return [...Array(width).keys()];
+    return units.index.filter((_, row) => !(density !== null && density !== undefined && units.density[row] > density));
   }
 
-  /** Mean and maximum of a unit's values over some tokens. */
-  function over(values, width, index, tokens) {
-    let sum = 0, most = -Infinity;
-    for (const token of tokens) {
-      const value = values[token * width + index];
-      sum += value;
-      if (value > most) most = value;
-    }
-    return [sum / tokens.length, most];
+  /** The largest of a unit's values at some tokens. */
+  function highest(values, width, index, tokens) {
+    let most = -Infinity;
+    for (const token of tokens) most = Math.max(most, values[token * width + index]);
+    return most;
+  }
+
+  /** What a unit is ordered by. */
+  function keyOf(units, index, by, value) {
+    if (by === "surprise") return surpriseOf(units, index)(value);
+    return by === "maximum" ? value / (unitOf(units, index)?.maximum ?? NaN) : value;
   }
 
   /** value -> its quantile among all of the unit's own; NaN where it is silent or not known. */
