@@ -33,14 +33,23 @@ from test_collect import SMALL
 from tiny_models import tiny_config, tiny_model
 
 FEW = {"contexts": 3, "context": 8, "neurons": 6, "batch_size": 4, "device": "cpu"}
+EVERY = {"neurons": None, "batch_size": 64}
 TEXT = [5, 9, 200, 7, 31, 4]
 
 
+@pytest.fixture(scope="module")
+def collected(runs_folder, tmp_path_factory):
+    """The runs with records of their neurons."""
+    folder = tmp_path_factory.mktemp("collected")
+    for name in ("crate", "gpt2"):
+        shutil.copytree(runs_folder / name, folder / name, ignore=shutil.ignore_patterns("records", "saes", "effects"))
+        collect(CollectConfig(folder / name, **SMALL))
+    return folder
+
+
 @pytest.fixture(params=["crate", "gpt2"])
-def run(runs_folder, tmp_path, request):
-    shutil.copytree(
-        runs_folder / request.param, tmp_path / request.param, ignore=shutil.ignore_patterns("records", "saes")
-    )
+def run(collected, tmp_path, request):
+    shutil.copytree(collected / request.param, tmp_path / request.param)
     return Run(tmp_path / request.param)
 
 
@@ -81,8 +90,8 @@ def slowly(run, site, record, texts, n_ids):
 def test_effects_are_those_of_a_slow_loop_over_texts_and_neurons(run, data_folder, coded):
     if coded:
         save_coder(run.saes("small") / "layer-00", random_coder(run, run.name))
+        collect(CollectConfig(run.root, site="sae/small", **SMALL))
     name = "sae/small" if coded else "auto"
-    collect(CollectConfig(run.root, site=name, **SMALL))
     model = run.load_model().eval()
     site = find_coders(run, "small") if coded else site_named("auto", model)
     texts = TokenData.open(data_folder).split("heldout").spaced(FEW["contexts"], FEW["context"]).tolist()
@@ -112,7 +121,6 @@ def test_effects_are_those_of_a_slow_loop_over_texts_and_neurons(run, data_folde
 
 
 def test_the_output_score_adds_ten_times_the_largest_activation_after_the_neutral_prompt(run):
-    collect(CollectConfig(run.root, **SMALL))
     model, site = run.load_model().eval(), site_named("auto", run.load_model())
     [ids] = encode(run.tokenizer, ["From my experience,"])
     with torch.no_grad(), read_site(model, site, [0]) as seen:
@@ -178,7 +186,7 @@ def planted_gpt2():
 
 def test_a_planted_neuron_raises_the_token_that_it_writes(tmp_path, data_folder):
     run = adopted(planted_gpt2(), tmp_path, data_folder)
-    several = found(run, layer=1, neurons=None, strength=3)
+    several = found(run, layer=1, **EVERY, strength=3)
     one = several[PLANTED]
     assert one.raises[0].token == one.measured_raises[0].token == KNOWN
     assert one.measured_raises[0].change > 0.5 and one.measured_raises[0].probability > 0
@@ -190,7 +198,7 @@ def test_a_planted_neuron_raises_the_token_that_it_writes(tmp_path, data_folder)
 
 def test_a_dead_neuron_has_tokens_by_its_weights_and_a_reason(tmp_path, data_folder):
     run = adopted(planted_gpt2(), tmp_path, data_folder)
-    one = found(run, layer=1, neurons=None)[SILENT]
+    one = found(run, layer=1, **EVERY)[SILENT]
     record = read_records(layer_file(run.records("mlp"), 1))[SILENT]
     assert record.dead == (one.unmeasured == "dead neuron") == True  # noqa: E712 (each of the three)
     assert len(one.raises) == 20 and one.output_score is not None
@@ -208,10 +216,10 @@ def test_without_directions_what_is_measured_is_there_with_the_reason(tmp_path, 
 
 def test_a_model_in_bfloat16_gives_nearly_the_same(tmp_path, data_folder):
     model = planted_gpt2()
-    whole = found(adopted(model, tmp_path / "whole", data_folder), layer=1, neurons=None, strength=3)[PLANTED]
-    narrow = found(
-        adopted(model.to(torch.bfloat16), tmp_path / "narrow", data_folder), layer=1, neurons=None, strength=3
-    )[PLANTED]
+    whole = found(adopted(model, tmp_path / "whole", data_folder), layer=1, **EVERY, strength=3)[PLANTED]
+    narrow = found(adopted(model.to(torch.bfloat16), tmp_path / "narrow", data_folder), layer=1, **EVERY, strength=3)[
+        PLANTED
+    ]
     assert narrow.measured_raises[0].token == KNOWN
     assert narrow.measured_raises[0].change == pytest.approx(whole.measured_raises[0].change, rel=0.1)
     assert narrow.kl == pytest.approx(whole.kl, rel=0.3)
@@ -225,7 +233,6 @@ def test_axes_of_the_stream_have_effects_too(run, name):
 
 
 def test_an_interrupted_stage_resumes_to_the_same_bytes_and_a_larger_sample_keeps_what_is_done(run, monkeypatch):
-    collect(CollectConfig(run.root, **SMALL))
     config = EffectsConfig(run.root, **FEW | {"neurons": 12})
     whole = layer_file(effects(config), 0).read_bytes()
     shutil.rmtree(run.effects("codes" if run.name == "crate" else "mlp").parent)
@@ -250,7 +257,6 @@ def test_an_interrupted_stage_resumes_to_the_same_bytes_and_a_larger_sample_keep
 
 
 def test_workers_share_the_neurons(run):
-    collect(CollectConfig(run.root, **SMALL))
     config = EffectsConfig(run.root, **FEW | {"neurons": 12})
     whole = layer_file(effects(config), 0).read_bytes()
     shutil.rmtree(run.root / "effects")
@@ -260,7 +266,6 @@ def test_workers_share_the_neurons(run):
 
 
 def test_other_settings_are_refused_by_a_folder_that_has_effects(run):
-    collect(CollectConfig(run.root, **SMALL))
     found(run)
     for other in ({"strength": 2}, {"contexts": 4}, {"prompt": "So"}):
         with pytest.raises(UserError, match=f"was made with {next(iter(other))}"):
@@ -276,20 +281,15 @@ def test_other_settings_are_refused_by_a_folder_that_has_effects(run):
         ({"context": 4000}, "longer than the 32 tokens"),
         ({"contexts": 10**6}, "ask for fewer"),
         ({"prompt": "\u200d" * 900}, "longer than the 32 tokens"),
-        ({"strength": 10_000.0}, None),
     ],
 )
 def test_what_cannot_be_measured_is_refused_in_one_line(run, options, message):
-    collect(CollectConfig(run.root, **SMALL))
-    if message is None:
-        return found(run, **options)
     with pytest.raises(UserError, match=message) as refused:
         found(run, **options)
     assert "\n" not in str(refused.value)
 
 
 def test_records_of_another_model_are_refused(run, runs_folder):
-    collect(CollectConfig(run.root, **SMALL))
     other = "gpt2" if run.name == "crate" else "crate"
     shutil.rmtree(run.model)
     shutil.copytree(runs_folder / other / "model", run.model)
@@ -303,11 +303,10 @@ def test_a_number_beyond_the_format_is_refused_with_the_fix(tmp_path, data_folde
         model.transformer.h[1].mlp.c_proj.weight[PLANTED] *= 100
     run = adopted(model.to(torch.float16), tmp_path, data_folder)
     with pytest.raises(UserError, match=r"give a smaller --strength, or --dtype float32"):
-        found(run, layer=1, neurons=None, strength=10_000.0)
+        found(run, layer=1, **EVERY, strength=10_000.0)
 
 
 def test_the_command_says_where_the_tables_are_and_pandas_reads_them(run):
-    collect(CollectConfig(run.root, **SMALL))
     said = cli.run(["effects", str(run.root), "--contexts=2", "--context=8", "--neurons=3"])
     table = pandas.read_parquet(f"{said}/layer-00.parquet")
     assert len(table) == 3 and {"raises", "measured_raises", "direct_share", "output_score"} <= {*table.columns}

@@ -36,7 +36,8 @@ HOUSE = {
     ),
     "neurons": (
         *("config", "records", "kept", "sample", "sites", "coded", "directions", "steer", "spelled", "continuations"),
-        *("tensors", "strata", "streaming", "merge", "collect", "effects", "forced", "affect"),
+        *("pushed", "outcomes", "curves", "sweep"),
+        *("tensors", "strata", "streaming", "merge", "collect", "effects", "forced", "affect", "written"),
     ),
     "sae": ("config", "loss", "step", "learner", "stream", "foreign", "train", "probing", "quality"),
     "explain": (
@@ -60,16 +61,16 @@ HOUSE = {
         *("terms.explainer", "asking", "selected", "explain"),
         *(f"simulators.{name}" for name in ("readings", "reader", "list_pmi", "list_in_context", "all_at_once")),
         "simulate",
-        *(f"judges.{name}" for name in ("__init__", "yes_no", "intruder")),
+        *(f"judges.{name}" for name in ("__init__", "yes_no", "intruder", "output")),
         "judge",
     ),
     "score": ("config", "words", "weights", "measures", "inference", "sanity", "quality", "scores", "score"),
-    "results": ("estimates", "scores", "dictionaries", "runs", "neuron", "compare", "tables"),
-    "report": ("config", "text", "html", "card", "figures", "verdict", "report"),
+    "results": ("estimates", "scores", "dictionaries", "runs", "neuron", "compare", "steering", "tables"),
+    "report": ("config", "text", "html", "card", "figures", "curves", "steering", "verdict", "report"),
     "exchange": ("config", "reference", "imports", "openai", "delphi", "export"),
     "viewer": (
         *("config", "values", "opened", "table", "home", "cards", "data", "search", "notes"),
-        *("turns", "loaded", "live", "steering", "pairs", "nearest"),
+        *("quiet", "turns", "loaded", "live", "steering", "pairs", "nearest"),
         *("packed", "sizes", "inside", "alike", "export", "guard", "api", "server"),
     ),
     " ": ("config", "stages", "study", "cli", "__main__"),
@@ -149,8 +150,8 @@ LIGHT = (
     "study",
     "export",
     "import",
-    "report",
     "view",
+    "report",
 )
 """Stages that begin without torch; those that ask a local LLM load it then."""
 

@@ -187,7 +187,7 @@ def test_it_is_kept_in_the_run_and_not_made_again(viewer: Viewer, folder: Path) 
 
     again = Nearest(library.opened.values(), no_models, Turns())
     opened = library.opened["crate"]
-    for _ in range(300):
+    for _ in range(600):
         found = again.of(opened, opened.sites["codes"], 0, 1)
         if "computing" not in found:
             break

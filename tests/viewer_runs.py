@@ -114,10 +114,7 @@ def serving(runs: Sequence[Path]) -> Iterator[str]:
     api = Api(Library(runs), "cpu")
     settings: Any = {"log_level": "warning", "access_log": False, "lifespan": "off", "ws": "none"}
     server = uvicorn.Server(uvicorn.Config(application(api, Rules.of("127.0.0.1", port, None), opened), **settings))
-    threads = [
-        threading.Thread(target=warm, args=(api, opened)),
-        threading.Thread(target=server.run, args=([listening],)),
-    ]
+    threads = [threading.Thread(target=warm, args=(api, opened)), threading.Thread(target=server.run, args=([listening],))]
     for thread in threads:
         thread.start()
     try:

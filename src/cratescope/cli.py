@@ -85,6 +85,35 @@ def _shown(_config: Any, card: Any) -> str:
 
 
 def _steered(config: Any, found: Any) -> str:
+    """Format what `steer` has found: the folder of a sweep, the curves of one unit, or text and predictions."""
+    if config.sweep:
+        return _swept(config, found) if config.neuron else str(found)
+    return _continued(config, found)
+
+
+def _swept(config: Any, found: Any) -> str:
+    """Format the curves of one unit, its own and its controls'."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    from cratescope.report.text import number, visible
+
+    table = Table(box=None, header_style="bold")
+    for name in ("", "x max", "KL", "loss", "logits", "mass %", "aims %", "rate %", "text"):
+        table.add_column(name, justify="right" if name else "left", no_wrap=True)
+    for one in found.points:
+        numbers = [number(one.kl, 3, 1), *(number(value, 2, 1, sign=True) for value in (one.loss, one.logit))]
+        numbers += [number(value, 1) for value in (one.mass, one.aim_mass, one.rate)]
+        table.add_row(one.kind, f"{one.strength:g}", *numbers, number(one.nats, 2, 1))
+    plain = found.points[0]
+    before = f"without edit: mass {number(plain.mass_plain)} %, rate {number(plain.rate_plain)} %, "
+    before += f"text {number(plain.nats_plain, 2, 1)} nats"
+    targets = Text("targets: " + "  ".join(map(visible, found.targets)))
+    return "\n".join([_shown(config, Group(targets, table)), before, *map(str, found.files)])
+
+
+def _continued(config: Any, found: Any) -> str:
     """Format text and predictions, steered beside plain."""
     from rich.console import Group
     from rich.table import Table

@@ -161,6 +161,13 @@ class Run:
         """Folder of the sparse autoencoders of one name: one folder per layer."""
         return self.root / "saes" / slug(name)
 
+    def steering(self, site: str, replaced: bool = False) -> Path:
+        """Folder of steering curves, one Parquet file per layer.
+
+        replaced: of features whose autoencoder takes the place of the activations.
+        """
+        return self.root / "steering" / (slug(site) + ("-replace" if replaced else ""))
+
     def quality(self, site: str) -> Path:
         """File with the activation quality of every layer and neuron, measured from the records alone."""
         return self.root / "scores" / slug(site) / "quality.json"

@@ -44,7 +44,7 @@ STAGES: dict[str, Stage] = {
     "score": Stage(ScoreConfig, "score.score:score", "Compare predicted and true activations."),
     "terms": Stage(LanguageConfig, "explain.terms.language:print_language", "List what explanations by terms may say."),
     "show": Stage(ShowConfig, "report.card:neuron_card", "Print all that is known of one neuron."),
-    "steer": Stage(SteerConfig, "neurons.continuations:steer", "Force neurons and read what the model then says."),
+    "steer": Stage(SteerConfig, "report.steering:steer", "Force neurons and read what the model then says."),
     "view": Stage(ViewConfig, "viewer.server:view", "Look around in runs in the browser: neurons, text, steering."),
     "report": Stage(ReportConfig, "report.report:report", "Write one HTML page about some runs."),
     "study": Stage(StudyConfig, "study:study", "Do all of this for the models of one TOML file."),

@@ -40,9 +40,10 @@ GIVEN = {
     "simulate": ("run", "explainer"),
     "judge": ("run", "explainer"),
     "score": ("run", "explainer"),
+    "steer": ("run", "edit", "neuron", "json"),
     "report": ("runs", "out", "title", "explainer"),
 }
-"""Section -> the options that the study itself gives. Without judges [judge] is left out."""
+"""Section -> the options that the study itself gives. Without judges there is no [judge]; [steer] has to be there."""
 SHARED = "neurons"
 """The section of what several sections share: an option of it is one of every stage that has it."""
 BESIDE = "terms"
@@ -66,6 +67,7 @@ class Plan:
     milestones: whether the language model explains those, too.
     terms: section [terms], if there is one.
     coders: every [[sae]].
+    steering: whether there is a section [steer]: sweeps of the models at the end of training.
     """
 
     path: Path
@@ -78,6 +80,7 @@ class Plan:
     milestones: bool = True
     terms: Settings | None = None
     coders: tuple[CodersConfig, ...] = ()
+    steering: bool = False
 
     @property
     def explaining(self) -> list[Plan]:
@@ -100,7 +103,7 @@ class Plan:
 
     def reading(self, data: Path) -> Plan:
         """The same plan, in which every model reads `data` where the file names no other."""
-        given = {name: {"data": data} | self.sections[name] for name in ("evaluate", "collect")}
+        given = {name: {"data": data} | self.sections[name] for name in ("evaluate", "collect", "steer")}
         coders = tuple(replace(one, sae=replace(one.sae, data=data)) for one in self.coders)
         return replace(self, sections=self.sections | given, coders=coders)
 
@@ -186,6 +189,8 @@ def _measure(
         collected = [plan.do("collect", run=run.root, site=site) for site in plan.sites]
         if run == runs[0] and plan.coders_of(name):
             collected += _collect_features(plan, plan.coders_of(name), run, say)
+        if run == runs[0] and plan.steering:
+            _steer(plan, plan.coders_of(name), run, say)
         sites[run.root] = list(dict.fromkeys(folder.name for folder in collected))
     return sites
 
@@ -203,6 +208,17 @@ def _collect_features(plan: Plan, coders: list[CodersConfig], run: Run, say: Cal
     return [
         plan.do("collect", _of_coders(one), run=run.root, site=f"{SAE}{name}") for one in coders for name in one.names
     ]
+
+
+def _steer(plan: Plan, coders: list[CodersConfig], run: Run, say: Callable[[str], None]) -> None:
+    """Sweep a model's neurons, and its features as differences and in place of the activations."""
+    from cratescope.neurons.coded import SAE
+
+    units = [(site, "delta") for site in plan.sites]
+    units += [(f"{SAE}{name}", mode) for mode in ("delta", "replace") for one in coders for name in one.names]
+    for site, mode in units:
+        say(f"steer {run.root} {site}{'' if mode == 'delta' else f' ({mode})'}")
+        plan.do("steer", {"sweep": True, "sae": mode}, run=run.root, site=site)
 
 
 def _of_coders(coders: CodersConfig) -> Settings:
@@ -305,7 +321,16 @@ def _plan(table: Settings, path: Path, neurons: NeuronsConfig) -> Plan:
     models = {model["name"]: {key: value for key, value in model.items() if key != "name"} for model in table["model"]}
     terms = table.get(BESIDE)
     _look_up(from_table(BesideConfig, terms or {}, f"{path}: [{BESIDE}]"), f"{path}: [{BESIDE}]")
-    return Plan(path, table["title"], sections, models, **loops, milestones=neurons.explain_milestones, terms=terms)
+    return Plan(
+        path,
+        table["title"],
+        sections,
+        models,
+        **loops,
+        milestones=neurons.explain_milestones,
+        terms=terms,
+        steering="steer" in table,
+    )
 
 
 def _listed(value: Any) -> tuple[Any, ...]:

@@ -29,11 +29,12 @@ SIMULATORS: dict[str, Simulates] = {
     "all-at-once": Simulates("simulators.all_at_once:AllAtOnce", "likeliest tokens", worded=True),
     "terms": Simulates("terms.predict:TermsSimulator", "nothing"),
 }
-Scorer = Literal["detection", "fuzzing", "intruder"]
+Scorer = Literal["detection", "fuzzing", "intruder", "output"]
 SCORERS: dict[str, str] = {
     "detection": "judges.yes_no:DETECTION",
     "fuzzing": "judges.yes_no:FUZZING",
     "intruder": "judges.intruder:INTRUDER",
+    "output": "judges.output:OUTPUT",
 }
 
 
@@ -51,7 +52,8 @@ TERMS = "terms"
 SELECTED = "selected"
 """Names of explainers in files, where a language model has its own."""
 NOT_JUDGED = (TERMS, SELECTED)
-"""Their explanations were chosen on windows that a judge would be shown."""
+"""Their explanations were chosen on windows that a judge would be shown; texts that are written are no windows."""
+STRENGTH = 10.0
 DEFAULT_PROTOCOLS = ("top-and-random", "random-only")
 
 
@@ -212,7 +214,7 @@ class SimulateConfig(Checked):
 
 @dataclass(frozen=True)
 class JudgeConfig(Checked):
-    """Ask an LLM about whole windows instead of simulating: detection, fuzzing or intruder detection."""
+    """Ask an LLM about whole windows instead of simulating, or about texts that a neuron was forced in."""
 
     run: PositionalPath
     """Run directory with explanations."""
@@ -220,7 +222,10 @@ class JudgeConfig(Checked):
     explainer: str = "offline"
     """Whose explanations: the --llm given to `explain`."""
     scorer: Scorer = "detection"
-    """Does the window hold it; are the marked tokens it; which of five windows is foreign."""
+    """Does the window hold it; are the marked tokens it; which of five windows is foreign; or `output`: which of four
+    texts did the model write with this neuron forced, and not another one of the layer."""
+    strength: Annotated[float, within(0, 10_000, above=True)] = STRENGTH
+    """output: what neurons are set to while the model writes, as a multiple of their maximum in the records."""
     neurons: Annotated[int | None, within(1)] = None
     """Use only this many of the explained neurons per layer; all by default."""
     protocols: tuple[str, ...] = DEFAULT_PROTOCOLS
@@ -229,3 +234,8 @@ class JudgeConfig(Checked):
     ray: RayTasks = 0
     ray_gpus: RayGPUs = 0
     llm: Annotated[LLMConfig, tyro.conf.arg(name="")] = field(default_factory=LLMConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.scorer != "output" and self.strength != STRENGTH:
+            raise UserError("--strength: goes with --scorer output")

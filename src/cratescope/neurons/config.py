@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
+
+import tyro
 
 from cratescope.options import (
     LARGEST_BATCH,
@@ -72,6 +74,38 @@ class CollectConfig(Checked):
     """Number format to run the model in; auto keeps that of its checkpoint. Use float32 if float16 overflows."""
 
 
+NEUTRAL = ("The", "It is", "In the", "This is a", "We can", "When the", "There are", "If you")
+"""Texts that hint at little of what comes next."""
+
+
+@dataclass(frozen=True)
+class SweepConfig(Checked):
+    """How units are swept."""
+
+    strengths: Annotated[tuple[float, ...], within(0, 1e6, above=True)] = (1, 2, 4, 8, 16, 32)
+    """For --sweep: how far a unit is forced, in multiples of its maximum in the records."""
+    operation: Literal["set", "add"] = "set"
+    """For --sweep: set the unit to that at every token, or add it."""
+    units: Annotated[int, within(1)] = 32
+    """For --sweep: neurons or features per layer, drawn at random from those that were ever active."""
+    neuron_seed: Annotated[int, within(0, LARGEST_SEED)] = 0
+    """For --sweep: draws them, as for `explain`, and the random directions."""
+    layers: Annotated[tuple[int, ...] | None, within(0)] = None
+    """For --sweep: layers to sweep; all that have records by default."""
+    targets: Annotated[int, within(1, 1000)] = 10
+    """For --sweep: tokens that a direction is to raise, those with the highest direct logits."""
+    texts: Annotated[int, within(1)] = 16
+    """For --sweep: held-out texts on which predictions are compared, evenly spaced."""
+    context: Annotated[int, within(2)] = 64
+    """For --sweep: tokens of each; predictions in the last quarter count."""
+    prefixes: tuple[str, ...] = NEUTRAL
+    """For --sweep: what the model writes on from."""
+    length: Annotated[int, within(1, 10_000)] = 16
+    """For --sweep: tokens that it writes after each, drawn at temperature 1."""
+    data: Path | None = None
+    """For --sweep: folder made by `cratescope prepare`; the run's own by default."""
+
+
 @dataclass(frozen=True)
 class EffectsConfig(Checked):
     """Say which tokens every neuron raises and lowers: by its weights, and measured by forcing it on held-out text."""
@@ -112,13 +146,20 @@ class SteerConfig(Checked):
 
     run: PositionalPath
     """Run directory with a trained model."""
-    edit: tuple[str, ...]
+    edit: tuple[str, ...] = ()
     """Edits such as `1:37=4x`: layer 1, neuron 37, set to 4 times its maximum in the records; they are made in this
     order. Set `=2` `=4x` `=1q` (its quantile 0.999) `=mean`, add `+=`, scale `*=` (`*=0` ablates), cap `<=` `>=`. Then,
     if wanted, `@prompt`, `@generated` or positions `@0,3`, and a condition `if 0:12>0.5`. Before the layer there may be
     a site: `sae/bt16/1:37=2x`. Put it in quotes: the shell reads `*`, `<` and `>`."""
-    prompt: str
+    neuron: str | None = None
+    """Short for one --edit: layer and neuron, such as `1:37`, to be edited as --set says."""
+    set: str = "4x"
+    """What --neuron is set to: `2`, `4x`, `1q` or `mean`, as in --edit."""
+    prompt: str = ""
     """Text to write on from."""
+    sweep: bool = False
+    """Measure instead what forcing does, over strengths and beside controls: of --neuron alone, or of a sample of every
+    layer, kept in RUN/steering."""
     site: str = "auto"
     """Site of edits that name none: as of `collect`, or `sae/NAME` for features of sparse autoencoders."""
     sae: Literal["delta", "replace"] = "delta"
@@ -134,3 +175,4 @@ class SteerConfig(Checked):
     """File to write the same to, with all numbers."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device to run the model on."""
+    how: Annotated[SweepConfig, tyro.conf.arg(name="")] = field(default_factory=SweepConfig)

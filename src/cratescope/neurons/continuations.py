@@ -49,8 +49,9 @@ class Continuations:
     """Text after a prompt, by the same model plain and steered.
 
     edits: as they were written. rises, falls: tokens whose logits change most at the last token of the prompt, the
-    largest changes first. kl_prompt: KL(steered || plain) of the prediction there, in nats. kl_generated: its mean over
-    the `generated` tokens of the steered text, of what either model predicts after each.
+    largest changes first; likelier: those whose probabilities rise most there. kl_prompt: KL(steered || plain) of the
+    prediction there, in nats. kl_generated: its mean over the `generated` tokens of the steered text, of what either
+    model predicts after each.
     """
 
     prompt: str
@@ -59,6 +60,7 @@ class Continuations:
     steered: str
     rises: tuple[TokenChange, ...]
     falls: tuple[TokenChange, ...]
+    likelier: tuple[TokenChange, ...]
     kl_prompt: float
     kl_generated: float
     generated: int
@@ -70,8 +72,10 @@ def steer(config: SteerConfig) -> Continuations:
     Raises:
         UserError: an edit that cannot be read or made, an empty or too long prompt, or logits that are not finite.
     """
+    if config.neuron:
+        config = dataclasses.replace(config, edit=(*config.edit, f"{config.neuron}={config.set}"), neuron=None)
     if not config.edit:
-        raise UserError("--edit: name at least one, such as 1:37=4x")
+        raise UserError("--edit: name at least one, such as 1:37=4x, or a --neuron such as 1:37")
     run = Run(config.run)
     found = continuations(config, run, load_model(run, config.device))
     if config.json:
@@ -125,8 +129,9 @@ def _compared(
         edits=config.edit,
         plain=str(run.tokenizer.decode(plain[0, n:])),
         steered=str(run.tokenizer.decode(other[0, n:])),
-        rises=_most(run, before, after, largest=True),
-        falls=_most(run, before, after, largest=False),
+        rises=_most(run, before, after, after - before),
+        falls=_most(run, before, after, before - after),
+        likelier=_most(run, before, after, after.softmax(-1) - before.softmax(-1)),
         kl_prompt=float(_kl(after.log_softmax(-1), before.log_softmax(-1))),
         kl_generated=float(_kl(p, q).mean()),
         generated=other.shape[1] - n,
@@ -151,11 +156,11 @@ def _kl(p: Float64[Tensor, "*t v"], q: Float64[Tensor, "*t v"]) -> Float64[Tenso
 
 
 def _most(
-    run: Run, before: Float64[Tensor, " v"], after: Float64[Tensor, " v"], largest: bool
+    run: Run, before: Float64[Tensor, " v"], after: Float64[Tensor, " v"], by: Float64[Tensor, " v"]
 ) -> tuple[TokenChange, ...]:
-    """Tokens whose logits change most in one direction, from `before` to `after`."""
+    """The tokens of the largest `by`, with how their logits change from `before` to `after`."""
     change, plain, other = after - before, before.softmax(-1), after.softmax(-1)
-    top = change.topk(min(SHOWN, len(change)), largest=largest).indices.tolist()
+    top = by.topk(min(SHOWN, len(by))).indices.tolist()
     strings = token_strings(run.tokenizer, top)
     return tuple(
         TokenChange(token, text, float(change[token]), float(plain[token]), float(other[token]))

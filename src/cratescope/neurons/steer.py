@@ -160,19 +160,23 @@ def in_raw_units(run: Run, edits: Iterable[Edit]) -> list[Edit]:
 
 
 def _record(run: Run, edit: Edit) -> NeuronRecord:
-    folder, site = run.records(edit.site.name), edit.site
+    check_records(run, edit.site, edit.layer)
+    return read_records(layer_file(run.records(edit.site.name), edit.layer), [edit.index], strata=())[edit.index]
+
+
+def check_records(run: Run, site: Site, layer: int | None = None) -> None:
+    """Raise UserError unless the run has records of this site, and of this model and autoencoder of the layer."""
+    folder = run.records(site.name)
     if not folder.is_dir():
         fix = f"run `cratescope collect {run.root} --site {site.name}`, or give a number without a unit"
         raise UserError(f"{folder}: no records, which a unit is measured by; {fix}")
     found = read_json(folder / "manifest.json", IDENTITY, "`cratescope collect`")["identity"]
     wanted: dict[str, Any] = {"site": site.pattern, "model_sha256": run.fingerprint()}
     same = all(found.get(name) == value for name, value in wanted.items())
-    if isinstance(site, CodedSite):
-        layer = str(edit.layer)
-        same &= found.get("sae_sha256", {}).get(layer) == site.identity.get(layer)
+    if isinstance(site, CodedSite) and layer is not None:
+        same &= found.get("sae_sha256", {}).get(str(layer)) == site.identity.get(str(layer))
     if not same and "imported" not in found:
         raise UserError(f"{folder}: records of another model or site; delete it and run `cratescope collect`")
-    return read_records(layer_file(folder, edit.layer), [edit.index], strata=())[edit.index]
 
 
 def _size(edit: Edit, record: NeuronRecord) -> float:

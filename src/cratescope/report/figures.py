@@ -6,9 +6,10 @@ their own.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,18 +109,30 @@ def _sizes(results: Sequence[Results]) -> dict[str, int]:
     return dict(sorted(depths.items(), key=lambda entry: (entry[1], entry[0])))
 
 
-def draw_figures(results: Sequence[Results], folder: Path) -> dict[str, str]:
-    """Write every figure to `folder` as SVG and PNG; return the SVGs for the page by name."""
+def draw_figures(figures: Iterable[tuple[str, Figure]], folder: Path) -> dict[str, str]:
+    """Write figures to `folder` as SVG and PNG; return the SVGs for the page by name.
+
+    Each is to be drawn only when it is asked for, since the style is set while this goes on.
+    """
     page = {}
-    with matplotlib.rc_context(_STYLE):
-        for name, figure in _figures(results):
+    with styled():
+        for name, figure in figures:
             with atomic_path(folder / f"{name}.png") as path:
                 figure.savefig(path, format="png", dpi=150, metadata={"Software": None})
             figure.set_layout_engine("none")  # keep the layout just made, for both files alike
-            with atomic_path(folder / f"{name}.svg") as path:
-                figure.savefig(path, format="svg", dpi=150, metadata=_NO_METADATA)
+            save_svg(figure, folder / f"{name}.svg")
             page[name] = inline(folder / f"{name}.svg")
     return page
+
+
+def styled() -> contextlib.AbstractContextManager[None]:
+    """While open, figures get the style of reports."""
+    return matplotlib.rc_context(_STYLE)
+
+
+def save_svg(figure: Figure, path: Path) -> None:
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="svg", dpi=150, metadata=_NO_METADATA)
 
 
 def inline(path: Path) -> str:
@@ -135,7 +148,8 @@ def inline(path: Path) -> str:
     return re.sub(r'<g id="[a-zA-Z0-9]+_\d+">', "<g>", svg)
 
 
-def _figures(results: Sequence[Results]) -> Iterator[tuple[str, Figure]]:
+def figures_of(results: Sequence[Results]) -> Iterator[tuple[str, Figure]]:
+    """Every figure of runs, by name."""
     yield "loss", loss_figure(results)
     yield "layers", layer_figure(results)
     for name in protocols(results):
@@ -165,14 +179,14 @@ def loss_figure(results: Sequence[Results]) -> Figure:
         axes.axhline(entropy, color=INK, linestyle=(0, (5, 4)), linewidth=1, label=label)
     axes.set(xlabel="training tokens", ylabel="loss (nats per token)")
     axes.xaxis.set_major_formatter(lambda value, _: count(value))
-    _legend(figure, axes)
+    add_legend(figure, axes)
     return figure
 
 
 def layer_figure(results: Sequence[Results]) -> Figure:
     """Mean score of every layer (filled, plus or minus one standard error) and its shuffled control (hollow), x100."""
     panels = [(size, depth, name) for size, depth in _sizes(results).items() for name in protocols(results)]
-    figure, grid = _grid(len(panels), min(3, len(protocols(results))), lambda rows: 2.8 * rows + 0.5)
+    figure, grid = make_grid(len(panels), min(3, len(protocols(results))), lambda rows: 2.8 * rows + 0.5)
     for axes, (size, depth, name) in zip(grid, panels, strict=True):
         for item, style, dodge in _side_by_side(results, size):
             _layer_lines(axes, item, name, style, dodge)
@@ -181,11 +195,11 @@ def layer_figure(results: Sequence[Results]) -> Figure:
         axes.set_xticks(range(depth))
         if axes.get_subplotspec().is_first_col():
             axes.set_ylabel("score × 100")
-    _legend(figure, *grid)
+    add_legend(figure, *grid)
     return figure
 
 
-def _grid(n: int, columns: int, height: Callable[[int], float], **shared: Any) -> tuple[Figure, list[Any]]:
+def make_grid(n: int, columns: int, height: Callable[[int], float], **shared: Any) -> tuple[Figure, list[Any]]:
     """A figure with `n` panels in rows of `columns`; `height` gives its inches from the number of rows."""
     rows = math.ceil(n / columns)
     figure = Figure(figsize=(WIDTH, height(rows)), layout="constrained")
@@ -246,7 +260,7 @@ def _histogram_panels(
     panels = [(name, *place) for name in units for place in places]
     # Sites one below the other, where a row holds all layers.
     columns = min(4, len(places))
-    figure, grid = _grid(len(panels), columns, lambda rows: 2.5 * rows + 0.4, sharex=True, sharey=True)
+    figure, grid = make_grid(len(panels), columns, lambda rows: 2.5 * rows + 0.4, sharex=True, sharey=True)
     for axes, (name, size, layer) in zip(grid, panels, strict=True):
         for item, style, _ in _side_by_side(results, size, name):
             _histogram(axes, np.array(values(item, layer)), bins, style, item.run.name)
@@ -254,7 +268,7 @@ def _histogram_panels(
         axes.tick_params(labelbottom=True)
         if (name, size, layer) == (name, *places[0]):
             axes.set_ylabel("% of neurons" if name == NEURONS else "% of features")
-    _legend(figure, *grid)
+    add_legend(figure, *grid)
     return figure
 
 
@@ -299,7 +313,7 @@ def density_figure(results: Sequence[Results]) -> Figure:
     grid[0, 0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     grid[0, 0].yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     grid[0, 0].yaxis.set_minor_formatter(NullFormatter())
-    _legend(figure, *grid.ravel())
+    add_legend(figure, *grid.ravel())
     return figure
 
 
@@ -330,7 +344,7 @@ def dictionary_figure(results: Sequence[Results]) -> Figure:
     ]
     sites, looks = list(dict.fromkeys(site for _, site, _ in found)), styles(one_per_run(results))
     panels = sorted({(item.arm.size, row["layer"]) for item, _, row in found})
-    figure, grid = _grid(len(panels), min(4, len(panels)), lambda rows: 2.5 * rows + 0.4, sharex=True, sharey=True)
+    figure, grid = make_grid(len(panels), min(4, len(panels)), lambda rows: 2.5 * rows + 0.4, sharex=True, sharey=True)
     for axes, panel in zip(grid, panels, strict=True):
         for item, site, row in found:
             if (item.arm.size, row["layer"]) == panel:
@@ -343,7 +357,7 @@ def dictionary_figure(results: Sequence[Results]) -> Figure:
         axes.set(title=f"{panel[0].upper()}, layer {panel[1]}", xlabel="% of tokens with a non-zero code")
         axes.tick_params(labelbottom=True)
     grid[0].set_ylabel("% of features per decade")
-    _legend(figure, *grid)
+    add_legend(figure, *grid)
     return figure
 
 
@@ -370,7 +384,7 @@ def _styled(results: Sequence[Results]) -> Iterator[tuple[Results, Style]]:
         yield item, found[item.label]
 
 
-def _legend(figure: Figure, *panels: Any) -> None:
+def add_legend(figure: Figure, *panels: Any) -> None:
     """One legend above the panels that names everything any of them shows, in as many columns as its names leave."""
     named = [pair for axes in panels for pair in zip(*axes.get_legend_handles_labels(), strict=True)]
     if entries := {label: handle for handle, label in named}:

@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ from cratescope.locks import locked
 from cratescope.neurons.records import layer_file
 from cratescope.report import text, verdict
 from cratescope.report.config import ReportConfig
-from cratescope.report.figures import arm_places, draw_figures
+from cratescope.report.curves import panel_of, steering_figures
+from cratescope.report.figures import arm_places, draw_figures, figures_of
 from cratescope.report.html import Card, page_card, page_environment
 from cratescope.results import compare, tables
 from cratescope.results.compare import DETECTABLE, UNTRAINED, Comparison, Quantity
@@ -31,12 +33,13 @@ from cratescope.results.estimates import Estimate, finite
 from cratescope.results.neuron import Neuron, read_neurons
 from cratescope.results.runs import Results, Row, load_results, one_per_run, protocols
 from cratescope.results.scores import measures_of
+from cratescope.results.steering import AGAINST, KLS, Swept, curve_rows, read_swept, success_rows, summary
 from cratescope.run import made_from
 from cratescope.score.quality import QUALITIES
 
 VERSION = 4
 """Of the page: raise it when the same results look different."""
-CSV = ("scores", "neurons", "losses", "activity", "quality", "matched", "sanity", "saes")
+CSV = ("scores", "neurons", "losses", "activity", "quality", "matched", "sanity", "saes", "steering", "steering_curves")
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,7 @@ def _made_from(config: ReportConfig) -> dict[str, str]:
     inputs = ["run.json", "evaluation.json", "metrics.jsonl", "scores/*/*.json", "scores/*/*/*/*.json"]
     inputs += ["scores/*/*/*/layer-*.parquet", "simulations/*/*/*/*/manifest.json", "explanations/*/*/*/*"]
     inputs += ["saes/*/quality.json", "saes/*/layer-*/cfg.json"]
+    inputs += [f"steering/*/{name}" for name in ("manifest.json", "example.json", "layer-*.parquet")]
     files = [path for run in config.runs for pattern in inputs for path in sorted(run.glob(pattern))]
     settings = {name: value for name, value in vars(config).items() if name != "out"}
     return made_from((path for path in files if path.is_file()), Path(), version=VERSION, **settings)
@@ -89,8 +93,9 @@ def _page(config: ReportConfig, tokenizer: PreTrainedTokenizerFast | None) -> st
     compared = [pairs for pairs in compare.comparisons(results, primary, pair or ()) if pairs]
     features = compare.against_features(results, primary)
     groups = [group for item in results for group in _groups(item, config, _decoder(item, tokenizer))]
-    numbers = _write_numbers(config.out, results, compared, features, pair)
-    figures = draw_figures(results, config.out / "figures")
+    swept = read_swept(results)
+    numbers = _write_numbers(config.out, results, compared, features, pair, swept)
+    figures = draw_figures(chain(figures_of(results), steering_figures(results, swept)), config.out / "figures")
     places, arms = arm_places(results), {item.arm.name: item.arm.title for item in results}
     titles = arms | {item.side: item.title for item in results}
     return _template().render(
@@ -107,6 +112,7 @@ def _page(config: ReportConfig, tokenizer: PreTrainedTokenizerFast | None) -> st
         activity_table=[(item, {row["layer"]: row for row in tables.activity_rows([item])}) for item in results],
         quality=numbers["quality"],
         dictionaries=numbers["saes"],
+        steering=summary(swept),
         matched=numbers["matched"],
         matched_titles=[titles[name] for name in pair or ()],
         sanity=_sanity_table(numbers["sanity"]),
@@ -132,6 +138,7 @@ def _write_numbers(
     compared: Sequence[Sequence[Comparison]],
     features: Sequence[Comparison],
     pair: tuple[str, str] | None,
+    swept: Sequence[Swept],
 ) -> dict[str, list[Row]]:
     """Write every CSV file, and scores.json with the comparisons; return the rows of all but neurons.csv, by name."""
     rows = {
@@ -142,12 +149,21 @@ def _write_numbers(
         "matched": tables.matched_rows(results, pair),
         "sanity": tables.sanity_rows(results),
         "saes": tables.dictionary_rows(results),
+        "steering": success_rows(swept),
+        "steering_curves": curve_rows(swept),
     }
     tables.write_csv(out / "neurons.csv", lambda: tables.neuron_rows(results))
     for name, found in rows.items():
         tables.write_csv(out / f"{name}.csv", found.__iter__)
     pairs = [tables.comparison_row(pair) for group in compared for pair in group]
-    kept = ("scores", "activity", "quality", "matched", "sanity", *(["saes"] if rows["saes"] else []))
+    kept = (
+        "scores",
+        "activity",
+        "quality",
+        "matched",
+        "sanity",
+        *(name for name in ("saes", "steering") if rows[name]),
+    )
     numbers = {name: rows[name] for name in kept} | {"comparisons": pairs}
     if features:
         numbers["against_features"] = [tables.comparison_row(pair) for pair in features]
@@ -168,6 +184,9 @@ def _template() -> Template:
         "qualities": QUALITIES,
         "detectable": DETECTABLE,
         "paper_source": tables.paper()["source"],
+        "kls": KLS,
+        "against": AGAINST,
+        "panel_of": panel_of,
     }
     return environment.get_template("report.html")
 

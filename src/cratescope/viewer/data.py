@@ -57,7 +57,9 @@ class Library:
                     self._entries[name] = home.run_entry(one)
             names = ", ".join(self.opened)
             version = versions().get("cratescope", "")
-            return {"title": names, "version": version, "runs": [*self._entries.values()]}
+            told = {name: {"problems": [*one.problems.values()]} for name, one in self.opened.items()}
+            runs = [entry | told[name] for name, entry in self._entries.items()]
+            return {"title": names, "version": version, "runs": runs}
 
     def table(self, run: str, site: str) -> Json:
         """All units of a site as columns."""

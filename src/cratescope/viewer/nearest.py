@@ -7,9 +7,7 @@ same data. Both are computed in the background when a card first asks for them, 
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-import os
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -24,6 +22,7 @@ from cratescope.errors import UserError, first_line
 from cratescope.files import slug
 from cratescope.viewer.opened import Opened, OpenedSite
 from cratescope.viewer.pairs import Best, Columns, compare, read_best, write_best
+from cratescope.viewer.quiet import Quiet, give_way
 from cratescope.viewer.turns import Turns
 from cratescope.viewer.values import number
 
@@ -39,8 +38,6 @@ HELD = 1 << 29
 SHOWN = 10
 BATCH = 4
 """Excerpts that are read in one turn, so that a page does not wait long."""
-NICE = 10
-"""How much the background's thread gives way to others."""
 
 
 @dataclass(frozen=True)
@@ -158,8 +155,11 @@ def unit_length(columns: Float32[np.ndarray, "t m"]) -> Float32[np.ndarray, "t m
 class Nearest:
     """Computes pairs of sites in a thread of its own, those first that somebody waits for."""
 
-    def __init__(self, runs: Iterable[Opened], models: Callable[[], Models], turns: Turns) -> None:
-        self.runs, self.models, self.turns = [*runs], models, turns
+    def __init__(
+        self, runs: Iterable[Opened], models: Callable[[], Models], turns: Turns, quiet: Quiet | None = None
+    ) -> None:
+        """quiet: what is waited for before the first pair is computed."""
+        self.runs, self.models, self.turns, self.quiet = [*runs], models, turns, quiet
         self._found: dict[tuple[str, ...], Best | str] = {}
         self._asked: dict[tuple[str, ...], int] = {}
         self._waiting: PriorityQueue[tuple[int, int, Pair]] = PriorityQueue()
@@ -244,8 +244,9 @@ class Nearest:
         return [_entry(*one) for one in (*within, *across)]
 
     def _work(self) -> None:
-        with contextlib.suppress(OSError, AttributeError):
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)  # of a thread, on Linux
+        if self.quiet is not None:
+            give_way()
+            self.quiet.wait()
         while True:
             _, _, pair = self._waiting.get()
             if pair.key in self._found:

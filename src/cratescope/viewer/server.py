@@ -16,6 +16,7 @@ from cratescope.progress import say
 from cratescope.viewer.config import PORT, ViewConfig
 from cratescope.viewer.data import Library
 from cratescope.viewer.guard import Guard, Rules
+from cratescope.viewer.quiet import give_way
 
 try:
     import uvicorn
@@ -89,6 +90,8 @@ def warm(api: Api, opened: threading.Event) -> None:
     for one in api.library.opened.values():
         one.decode([])
     opened.wait()
+    give_way()
+    api.quiet.wait()
     api.turns.do(api.load)
     with contextlib.suppress(UserError):
         api.searches.find([*api.library.opened.values()], "a")

@@ -34,6 +34,7 @@
     </dl>
     ${run.sites.length > 0 && html`<${Sites} ...${{ run, measure, scale }} />`}
     ${!run.sites.length && html`<p class="note">No records yet: <code>cratescope collect</code> makes them.</p>`}
+    ${(run.problems ?? []).map((problem) => html`<p key=${problem} class="failed">${problem}</p>`)}
   </article>`;
 
   const Sites = ({ run, measure, scale }) => html`<div class="scroll plain"><table>
