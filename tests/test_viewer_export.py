@@ -12,6 +12,7 @@ import shutil
 import threading
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 import torch
@@ -388,7 +389,7 @@ def test_home_card_search_live_and_steering_work_from_disk_and_from_any_host(tab
 def test_hostile_names_tokens_and_explanations_are_text(tab):
     for screen in (
         "#/",
-        f"#/n/{HOSTILE.replace(' ', '%20').replace(chr(34), '%22').replace('<', '%3C').replace('>', '%3E')}/codes/0/1",
+        f"#/n/{quote(HOSTILE, safe='')}/codes/0/1",
     ):
         tab.go(screen)
         assert tab.page.evaluate("window.hacked") is None
