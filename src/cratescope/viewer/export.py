@@ -6,7 +6,6 @@ page (page/shards.js).
 
 from __future__ import annotations
 
-import re
 import shutil
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -36,6 +35,9 @@ AT_ONCE = 512
 POSTINGS = 1 << 17
 """Units named in one script of words."""
 MANIFEST = Path("data") / "manifest.js"
+CHARSET = '<meta charset="utf-8">\n'
+POLICY = "default-src 'none'; script-src 'self'; style-src 'self'; img-src data:; base-uri 'none'; form-action 'none'"
+"""What a browser lets an exported page do, whatever its host says: it can ask for nothing but its own files."""
 
 
 def export(config: ViewConfig) -> Path:
@@ -64,11 +66,13 @@ def write_page(folder: Path) -> None:
     """The same page as the server's, with the scripts of an export."""
     shutil.copytree(PAGE, folder / "page", ignore=shutil.ignore_patterns("index.html", ".*"))
     text = (PAGE / "index.html").read_text(encoding="utf-8")
-    found = re.search(r"<script src=\"page/data\.js\"></script>\n", text)
-    assert found, "index.html has no data.js"
     names = [*(f"page/{name}" for name in INSIDE), MANIFEST.as_posix()]
     scripts = "".join(f'<script src="{name}"></script>\n' for name in names)
-    write_text(folder / "index.html", text[: found.end()] + scripts + text[found.end() :])
+    policy = f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
+    for place, more in ((CHARSET, policy), ('<script src="page/data.js"></script>\n', scripts)):
+        assert place in text, place
+        text = text.replace(place, place + more)
+    write_text(folder / "index.html", text)
 
 
 class Export:
