@@ -26,7 +26,7 @@ from cratescope.viewer.packed import Address, Json, Packer, Scripts, Words, comp
 from cratescope.viewer.sizes import unit_sizes
 
 PAGE = Path(__file__).with_name("page")
-INSIDE = ("tokenizer.js", "model.js", "steering.js", "shards.js", "inside.js", "exported.js")
+INSIDE = ("tokenizer.js", "model.js", "steering.js", "shards.js", "ranking.js", "inside.js", "exported.js")
 """Scripts that only an export needs; they stand after data.js."""
 SHARD = 64
 """Units in one script."""

@@ -4,6 +4,7 @@
 (() => {
   const waiting = new Map();
   const kept = new Map();
+  const CARDS = 50; // scripts of cards that are kept, of some MB each
   const WINDOW = ["kind", "label", "tokens", "activations", "simulated", "peak", "excerpt", "start"];
 
   /** Called by every script of the folder data. */
@@ -35,14 +36,15 @@
     return new Uint8Array(await new Response(stream).arrayBuffer());
   }
 
-  /** The JSON value of a shard; what was read once is kept. */
+  /** The JSON value of a shard; what was read once is kept, of cards the last few. */
   function read(name) {
-    if (!kept.has(name)) {
-      const promise = bytes(name).then((found) => JSON.parse(new TextDecoder().decode(found)));
-      kept.set(name, promise);
-      promise.catch(() => kept.delete(name));
-    }
-    return kept.get(name);
+    const promise = kept.get(name) ?? bytes(name).then((found) => JSON.parse(new TextDecoder().decode(found)));
+    kept.delete(name);
+    kept.set(name, promise);
+    promise.catch(() => kept.delete(name));
+    const cards = [...kept.keys()].filter((one) => one.startsWith("cards-"));
+    if (cards.length > CARDS) kept.delete(cards[0]);
+    return promise;
   }
 
   /** The float16 numbers of several shards end to end, as float32; `onPart` is told how many parts are there. */
@@ -71,7 +73,7 @@
     if (kind === "$window") return fullWindow(value.$window, meanings.words);
     if (kind === "$bins") return histogram(value.$bins, value.count, meanings.edges);
     if (kind === "$unit") return { ...meanings.unit(value.$unit[0]), value: value.$unit[1] };
-    if (kind in TOKENS) return token(TOKENS[kind], value[kind], meanings.words);
+    if (Object.hasOwn(TOKENS, kind)) return token(TOKENS[kind], value[kind], meanings.words);
     return Object.fromEntries(Object.entries(value).map(([key, item]) => [key, unpacked(item, meanings)]));
   }
 
