@@ -172,7 +172,7 @@ def assert_close(found, expected):
     assert (found is None) == (expected is None)
     if found:
         assert found.keys() == expected.keys()
-        assert all(found[name] == pytest.approx(expected[name], rel=2e-5) for name in found)
+        assert all(found[name] == pytest.approx(expected[name], rel=2e-4) for name in found)
 
 
 def test_a_thin_card_has_some_windows_of_every_kind_around_their_peaks(library):
@@ -351,7 +351,7 @@ def test_words_of_explanations_and_windows_are_found(page, library):
     }
     places = zip(table["layer"], table["index"], table["text"], strict=True)
     assert said == {(layer, index) for layer, index, text in places if re.search(rf"\b{word}", text.lower())}
-    for query in ("a judge", "jud", "Paris.", "42 "):
+    for query in ("a judge", "jud", "bread.", "42 "):
         hits = [hit for hit in ask(page, "search", query)["hits"] if hit["field"] == "window"]
         assert hits
         for hit in hits:

@@ -98,8 +98,16 @@
   function histogramOf({ index, bins, count, edges }, unit) {
     const row = index.indexOf(unit);
     if (!(count[row]?.length > 0)) return null;
-    const { low, high } = histogram(bins[row], count[row], edges), short = (value) => Number(value.toPrecision(5));
+    const { low, high } = histogram(bins[row], count[row], edges);
     return { low: low.map(short), high: high.map(short), count: count[row] };
+  }
+
+  /** A number with five digits, rounded as viewer/values.py does; edges of bins often lie half-way. */
+  function short(value) {
+    if (value === 0) return 0;
+    const scale = 10 ** (4 - Math.floor(Math.log10(Math.abs(value)))), scaled = value * scale, below = Math.floor(scaled);
+    const half = scaled - below === 0.5, rounded = half ? below + (below % 2 ? 1 : 0) : Math.round(scaled);
+    return rounded / scale;
   }
 
   /** Shares of tokens at or below the upper edge of each bin. */
