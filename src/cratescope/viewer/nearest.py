@@ -22,7 +22,7 @@ from cratescope.errors import UserError, first_line
 from cratescope.files import slug
 from cratescope.viewer.opened import Opened, OpenedSite
 from cratescope.viewer.pairs import Best, Columns, compare, read_best, write_best
-from cratescope.viewer.quiet import Quiet, give_way
+from cratescope.viewer.quiet import Quiet
 from cratescope.viewer.turns import Turns
 from cratescope.viewer.values import number
 
@@ -36,6 +36,8 @@ TOKENS, CONTEXT = 16_384, 256
 HELD = 1 << 29
 """Bytes of activations of one run that are held; a larger run is compared on fewer tokens."""
 SHOWN = 10
+BREATH = 0.2, 2.0
+"""Seconds without a request between two blocks or batches, and how long they are waited for."""
 BATCH = 4
 """Excerpts that are read in one turn, so that a page does not wait long."""
 
@@ -167,6 +169,7 @@ class Nearest:
         self._samples: dict[tuple[str, int], dict[str, Sample]] = {}
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
+        self._rank = 0
         self.progress = ""
 
     def of(self, opened: Opened, site: OpenedSite, layer: int, index: int) -> dict[str, Any]:
@@ -245,10 +248,9 @@ class Nearest:
 
     def _work(self) -> None:
         if self.quiet is not None:
-            give_way()
             self.quiet.wait()
         while True:
-            _, _, pair = self._waiting.get()
+            self._rank, _, pair = self._waiting.get()
             if pair.key in self._found:
                 continue
             try:
@@ -283,7 +285,10 @@ class Nearest:
         return found
 
     def _tell(self, what: str, share: float) -> None:
+        """Say how far it is, and let requests go first unless somebody waits for just this."""
         self.progress = f"{what}: {100 * share:.0f} %"
+        if self.quiet is not None and self._rank:
+            self.quiet.wait(*BREATH)
 
     def _directions(self, side: Side) -> Columns:
         """What every unit of a site writes into the residual stream."""

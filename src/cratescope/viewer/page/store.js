@@ -103,7 +103,6 @@
   }
 
   const runOf = (name) => home.get()?.runs.find((run) => run.name === name);
-  const siteOf = (run, name) => runOf(run)?.sites.find((site) => site.name === name);
 
   /** The class that gives what belongs to a run its colour: one per arm, CRATE's and GPT-2's as in the report. */
   function colour(name) {
@@ -113,6 +112,10 @@
     return `arm${arms.indexOf(run.arm || run.family) % 6}`;
   }
 
+  /** The classes of what belongs to a run: its colour, hollow where the run was not trained. */
+  const look = (name) => colour(name) + (untrained(name) ? " hollow" : "");
+  const untrained = (name) => runOf(name)?.tokens_trained === 0;
+
   Object.assign(Cratescope, { home, notes, list, said, readTable, readCard, readHome, writeNote });
-  Object.assign(Cratescope, { useLoaded, useSettled, runOf, siteOf, colour, followed });
+  Object.assign(Cratescope, { useLoaded, useSettled, runOf, colour, look, untrained, followed });
 })();
