@@ -8,7 +8,7 @@ TORCH ?= torch==2.13.0
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: quick demo study test slow fuzz bench bench-quality check lint help
+.PHONY: quick demo view study test slow fuzz bench bench-quality check lint help
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -32,6 +32,11 @@ quick: $(VENV)/installed ## explained neurons of two trained models that come wi
 
 demo: $(VENV)/installed ## train CRATE and GPT-2, explain and score their neurons, write a report (about 17 minutes)
 	$(BIN)/cratescope study studies/demo.toml --out $(OUT)
+	@echo 'Look around: make view, or $(BIN)/cratescope view $(OUT)/runs/*'
+
+view: $(VENV)/installed ## browse the neurons of the demo, type text, steer, in the browser
+	@test -d $(OUT)/runs || { echo '$(OUT): no runs there yet; make demo first'; exit 2; }
+	$(BIN)/cratescope view $(OUT)/runs/* --open
 
 study: $(VENV)/installed ## two seeds of both families and their untrained copies, for docs/results (hours)
 	$(BIN)/cratescope study studies/paper-cpu.toml --out study

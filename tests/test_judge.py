@@ -15,6 +15,7 @@ from cratescope.explain.controls import OWN, SHUFFLED
 from cratescope.explain.explain import explain
 from cratescope.explain.explained import Explained
 from cratescope.explain.judge import TOO_FEW_ACTIVE, TOO_FEW_SILENT, judge
+from cratescope.explain.judges import question_named
 from cratescope.explain.judges.intruder import INTRUDER
 from cratescope.explain.protocols import PROTOCOLS
 from cratescope.llm.answers import EMPTY_ANSWER
@@ -73,7 +74,7 @@ def config_for(run: Run, scorer: str = "detection", **changes: object) -> JudgeC
     return JudgeConfig(run.root, explainer="scripted", scorer=scorer, llm=llm, **changes)
 
 
-@pytest.mark.parametrize("scorer", SCORERS)
+@pytest.mark.parametrize("scorer", [scorer for scorer in SCORERS if not question_named(scorer).of_texts])
 def test_a_model_that_knows_the_answer_judges_right(run: Run, scorer: str) -> None:
     (folder,) = judge(config_for(run, scorer), knowing())
     assert folder == Explained(run, "codes", "scripted", "top").judgements(scorer).folder

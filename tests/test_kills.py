@@ -37,8 +37,9 @@ from cratescope.llm.interface import Choices, Ids, spelled
 from cratescope.lm.config import EvaluateConfig, TrainConfig
 from cratescope.lm.evaluate import evaluate
 from cratescope.lm.train import train
+from cratescope.neurons.affect import effects
 from cratescope.neurons.collect import collect
-from cratescope.neurons.config import CollectConfig
+from cratescope.neurons.config import CollectConfig, EffectsConfig
 from cratescope.neurons.records import layer_file, read_records, write_records
 from cratescope.report.card import neuron_card
 from cratescope.report.config import ReportConfig, ShowConfig
@@ -57,7 +58,7 @@ LLM = LLMConfig(llm="scripted", llm_batch=4)
 PROTOCOLS = ("uniform",)
 NEURONS = 16
 KILLS = {"prepare": 3, "train": 2, "evaluate": 2, "collect": 3, "explain": 4, "simulate": 4, "judge": 3}
-KILLS |= {"score": 3, "report": 2, "export": 2, "import": 3, "convert": 2, "sae": 4}
+KILLS |= {"score": 3, "report": 2, "export": 2, "import": 3, "convert": 2, "sae": 4, "effects": 3}
 """Every stage, and the number of moments at which it is killed; the slow test kills it at all of them."""
 NEVER = 1_000_000
 
@@ -128,6 +129,7 @@ def stages(text: Path) -> dict[str, Callable[[Path], object]]:
         "evaluate": lambda folder: evaluate(EvaluateConfig(folder / "run", crops=4, context=24)),
         "collect": lambda folder: collect(CollectConfig(folder / "run", **SMALL)),
         "few": _few,
+        "effects": lambda folder: effects(EffectsConfig(folder / "run", contexts=2, context=8, batch_size=4)),
         "explain": _explain,
         "simulate": _simulate,
         "judge": _judge,

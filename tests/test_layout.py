@@ -37,11 +37,12 @@ HOUSE = {
     "neurons": (
         *("config", "records", "kept", "sample", "sites", "coded", "directions", "steer", "spelled", "continuations"),
         *("pushed", "outcomes", "curves", "sweep"),
-        *("tensors", "strata", "streaming", "merge", "collect", "effects", "forced", "affect"),
+        *("tensors", "strata", "streaming", "merge", "collect", "effects", "forced", "affect", "written"),
     ),
     "sae": ("config", "loss", "step", "learner", "stream", "foreign", "train", "probing", "quality"),
     "explain": (
-        *("config", "protocols", "shown", "phrase", "slots", "openai_wording", "wording", "controls"),
+        *("config", "protocols", "shown", "phrase", "slots", "openai_wording", "wording", "output_wording"),
+        "controls",
         *("explained", "waiting", "simulators.__init__"),
         *(
             f"terms.{name}"
@@ -60,7 +61,7 @@ HOUSE = {
         *("terms.explainer", "asking", "selected", "explain"),
         *(f"simulators.{name}" for name in ("readings", "reader", "list_pmi", "list_in_context", "all_at_once")),
         "simulate",
-        *(f"judges.{name}" for name in ("__init__", "yes_no", "intruder")),
+        *(f"judges.{name}" for name in ("__init__", "yes_no", "intruder", "output")),
         "judge",
     ),
     "score": ("config", "words", "weights", "measures", "inference", "sanity", "quality", "scores", "score"),
@@ -69,7 +70,8 @@ HOUSE = {
     "exchange": ("config", "reference", "imports", "openai", "delphi", "export"),
     "viewer": (
         *("config", "values", "opened", "table", "home", "cards", "data", "search", "notes"),
-        *("turns", "loaded", "live", "steering", "pairs", "nearest", "guard", "api", "server"),
+        *("quiet", "turns", "loaded", "live", "steering", "pairs", "nearest"),
+        *("packed", "sizes", "inside", "alike", "export", "guard", "api", "server"),
     ),
     " ": ("config", "stages", "study", "cli", "__main__"),
 }

@@ -11,11 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cratescope.errors import UserError
-from cratescope.explain import phrase, shown, wording
-from cratescope.explain.config import SCORERS
-from cratescope.explain.judges import intruder, question_named
+from cratescope.explain import output_wording, phrase, shown, wording
+from cratescope.explain.config import SCORERS, Source
+from cratescope.explain.judges import intruder, output, question_named
 from cratescope.explain.judges.yes_no import DETECTION, FUZZING
 from cratescope.explain.simulators import all_at_once, list_in_context, list_pmi
+from cratescope.neurons.effects import Effects, TokenChange, TokenLogit
+from cratescope.neurons.records import NeuronId
 from scripted import ScriptedLLM
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -27,10 +29,21 @@ VERSIONS = {
     "detection-1": "f1d8adbc8378",
     "fuzzing-1": "372a7d3c471f",
     "intruder-1": "e28d3f9f7f14",
+    "output-1": "3a01209b81d3",
+    "raised-1": "d761e27418f7",
+    "words-and-raised-1": "89ae0334a5c8",
 }
 """First digits of each prompt's SHA-256. Whoever changes a prompt changes its version too."""
 TOKENS = ["A", " dog", "\n", "\t"]
 MARKED = np.array([False, True, False, False])
+
+
+def raised_prompt(source: Source) -> str:
+    neuron, told = NeuronId("run", "codes", 0, 0), output_wording.OutputWording(source)
+    logits, changes = (TokenLogit(7, " rain", 1.0),), (TokenChange(8, "\n", 1.0, 0.1),)
+    effects = Effects(neuron, 1.0, 2, logits, logits, changes, changes, 0.1, 0.9, 0.1, 0.2, 0.1, None, None)
+    window = shown.Shown(TOKENS, np.array([0.0, 1.0, 0.0, 0.0]))
+    return told.explain_prefix() + told.explain_prompt([window], 1.0, effects)
 
 
 def whole_prompts() -> dict[str, str]:
@@ -48,6 +61,8 @@ def whole_prompts() -> dict[str, str]:
         "detection": DETECTION.prefix + DETECTION.prompts(about, [window], random)[0][0],
         "fuzzing": FUZZING.prefix + FUZZING.prompts(about, [window], random)[0][0],
         "intruder": intruder.INTRUDER.prefix + intruder.prompt([window] * 5),
+        "output": output.OUTPUT.prefix + output.OUTPUT.prompts(about, [window] * 4, random)[0][0],
+        **{f"explain-{source}": raised_prompt(source) for source in output_wording.VERSIONS},
     }
 
 
@@ -65,6 +80,7 @@ def test_every_prompt_has_a_version_that_changes_with_it() -> None:
         "list-in-context": list_in_context.VERSION,
         "all-at-once": all_at_once.VERSION,
     }
+    versions |= {f"explain-{source}": version for source, version in output_wording.VERSIONS.items()}
     versions |= {scorer: question_named(scorer).version for scorer in SCORERS}
     assert {versions[name]: digest for name, digest in found.items()} == VERSIONS
 

@@ -90,7 +90,7 @@ class Checked:
     def _flag(cls, name: str) -> str:
         """Name of the option on the command line."""
         positional = tyro.conf.Positional in get_args(get_type_hints(cls, include_extras=True)[name])
-        return name if positional else f"--{name.replace('_', '-')}"
+        return name if positional else f"--{name.removesuffix('_').replace('_', '-')}"
 
 
 def _refusal(value: Any, default: Any, span: Range | None) -> str | None:
@@ -142,6 +142,7 @@ def from_table(kind: type[Config], table: Mapping[str, Any], where: str) -> Conf
     hints = option_types(kind)
     values: dict[str, Any] = {}
     for name, value in table.items():
+        name = f"{name}_" if f"{name}_" in hints else name  # what Python has as a word of its own
         if name not in hints:
             raise UserError(f"{where} has no option {name!r:.60}; see `cratescope <section> --help`")
         try:

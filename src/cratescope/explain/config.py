@@ -29,11 +29,12 @@ SIMULATORS: dict[str, Simulates] = {
     "all-at-once": Simulates("simulators.all_at_once:AllAtOnce", "likeliest tokens", worded=True),
     "terms": Simulates("terms.predict:TermsSimulator", "nothing"),
 }
-Scorer = Literal["detection", "fuzzing", "intruder"]
+Scorer = Literal["detection", "fuzzing", "intruder", "output"]
 SCORERS: dict[str, str] = {
     "detection": "judges.yes_no:DETECTION",
     "fuzzing": "judges.yes_no:FUZZING",
     "intruder": "judges.intruder:INTRUDER",
+    "output": "judges.output:OUTPUT",
 }
 
 
@@ -44,12 +45,15 @@ def load(place: str) -> Any:
 
 
 Prompts = Literal["own", "openai"]
+Source = Literal["activations", "output", "both"]
+"""What an explanation by a language model is made from."""
 Explainer = Literal["llm", "terms", "selected"]
 TERMS = "terms"
 SELECTED = "selected"
 """Names of explainers in files, where a language model has its own."""
 NOT_JUDGED = (TERMS, SELECTED)
-"""Their explanations were chosen on windows that a judge would be shown."""
+"""Their explanations were chosen on windows that a judge would be shown; texts that are written are no windows."""
+STRENGTH = 10.0
 DEFAULT_PROTOCOLS = ("top-and-random", "random-only")
 
 
@@ -112,6 +116,9 @@ class ExplainConfig(Checked):
     windows: Annotated[int, within(0)] = 0
     """llm: 1, 2, ... explains from the next top windows instead, which its protocols do not score: one more candidate
     for --explainer selected, kept under the name of the LLM and `_windows1`."""
+    from_: Annotated[Source, tyro.conf.arg(name="from")] = "activations"
+    """llm: made from the words that excite a neuron (activations), from the tokens that it raises and lowers, which
+    `cratescope effects` measures (output), or both; kept under the name of the LLM and `_output` or `_both`."""
     worker: Worker = "auto"
     ray: RayTasks = 0
     ray_gpus: RayGPUs = 0
@@ -123,6 +130,7 @@ class ExplainConfig(Checked):
     def explainer_name(self) -> str:
         """Name used in files, and by --explainer of later stages."""
         asked = f"{self.llm.llm_name}_windows{self.windows}" if self.windows else self.llm.llm_name
+        asked += "" if self.from_ == "activations" else f"_{self.from_}"
         return asked if self.explainer == "llm" else self.explainer
 
     def __post_init__(self) -> None:
@@ -137,6 +145,17 @@ class ExplainConfig(Checked):
             raise UserError("--prompts: goes with --explainer llm")
         if self.explainer != "llm" and self.windows:
             raise UserError("--windows: goes with --explainer llm")
+        self._check_from()
+
+    def _check_from(self) -> None:
+        if self.from_ == "activations":
+            return
+        if self.explainer != "llm":
+            raise UserError(f"--from {self.from_}: goes with --explainer llm; {self.explainer} fits activations")
+        if self.prompts != "own":
+            raise UserError(f"--from {self.from_}: goes with --prompts own; OpenAI's prompt shows activations alone")
+        if self.from_ == "output" and self.windows:
+            raise UserError("--windows: goes with --from activations or both; effects are of no window")
 
 
 def _changed(settings: Checked) -> list[str]:
@@ -195,7 +214,7 @@ class SimulateConfig(Checked):
 
 @dataclass(frozen=True)
 class JudgeConfig(Checked):
-    """Ask an LLM about whole windows instead of simulating: detection, fuzzing or intruder detection."""
+    """Ask an LLM about whole windows instead of simulating, or about texts that a neuron was forced in."""
 
     run: PositionalPath
     """Run directory with explanations."""
@@ -203,7 +222,10 @@ class JudgeConfig(Checked):
     explainer: str = "offline"
     """Whose explanations: the --llm given to `explain`."""
     scorer: Scorer = "detection"
-    """Does the window hold it; are the marked tokens it; which of five windows is foreign."""
+    """Does the window hold it; are the marked tokens it; which of five windows is foreign; or `output`: which of four
+    texts did the model write with this neuron forced, and not another one of the layer."""
+    strength: Annotated[float, within(0, 10_000, above=True)] = STRENGTH
+    """output: what neurons are set to while the model writes, as a multiple of their maximum in the records."""
     neurons: Annotated[int | None, within(1)] = None
     """Use only this many of the explained neurons per layer; all by default."""
     protocols: tuple[str, ...] = DEFAULT_PROTOCOLS
@@ -212,3 +234,8 @@ class JudgeConfig(Checked):
     ray: RayTasks = 0
     ray_gpus: RayGPUs = 0
     llm: Annotated[LLMConfig, tyro.conf.arg(name="")] = field(default_factory=LLMConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.scorer != "output" and self.strength != STRENGTH:
+            raise UserError("--strength: goes with --scorer output")

@@ -50,7 +50,7 @@ def _explainer(config: ExplainConfig, run: Run, site: str, llm: LanguageModel | 
         return Selects(config, run, site, llm)
     from cratescope.explain.asking import Asks
 
-    return Asks(config, run, llm)
+    return Asks(config, run, site, llm)
 
 
 def explain(config: ExplainConfig, llm: LanguageModel | None = None) -> list[Path]:

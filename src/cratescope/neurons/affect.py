@@ -14,19 +14,18 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from cratescope.errors import UserError
-from cratescope.files import read_json, sha256
+from cratescope.files import sha256
 from cratescope.hardware import pick_device
 from cratescope.lm.load import data_of
 from cratescope.models.folder import context_length, load_folder
-from cratescope.neurons.coded import CodedSite, find_coders
+from cratescope.neurons.coded import recorded_site
 from cratescope.neurons.config import EffectsConfig
 from cratescope.neurons.directions import Readout, output_directions
 from cratescope.neurons.effects import Effects, TokenChange, TokenLogit, kept_effects
 from cratescope.neurons.forced import Forced, Read
-from cratescope.neurons.records import NeuronRecord, read_columns
+from cratescope.neurons.records import NeuronRecord
 from cratescope.neurons.sample import (
     DEAD,
-    SAE,
     draw_neurons,
     find_site,
     record_files,
@@ -35,7 +34,7 @@ from cratescope.neurons.sample import (
 )
 from cratescope.neurons.sites import Site
 from cratescope.progress import progress
-from cratescope.run import IDENTITY, Run, claim
+from cratescope.run import Run, claim
 from cratescope.text.shards import TokenData
 from cratescope.text.tokenizer import encode, token_strings, vocabulary_strings
 from cratescope.workers import share
@@ -63,7 +62,7 @@ def effects(config: EffectsConfig) -> Path:
     run = Run(config.run)
     folder = find_site(run, config.site)
     model = _opened(config, run)
-    site, files = _site(run, folder), record_files(run.records(folder), config.layers)
+    site, files = recorded_site(run, folder), record_files(run.records(folder), config.layers)
     data = data_of(run, config.data)
     context = context_length(model.config, config.context)
     texts = data.split("heldout").spaced(config.contexts, context).tolist()
@@ -90,22 +89,6 @@ def effects(config: EffectsConfig) -> Path:
 def _opened(config: EffectsConfig, run: Run) -> PreTrainedModel:
     model: Any = load_folder(run.trained_model(), config.dtype)  # Any: the library's own annotation of `to`
     return model.to(pick_device(config.device)).eval()
-
-
-def _site(run: Run, folder: str) -> Site:
-    """The site that a folder of records is of. UserError: records of another model, of other features or imported."""
-    path = run.records(folder)
-    found = read_json(path / "manifest.json", IDENTITY, "`cratescope collect`")["identity"]
-    if "imported" in found:
-        raise UserError(f"{path}: records of another tool, which do not say of what module; run `cratescope collect`")
-    name = read_columns(next(iter(record_files(path).values())), ["site"]).column("site")[0].as_py()
-    site = find_coders(run, name.removeprefix(SAE)) if name.startswith(SAE) else Site(name, found["site"])
-    same = found.get("model_sha256") == run.fingerprint() and found.get("site") == site.pattern
-    if isinstance(site, CodedSite):
-        same = same and found.get("sae_sha256") == dict(site.identity)
-    if not same:
-        raise UserError(f"{path}: records of another model or site; delete it and run `cratescope collect`")
-    return site
 
 
 def _sample(config: EffectsConfig, path: Path, layer: int) -> list[int]:

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from cratescope.errors import UserError
-from cratescope.files import known_sha256
+from cratescope.files import known_sha256, read_json
 from cratescope.models.sae import WEIGHTS, SparseCoder, coder_folder, coder_of
-from cratescope.neurons.sample import SAE
+from cratescope.neurons.records import read_columns
+from cratescope.neurons.sample import SAE, record_files
 from cratescope.neurons.sites import Given, SampledSite, Site, Visit, site_named
-from cratescope.run import Run
+from cratescope.run import IDENTITY, Run
 
 
 @dataclass(frozen=True)
@@ -101,3 +102,19 @@ def site_of(run: Run, name: str, model: PreTrainedModel, replace: bool = False) 
     replace: as of `CodedSite`.
     """
     return find_coders(run, name.removeprefix(SAE), replace) if name.startswith(SAE) else site_named(name, model)
+
+
+def recorded_site(run: Run, folder: str) -> Site:
+    """The site that a folder of records is of. UserError: records of another model, of other features or imported."""
+    path = run.records(folder)
+    found = read_json(path / "manifest.json", IDENTITY, "`cratescope collect`")["identity"]
+    if "imported" in found:
+        raise UserError(f"{path}: records of another tool, which do not say of what module; run `cratescope collect`")
+    name = read_columns(next(iter(record_files(path).values())), ["site"]).column("site")[0].as_py()
+    site = find_coders(run, name.removeprefix(SAE)) if name.startswith(SAE) else Site(name, found["site"])
+    same = found.get("model_sha256") == run.fingerprint() and found.get("site") == site.pattern
+    if isinstance(site, CodedSite):
+        same = same and found.get("sae_sha256") == dict(site.identity)
+    if not same:
+        raise UserError(f"{path}: records of another model or site; delete it and run `cratescope collect`")
+    return site

@@ -93,7 +93,9 @@ class Edit:
         """The same edit in raw numbers, where its unit is `size`."""
         if self.operation == "ablate":
             return replace(self, operation="set", value=size, unit="raw")
-        return replace(self, value=self.value * size, low=self.low * size, high=self.high * size, unit="raw")
+        if self.operation == "cap":
+            return replace(self, low=self.low * size, high=self.high * size, unit="raw")
+        return replace(self, value=self.value * size, unit="raw")
 
     def applied(self, x: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
         """What becomes of activations x of the neuron. UserError: a number beyond the range of their format."""
@@ -182,7 +184,7 @@ def _size(edit: Edit, record: NeuronRecord) -> float:
     if edit.unit == "mean":
         size = record.moments.mean
     else:
-        size = record.moments.maximum if edit.unit == "maximum" else _quantile(record)
+        size = record.moments.maximum if edit.unit == "maximum" else quantile(record)
     if not math.isfinite(size) or (edit.unit != "mean" and size <= 0):
         word = "99.9 % quantile" if edit.unit == "quantile" else edit.unit
         fix = "its maximum or " if edit.unit == "quantile" and record.moments.maximum > 0 else ""
@@ -192,7 +194,7 @@ def _size(edit: Edit, record: NeuronRecord) -> float:
     return size
 
 
-def _quantile(record: NeuronRecord) -> float:
+def quantile(record: NeuronRecord) -> float:
     """The lower edge of the bin of the histogram in which the quantile lies: up to 1/16 of it below the exact one."""
     if record.histogram is None:
         neuron = record.neuron

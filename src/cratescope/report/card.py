@@ -13,6 +13,7 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
+from cratescope.neurons.effects import Effects, TokenChange, TokenLogit
 from cratescope.neurons.records import NeuronRecord, TokenMean, Window
 from cratescope.report.config import ShowConfig
 from cratescope.report.text import Decode, number, percent, sparkline, visible
@@ -23,6 +24,8 @@ from cratescope.text.tokenizer import token_strings
 
 TOP, RANDOM, STRATUM = 5, 3, 1
 """Windows shown of each kind; of every stratum by quantile."""
+EFFECTS = 8
+"""Tokens shown that the neuron raises or lowers."""
 WIDTH = 32
 """Tokens of a window that are shown, around the one it was chosen for."""
 BINS = 40
@@ -48,6 +51,8 @@ def card(neuron: Neuron) -> RenderableType:
         parts.append(_histogram(record))
     if record.top_tokens:
         parts.append(_tokens(record, decode))
+    if neuron.effects:
+        parts += [Rule("effects", align="left", style="dim"), *_effects(neuron.effects)]
     for title, windows in _sections(record):
         parts += [Rule(title, align="left", style="dim"), _windows(windows, record.moments.maximum, decode)]
     title = f"{neuron.run.name} · {neuron.site} · layer {neuron.id.layer} · neuron {neuron.id.index}"
@@ -126,6 +131,40 @@ def _tokens(record: NeuronRecord, decode: Decode) -> Table:
     table.add_row(Text("top tokens", "dim"), line(record.top_tokens))
     table.add_row(Text("bottom tokens", "dim"), line(record.bottom_tokens))
     return table
+
+
+def _effects(effects: Effects) -> Iterator[RenderableType]:
+    """The tokens raised and lowered, by weights and as measured, and the numbers about them."""
+
+    def line(tokens: Sequence[TokenLogit | TokenChange]) -> Text:
+        sizes = [one.logit if isinstance(one, TokenLogit) else one.change for one in tokens[:EFFECTS]]
+        shown = zip(tokens, sizes, strict=False)
+        return Text("  ").join(Text.assemble((visible(one.text), "reverse"), f" {size:+.2g}") for one, size in shown)
+
+    table = Table.grid(padding=(0, 1))
+    for name, why, raises, lowers in (
+        ("by weights", effects.undirected, effects.raises, effects.lowers),
+        ("measured", effects.unmeasured, effects.measured_raises, effects.measured_lowers),
+    ):
+        if why:
+            table.add_row(Text(name, "dim"), Text(visible(why), "dim italic"))
+            continue
+        table.add_row(Text(f"raises, {name}", "dim"), line(raises))
+        table.add_row(Text(f"lowers, {name}", "dim"), line(lowers))
+    yield table
+    numbers = {
+        "set to": None if effects.value is None else f"{effects.value:.4g}",
+        "KL": None if effects.kl is None else f"{effects.kl:.4g} nats",
+        **{
+            name.replace("_", " "): None if value is None else f"{value:.2f}"
+            for name, value in vars(effects).items()
+            if name in ("direct_share", "input_score")
+        },
+        "output score": None if effects.output_score is None else f"{effects.output_score:.3g}",
+        "unsteered": None if effects.output_score_plain is None else f"{effects.output_score_plain:.3g}",
+    }
+    shown = {name: value for name, value in numbers.items() if value is not None}
+    yield Text("  ").join(Text.assemble((f"{name} ", "dim"), value) for name, value in shown.items())
 
 
 def _sections(record: NeuronRecord) -> Iterator[tuple[str, list[tuple[str, Window]]]]:

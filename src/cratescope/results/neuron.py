@@ -14,6 +14,7 @@ from cratescope.explain.controls import CONTROLS, OWN
 from cratescope.explain.explained import Explained, Explanation, Judgement, Simulation
 from cratescope.explain.protocols import ON_UNIFORM_TEXT
 from cratescope.files import slug
+from cratescope.neurons.effects import Effects, kept_effects
 from cratescope.neurons.kept import Kept
 from cratescope.neurons.records import NeuronId, NeuronRecord, layer_file, read_records
 from cratescope.neurons.sample import find_site, record_files
@@ -81,12 +82,14 @@ class Neuron:
     """Everything known of one neuron at one site of one run.
 
     site: the name of its folder of records. said: in the order of explainers, simulators and explanation sets.
+    effects: None before `effects`.
     """
 
     run: Run
     site: str
     record: NeuronRecord
     said: tuple[Said, ...]
+    effects: Effects | None = None
 
     @property
     def id(self) -> NeuronId:
@@ -149,7 +152,8 @@ def read_neurons(
     for names in _sources(run, site, explainer, simulator) if ids else ():
         for neuron, one in _said(run, site, names, ids):
             said[neuron].append(one)
-    return [Neuron(run, site, record, tuple(said[record.neuron])) for record in records.values()]
+    done = _read(kept_effects(run.effects(site)), ids)
+    return [Neuron(run, site, one, tuple(said[one.neuron]), done.get(one.neuron)) for one in records.values()]
 
 
 def _sources(run: Run, site: str, explainer: str | None, simulator: str | None) -> list[tuple[str, str]]:

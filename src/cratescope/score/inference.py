@@ -55,6 +55,14 @@ def mean_over_layers(layers: Sequence[Mean]) -> Mean:
     return Mean(mean, math.sqrt(math.fsum(error**2 for error in errors)) / len(found), None)
 
 
+def wilson(right: int, n: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a rate, of which `right` of n are; sound for few questions and rates near 0 or 1."""
+    z = statistics.NormalDist().inv_cdf(0.5 + COVERAGE / 2)
+    rate, scale = right / n, 1 + z**2 / n
+    middle, half = rate + z**2 / (2 * n), z * math.sqrt(rate * (1 - rate) / n + z**2 / (4 * n**2))
+    return max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
+
+
 def variance_over_layers(layers: Sequence[Mean]) -> float | None:
     """Population variance of the layer means, as in the paper's tables."""
     means = [layer.mean for layer in layers if layer.mean is not None]

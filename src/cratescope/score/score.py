@@ -23,6 +23,7 @@ from cratescope.neurons.sample import check_identity, find_site, records_identit
 from cratescope.progress import progress
 from cratescope.run import Run, made_from
 from cratescope.score.config import ScoreConfig
+from cratescope.score.inference import wilson
 from cratescope.score.measures import WEIGHERS, bootstrap, judged, look_at_words, measure, reason
 from cratescope.score.quality import write_quality
 from cratescope.score.sanity import on_records
@@ -292,21 +293,27 @@ def _simulated(
 def score_judgement(item: Judgement, protocol: str, name: str) -> list[Score]:
     """Accuracy and AUROC of yes-or-no answers; accuracy of groups is how often the right one was likeliest.
 
+    Of texts that neurons were forced in the own explanation's accuracy has Wilson's interval; chance is 1 in a group.
+
     Raises UserError unless there are as many answers as labels, all of them probabilities.
     """
     labels, answers = np.array(item.labels, dtype=bool), np.array(item.probabilities, dtype=np.float64)
     if len(labels) != len(answers) or not ((answers >= 0) & (answers <= 1)).all():
         raise UserError(f"{protocol} of {item.neuron}: damaged judgements; run `cratescope judge` again")
     values = {name: judged(name, labels, answers) if len(labels) else None for name in ("accuracy", "auroc")}
-    group = question_named(item.scorer).group
-    if group > 1 and len(labels):
-        groups = labels.reshape(-1, group), answers.reshape(-1, group)
-        values["accuracy"] = float((groups[0].argmax(1) == groups[1].argmax(1)).mean())
+    question, bounds = question_named(item.scorer), dict[str, tuple[float, float]]()
+    if question.group > 1 and len(labels):
+        groups = labels.reshape(-1, question.group), answers.reshape(-1, question.group)
+        right = groups[0].argmax(1) == groups[1].argmax(1)
+        values["accuracy"] = float(right.mean())
+        if question.of_texts and item.control == OWN:
+            bounds["accuracy"] = wilson(int(right.sum()), len(right))
     key, missing = (item.neuron, protocol, name, item.control), item.skipped or ONE_ANSWER
-    return [
-        Score(*key, measure, value, len(labels), reason=missing if value is None else None)
-        for measure, value in values.items()
-    ]
+    found = []
+    for by, value in values.items():
+        low, high = bounds.get(by, (None, None))
+        found.append(Score(*key, by, value, len(labels), low, high, missing if value is None else None))
+    return found
 
 
 def _read(explained: Explained, simulator: str, protocols: Sequence[Protocol], words: WordsOf | None) -> ScoredSet:

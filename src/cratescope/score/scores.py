@@ -20,7 +20,7 @@ class Score:
     own explanation, else as in Simulation.
     value: None where there is none, for `reason`. n: tokens, or windows judged, that it was measured on.
     low, high: bootstrap interval of 95 % over windows, of the own explanation only, by the protocol's own measure and
-    by those of protocols that score uniform text (`ON_UNIFORM_TEXT`).
+    by those of protocols that score uniform text (`ON_UNIFORM_TEXT`); Wilson's for the accuracy of the scorer `output`.
     """
 
     neuron: NeuronId

@@ -156,7 +156,7 @@ class Encoder:
     def __init__(self, backend: Tokenizer, eos_id: int, dtype: np.dtype) -> None:
         self.backend, self.dtype = Tokenizer.from_str(backend.to_str()), dtype
         self.end = np.array([eos_id], dtype).tobytes()
-        self.pieces = _Pieces(self) if _cuts_like_gpt2(backend) else None
+        self.pieces = _Pieces(self) if cuts_like_gpt2(backend) else None
 
     def __call__(self, texts: Sequence[str]) -> list[UInt[np.ndarray, " tokens"]]:
         if self.pieces is None:
@@ -196,7 +196,7 @@ class _Pieces(dict[str, bytes]):
         return ids
 
 
-def _cuts_like_gpt2(backend: Tokenizer) -> bool:
+def cuts_like_gpt2(backend: Tokenizer) -> bool:
     """Whether the tokenizer is a plain byte-level BPE over the matches of GPT-2's pattern."""
     state = json.loads(backend.to_str())
     before, model = state["pre_tokenizer"] or {}, state["model"]

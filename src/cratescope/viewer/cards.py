@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from cratescope.explain.controls import OWN
 from cratescope.explain.explained import Judgement, Simulation
-from cratescope.neurons.effects import TokenChange, TokenLogit
+from cratescope.neurons.effects import Effects, TokenChange, TokenLogit
 from cratescope.neurons.records import Histogram, NeuronRecord, TokenMean, Window, read_records
 from cratescope.report.text import Decode
 from cratescope.results.estimates import of_layer
@@ -26,6 +26,9 @@ CONTROL_TITLES = {
 }
 SIMULATED = 10.0
 """What the largest simulated activation of a unit is shown as: simulators have scales of their own."""
+Labelled = tuple[str, str, Window, list[float] | None]
+"""A window of a record: its kind, its label, itself, and what was simulated for it."""
+Choose = Callable[[Sequence[Labelled]], Sequence[Labelled]]
 LIFE_WINDOWS = 3
 WINDOW_DIGITS = 3
 
@@ -35,11 +38,27 @@ def card(opened: Opened, site: OpenedSite, layer: int, index: int, untrained: Op
 
     untrained: the run's untrained copy, where it is opened too.
     """
+    [found] = cards(opened, site, layer, [index], untrained)
+    return found
+
+
+def cards(
+    opened: Opened,
+    site: OpenedSite,
+    layer: int,
+    indices: Sequence[int],
+    untrained: Opened | None,
+    choose: Choose = list,
+) -> Iterator[dict[str, Any]]:
+    """The same of several units, whose files are read once; `choose` says which of their windows are shown."""
     site.file(layer)
-    neuron = read_neurons(opened.run, layer, [index], site.folder)[0]
-    record = neuron.record
+    for neuron in read_neurons(opened.run, layer, indices, site.folder):
+        yield finite(_card(opened, site, neuron, untrained, choose))
+
+
+def _card(opened: Opened, site: OpenedSite, neuron: Neuron, untrained: Opened | None, choose: Choose) -> dict[str, Any]:
+    record, layer, index = neuron.record, neuron.id.layer, neuron.id.index
     simulation = next((said.simulation for said in neuron.said if said.simulation and said.simulation.expected), None)
-    windows = [*_windows(record, opened.decode, simulation)]
     return {
         "run": opened.name,
         "site": site.name,
@@ -52,7 +71,7 @@ def card(opened: Opened, site: OpenedSite, layer: int, index: int, untrained: Op
         "quantiles": quantiles(record.histogram),
         "top_tokens": _token_means(record.top_tokens, opened.decode),
         "bottom_tokens": _token_means(record.bottom_tokens, opened.decode),
-        "windows": windows,
+        "windows": [*_windows(record, opened.decode, simulation, choose)],
         "problem": _problem(opened, record),
         "explanations": [_explanation(said, neuron, untrained, site) for said in neuron.said],
     }
@@ -88,10 +107,13 @@ def _token_means(means: Sequence[TokenMean], decode: Decode) -> list[dict[str, A
     ]
 
 
-def _windows(record: NeuronRecord, decode: Decode, simulation: Simulation | None) -> Iterator[dict[str, Any]]:
+def _windows(
+    record: NeuronRecord, decode: Decode, simulation: Simulation | None, choose: Choose
+) -> Iterator[dict[str, Any]]:
     guesses = _guesses(simulation)
-    for kind, label, window in _labelled(record):
-        yield {"kind": kind, "label": label} | window_entry(window, decode, guesses.get(window.key))
+    every = [(kind, label, window, guesses.get(window.key)) for kind, label, window in _labelled(record)]
+    for kind, label, window, guess in choose(every):
+        yield {"kind": kind, "label": label} | window_entry(window, decode, guess)
 
 
 def _labelled(record: NeuronRecord) -> Iterator[tuple[str, str, Window]]:
@@ -230,11 +252,14 @@ def _judgement(one: Judgement) -> dict[str, Any]:
     }
 
 
-def effects(site: OpenedSite, layer: int, index: int) -> dict[str, Any] | None:
-    """What a unit does to the predictions; None where it was not measured."""
-    found = site.effects.read(layer, [index]).get(index) if layer in site.effects.layers else None
-    if found is None:
-        return None
+def effects(site: OpenedSite, layer: int, indices: Sequence[int]) -> dict[int, dict[str, Any]]:
+    """What units do to the predictions, of those that were measured."""
+    if layer not in site.effects.layers:
+        return {}
+    return {index: _effect(found) for index, found in site.effects.read(layer, indices).items()}
+
+
+def _effect(found: Effects) -> dict[str, Any]:
     numbers = ("value", "kl", "direct_share", "input_score", "output_score", "output_score_plain")
     logits = {name: [_logit(one) for one in getattr(found, name)] for name in ("raises", "lowers")}
     changes = {name: [_change(one) for one in getattr(found, name)] for name in ("measured_raises", "measured_lowers")}

@@ -24,7 +24,7 @@ def run_entry(opened: Opened) -> dict[str, Any]:
     """A run as the home page shows it."""
     manifest, arm = opened.manifest, opened.arm
     loss, error = _loss(opened)
-    sites = [_site(site) for site in opened.sites.values()]
+    sites = [*_sites(opened)]
     return finite(
         {
             "name": opened.name,
@@ -42,7 +42,6 @@ def run_entry(opened: Opened) -> dict[str, Any]:
             "data": Path(manifest["data"]["path"]).name,
             "made_with": [[key, str(value)] for key, value in _made_with(manifest)],
             "sites": sites,
-            "problems": list(opened.problems.values()),
             "life": [_milestone(one) for one in opened.life],
         }
     )
@@ -77,7 +76,16 @@ def _made_with(manifest: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 def _milestone(opened: Opened) -> dict[str, Any]:
     steps = opened.manifest.get("steps")
     tokens = opened.arm.tokens_trained
-    return {"step": steps, "tokens": tokens, "run": opened.name if opened.sites else None}
+    return {"step": steps, "tokens": tokens, "run": opened.name if opened.recorded else None}
+
+
+def _sites(opened: Opened) -> Iterator[dict[str, Any]]:
+    """Those whose tables can be read."""
+    for name, site in opened.sites.items():
+        try:
+            yield _site(site)
+        except UserError as error:
+            opened.problems[name] = str(error)
 
 
 def _site(site: OpenedSite) -> dict[str, Any]:

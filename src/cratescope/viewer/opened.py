@@ -28,6 +28,7 @@ from cratescope.neurons.sample import SAE, record_files
 from cratescope.results.runs import described
 from cratescope.results.scores import measures_of
 from cratescope.run import Run
+from cratescope.score.scores import SCHEMA
 from cratescope.score.scores import scores as scores_in
 
 NUMBERS = ("density", "mean", "maximum", "kurtosis", "skewness")
@@ -101,23 +102,33 @@ class Scored:
 class OpenedSite:
     """One site of a run that has records.
 
-    folder: the name of its folder. name: as the records have it, with the slash of `sae/NAME`.
+    folder: the name of its folder. name: as the records have it, with the slash of `sae/NAME`. damaged: what is wrong
+    with files that cannot be read, by layer.
     """
 
     def __init__(self, run: Run, folder: str, native: str) -> None:
         self.run, self.folder = run, folder
-        self.files = record_files(run.records(folder))
-        first = read_columns(next(iter(self.files.values())), ["site"], whole=False)
-        self.name = first.column("site")[0].as_py() if first.num_rows else folder
-        self.native = self.name == native
+        self.damaged: dict[int, str] = {}
         self._units: dict[int, Units] = {}
         self._scored: dict[tuple[Measure, int], Scored] = {}
         self._texts: dict[int, list[str]] = {}
         self._effects: dict[tuple[str, int], Float[np.ndarray, " n"]] = {}
+        self.files = record_files(run.records(folder))
+        for layer in self.files:
+            try:
+                self.units(layer)
+            except UserError as error:
+                self.damaged[layer] = str(error)
+        if not self._units:
+            raise UserError(next(iter(self.damaged.values())))
+        first = read_columns(self.files[self.layers[0]], ["site"], whole=False)
+        self.name = first.column("site")[0].as_py() if first.num_rows else folder
+        self.native = self.name == native
 
     @property
     def layers(self) -> list[int]:
-        return list(self.files)
+        """Those that can be read."""
+        return [layer for layer in self.files if layer not in self.damaged]
 
     @property
     def coded(self) -> bool:
@@ -138,6 +149,8 @@ class OpenedSite:
         return found if isinstance(found, dict) else {}
 
     def file(self, layer: int) -> Path:
+        if layer in self.damaged:
+            raise UserError(self.damaged[layer])
         if layer not in self.files:
             known = ", ".join(map(str, self.files))
             raise UserError(f"layer {layer}: no such layer of {self.run.name} {self.name}; it has layers {known}")
@@ -235,10 +248,11 @@ class OpenedSite:
 
 def _read_scores(paths: Sequence[Path], columns: Sequence[str], wanted: pc.Expression) -> pa.Table:
     """Some rows of a layer's scores; row groups without them are left out."""
-    tables = []
+    tables = [SCHEMA.empty_table().select([*columns])]
     for path in paths:
         with as_user_error(f"{path}: damaged Parquet file", "delete it and run `cratescope score` again"):
-            tables.append(pq.read_table(path, columns=[*columns], filters=wanted))
+            tables.append(pq.read_table(path, columns=[*columns], filters=wanted).replace_schema_metadata(None))
+    tables[0] = tables[0].replace_schema_metadata(None)
     return pa.concat_tables(tables).combine_chunks()
 
 
@@ -263,6 +277,8 @@ class Opened:
                 found.append(OpenedSite(self.run, name, self.arm.site))
             except UserError as error:
                 self.problems[name] = str(error)
+            else:
+                self.problems |= {f"{name} {layer}": told for layer, told in found[-1].damaged.items()}
         found.sort(key=lambda site: (not site.native, site.coded, site.name))
         return {site.name: site for site in found}
 
@@ -305,6 +321,11 @@ class Opened:
         if known is None:
             return [f"#{index}" for index in ids]
         return [known[index] if 0 <= index < len(known) else "" for index in ids]
+
+    @property
+    def recorded(self) -> bool:
+        """Whether it has records of any site, without looking into them."""
+        return any((self.run.root / "records").glob("[!.]*/layer-*.parquet"))
 
     @property
     def can_run(self) -> bool | str:

@@ -16,6 +16,7 @@ from cratescope.progress import say
 from cratescope.viewer.config import PORT, ViewConfig
 from cratescope.viewer.data import Library
 from cratescope.viewer.guard import Guard, Rules
+from cratescope.viewer.quiet import give_way
 
 try:
     import uvicorn
@@ -89,6 +90,8 @@ def warm(api: Api, opened: threading.Event) -> None:
     for one in api.library.opened.values():
         one.decode([])
     opened.wait()
+    give_way()
+    api.quiet.wait()
     api.turns.do(api.load)
     with contextlib.suppress(UserError):
         api.searches.find([*api.library.opened.values()], "a")
@@ -107,7 +110,9 @@ def application(api: Api, rules: Rules, opened: threading.Event | None = None) -
 
     routes = [Route("/", page), Route("/page/{name:path}", file)]
     routes.append(Route("/api/{rest:path}", api.answer, methods=["GET", "POST"]))
-    return Guard(Starlette(routes=routes, exception_handlers={404: _nothing, 405: _nothing}), rules)
+    app = Starlette(routes=routes, exception_handlers={404: _nothing, 405: _nothing})
+    app.router.redirect_slashes = False
+    return Guard(app, rules)
 
 
 def _page_file(name: str) -> Response:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from cratescope.explain.config import SCORERS, load
+from cratescope.explain.controls import JUDGED
 from cratescope.explain.shown import Marked
 
 
@@ -23,6 +24,8 @@ class Question:
     in them whether it is the right one. answers: those whose probabilities are compared; the first `group` are those of
     a prompt's windows. group: windows in a prompt; of several exactly one is right. width: tokens shown of a window,
     around its peak. needs_text: whether the question is about an explanation; else the neuron alone is judged.
+    of_texts: whether the windows are texts that were written with neurons forced, not text that was read.
+    controls: those that are judged as well.
     """
 
     version: str
@@ -32,6 +35,8 @@ class Question:
     group: int
     width: int
     needs_text: bool
+    of_texts: bool = False
+    controls: frozenset[str] = JUDGED
 
 
 def question_named(scorer: str) -> Question:
