@@ -109,7 +109,7 @@ def _fit(
     watch = Watch(config, run, publish)
     validation = data.split("validation")
     n_crops = max(1, min(config.validation_crops, validation.n_tokens // config.context))
-    given: dict[str, Any] = {"model": fuse(model), "args": arguments, "train_dataset": _crops(config, data)}
+    given: dict[str, Any] = {"model": fuse(model, config.l1), "args": arguments, "train_dataset": _crops(config, data)}
     trainer = WatchedTrainer(watch, validation.spaced(n_crops, config.context), **given)
     last = _resume(run, config) if rank() == 0 else None
     (last,) = broadcast_object_list([last])
@@ -210,6 +210,11 @@ def _arguments(config: TrainConfig, run: Run, device: torch.device, dtype: torch
     return arguments
 
 
+def _overrides(config: TrainConfig) -> dict[str, Any]:
+    """What makes the run another arm than its preset."""
+    return config.crate | ({"l1": f"{config.l1:g}"} if config.l1 else {})
+
+
 def _publish(config: TrainConfig, data: TokenData, started: float, step: int, model: PreTrainedModel) -> None:
     """Write the files that later stages read: to the run's directory after the last step, else to a milestone's.
 
@@ -228,11 +233,11 @@ def _publish(config: TrainConfig, data: TokenData, started: float, step: int, mo
         run.manifest,
         {
             "name": run.name,
-            "arm": Arm.trained(config.preset, config.seed, step * config.batch_tokens, config.crate).row(),
+            "arm": Arm.trained(config.preset, config.seed, step * config.batch_tokens, _overrides(config)).row(),
             "parameters": sum(p.numel() for p in model.parameters()),
             "parameters_without_positions": count_parameters(model),
             "n_layer": model.config.n_layer,
-            "n_neurons": 4 * model.config.n_embd if config.preset.startswith("gpt2") else model.config.n_atoms,
+            "n_neurons": getattr(model.config, "n_atoms", 4 * model.config.n_embd),
             "vocab_size": data.vocab_size,
             "context": config.context,
             "steps": step,

@@ -85,6 +85,11 @@ class Watch(TrainerCallback):
         state.log_history.append({"step_loss": loss})
         self.progress.update(self.task, loss=f"{loss:.3f}")
 
+    def on_optimizer_step(self, args, state, control, model=None, **kwargs):
+        """Move the thresholds of sparse codes, by counts of the whole step: the same in every process."""
+        if hasattr(model, "regulate"):
+            model.regulate(lambda counts: reduce(counts, "sum"))
+
     def _not_a_number(self, step: int, loss: float) -> str:
         crops = self.config.batch_tokens // self.config.context
         what = f"the loss is {loss}," if not math.isfinite(loss) else f"the loss is {loss:.3f} but its gradient is"
@@ -150,6 +155,10 @@ class WatchedTrainer(Trainer):
         super().__init__(**kwargs, callbacks=[watch])
         self.remove_callback(PrinterCallback)
         self.watch, self.validation = watch, validation
+
+    def get_decay_parameter_names(self, model: Any) -> list[str]:
+        """Matrices; the library's own choice goes by names and would take in the shares of a lag."""
+        return [name for name, parameter in model.named_parameters() if parameter.dim() >= 2]
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)
