@@ -25,9 +25,9 @@ _BUILT_IN = {
 class Arm:
     """One kind of model, its size and how it was trained.
 
-    attention: mssa, mhsa + lag or the like. feed_forward: ista, lista, mlp or the like. size: `2l` for the paper's two-layer models,
-    `6L-82M` (layers and parameters) for an adopted one. site: where its neurons are unless another is asked for.
-    seed, tokens_trained: None where unknown, as for an adopted model. variant: what differs from the preset.
+    attention: mssa, mhsa + lag or the like. feed_forward: ista, lista, mlp or the like. size: `2l` for the paper's
+    two-layer models, `6L-82M` (layers and parameters) for an adopted one. site: where its neurons are unless another is
+    asked for. seed, tokens_trained: None where unknown, as for an adopted model. variant: what differs from the preset.
     """
 
     family: str

@@ -42,11 +42,11 @@ class ResidualOutput(nn.Linear):
 
 
 class Lag(nn.Module):
-    """Mix into query and key of a token those of the token before: query_i + alpha (query_{i-1} - query_i), key by beta.
+    """Mix into query and key of a token those of the token before it.
 
-    alpha and beta are shares per head. As they start, of every four heads one compares tokens with tokens, one asks what
-    the token before would ask, and two look for what came after tokens like this one. Before the first token of a text
-    there is nothing: 0 is mixed in.
+    query_i + alpha (query_{i-1} - query_i), key_j + beta (key_{j-1} - key_j), with alpha and beta per head. As they
+    start, of every four heads one compares tokens with tokens, one asks what the token before would ask, and two look
+    for what came after tokens like this one. Before the first token of a text there is nothing: 0 is mixed in.
     """
 
     def __init__(self, config: CrateConfig):
@@ -82,7 +82,7 @@ class Place:
 
     @classmethod
     def of(cls, Z, past, attention_mask, position_ids):
-        """Z (B, T, d); past tokens in a cache, None without one; the mask (2 or 4 dimensions) and positions as given."""
+        """Z (B, T, d); past: tokens in a cache, None without one; mask (2 or 4 dimensions) and positions as given."""
         rows = torch.arange(Z.shape[1], device=Z.device) + (0 if past is None else past)
         real = None if attention_mask is None else attention_mask.index_select(-1, rows)
         if real is not None and real.ndim == 4:  # which tokens see which: padding does not even see itself
@@ -162,9 +162,6 @@ class ISTA(nn.Module):
     A_t and A_1.
     """
 
-    normed = True
-    """Whether the LayerNorm before it has a gain and a bias."""
-
     def __init__(self, config: CrateConfig):
         super().__init__()
         self.t, self.eta, self.lam = config.ista_steps, config.ista_step_size, config.ista_lambda
@@ -216,12 +213,12 @@ class ISTA(nn.Module):
 
     def fused(self, X):
         """Output and codes as one operation, for training; no hook sees the codes, and they have no gradient."""
-        device, given = X.device.type, (self.atoms(), self.D_out, self.threshold())
+        device, parts = X.device.type, [X.reshape(-1, X.shape[-1]), self.atoms(), self.D_out, self.threshold()]
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
-            X, *given = (part.to(dtype) if torch.is_tensor(part) else part for part in (X, *given))
-        D, D_out, lam = given
-        out, A = ISTAFunction.apply(X.reshape(-1, X.shape[-1]), D, D_out, self.t, self.eta, lam)
+            parts = [part.to(dtype) if torch.is_tensor(part) else part for part in parts]
+        *matrices, lam = parts
+        out, A = ISTAFunction.apply(*matrices, self.t, self.eta, lam)
         return out.view(X.shape), A
 
 
@@ -271,12 +268,12 @@ class LISTA(ISTA):
 
     D^_i = D_i / ||D_i||;  A_{k+1} = relu(A_k + eta D^^T (X - D^ A_k) - eta theta);  output P A_t, or D^ A_t if tied.
 
-    X has no gain (`normed`), so for a random atom the entries of D^^T X have a standard deviation of 1, which is the
-    unit of theta. Homeostasis (`regulate`, once after each optimiser step): with p_i the share of the step's tokens on
-    which A_i > 0, theta_i += rate (clip(ln(p_i / high), 0, 1) - clip(ln(low / p_i), 0, 1)).
+    The LayerNorm before it has no gain, so that ||X||^2 = d, and theta is in standard deviations of what a random atom
+    sees. Homeostasis (`regulate`, once after each optimiser step), with p_i the share of its tokens on which A_i > 0:
+    theta_i += rate (clip(ln(p_i / high), 0, 1) - clip(ln(low / p_i), 0, 1)).
     """
 
-    normed = False
+    theta: torch.Tensor
 
     def __init__(self, config: CrateConfig):
         super().__init__(config)
@@ -314,8 +311,6 @@ class LISTA(ISTA):
 class MLP(nn.Module):
     """GPT-2's feed-forward block with ReLU: A = relu(D X + b), output P A + c. `codes` is as of ISTA."""
 
-    normed = True
-
     def __init__(self, config: CrateConfig):
         super().__init__()
         self.D = nn.Linear(config.n_embd, config.n_atoms)
@@ -338,9 +333,9 @@ class CrateBlock(GradientCheckpointingLayer):
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.mssa = ATTENTION[config.attention](config, layer_idx)
-        kind = FEED_FORWARD[config.feed_forward]
-        self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon, elementwise_affine=kind.normed)
-        self.ista = kind(config)
+        affine = config.feed_forward != "lista"
+        self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon, elementwise_affine=affine)
+        self.ista = FEED_FORWARD[config.feed_forward](config)
         self.skip = config.ista_skip
 
     def forward(self, Z, attention_mask=None, past_key_values: Cache | None = None, **kwargs):
