@@ -173,7 +173,12 @@ def test_the_penalty_makes_activations_fewer_and_is_part_of_the_arm(data_folder,
     for name, l1 in (("plain", None), ("penalised", 0.05)):
         run = train(config_of(tmp_path / name, data_folder, preset="gpt2-1l", steps=40, l1=l1))
         model = load_model(run, "cpu")
-        with hooked(model, site_named("auto", model), [0], lambda _, a: density.update({name: (a > 0).float().mean()})):
+        with hooked(
+            model,
+            site_named("auto", model),
+            [0],
+            lambda _, a, name=name: density.update({name: (a > 0).float().mean()}),
+        ):
             model(torch.arange(32)[None])
         assert run.read_manifest()["arm"]["variant"] == ("" if l1 is None else "l1=0.05")
     assert density["penalised"] < density["plain"] / 2

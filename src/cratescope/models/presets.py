@@ -56,7 +56,8 @@ def preset_config(
     """
     family, _, size = preset.rpartition("-")
     if preset not in PRESETS:
-        raise UserError(f"no preset {preset!r}; choose one of {', '.join(PRESETS)}")
+        names = f"a family ({', '.join(FAMILIES)}) and a size ({', '.join(SIZES)}), such as crate-2l"
+        raise UserError(f"no preset {preset!r:.60}; give {names}")
     shape: dict[str, Any] = dict(zip(("n_embd", "n_head", "n_layer"), SIZES[size], strict=True))
     shape |= {"vocab_size": vocab_size, "n_positions": context, "bos_token_id": eos_id, "eos_token_id": eos_id}
     if family != "gpt2":
