@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM
 
 from cratescope.arm import TITLES, Arm
 from cratescope.errors import UserError
-from cratescope.models import CrateConfig
+from cratescope.models import CrateConfig, modeling_crate
 from cratescope.models.cost import cached_bytes_per_token, flops_per_token
-from cratescope.models.modeling_crate import LISTA, CrateBlock, Lag
+from cratescope.models.modeling_crate import LISTA, CrateBlock, Lag, gather
 from cratescope.models.presets import FAMILIES, PRESETS, SIZES, build, preset_config
 from cratescope.neurons.sites import site_named
 
@@ -356,6 +356,44 @@ def test_atoms_count_by_their_direction_alone():
     with torch.no_grad():
         block.D.mul_(torch.rand(len(block.D), 1) + 0.5)
     torch.testing.assert_close(block(X), before)
+
+
+@settings(deadline=None, max_examples=30)
+@given(n=st.integers(1, 6), density=st.floats(0, 0.3), seed=st.integers(0, 1000))
+def test_gathering_the_rows_of_active_atoms_equals_the_product(n, density, seed):
+    chance = torch.Generator().manual_seed(seed)
+    A, P = torch.rand(n, 50, generator=chance), torch.randn(50, 7, generator=chance)
+    A[torch.rand(n, 50, generator=chance) >= density] = 0
+    torch.testing.assert_close(gather(A, P), A @ P)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "theta", "gathered"), [(1, 2.0, True), (3, 2.0, True), (9, 2.0, False), (1, 1, False)]
+)
+def test_only_few_tokens_of_sparse_codes_of_large_models_are_gathered(tokens, theta, gathered, monkeypatch):
+    calls = []
+    monkeypatch.setattr(modeling_crate, "gather", lambda A, P: calls.append(A) or gather(A, P))
+    block = build(preset_config("crate-h-1l", 64, 16), 0).transformer.h[0].ista.eval()
+    X = F.layer_norm(torch.randn(tokens, 128, generator=torch.Generator().manual_seed(0)), (128,))
+    block.theta.fill_(theta)
+    with torch.no_grad():
+        wanted = block(X)
+        assert not calls, "small models are faster by the product"
+        monkeypatch.setattr(modeling_crate, "MANY_WEIGHTS", 1)
+        found = block(X)
+    assert bool(calls) == gathered
+    torch.testing.assert_close(found, wanted)
+    calls.clear()
+    assert block(X).requires_grad and not calls
+
+
+def test_an_atom_of_zeros_is_never_active():
+    block = lista()
+    with torch.no_grad():
+        block.D[3] = 0
+    for mode in (True, False):
+        assert block.train(mode)(torch.randn(4, 16)).isfinite().all()
+        assert not block.encode(torch.randn(4, 16))[:, 3].any()
 
 
 @pytest.mark.parametrize(

@@ -171,8 +171,16 @@ class ISTA(nn.Module):
         self.codes = nn.Identity()
 
     def atoms(self):
-        """D (h, d) as it is used."""
+        """D (h, d) as it is used; `read` and `write` are the products with it."""
         return self.D
+
+    def read(self, R):
+        """R (..., d) -> D^T R (..., h)."""
+        return F.linear(R, self.D)
+
+    def write(self, A):
+        """A (..., h) -> D A (..., d)."""
+        return A @ self.D
 
     def threshold(self):
         """lam, for all atoms or per atom (h,)."""
@@ -180,9 +188,8 @@ class ISTA(nn.Module):
 
     def step(self, X, A=None):
         """One proximal gradient step from A (B, T, h), or from zero; X (B, T, d)."""
-        D = self.atoms()
-        residual = X if A is None else X - A @ D
-        ascent = self.eta * F.linear(residual, D) - self.eta * self.threshold()
+        residual = X if A is None else X - self.write(A)
+        ascent = self.eta * self.read(residual) - self.eta * self.threshold()
         return F.relu(ascent if A is None else A + ascent)
 
     def encode(self, X):
@@ -193,8 +200,8 @@ class ISTA(nn.Module):
         return self.codes(A)
 
     def decode(self, A):
-        """A (..., h) -> D A (..., d)."""
-        return A @ (self.atoms() if self.D_out is None else self.D_out)
+        """A (..., h) -> the output (..., d)."""
+        return self.write(A) if self.D_out is None else A @ self.D_out
 
     def forward(self, X):
         """X (B, T, d) -> D A_t (B, T, d)."""
@@ -286,6 +293,26 @@ class LISTA(ISTA):
         """D^ (h, d)."""
         return F.normalize(self.D, dim=-1)
 
+    # Outside of training D is only read: to write D^ for a few tokens would take longer than all else here.
+
+    def norms(self):
+        """||D_i|| (h,)."""
+        return torch.linalg.vector_norm(self.D, dim=-1).clamp_min(1e-12)
+
+    def read(self, R):
+        """R (..., d) -> D^^T R (..., h)."""
+        return F.linear(R, self.D) / self.norms()
+
+    def write(self, A):
+        """A (..., h) -> D^ A (..., d)."""
+        return (A / self.norms()) @ self.D
+
+    def decode(self, A):
+        """A (..., h) -> the output (..., d)."""
+        if self.D_out is None or not is_gathered(A, self.D_out):
+            return super().decode(A)
+        return gather(A.flatten(0, -2), self.D_out).view(*A.shape[:-1], -1)
+
     def threshold(self):
         """theta (h,)."""
         return self.theta
@@ -306,6 +333,28 @@ class LISTA(ISTA):
         p = counts[:-1] / counts[-1]
         rise, fall = (p / self.high).log().clamp(0, 1), (self.low / p).log().clamp(0, 1)
         self.theta += self.rate * (rise - fall)
+
+
+FEW_TOKENS, MANY_WEIGHTS, SPARSE = 4, 2**20, 0.06
+"""Where `gather` was measured to be at least twice as fast as the product (benchmarks/sparse.py): up to so many tokens,
+from so many weights, up to such a share of active codes, on a CPU."""
+
+
+def is_gathered(A, P):
+    """Whether the rows of P (h, d) that the codes A (..., h) need are had faster than the whole product."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or A.device.type != "cpu" or A.dtype != torch.float32:
+        return False
+    if A.numel() > FEW_TOKENS * len(P) or P.numel() < MANY_WEIGHTS:
+        return False
+    return bool(A.count_nonzero() <= SPARSE * A.numel())
+
+
+def gather(A, P):
+    """A P of A (n, h), P (h, d), reading only the rows of P where A is not 0."""
+    tokens, atoms = A.nonzero(as_tuple=True)
+    ends = torch.bincount(tokens, minlength=len(A)).cumsum(0)
+    how = {"mode": "sum", "per_sample_weights": A[tokens, atoms], "include_last_offset": True}
+    return F.embedding_bag(atoms, P, F.pad(ends, (1, 0)), **how)
 
 
 class MLP(nn.Module):
