@@ -12,7 +12,7 @@ import functools
 import itertools
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,7 +34,7 @@ class Options:
     """d; the dictionary has 5 d atoms."""
     tokens: tuple[int, ...] = (1, 2, 4, 8, 64)
     """Tokens at once."""
-    densities: tuple[float, ...] = (0.03, 0.06, 0.1)
+    densities: tuple[float, ...] = (0.03, 0.05, 0.1)
     """Share of active codes."""
     preset: str = "crate-h-s"
     """Model that generates, with random weights."""
@@ -71,7 +71,7 @@ def products(options: Options) -> Table:
 
 
 @torch.no_grad()
-def in_turns(ways: list[Callable[[], Any]], rounds: int, least: float) -> list[float]:
+def in_turns(ways: Sequence[Callable[[], Any]], rounds: int, least: float) -> list[float]:
     """Median seconds of process time of each way; each turn lasts `least` seconds or one call."""
     taken: list[list[float]] = [[] for _ in ways]
     for number in range(rounds + 1):

@@ -349,6 +349,28 @@ def test_counts_of_micro_batches_and_processes_add_up():
     assert torch.equal(first.theta, whole.theta) and not torch.equal(first.theta, second.theta)
 
 
+@settings(deadline=None, max_examples=25)
+@given(seed=st.integers(0, 1000), steps=st.integers(1, 5), fraction=st.floats(0.05, 1.0))
+def test_each_step_lowers_the_lasso_with_a_penalty_per_atom(seed, steps, fraction):
+    chance, block = torch.Generator().manual_seed(seed), lista().double().eval()
+    with torch.no_grad():
+        block.D.normal_(generator=chance)
+        block.theta.uniform_(0, 2, generator=chance)
+    D = F.normalize(block.D.detach(), dim=-1)
+    block.eta = fraction / torch.linalg.matrix_norm(D, 2).item() ** 2
+    X, A = torch.randn(5, 16, generator=chance, dtype=torch.double), None
+
+    def objective(A):
+        return ((X - A @ D) ** 2).sum(-1) / 2 + A @ block.theta
+
+    before = objective(torch.zeros(5, len(D), dtype=torch.double))
+    for _ in range(steps):
+        A = block.step(X, A)
+        after = objective(A)
+        assert (after <= before + 1e-9).all()
+        before = after
+
+
 def test_atoms_count_by_their_direction_alone():
     block = lista().eval()
     X = torch.randn(3, 5, 16)

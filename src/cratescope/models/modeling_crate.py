@@ -335,9 +335,9 @@ class LISTA(ISTA):
         self.theta += self.rate * (rise - fall)
 
 
-FEW_TOKENS, MANY_WEIGHTS, SPARSE = 4, 2**20, 0.06
-"""Where `gather` was measured to be at least twice as fast as the product (benchmarks/sparse.py): up to so many tokens,
-from so many weights, up to such a share of active codes, on a CPU."""
+FEW_TOKENS, MANY_WEIGHTS, SPARSE = 4, 2**20, 0.05
+"""Where `gather` was measured to be about twice as fast as the product or more (benchmarks/sparse.py): up to so many
+tokens, from so many weights, up to such a share of active codes, on a CPU."""
 
 
 def is_gathered(A, P):
