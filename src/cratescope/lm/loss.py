@@ -8,6 +8,7 @@ exponentials whose row sums are divided out later: three products per chunk, non
 from __future__ import annotations
 
 import types
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -53,14 +54,15 @@ def token_losses(
     return _sweep(hidden, weight, labels, _format(hidden), False, False)[0]
 
 
-def fuse(model: PreTrainedModel, l1: float | None = None) -> PreTrainedModel:
+def fuse(model: PreTrainedModel, l1: Callable[[], float] | None = None) -> PreTrainedModel:
     """Let `model(input_ids, labels=...)` compute its loss as above; it then returns no logits.
 
     For any causal language model whose head is a linear map without bias. The forward pass stays the model's own
     method, so that DDP and FSDP see every call; without labels nothing changes.
 
     Args:
-        l1: adds so many times the sum of the activations of all neurons (NEURONS), per token that has a loss.
+        l1: asked at every pass; adds so many times the sum of the activations of all neurons (NEURONS), per token that
+            has a loss.
     """
     plain = model.forward
     sums: list[torch.Tensor] = []
@@ -77,7 +79,7 @@ def fuse(model: PreTrainedModel, l1: float | None = None) -> PreTrainedModel:
         weight, targets = self.get_output_embeddings().weight, labels[:, 1:]
         items = (targets != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
         loss = linear_cross_entropy(hidden, weight, targets, n_items=num_items_in_batch)
-        return CausalLMOutput(loss=loss + l1 * sum(sums) / items if l1 else loss)
+        return CausalLMOutput(loss=loss + l1() * sum(sums) / items if l1 else loss)
 
     model.forward = types.MethodType(forward, model)
     return model

@@ -109,7 +109,11 @@ def _fit(
     watch = Watch(config, run, publish)
     validation = data.split("validation")
     n_crops = max(1, min(config.validation_crops, validation.n_tokens // config.context))
-    given: dict[str, Any] = {"model": fuse(model, config.l1), "args": arguments, "train_dataset": _crops(config, data)}
+    given: dict[str, Any] = {
+        "model": fuse(model, watch.l1 if config.l1 else None),
+        "args": arguments,
+        "train_dataset": _crops(config, data),
+    }
     trainer = WatchedTrainer(watch, validation.spaced(n_crops, config.context), **given)
     last = _resume(run, config) if rank() == 0 else None
     (last,) = broadcast_object_list([last])

@@ -31,6 +31,9 @@ from cratescope.run import Run
 from cratescope.stopping import Asked
 from cratescope.workers import processes, rank
 
+PENALTY_GROWS = 0.2
+"""Share of the steps over which the weight of the penalty on activations grows from 0 to its value."""
+
 
 class Watch(TrainerCallback):
     """Callback on every step: stops on a signal or a NaN loss, writes metrics.jsonl, marks checkpoints complete.
@@ -43,7 +46,7 @@ class Watch(TrainerCallback):
         self.config, self.run, self.publish = config, run, publish
         self.milestones = milestone_steps(config)
         self.last: Path | None = None
-        self.signal = 0
+        self.signal, self.step = 0, 0
         self.asked = Asked()
         self.step_loss: torch.Tensor | float = 0.0
         self.seconds, self.timed_steps = 0.0, 0
@@ -68,6 +71,13 @@ class Watch(TrainerCallback):
         begun: dict[str, Any] = {"total": state.max_steps, "completed": state.global_step}
         self.task = self.progress.add_task(self.name, **begun, loss="-", speed="")
         self.clock = time.monotonic()
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.step = state.global_step
+
+    def l1(self) -> float:
+        """Weight of the penalty at this step: it grows, for neurons that are punished before they are of use die."""
+        return (self.config.l1 or 0.0) * min(1.0, self.step / (PENALTY_GROWS * self.config.steps))
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         """Share losses and signals among all processes, so that either all stop after the same step or none does."""
