@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from cratescope.arm import TITLES, Arm
 from cratescope.errors import UserError
+from cratescope.lm.evaluate import reconstruction
 from cratescope.models import CrateConfig, modeling_crate
 from cratescope.models.cost import cached_bytes_per_token, flops_per_token
 from cratescope.models.modeling_crate import LISTA, CrateBlock, Lag, gather
@@ -378,6 +379,29 @@ def test_atoms_count_by_their_direction_alone():
     with torch.no_grad():
         block.D.mul_(torch.rand(len(block.D), 1) + 0.5)
     torch.testing.assert_close(block(X), before)
+
+
+def test_reconstruction_is_the_share_of_variance_that_scaled_codes_explain():
+    model, crops = tiny("crate-h"), random_tokens(6, 20).numpy()
+    seen = {}
+    for layer, block in enumerate(model.transformer.h):
+        block.ista.register_forward_hook(lambda m, i, o, layer=layer: seen.update({layer: i[0].flatten(0, 1)}))
+    with torch.no_grad():
+        found = reconstruction(model, crops, batch_size=4)
+        model(torch.from_numpy(crops))
+        for layer, block in enumerate(model.transformer.h):
+            x, D = seen[layer].double(), F.normalize(block.ista.D, dim=-1).double()
+            y = block.ista.encode(seen[layer]).double() @ D
+            s = torch.linalg.lstsq(y.flatten()[:, None], x.flatten()[:, None]).solution.item()
+            wanted = 1 - (x - s * y).square().sum() / (x - x.mean(0)).square().sum()
+            assert found[layer] == pytest.approx(wanted.item(), abs=1e-6)
+        for block in model.transformer.h:  # both directions of every axis lose nothing
+            block.ista.D.copy_(
+                torch.eye(32).repeat(5, 1) * torch.tensor([1, -1, 1, -1, 1]).repeat_interleave(32)[:, None]
+            )
+            block.ista.theta.copy_(torch.tensor([0.0, 0, 99, 99, 99]).repeat_interleave(32))
+    assert reconstruction(model, crops) == pytest.approx([1, 1], abs=1e-5)
+    assert reconstruction(tiny("gpt2-lag"), crops) == reconstruction(tiny("gpt2"), crops) == []
 
 
 @settings(deadline=None, max_examples=30)
