@@ -36,8 +36,8 @@ TOKENS, CONTEXT = 16_384, 256
 HELD = 1 << 29
 """Bytes of activations of one run that are held; a larger run is compared on fewer tokens."""
 SHOWN = 10
-BREATH = 0.2, 2.0
-"""Seconds without a request between two blocks or batches, and how long they are waited for."""
+LONGEST_PAUSE = 2.0
+"""Seconds that the next block or batch waits for requests that are being answered."""
 BATCH = 4
 """Excerpts that are read in one turn, so that a page does not wait long."""
 
@@ -288,7 +288,7 @@ class Nearest:
         """Say how far it is, and let requests go first unless somebody waits for just this."""
         self.progress = f"{what}: {100 * share:.0f} %"
         if self.quiet is not None and self._rank:
-            self.quiet.wait(*BREATH)
+            self.quiet.wait(0.0, LONGEST_PAUSE)
 
     def _directions(self, side: Side) -> Columns:
         """What every unit of a site writes into the residual stream."""

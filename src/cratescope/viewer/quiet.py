@@ -5,8 +5,10 @@ from __future__ import annotations
 import threading
 import time
 
-CALM, LONGEST = 1.0, 10.0
+CALM, LONGEST = 0.7, 5.0
 """Seconds without a request, and how long they are waited for."""
+SHORTEST = 0.05
+"""Seconds between two looks."""
 
 
 class Quiet:
@@ -30,7 +32,7 @@ class Quiet:
         start = time.monotonic()
         while time.monotonic() - start < longest:
             with self._lock:
-                left = calm if self._running else self._last + calm - time.monotonic()
+                left = max(calm, SHORTEST) if self._running else self._last + calm - time.monotonic()
             if left <= 0:
                 return
-            time.sleep(min(left, 0.1))
+            time.sleep(min(left, SHORTEST))
