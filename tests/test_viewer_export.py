@@ -24,6 +24,7 @@ pytest.importorskip("uvicorn", reason="the viewer needs: pip install 'cratescope
 from chromium import chromium
 from cratescope import cli
 from cratescope.errors import UserError
+from cratescope.models.configuration_crate import CrateConfig
 from cratescope.run import Run
 from cratescope.text.shards import TokenData
 from cratescope.viewer import inside
@@ -471,6 +472,8 @@ def test_why_a_page_has_not_a_model_is_said_in_one_sentence(runs, data_folder, t
             GPT2Config(**shape, **small, scale_attn_by_inverse_layer_idx=True),
             "scale_attn_by_inverse_layer_idx",
         ),
+        "sparse": (CrateConfig(**shape, **small, feed_forward="lista"), "feed_forward"),
+        "lagging": (CrateConfig(**shape, **small, lag=True), "lag"),
     }
     for name, (config, said) in kinds.items():
         run = adopted(runs, tmp_path / name, AutoModelForCausalLM.from_config(config), tokenizer)

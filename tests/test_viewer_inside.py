@@ -83,7 +83,8 @@ def rounded(model):
 
 RUN = """([ids, place, edits, prompt, replace]) => {
     const seen = {}, cache = model.fresh();
-    const sites = { own: { place: "neurons", coders: null }, sae: { place: "neurons", coders: window.coders ?? null } };
+    const sites = { own: { place: "neurons", coders: null } };
+    sites.sae = { place: "neurons", coders: window.coders ?? null };
     for (const name of ["first_codes", "attention", "residual"]) sites[name] = { place: name, coders: null };
     const { readEdit } = Cratescope.inside;
     const read = (text) => ({ ...readEdit(text), site: readEdit(text).site ?? "own" });
