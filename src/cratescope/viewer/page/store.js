@@ -61,12 +61,12 @@
     return found;
   }
 
-  let turn = Promise.resolve();
+  let writing = Promise.resolve();
 
   /** Notes are written one after another, so that the last one stays. */
   function inTurn(write) {
-    const mine = turn.then(write);
-    turn = mine.catch(() => {});
+    const mine = writing.then(write);
+    writing = mine.catch(() => {});
     return mine;
   }
 
