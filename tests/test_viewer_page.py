@@ -18,6 +18,7 @@ pytest.importorskip("starlette", reason="the viewer needs: pip install 'cratesco
 pytest.importorskip("uvicorn", reason="the viewer needs: pip install 'cratescope[view]'")
 
 from cratescope.neurons.records import read_records
+from cratescope.viewer.export import INSIDE as OF_EXPORTS
 from viewer_runs import HOSTILE, MARKUP, NEURONS, hostile_run, serving, viewer_runs
 
 PAGE = Path(__file__).parent.parent / "src/cratescope/viewer/page"
@@ -25,7 +26,6 @@ CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.whic
 TEXT = "the court sold bread. a judge found Paris"
 browser_test = pytest.mark.browser
 CARD = "#/n/crate/codes/1/"
-OF_EXPORTS = {"tokenizer.js", "model.js", "steering.js", "shards.js", "inside.js", "exported.js"}
 
 
 @dataclass
@@ -140,7 +140,7 @@ def test_the_page_has_no_script_style_or_markup_outside_of_its_files() -> None:
     assert not [
         name for name, text in ours.items() if re.search(r"innerHTML|insertAdjacentHTML|eval\(|https?://", text)
     ]
-    assert sorted(re.findall(r"page/(\w+\.js)", read("index.html"))) == sorted({*ours} - OF_EXPORTS)
+    assert sorted(re.findall(r"page/(\w+\.js)", read("index.html"))) == sorted({*ours} - {*OF_EXPORTS})
 
 
 def read(name: str) -> str:

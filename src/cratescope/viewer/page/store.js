@@ -61,6 +61,15 @@
     return found;
   }
 
+  let writing = Promise.resolve();
+
+  /** Notes are written one after another, so that the last one stays. */
+  function inTurn(write) {
+    const mine = writing.then(write);
+    writing = mine.catch(() => {});
+    return mine;
+  }
+
   /** Write a note; what is shown changes at once, and back if it cannot be written. */
   async function writeNote({ run, site, layer, index }, note) {
     const unit = { run, site, layer, index };
@@ -69,7 +78,7 @@
     notes.set({ ...before, [key]: { ...before[key], ...note } });
     try {
       const { text = "", bookmarked = false } = notes.get()[key];
-      await source().note(unit, { text, bookmarked });
+      await inTurn(() => source().note(unit, { text, bookmarked }));
     } catch (error) {
       notes.set({ ...notes.get(), [key]: before[key] });
       throw error;
