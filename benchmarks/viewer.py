@@ -4,7 +4,8 @@
     python benchmarks/viewer.py --layers 12 --width 3072     # made-up records of size B only
 
 Every server is a process of its own, `cratescope view` as a user starts it. *First card* is all that the page asks for,
-one after the other, from / to the card; *cold* for the first browser after the start, *warm* for the second. *Search*
+one after the other, from / to the card; *cold* for the first browser after the start, *warm* for the second; *in
+Chromium* is from the address being opened in a new page until the card stands there, where Playwright is. *Search*
 goes through the explanations and the top windows of all units of the runs. *Live text* is a new text of 64 tokens
 through all runs with a model, all units ranked by surprise. Made-up records have as many units as asked for, each with
 windows of 64 tokens and a histogram of 100 bins; *memory* is the most that the process has held (VmHWM).
@@ -155,6 +156,28 @@ def open_page(server: Server, run: str, place: int) -> None:
     server.get(f"api/card/{quote(run)}/{quote(site, safe='')}/{layer}/{index}")
 
 
+def in_chromium(server: Server, run: str) -> Iterator[tuple[str, float]]:
+    """Seconds until a card is there, in a page that was never open and in another one."""
+    try:
+        from playwright.sync_api import sync_playwright
+    except ImportError:
+        return
+    program = os.environ.get("CHROMIUM") or shutil.which("chromium")
+    if program is None or not has_page():
+        return
+    site = json.loads(server.get("api/home"))["runs"][0]["sites"][0]["name"]
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        browser.new_page().goto("about:blank")  # its own start is not the viewer's
+        for number, when in enumerate(("cold", "warm")):
+            page = browser.new_page()
+            start = time.perf_counter()
+            page.goto(f"{server.address}#/n/{quote(run)}/{quote(site, safe='')}/0/{number + 10}")
+            page.wait_for_selector("article.neuron", timeout=60_000)
+            yield f"first card in Chromium, {when}", time.perf_counter() - start
+        browser.close()
+
+
 def has_page() -> bool:
     import cratescope.viewer
 
@@ -176,6 +199,8 @@ def measure_runs(options: Options) -> list[dict[str, Any]]:
             note("first card, cold", seconds(lambda: open_page(server, name, 3)))
             note("first card, warm", seconds(lambda: open_page(server, name, 4)))
             note("next card", seconds(lambda: open_page(server, name, 5)))
+            for what, value in in_chromium(server, name):
+                note(what, value)
             server.get("api/search?q=warm")
             live(server, "warm")
             for word in WORDS:

@@ -312,6 +312,15 @@ def test_the_command_says_where_the_tables_are_and_pandas_reads_them(run):
     assert len(table) == 3 and {"raises", "measured_raises", "direct_share", "output_score"} <= {*table.columns}
 
 
+def test_a_neuron_has_its_effects_and_its_card_shows_them(run):
+    assert run.neuron(0, 3).effects is None and "effects" not in str(run.neuron(0, 3))
+    index, one = next(iter(found(run).items()))
+    neuron = run.neuron(0, index)
+    assert neuron.effects == one
+    shown = str(neuron)
+    assert "raises, by weights" in shown and (one.unmeasured or "measured") in shown and "output score" in shown
+
+
 def test_ranks_of_equal_values_are_their_mean():
     values = torch.randint(0, 4, (5, 30), generator=torch.Generator().manual_seed(0)).float()
     expected = scipy.stats.rankdata(values.numpy(), axis=1) - 1

@@ -150,8 +150,8 @@ LIGHT = (
     "study",
     "export",
     "import",
-    "report",
     "view",
+    "report",
 )
 """Stages that begin without torch; those that ask a local LLM load it then."""
 

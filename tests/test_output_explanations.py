@@ -50,12 +50,12 @@ def test_the_prompt_lists_tokens_by_weights_and_as_measured_in_turn(run):
     llm, _ = asked(run, "output", neurons=2, layers=(0,))
     assert len(llm.asked) == 2
     for prompt in llm.asked:
-        assert re.fullmatch(r"Raises: rain\d, wind, storm, rain\nLowers: the, of\nThe detector finds:", prompt)
+        assert re.fullmatch(r"Lowers: the, of\nRaises: rain\d, wind, storm, rain\nThe detector finds:", prompt)
 
 
 def test_from_both_the_words_that_excite_the_neuron_come_first(run):
     llm, _ = asked(run, "both", neurons=1, layers=(0,))
-    assert re.match(r"Words: \w+.*\nRaises: rain\d, wind", llm.asked[0])
+    assert re.match(r"Words: \w+.*\nLowers: the, of\nRaises: rain\d, wind", llm.asked[0])
 
 
 def test_each_source_has_a_set_and_an_identity_of_its_own(run):
@@ -134,6 +134,6 @@ def test_lists_are_cut_and_say_everything_once():
 
 
 def test_examples_have_the_form_of_a_prompt():
-    for source, first in (("output", "Raises: "), ("both", "Words: ")):
+    for source, first in (("output", "Lowers: "), ("both", "Words: ")):
         prefix = OutputWording(source).explain_prefix()
         assert prefix.startswith(first) and prefix.count("The detector finds: ") == len(EXAMPLES)

@@ -30,8 +30,8 @@ VERSIONS = {
     "fuzzing-1": "372a7d3c471f",
     "intruder-1": "e28d3f9f7f14",
     "output-1": "3a01209b81d3",
-    "raised-1": "d761e27418f7",
-    "words-and-raised-1": "89ae0334a5c8",
+    "raised-1": "4284e1fbdcc0",
+    "words-and-raised-1": "ad03c8f6f03d",
 }
 """First digits of each prompt's SHA-256. Whoever changes a prompt changes its version too."""
 TOKENS = ["A", " dog", "\n", "\t"]

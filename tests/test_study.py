@@ -544,6 +544,16 @@ def test_a_wrong_option_is_found_before_any_work_by_section_and_name(tmp_path, s
     assert not (tmp_path / "out").exists()
 
 
+def test_explanations_from_the_output_need_a_section_of_effects(tmp_path):
+    (tmp_path / "plan.toml").write_text(PLAN.format(text="x", llm="offline"))
+    sections = read_plan(tmp_path / "plan.toml")
+    sections["explain"]["from"] = "both"
+    with pytest.raises(UserError, match=r"from = 'both' needs effects; add a section \[effects\]"):
+        check(sections, tmp_path / "plan.toml")
+    found = check(sections | {"effects": {"contexts": 3}}, tmp_path / "plan.toml")
+    assert found.effects and found.options("effects", run="x").contexts == 3 and found.explainer.endswith("_both")
+
+
 def test_a_section_without_what_it_needs_is_refused_by_that_name(tmp_path):
     (tmp_path / "plan.toml").write_text('[[model]]\nname = "a"\n')
     with pytest.raises(UserError, match=r"\[prepare\] source is missing"):

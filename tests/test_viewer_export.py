@@ -12,6 +12,7 @@ import shutil
 import threading
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ pytest.importorskip("uvicorn", reason="the viewer needs: pip install 'cratescope
 from chromium import chromium
 from cratescope import cli
 from cratescope.errors import UserError
+from cratescope.models.configuration_crate import CrateConfig
 from cratescope.run import Run
 from cratescope.text.shards import TokenData
 from cratescope.viewer import inside
@@ -136,7 +138,10 @@ def values_in(folder: Path) -> dict[str, Any]:
 @browser_test
 def test_home_and_tables_are_the_server_s(page, library):
     home, expected = ask(page, "home"), library.home()
-    hostile = [run["model"].pop("can_run") for run in home["runs"]], [run["model"].pop("can_run") for run in expected["runs"]]
+    hostile = (
+        [run["model"].pop("can_run") for run in home["runs"]],
+        [run["model"].pop("can_run") for run in expected["runs"]],
+    )
     assert home == json.loads(json.dumps(expected)) | {"notes": {}}
     assert hostile[0][:3] == [True] * 3 and isinstance(hostile[0][3], str)
     for opened in library.opened.values():
@@ -168,7 +173,7 @@ def assert_close(found, expected):
     assert (found is None) == (expected is None)
     if found:
         assert found.keys() == expected.keys()
-        assert all(found[name] == pytest.approx(expected[name], rel=2e-5) for name in found)
+        assert all(found[name] == pytest.approx(expected[name], rel=2e-4) for name in found)
 
 
 def test_a_thin_card_has_some_windows_of_every_kind_around_their_peaks(library):
@@ -190,7 +195,12 @@ def test_a_thin_card_has_some_windows_of_every_kind_around_their_peaks(library):
 
 @browser_test
 def test_a_unit_that_is_not_there_is_named(page):
-    for unit in (("crate", "codes", 1, 999), ("crate", "codes", 7, 0), ("crate", "mlp", 0, 0), ("nobody", "codes", 0, 0)):
+    for unit in (
+        ("crate", "codes", 1, 999),
+        ("crate", "codes", 7, 0),
+        ("crate", "mlp", 0, 0),
+        ("nobody", "codes", 0, 0),
+    ):
         said = page.evaluate("(unit) => Cratescope.source.card(...unit).catch((error) => error.message)", [*unit])
         assert isinstance(said, str) and str(unit[3]) in said or "no s" in said or "no r" in said
 
@@ -248,6 +258,11 @@ def test_clicking_tokens_ranks_the_same_reading_again(page):
     assert page.evaluate("window.runs") == passes > 0
 
 
+EVENTS = """async (request) => {
+    const events = [];
+    await Cratescope.source.steer(request, (event) => events.push(event));
+    return events;
+}"""
 STEER: dict[str, Any] = {"prompt": "the court sold", "tokens": 8, "temperature": 0, "seed": 0}
 
 
@@ -264,8 +279,7 @@ STEER: dict[str, Any] = {"prompt": "the court sold", "tokens": 8, "temperature":
 )
 def test_steering_is_the_server_s_token_by_token(page, library, models, run, edits, sae):
     request = STEER | {"run": run, "edits": edits, "sae": sae}
-    code = "async (request) => { const events = []; await Cratescope.source.steer(request, (event) => events.push(event)); return events; }"
-    found, expected = page.evaluate(code, request), []
+    found, expected = page.evaluate(EVENTS, request), []
     opened = library.opened[run]
     steer(settings(opened, request), opened, models, expected.append, threading.Event())
     assert found[0] == expected[0] == {"kind": "start", "prompt_tokens": found[0]["prompt_tokens"]}
@@ -287,18 +301,20 @@ def test_steering_is_the_server_s_token_by_token(page, library, models, run, edi
 
 @browser_test
 def test_drawn_text_depends_on_the_seed_alone_and_no_edit_changes_none(page):
-    code = """async (request) => { const said = { plain: "", steered: "" };
-        await Cratescope.source.steer(request, ({ kind, text }) => { if (kind in said) said[kind] += text; }); return said; }"""
     request = STEER | {"run": "gpt2", "edits": [], "temperature": 1.5}
-    first, again, other = (page.evaluate(code, request | {"seed": seed}) for seed in (1, 1, 2))
-    assert first == again and first["plain"] == first["steered"] != other["plain"]
+    first, again, other = (page.evaluate(EVENTS, request | {"seed": seed}) for seed in (1, 1, 2))
+    plain, steered = ("".join(one["text"] for one in first if one["kind"] == kind) for kind in ("plain", "steered"))
+    assert first == again != other and plain == steered and first[-1]["kl_generated"] == 0
 
 
 @browser_test
 def test_steering_stops_when_it_is_told_to(page):
-    code = """async (request) => { const control = new AbortController(); let n = 0;
-        try { await Cratescope.source.steer(request, ({ kind }) => { if (kind === "plain" && ++n === 3) control.abort(); }, control.signal); }
-        catch (error) { return [n, error.name]; } }"""
+    code = """async (request) => {
+        const control = new AbortController();
+        let n = 0;
+        const heard = ({ kind }) => { if (kind === "plain" && ++n === 3) control.abort(); };
+        return Cratescope.source.steer(request, heard, control.signal).catch((error) => [n, error.name]);
+    }"""
     assert page.evaluate(code, STEER | {"run": "gpt2", "edits": ["1:3=1"], "tokens": 40}) == [3, "AbortError"]
 
 
@@ -329,14 +345,21 @@ def test_words_of_explanations_and_windows_are_found(page, library):
     table = library.table("crate", "codes")
     word = next(word for text in table["text"] for word in re.findall(r"[a-z]{4,}", text))
     found = ask(page, "search", word.upper())
-    said = {(hit["layer"], hit["index"]) for hit in found["hits"] if hit["field"] == "explanation" and hit["run"] == "crate" and hit["site"] == "codes"}
+    said = {
+        (hit["layer"], hit["index"])
+        for hit in found["hits"]
+        if hit["field"] == "explanation" and hit["run"] == "crate" and hit["site"] == "codes"
+    }
     places = zip(table["layer"], table["index"], table["text"], strict=True)
     assert said == {(layer, index) for layer, index, text in places if re.search(rf"\b{word}", text.lower())}
-    for query in ("a judge", "jud", "Paris.", "42 "):
+    for query in ("a judge", "jud", "bread.", "42 "):
         hits = [hit for hit in ask(page, "search", query)["hits"] if hit["field"] == "window"]
         assert hits
         for hit in hits:
-            assert all(hit["snippet"][first:last].lower() == query.strip().lower() for first, last in hit["marks"]) and hit["marks"]
+            assert (
+                all(hit["snippet"][first:last].lower() == query.strip().lower() for first, last in hit["marks"])
+                and hit["marks"]
+            )
     assert ask(page, "search", "xyzzy") == ask(page, "search", " ") == {"hits": [], "truncated": False}
 
 
@@ -365,7 +388,10 @@ def test_home_card_search_live_and_steering_work_from_disk_and_from_any_host(tab
 
 @browser_test
 def test_hostile_names_tokens_and_explanations_are_text(tab):
-    for screen in ("#/", f"#/n/{HOSTILE.replace(' ', '%20').replace(chr(34), '%22').replace('<', '%3C').replace('>', '%3E')}/codes/0/1"):
+    for screen in (
+        "#/",
+        f"#/n/{quote(HOSTILE, safe='')}/codes/0/1",
+    ):
         tab.go(screen)
         assert tab.page.evaluate("window.hacked") is None
     assert tab.page.locator("main script, main img").count() == 0
@@ -442,7 +468,12 @@ def test_why_a_page_has_not_a_model_is_said_in_one_sentence(runs, data_folder, t
     kinds = {
         "llama": (LlamaConfig(**shape, **llama), "llama model"),
         "silu": (GPT2Config(**shape, **small, activation_function="silu"), "activation function silu"),
-        "scaled": (GPT2Config(**shape, **small, scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx"),
+        "scaled": (
+            GPT2Config(**shape, **small, scale_attn_by_inverse_layer_idx=True),
+            "scale_attn_by_inverse_layer_idx",
+        ),
+        "sparse": (CrateConfig(**shape, **small, feed_forward="lista"), "feed_forward"),
+        "lagging": (CrateConfig(**shape, **small, lag=True), "lag"),
     }
     for name, (config, said) in kinds.items():
         run = adopted(runs, tmp_path / name, AutoModelForCausalLM.from_config(config), tokenizer)
@@ -452,7 +483,11 @@ def test_why_a_page_has_not_a_model_is_said_in_one_sentence(runs, data_folder, t
     assert inside.refusal(fine) is None
     path = fine.model / "tokenizer.json"
     text = path.read_text()
-    path.write_text(text.replace('"add_prefix_space":false', '"add_prefix_space":true').replace('"add_prefix_space": false', '"add_prefix_space": true'))
+    path.write_text(
+        text.replace('"add_prefix_space":false', '"add_prefix_space":true').replace(
+            '"add_prefix_space": false', '"add_prefix_space": true'
+        )
+    )
     assert "byte-level BPE" in inside.refusal(Run(fine.root))
     path.write_text(text)
     monkeypatch.setattr(inside, "LARGEST", 1000)

@@ -83,9 +83,11 @@ def rounded(model):
 
 RUN = """([ids, place, edits, prompt, replace]) => {
     const seen = {}, cache = model.fresh();
-    const sites = { own: { place: "neurons", coders: null }, sae: { place: "neurons", coders: window.coders ?? null } };
+    const sites = { own: { place: "neurons", coders: null } };
+    sites.sae = { place: "neurons", coders: window.coders ?? null };
     for (const name of ["first_codes", "attention", "residual"]) sites[name] = { place: name, coders: null };
-    const read = (text) => { const edit = Cratescope.inside.readEdit(text); return { ...edit, site: edit.site ?? "own" }; };
+    const { readEdit } = Cratescope.inside;
+    const read = (text) => ({ ...readEdit(text), site: readEdit(text).site ?? "own" });
     const steering = new Cratescope.inside.Steering(edits.map(read), sites, prompt, replace);
     const parts = Array.isArray(ids[0]) ? ids : [ids], logits = [];
     const asText = (parts) => {

@@ -205,7 +205,7 @@ def written(events: list[dict[str, Any]], kind: str) -> str:
 def test_steering_streams_what_the_command_prints(viewer: Viewer, folder: Path, temperature: float) -> None:
     events = viewer.steer(**steer_request(temperature=temperature, seed=5))
     config = SteerConfig(
-        folder / "crate", ("0:3=40",), "the cat", tokens=6, temperature=temperature, seed=5, device="cpu"
+        folder / "crate", ("0:3=40",), prompt="the cat", tokens=6, temperature=temperature, seed=5, device="cpu"
     )
     wanted = steer(config)
     assert events[0] == {"kind": "start", "prompt_tokens": len(Run(folder / "crate").tokenizer("the cat").input_ids)}
@@ -224,7 +224,7 @@ def test_each_token_comes_with_its_log_probability_under_the_model_that_wrote_it
     from cratescope.neurons.continuations import continuations
 
     ids, heard = run.tokenizer("the cat").input_ids, []
-    config = SteerConfig(run.root, ("0:3*=1",), "the cat", tokens=6, temperature=1.3, seed=2, device="cpu")
+    config = SteerConfig(run.root, ("0:3*=1",), prompt="the cat", tokens=6, temperature=1.3, seed=2, device="cpu")
     continuations(config, run, model, lambda kind, token, logprob: heard.append((kind, token, logprob)))
     tokens = [token for kind, token, _ in heard if kind == "plain"]
     predicted = model(torch.tensor([[*ids, *tokens]])).logits[0].log_softmax(-1)
@@ -253,7 +253,7 @@ def test_features_are_steered_in_both_ways(viewer: Viewer) -> None:
     ("changes", "message"),
     [
         ({"run": "nobody"}, "no run 'nobody'"),
-        ({"prompt": ""}, "prompt"),
+        ({"prompt": ""}, "no token; give some text"),
         ({"prompt": "the cat " * 40}, "crate reads at most 32 at once; give less"),
         ({"edits": ["0:3"]}, "character 4: expected one of"),
         ({"edits": ["0:9999=1"]}, "neuron 9999 is out of range"),

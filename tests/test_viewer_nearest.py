@@ -22,7 +22,6 @@ from cratescope.viewer.data import Library
 from cratescope.viewer.loaded import Models
 from cratescope.viewer.nearest import Nearest, Pair, Side, _excerpts
 from cratescope.viewer.pairs import BLOCK, KEPT, Best, compare, read_best, write_best
-from cratescope.viewer.quiet import Quiet
 from cratescope.viewer.turns import Turns
 from test_coded import random_coder
 from test_collect import SMALL
@@ -186,7 +185,7 @@ def test_it_is_kept_in_the_run_and_not_made_again(viewer: Viewer, folder: Path) 
     def no_models() -> Models:
         raise AssertionError("it is computed again")
 
-    again = Nearest(library.opened.values(), no_models, Turns(), Quiet())
+    again = Nearest(library.opened.values(), no_models, Turns())
     opened = library.opened["crate"]
     for _ in range(600):
         found = again.of(opened, opened.sites["codes"], 0, 1)

@@ -36,6 +36,7 @@ GIVEN = {
     "train": ("out", "data"),
     "evaluate": ("run", "sae"),
     "collect": ("run", "model"),
+    "effects": ("run",),
     "explain": ("run",),
     "simulate": ("run", "explainer"),
     "judge": ("run", "explainer"),
@@ -43,7 +44,8 @@ GIVEN = {
     "steer": ("run", "edit", "neuron", "json"),
     "report": ("runs", "out", "title", "explainer"),
 }
-"""Section -> the options that the study itself gives. Without judges there is no [judge]; [steer] has to be there."""
+"""Section -> the options that the study itself gives. Without judges there is no [judge]; [steer] and [effects] have to
+be there."""
 SHARED = "neurons"
 """The section of what several sections share: an option of it is one of every stage that has it."""
 BESIDE = "terms"
@@ -68,6 +70,7 @@ class Plan:
     terms: section [terms], if there is one.
     coders: every [[sae]].
     steering: whether there is a section [steer]: sweeps of the models at the end of training.
+    effects: whether there is a section [effects], of all models that are explained.
     """
 
     path: Path
@@ -81,6 +84,7 @@ class Plan:
     terms: Settings | None = None
     coders: tuple[CodersConfig, ...] = ()
     steering: bool = False
+    effects: bool = False
 
     @property
     def explaining(self) -> list[Plan]:
@@ -103,7 +107,7 @@ class Plan:
 
     def reading(self, data: Path) -> Plan:
         """The same plan, in which every model reads `data` where the file names no other."""
-        given = {name: {"data": data} | self.sections[name] for name in ("evaluate", "collect", "steer")}
+        given = {name: {"data": data} | self.sections[name] for name in ("evaluate", "collect", "effects", "steer")}
         coders = tuple(replace(one, sae=replace(one.sae, data=data)) for one in self.coders)
         return replace(self, sections=self.sections | given, coders=coders)
 
@@ -156,6 +160,10 @@ def study(config: StudyConfig) -> Path:
     sites: dict[Path, list[str]] = {}
     for name, (how, runs) in zip(plan.models, training, strict=True):
         sites |= _measure(plan, name, how, runs, say)
+    for root in sites if plan.effects else ():
+        for site in sites[root]:
+            say(f"effects {root} {site}")
+            plan.do("effects", run=root, site=site)
     ends = {runs[0].root for _, runs in training}
     explained = {one.explainer: [root for root in sites if one.milestones or root in ends] for one in plan.explaining}
     for one in plan.explaining:
@@ -273,6 +281,8 @@ def check(table: Settings, path: Path) -> Plan:
         for own in _variants(plan, section):
             _look_up(plan.options(section, own, **dict.fromkeys(GIVEN[section], "x")), f"{path}: [{section}]")
     _look_up_explainers(plan)
+    if not plan.effects and (source := plan.options("explain", run="x").from_) != "activations":
+        raise UserError(f"{path}: [explain] from = {source!r} needs effects; add a section [effects]")
     for section, options in plan.sections.items():
         for several, single in LOOPS.items():
             if single in options and _listed(options[single]) != getattr(plan, several):
@@ -330,6 +340,7 @@ def _plan(table: Settings, path: Path, neurons: NeuronsConfig) -> Plan:
         milestones=neurons.explain_milestones,
         terms=terms,
         steering="steer" in table,
+        effects="effects" in table,
     )
 
 

@@ -14,19 +14,28 @@ from cratescope.explain.shown import UNREADABLE, Shown, display, levels, stronge
 from cratescope.neurons.effects import Effects
 
 VERSIONS: dict[Source, str] = {"output": "raised-1", "both": "words-and-raised-1"}
-MOST = 10
+MOST = 8
 """Tokens shown of each kind."""
-# (what the detector finds, words that excite it, what becomes likelier, what becomes less likely)
+# (what the detector finds, words that excite it, what becomes likelier, what becomes less likely). Kinds alternate, and
+# counting comes first, because a small model leans on the last examples and likes to count.
 Example = tuple[str, tuple[str, ...], tuple[str, ...], tuple[str, ...]]
 EXAMPLES: tuple[Example, ...] = (
-    ("food, such as bread and cheese", ("baked", "fried"), ("bread", "cheese", "soup", "fish"), ("war", "law", "1990")),
-    ("months, such as July and March", ("in", "since"), ("July", "March", "June", "2004"), ("ing", "soup", "he")),
-    ("endings of verbs, such as -ing", ("walk", "talk"), ("ing", "ed", "s", "er"), ("the", "of", "London")),
-    ("full stops and commas", ("away", "too"), (".", ",", ";", "!"), ("un", "Mr", "very")),
+    ("numbers, such as two and 25", ("about", "page"), ("two", "25", "three", "100"), ("of", "and", "them")),
+    ("words about food, such as bread and soup", ("baked",), ("bread", "cheese", "soup", "fish"), ("war", "1990")),
+    ('the word "of"', ("middle", "part"), ("of",), ("London", "she", "un")),
+    ("ends of words, such as ing and ed", ("walk", "talk"), ("ing", "ed", "er", "ly"), ("the", "of", "Mr")),
     ("names of cities, such as Rome and Paris", ("in", "near"), ("Rome", "Paris", "London"), ("(", "ing", "self")),
-    ("words about the law, such as court and judge", ("the", "supreme"), ("court", "judge", "law"), ("soup", "her")),
-    ("numbers, such as 10 and 25", ("about", "page"), ("10", "25", "three", "100"), ("of", "and", "them")),
-    ("speech, such as said and replied", ('"', ","), ("said", "replied", "cried", "asked"), ("cm", "0", "import")),
+    ("marks that end a sentence, such as . and !", ("away", "too"), (".", "!", "?", ";"), ("un", "very", "a")),
+    ("words about the law, such as court and judge", ("supreme",), ("court", "judge", "law"), ("soup", "her")),
+    ('the word "but"', (",", "good"), ("but", "But"), ("kg", "the", "1")),
+    ("months, such as July and March", ("since", "in"), ("July", "March", "June"), ("ing", "soup", "he")),
+    ("signs of programs, such as ( and =", ("return", "x"), ("(", "=", "()", "_"), ("she", "king", "summer")),
+    ("words of speech, such as said and replied", ('"', ","), ("said", "replied", "cried"), ("cm", "0", "import")),
+    ("beginnings of names, such as Mc and Van", ("Mr", "named"), ("Mc", "Van", "Mac", "De"), ("the", "ly", "10")),
+    ("words about size, such as large and small", ("a", "very"), ("large", "small", "huge"), ("and", "of", "said")),
+    ("line breaks", (".", "end"), ("\\n", "\\n\\n"), ("is", "the", "ment")),
+    ("verbs of motion, such as ran and went", ("he", "they"), ("ran", "went", "walked"), ("of", "per", "red")),
+    ("words about animals, such as dog and sheep", ("the", "wild"), ("dog", "sheep", "birds"), ("law", "2004")),
 )
 
 
@@ -52,7 +61,7 @@ class OutputWording:
 
     def _entry(self, words: Sequence[str], raised: Sequence[str], lowered: Sequence[str]) -> str:
         shown = f"Words: {', '.join(words)}\n" if self._both else ""
-        return f"{shown}Raises: {', '.join(raised)}\nLowers: {', '.join(lowered)}\nThe detector finds:"
+        return f"{shown}Lowers: {', '.join(lowered)}\nRaises: {', '.join(raised)}\nThe detector finds:"
 
 
 def told(*lists: Iterable[str]) -> list[str]:

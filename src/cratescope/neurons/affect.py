@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -17,7 +18,7 @@ from cratescope.errors import UserError
 from cratescope.files import sha256
 from cratescope.hardware import pick_device
 from cratescope.lm.load import data_of
-from cratescope.models.folder import context_length, load_folder
+from cratescope.models.folder import context_length, load_folder, model_config, text_config
 from cratescope.neurons.coded import recorded_site
 from cratescope.neurons.config import EffectsConfig
 from cratescope.neurons.directions import Readout, output_directions
@@ -61,14 +62,14 @@ def effects(config: EffectsConfig) -> Path:
     """
     run = Run(config.run)
     folder = find_site(run, config.site)
-    model = _opened(config, run)
     site, files = recorded_site(run, folder), record_files(run.records(folder), config.layers)
-    data = data_of(run, config.data)
-    context = context_length(model.config, config.context)
+    shape, data = model_config(run.trained_model()), data_of(run, config.data)
+    context = context_length(shape, config.context)
     texts = data.split("heldout").spaced(config.contexts, context).tolist()
     kept = kept_effects(run.effects(folder))
     claim(kept.folder, _identity(config, run, folder, data))
-    batch = min(config.batch_size, max(1, LOGITS_AT_ONCE // _vocabulary(model)))
+    batch = min(config.batch_size, max(1, LOGITS_AT_ONCE // text_config(shape).vocab_size))
+    opened = functools.cache(lambda: _opened(config, run))
     with kept.writing() as keep:
         for layer, path in files.items():
             sample = share(_sample(config, path, layer), config.worker, batch)
@@ -77,7 +78,7 @@ def effects(config: EffectsConfig) -> Path:
             pending = [chunk for chunk in chunks if not done.issuperset(chunk)]
             if not pending:
                 continue
-            measured = _Measured(config, run, model, site, layer, texts)
+            measured = _Measured(config, run, opened(), site, layer, texts)
             work = with_records(path, pending, 1, strata=())
             for chunk, records in progress(work, f"effects {run.name} {site.name} layer {layer}", len(pending)):
                 for item in measured.of([records[index] for index in chunk]):
@@ -107,11 +108,6 @@ def _identity(config: EffectsConfig, run: Run, folder: str, data: TokenData) -> 
     settings |= {} if config.dtype == "auto" else {"dtype": config.dtype}
     made_from = {"data_sha256": sha256(data.path / "manifest.json"), "effects_version": VERSION}
     return settings | made_from | records_identity(run, folder)
-
-
-def _vocabulary(model: PreTrainedModel) -> int:
-    embeddings: Any = model.get_output_embeddings() or model.get_input_embeddings()
-    return len(embeddings.weight)
 
 
 @dataclass(frozen=True, eq=False)

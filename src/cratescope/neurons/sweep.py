@@ -63,7 +63,7 @@ def sweep(config: SteerConfig) -> Path:
         for layer in work.layers:
             units = work.units(layer)
             drawn, done = units.drawn(config.how.units), kept.done(layer)
-            # Whole groups, also where some of one are there: the last digits of a unit depend on the others of its pass.
+            # Whole groups, also where some of one are there: the others of a unit's pass decide its last digits.
             groups = [drawn[start : start + TOGETHER] for start in range(0, len(drawn), TOGETHER)]
             groups = [group for group in groups if not done.issuperset(group)]
             for group in progress(groups, f"steer {work.run.name} {work.site.name} layer {layer}"):

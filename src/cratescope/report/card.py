@@ -152,18 +152,15 @@ def _effects(effects: Effects) -> Iterator[RenderableType]:
         table.add_row(Text(f"raises, {name}", "dim"), line(raises))
         table.add_row(Text(f"lowers, {name}", "dim"), line(lowers))
     yield table
-    numbers = {
-        "set to": None if effects.value is None else f"{effects.value:.4g}",
-        "KL": None if effects.kl is None else f"{effects.kl:.4g} nats",
-        **{
-            name.replace("_", " "): None if value is None else f"{value:.2f}"
-            for name, value in vars(effects).items()
-            if name in ("direct_share", "input_score")
-        },
-        "output score": None if effects.output_score is None else f"{effects.output_score:.3g}",
-        "unsteered": None if effects.output_score_plain is None else f"{effects.output_score_plain:.3g}",
+    cells = {
+        "set to": (effects.value, ".4g"),
+        "KL": (effects.kl, ".4g"),
+        "direct share": (effects.direct_share, ".2f"),
+        "input score": (effects.input_score, ".2f"),
+        "output score": (effects.output_score, ".3g"),
+        "unsteered": (effects.output_score_plain, ".3g"),
     }
-    shown = {name: value for name, value in numbers.items() if value is not None}
+    shown = {name: format(value, form) for name, (value, form) in cells.items() if value is not None}
     yield Text("  ").join(Text.assemble((f"{name} ", "dim"), value) for name, value in shown.items())
 
 

@@ -31,7 +31,8 @@ PART = 1 << 19
 """Numbers in one script: a page that reads them stays responsive."""
 ACTIVATIONS = ("relu", "gelu", "gelu_new", "gelu_pytorch_tanh")
 """Activation functions of GPT-2 that the page has."""
-NO_HALF = "float16 cannot hold; open it with `cratescope view`"
+OPEN = "open it with `cratescope view`"
+NO_HALF = f"float16 cannot hold; {OPEN}"
 NEURONS = "neurons"
 PLACES = {"codes": NEURONS, "mlp": NEURONS}
 """Where a site is in the page's models, by its name in `BUILT_IN`; the others have the same name."""
@@ -72,6 +73,9 @@ def _unknown_shape(config: Any) -> str | None:
         return f"Pages run CRATE and GPT-2 only, and this is a {config.model_type} model."
     if config.model_type == "gpt2" and config.activation_function not in ACTIVATIONS:
         return f"Pages do not have the activation function {config.activation_function} of this model."
+    blocks = {"attention": "mssa", "lag": False, "feed_forward": "ista"}
+    if changed := [name for name, value in blocks.items() if getattr(config, name, value) != value]:
+        return f"Pages run CRATE with the blocks of the paper, and this one has others ({', '.join(changed)})."
     other = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
     changed = [name for name, value in other.items() if getattr(config, name, value) != value]
     if changed:
@@ -158,7 +162,7 @@ def _of_gpt2(weights: dict[str, Tensor], config: Any) -> Iterator[tuple[str, Ten
             yield f"{layer}.{name}.bias", weights[f"{block}.{theirs}.bias"]
 
 
-def _half(tensor: Tensor) -> Float16[np.ndarray, "..."]:
+def _half(tensor: Tensor) -> Float16[np.ndarray, ...]:
     return np.ascontiguousarray(tensor.detach().half().numpy())
 
 
@@ -261,12 +265,12 @@ class ModelScripts:
         family = self.whole.about["family"]
         named = places(family)
         sites: dict[str, Json] = {name: {"place": place, "coders": None} for name, place in named.items()}
-        problems, found = [*self.loaded.problems], []
+        problems, found = [*self.loaded.problems], list[Json]()
         for one in self.loaded.places:
             where = place_of(family, one.site.pattern)
-            coder = self._coder(one) if where else None
+            coder = self._coder(one) if where else f"{one.name} is not read inside this page; {OPEN}"
             if where is None or isinstance(coder, str):
-                problems.append(coder or f"{one.name} is not read inside this page; open it with `cratescope view`")
+                problems.append(str(coder))
                 continue
             if coder:
                 sites.setdefault(one.name, {"place": where, "coders": {}})["coders"][str(one.layer)] = len(found)
@@ -295,7 +299,7 @@ class ModelScripts:
         if not found.fits:
             return f"{one.name} of layer {one.layer} has numbers that {NO_HALF}"
         if found.size > self.room:
-            return f"{one.name} of layer {one.layer} is too large for this page; open it with `cratescope view`"
+            return f"{one.name} of layer {one.layer} is too large for this page; {OPEN}"
         self.room -= found.size
         return self._numbers(found, "coder", self.opened.name, one.name, one.layer)
 

@@ -22,7 +22,7 @@ from cratescope.errors import UserError, first_line
 from cratescope.files import slug
 from cratescope.viewer.opened import Opened, OpenedSite
 from cratescope.viewer.pairs import Best, Columns, compare, read_best, write_best
-from cratescope.viewer.quiet import Quiet, give_way
+from cratescope.viewer.quiet import Quiet
 from cratescope.viewer.turns import Turns
 from cratescope.viewer.values import number
 
@@ -36,6 +36,8 @@ TOKENS, CONTEXT = 16_384, 256
 HELD = 1 << 29
 """Bytes of activations of one run that are held; a larger run is compared on fewer tokens."""
 SHOWN = 10
+LONGEST_PAUSE = 2.0
+"""Seconds that the next block or batch waits for requests that are being answered."""
 BATCH = 4
 """Excerpts that are read in one turn, so that a page does not wait long."""
 
@@ -155,7 +157,10 @@ def unit_length(columns: Float32[np.ndarray, "t m"]) -> Float32[np.ndarray, "t m
 class Nearest:
     """Computes pairs of sites in a thread of its own, those first that somebody waits for."""
 
-    def __init__(self, runs: Iterable[Opened], models: Callable[[], Models], turns: Turns, quiet: Quiet) -> None:
+    def __init__(
+        self, runs: Iterable[Opened], models: Callable[[], Models], turns: Turns, quiet: Quiet | None = None
+    ) -> None:
+        """quiet: what is waited for before the first pair is computed."""
         self.runs, self.models, self.turns, self.quiet = [*runs], models, turns, quiet
         self._found: dict[tuple[str, ...], Best | str] = {}
         self._asked: dict[tuple[str, ...], int] = {}
@@ -164,6 +169,7 @@ class Nearest:
         self._samples: dict[tuple[str, int], dict[str, Sample]] = {}
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
+        self._rank = 0
         self.progress = ""
 
     def of(self, opened: Opened, site: OpenedSite, layer: int, index: int) -> dict[str, Any]:
@@ -241,10 +247,10 @@ class Nearest:
         return [_entry(*one) for one in (*within, *across)]
 
     def _work(self) -> None:
-        give_way()
-        self.quiet.wait()
+        if self.quiet is not None:
+            self.quiet.wait()
         while True:
-            _, _, pair = self._waiting.get()
+            self._rank, _, pair = self._waiting.get()
             if pair.key in self._found:
                 continue
             try:
@@ -279,7 +285,10 @@ class Nearest:
         return found
 
     def _tell(self, what: str, share: float) -> None:
+        """Say how far it is, and let requests go first unless somebody waits for just this."""
         self.progress = f"{what}: {100 * share:.0f} %"
+        if self.quiet is not None and self._rank:
+            self.quiet.wait(0.0, LONGEST_PAUSE)
 
     def _directions(self, side: Side) -> Columns:
         """What every unit of a site writes into the residual stream."""

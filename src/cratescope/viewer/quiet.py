@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import threading
 import time
 
-CALM, LONGEST = 1.0, 10.0
+CALM, LONGEST = 0.7, 5.0
 """Seconds without a request, and how long they are waited for."""
-NICE = 10
-"""How much a thread of the background gives way to others."""
+SHORTEST = 0.05
+"""Seconds between two looks."""
 
 
 class Quiet:
@@ -29,18 +27,12 @@ class Quiet:
             self._running -= 1
             self._last = time.monotonic()
 
-    def wait(self) -> None:
-        """Until no request has come for `CALM` seconds, or `LONGEST` have passed."""
+    def wait(self, calm: float = CALM, longest: float = LONGEST) -> None:
+        """Until no request has come for `calm` seconds, or `longest` have passed."""
         start = time.monotonic()
-        while time.monotonic() - start < LONGEST:
+        while time.monotonic() - start < longest:
             with self._lock:
-                left = CALM if self._running else self._last + CALM - time.monotonic()
+                left = max(calm, SHORTEST) if self._running else self._last + calm - time.monotonic()
             if left <= 0:
                 return
-            time.sleep(min(left, 0.1))
-
-
-def give_way() -> None:
-    """Let this thread run when others do not want to, where the system can do so for a thread (Linux)."""
-    with contextlib.suppress(OSError, AttributeError):
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
+            time.sleep(min(left, SHORTEST))

@@ -24,7 +24,7 @@
     </section>`;
   }
 
-  const Arm = ({ run, measure, scale }) => html`<article class="tile ${Cratescope.colour(run.name)}">
+  const Arm = ({ run, measure, scale }) => html`<article class="tile ${Cratescope.look(run.name)}">
     <h3 class="dot">${run.title || run.name}</h3>
     <p class="note">${[run.name !== run.title && run.name, run.family, plural(run.layers, "layer"), run.context && `context ${run.context}`].filter(Boolean).join(" · ")}</p>
     <dl>

@@ -35,7 +35,7 @@
   function Shown({ card, unit, query, change, keys, compact }) {
     const live = query.has("live") ? Number(query.get("live")) : undefined;
     const label = `${card.run} ${card.site} ${card.layer}:${card.index}`;
-    return html`<article class="neuron ${Cratescope.colour(card.run)}${compact ? " compact" : ""}" aria-label=${label}>
+    return html`<article class="neuron ${Cratescope.look(card.run)}${compact ? " compact" : ""}" aria-label=${label}>
       <${Top} ...${{ card, unit, query, keys, compact }} />
       <${Facts} facts=${factsOf(card.numbers)} />
       ${card.problem && html`<p class="state failed" role="alert">${card.problem}</p>`}

@@ -14,7 +14,8 @@
   function modelOf(shards, run) {
     const { model } = shards.run(run);
     if (typeof model === "string") throw new Error(model);
-    const places = model.places.map((place) => ({ ...place, units: place.recorded ? shards.layer(run, place.site, place.layer).units : null }));
+    const unitsOf = ({ recorded, site, layer }) => (recorded ? shards.layer(run, site, layer).units : null);
+    const places = model.places.map((place) => ({ ...place, units: unitsOf(place) }));
     const sites = Object.entries(model.sites).map(([name, { place, coders }]) => {
       const found = coders && Object.fromEntries(Object.entries(coders).map(([layer, number]) => [layer, places[number].coder]));
       return [name, { place, coders: found }];
@@ -54,7 +55,8 @@
       const there = this.manifest.twins.find(({ a, b }) => same(a, runA, siteA) && same(b, runB, siteB));
       if (!there) throw new Error(NO_TWINS);
       const { pairs, ...about } = await readShard(there.name);
-      return { ...about, pairs: pairs[0].map((_, row) => Object.fromEntries(TWIN.map((name, place) => [name, pairs[place][row]]))) };
+      const pair = (row) => Object.fromEntries(TWIN.map((name, place) => [name, pairs[place][row]]));
+      return { ...about, pairs: pairs[0].map((_, row) => pair(row)) };
     }
 
     /** A run's model, read when it is first asked for. */
@@ -79,7 +81,8 @@
     }
 
     async explanation(run, site, layer, index) {
-      const table = await this.table(run, site), row = table.index.findIndex((one, i) => one === index && table.layer[i] === layer);
+      const table = await this.table(run, site);
+      const row = table.index.findIndex((one, i) => one === index && table.layer[i] === layer);
       return table.text[row] ?? "";
     }
 
@@ -131,7 +134,7 @@
       for (const one of search.slice(first)) {
         if (one.first > word && !(begun && one.first.startsWith(word))) break;
         const held = await readShard(one.name);
-        const meant = begun ? Object.keys(held).filter((other) => other.startsWith(word)) : Object.hasOwn(held, word) ? [word] : [];
+        const meant = Object.keys(held).filter((other) => (begun ? other.startsWith(word) : other === word));
         for (const [near, far] of meant.map((other) => held[other])) {
           for (const unit of summed(far)) if (!found.has(unit)) found.set(unit, false);
           for (const unit of summed(near)) found.set(unit, true);
@@ -156,7 +159,8 @@
   /** Where `asked` stands in a text of small letters, at the beginning of a word if it begins with one. */
   function placesOf(text, asked) {
     const found = [], word = LETTER.test(asked[0]);
-    for (let at = text.indexOf(asked); at >= 0; at = text.indexOf(asked, at + 1)) if (!(word && at && LETTER.test(text[at - 1]))) found.push(at);
+    for (let at = text.indexOf(asked); at >= 0; at = text.indexOf(asked, at + 1))
+      if (!(word && at && LETTER.test(text[at - 1]))) found.push(at);
     return found;
   }
 

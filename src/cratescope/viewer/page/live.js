@@ -77,7 +77,7 @@
 
   function LiveRun({ run, state, mark, change, at, hover, open }) {
     const neuron = run.neurons[at];
-    return html`<section class="live-run ${Cratescope.colour(run.run)}" aria-label=${run.run}>
+    return html`<section class="live-run ${Cratescope.look(run.run)}" aria-label=${run.run}>
       <h2 class="dot">${run.run} <span class="note">${number(run.total, 9)} neurons, ${number(run.milliseconds)} ms</span></h2>
       ${(run.problems ?? []).map((problem) => html`<p key=${problem} class="failed">${problem}</p>`)}
       <${LiveTokens} ...${{ run, neuron, mark }} chosen=${state.tokens} />
