@@ -120,7 +120,7 @@ def test_a_study_sweeps_the_models_of_its_section_and_reports_them(whole):
         assert table["index"].nunique() == 2 and {*table.strength} == {1.0, 8.0}
     page = (whole / "report" / "report.html").read_text()
     assert 'id="steering"' in page and "The paper's example" in page
-    rows = list(csv.DictReader((whole / "report" / "steering.csv").open()))
+    rows = list(csv.DictReader((whole / "report" / "steering.csv").read_text().splitlines()))
     assert {row["model"] for row in rows} == {"crate", "gpt2"} and {row["n"] for row in rows} == {"2"}
 
 

@@ -151,12 +151,12 @@ class SteerConfig(Checked):
     order. Set `=2` `=4x` `=1q` (its quantile 0.999) `=mean`, add `+=`, scale `*=` (`*=0` ablates), cap `<=` `>=`. Then,
     if wanted, `@prompt`, `@generated` or positions `@0,3`, and a condition `if 0:12>0.5`. Before the layer there may be
     a site: `sae/bt16/1:37=2x`. Put it in quotes: the shell reads `*`, `<` and `>`."""
+    prompt: str = ""
+    """Text to write on from."""
     neuron: str | None = None
     """Short for one --edit: layer and neuron, such as `1:37`, to be edited as --set says."""
     set: str = "4x"
     """What --neuron is set to: `2`, `4x`, `1q` or `mean`, as in --edit."""
-    prompt: str = ""
-    """Text to write on from."""
     sweep: bool = False
     """Measure instead what forcing does, over strengths and beside controls: of --neuron alone, or of a sample of every
     layer, kept in RUN/steering."""
