@@ -7,6 +7,7 @@ largest resident size less what it held before the model was built.
 
     python benchmarks/train.py                    # the table of docs/performance.md
     python benchmarks/train.py --check            # losses of 50 steps: ours against plain, from the same weights
+    python benchmarks/train.py --beside           # what a token of each family costs next to GPT-2's, in turns
 """
 
 from __future__ import annotations
@@ -58,6 +59,10 @@ class Options:
     """Compare the losses of `check_steps` steps instead."""
     check_steps: int = 50
     """Steps compared."""
+    beside: bool = False
+    """Compare families as we train them instead: time per token by that of the first of `families`."""
+    families: tuple[str, ...] = ("gpt2-2l:4", "crate-h-2l:4", "crate-h-lag-2l:4", "gpt2-lag-2l:4", "gpt2-h-2l:4")
+    """PRESET:BATCH of those."""
     device: str = "cpu"
     """Where to train."""
     json: Path | None = None
@@ -81,6 +86,9 @@ def main() -> None:
 
 def run(options: Options, console: Console, rows: list[dict[str, Any]]) -> None:
     for threads in options.threads:
+        if options.beside:
+            console.print(compare_families(threads, options))
+            continue
         for case in options.cases:
             if options.check:
                 check(case, threads, options, console)
@@ -161,6 +169,25 @@ def compare(case: str, threads: int, options: Options, console: Console) -> list
     return rows
 
 
+def compare_families(threads: int, options: Options) -> Table:
+    """Ratios are medians over rounds, in each of which every family takes a step."""
+    workers = {case: Worker("ours", case, threads, options) for case in options.families}
+    taken: dict[str, list[float]] = {case: [] for case in workers}
+    for number in range(options.rounds + 1):
+        for case, worker in workers.items():
+            seconds = worker.step()["seconds"] / worker.ready["tokens"]
+            if number:
+                taken[case].append(seconds)
+    table = Table(title=f"training x {options.context}, {threads or 'all'} thread(s)")
+    for name in ("family", "microseconds/token", f"x {options.families[0]}"):
+        table.add_column(name, justify="left" if name == "family" else "right")
+    for case, seconds in taken.items():
+        workers[case].stop()
+        ratios = [mine / first for mine, first in zip(seconds, taken[options.families[0]], strict=True)]
+        table.add_row(case, f"{1e6 * statistics.median(seconds):.1f}", f"{statistics.median(ratios):.3f}")
+    return table
+
+
 def gemm_peak(dtype: str, threads: int, options: Options) -> float:
     """Measured with the machine to itself: the workers have stopped."""
     code = (
@@ -221,6 +248,8 @@ def work(told: dict[str, Any]) -> None:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
+        if hasattr(model, "regulate"):
+            model.regulate()
         optimizer.zero_grad(set_to_none=True)
         value = loss.item()
         seconds = time.perf_counter() - start

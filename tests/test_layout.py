@@ -70,7 +70,7 @@ HOUSE = {
     "exchange": ("config", "reference", "imports", "openai", "delphi", "export"),
     "viewer": (
         *("config", "values", "opened", "table", "home", "cards", "data", "search", "notes"),
-        *("turns", "loaded", "live", "steering", "pairs", "nearest"),
+        *("quiet", "turns", "loaded", "live", "steering", "pairs", "nearest"),
         *("packed", "sizes", "inside", "alike", "export", "guard", "api", "server"),
     ),
     " ": ("config", "stages", "study", "cli", "__main__"),
@@ -150,8 +150,8 @@ LIGHT = (
     "study",
     "export",
     "import",
-    "report",
     "view",
+    "report",
 )
 """Stages that begin without torch; those that ask a local LLM load it then."""
 

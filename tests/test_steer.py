@@ -678,3 +678,10 @@ def test_gradients_go_through_edits(gpt2):
     ):
         model(inputs_embeds=embedded).logits[..., 3].sum().backward()
     assert embedded.grad.abs().sum() > 0
+
+
+def test_a_negative_or_zero_mean_is_set_like_any_other(gpt2):
+    _, site = gpt2
+    for mean in (-0.25, 0.0):
+        assert Edit(site, 1, 7, "set", 1.0, "mean").times(mean) == Edit(site, 1, 7, "set", mean)
+    assert Edit(site, 1, 7, "cap", low=0.5, unit="maximum").times(2.0) == Edit(site, 1, 7, "cap", low=1.0)

@@ -61,6 +61,13 @@ llm_batch = 4
 [simulate]
 llm = "{llm}"
 llm_batch = 4
+[steer]
+units = 2
+strengths = [1, 8]
+texts = 2
+context = 12
+length = 3
+prefixes = ["the cat"]
 [report]
 cards = 2
 """
@@ -105,6 +112,16 @@ def test_a_study_ends_in_a_report_of_every_model(whole):
     for name, site in (("crate", "codes"), ("gpt2", "mlp")):
         (table,) = (whole / "runs" / name / "explanations" / site).rglob("layer-00.parquet")
         assert len(pd.read_parquet(table)) == 12
+
+
+def test_a_study_sweeps_the_models_of_its_section_and_reports_them(whole):
+    for name, site in (("crate", "codes"), ("gpt2", "mlp")):
+        table = pd.read_parquet(whole / "runs" / name / "steering" / site / "layer-00.parquet")
+        assert table["index"].nunique() == 2 and {*table.strength} == {1.0, 8.0}
+    page = (whole / "report" / "report.html").read_text()
+    assert 'id="steering"' in page and "The paper's example" in page
+    rows = list(csv.DictReader((whole / "report" / "steering.csv").open()))
+    assert {row["model"] for row in rows} == {"crate", "gpt2"} and {row["n"] for row in rows} == {"2"}
 
 
 def test_a_second_study_does_nothing_again(whole, plan):

@@ -18,7 +18,9 @@ from cratescope.errors import UserError
 from cratescope.files import read_jsonl
 from cratescope.lm.config import EvaluateConfig, TrainConfig
 from cratescope.lm.evaluate import crop_losses, evaluate
+from cratescope.lm.load import load_model
 from cratescope.lm.train import train
+from cratescope.neurons.sites import hooked, site_named
 from cratescope.run import Run
 from cratescope.text.crops import Crops
 from cratescope.text.shards import TokenData
@@ -57,15 +59,20 @@ def test_the_learning_rate_warms_up_and_ends_at_its_minimum(runs_folder):
     assert rates[-1] < 4e-4
 
 
-def test_weight_decay_is_on_matrices_only_and_includes_the_dictionary():
+@pytest.mark.parametrize("preset", ["crate-1l", "crate-h-lag-1l", "gpt2-1l"])
+def test_weight_decay_is_on_matrices_only_and_includes_the_dictionary(preset):
     from transformers import Trainer
 
+    from cratescope.lm.trainer import WatchedTrainer
     from cratescope.models.presets import build, preset_config
 
-    model = build(preset_config("crate-1l", 64, 8, 0), seed=0)
-    decayed = Trainer.get_decay_parameter_names(None, model)
+    model = build(preset_config(preset, 64, 8, 0), seed=0)
+    decayed = WatchedTrainer.get_decay_parameter_names(None, model)
     assert {model.get_parameter(name) for name in decayed} == {p for p in model.parameters() if p.dim() >= 2}
-    assert "transformer.h.0.ista.D" in decayed
+    assert ("transformer.h.0.ista.D" in decayed) == preset.startswith("crate")
+    if "lag" not in preset:
+        usual = Trainer.get_decay_parameter_names(None, model)
+        assert {model.get_parameter(name) for name in usual} == {model.get_parameter(name) for name in decayed}
 
 
 def test_crops_depend_on_seed_and_index_alone(data_folder):
@@ -161,12 +168,40 @@ def test_a_milestone_is_a_run_of_its_own_and_is_never_rotated_away(runs_folder, 
     assert all(torch.equal(w, undisturbed[n]) for n, w in load_file(run.model / "model.safetensors").items())
 
 
+def test_the_penalty_makes_activations_fewer_and_is_part_of_the_arm(data_folder, tmp_path):
+    density = {}
+    for name, l1 in (("plain", None), ("penalised", 0.05)):
+        run = train(config_of(tmp_path / name, data_folder, preset="gpt2-1l", steps=40, l1=l1))
+        model = load_model(run, "cpu")
+        with hooked(
+            model,
+            site_named("auto", model),
+            [0],
+            lambda _, a, name=name: density.update({name: (a > 0).float().mean()}),
+        ):
+            model(torch.arange(32)[None])
+        assert run.read_manifest()["arm"]["variant"] == ("" if l1 is None else "l1=0.05")
+    assert density["penalised"] < density["plain"] / 2
+    with pytest.raises(UserError, match="was made with l1 = 0.05"):
+        train(config_of(tmp_path / "penalised", data_folder, preset="gpt2-1l", steps=40))
+
+
 def test_speed_and_utilisation_are_logged(runs_folder):
     rows = [row for row in read_jsonl(Run(runs_folder / "gpt2").metrics) if "loss" in row]
     assert all(row["tokens_per_second"] > 0 and 0 < row["utilisation"] < 1 for row in rows)
 
 
-@pytest.mark.parametrize(("preset", "t"), [("crate-2l", "1"), ("crate-2l", "3"), ("gpt2-2l", None)])
+@pytest.mark.parametrize(
+    ("preset", "t"),
+    [
+        ("crate-2l", "1"),
+        ("crate-2l", "3"),
+        ("gpt2-2l", None),
+        ("crate-h-lag-2l", "2"),
+        ("gpt2-h-2l", "1"),
+        ("gpt2-lag-2l", "3"),
+    ],
+)
 def test_the_floating_point_operations_of_a_step_are_counted_right(preset, t):
     from torch.utils.flop_counter import FlopCounterMode
 

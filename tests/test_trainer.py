@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -35,7 +36,7 @@ def arguments_of(config):
     flags = []
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if field.name not in ("out", "crate", "fsdp"):
+        if field.name not in ("out", "crate", "fsdp", "l1"):
             values = value if isinstance(value, tuple) else (value,)
             flags += [f"--{field.name.replace('_', '-')}", *map(str, values)]
     return ["train", str(config.out), *flags]
@@ -88,9 +89,7 @@ def alone(data_folder, tmp_path_factory):
     return train(TrainConfig(tmp_path_factory.mktemp("alone") / "run", data_folder, **LONG))
 
 
-@pytest.fixture(scope="module")
-def together(data_folder, tmp_path_factory):
-    config = TrainConfig(tmp_path_factory.mktemp("together") / "run", data_folder, **LONG)
+def in_two_processes(config):
     torchrun = [
         sys.executable,
         "-m",
@@ -106,6 +105,11 @@ def together(data_folder, tmp_path_factory):
     return Run(config.out)
 
 
+@pytest.fixture(scope="module")
+def together(data_folder, tmp_path_factory):
+    return in_two_processes(TrainConfig(tmp_path_factory.mktemp("together") / "run", data_folder, **LONG))
+
+
 def test_two_processes_under_torchrun_give_the_losses_of_one(alone, together):
     ours, theirs = log_of(alone), log_of(together)
     assert [row["step"] for row in ours] == [row["step"] for row in theirs]
@@ -113,6 +117,34 @@ def test_two_processes_under_torchrun_give_the_losses_of_one(alone, together):
         pairs = [(a[name], b[name]) for a, b in zip(ours, theirs, strict=True) if name in a]
         assert all(a == pytest.approx(b, abs=1e-4) for a, b in pairs) and pairs
     assert not (together.checkpoints / "checkpoint-80" / "rng_state.pth").exists(), "there was only one process"
+
+
+SPARSE = LONG | {"preset": "crate-h-lag-1l", "steps": 24, "save_every": 6, "micro_batch": 1}
+
+
+def thresholds(run):
+    return load_file(run.model / "model.safetensors")["transformer.h.0.ista.theta"]
+
+
+def test_two_processes_keep_the_thresholds_of_one_and_its_losses(data_folder, tmp_path):
+    alone = train(TrainConfig(tmp_path / "alone", data_folder, **SPARSE))
+    together = in_two_processes(TrainConfig(tmp_path / "together", data_folder, **SPARSE))
+    pairs = zip(log_of(alone), log_of(together), strict=True)
+    assert all(a[name] == pytest.approx(b[name], abs=1e-4) for a, b in pairs for name in a.keys() & {"loss"})
+    # Rounding may make an atom active on one token more of the 128.
+    assert (thresholds(alone) - thresholds(together)).abs().max() < 0.01
+    assert (thresholds(alone) - 1.5).abs().max() > 0.1, "they have moved"
+
+
+def test_a_resumed_run_ends_with_the_same_thresholds_to_the_last_bit(data_folder, tmp_path):
+    undisturbed = train(TrainConfig(tmp_path / "alone", data_folder, **SPARSE))
+    config = TrainConfig(tmp_path / "run", data_folder, **SPARSE)
+    run = train(config)
+    run.manifest.unlink()
+    shutil.rmtree(newest_first(run.checkpoints)[0])
+    assert step_of(newest_first(run.checkpoints)[0]) == 18
+    assert_same(train(config), undisturbed)
+    assert torch.equal(thresholds(run), thresholds(undisturbed))
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

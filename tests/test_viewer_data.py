@@ -280,3 +280,10 @@ def test_numbers_are_rounded_to_significant_digits_and_never_infinite() -> None:
 def test_control_names_are_those_of_scores(library: Library) -> None:
     [said] = library.card("gpt2", "mlp", 0, 0)["explanations"]
     assert OWN in said["controls"] and "untrained" not in {row["name"] for row in said["scores"][0]["controls"]}
+
+
+def test_an_untrained_copy_without_such_scores_is_no_control(tmp_path: Path) -> None:
+    run, copy = made(tmp_path / "crate"), made(tmp_path / "copy", tokens_trained=0)
+    shutil.rmtree(copy.root / "scores")
+    [said] = Library([run.root, copy.root]).card("crate", "codes", 0, 1)["explanations"]
+    assert "untrained" not in {row["name"] for row in said["scores"][0]["controls"]}

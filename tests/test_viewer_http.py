@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import http.client
 import json
+import re
 import shutil
+import signal
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -289,3 +294,19 @@ def test_the_whole_answer_is_json_for_numbers_that_are_none(tmp_path: Path) -> N
     run.evaluation.write_text(json.dumps(evaluation | {"loss": 1e400}).replace("Infinity", "1e400"))
     with serving(run.root) as viewer:
         assert viewer.get("home").json["runs"][0]["loss"] is None
+
+
+def test_the_command_prints_its_address_answers_and_ends_quietly_on_ctrl_c(runs: Path) -> None:
+    command = [sys.executable, "-m", "cratescope", "view", str(runs / "plain"), "--port", "0"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stderr
+    line = process.stderr.readline()
+    found = re.match(r"http://127\.0\.0\.1:(\d+)/ shows plain; Ctrl-C ends it", line)
+    assert found, line
+    connection = http.client.HTTPConnection("127.0.0.1", int(found[1]), timeout=60)
+    connection.request("GET", "/api/home")
+    assert json.loads(connection.getresponse().read())["runs"][0]["name"] == "plain"
+    connection.close()
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0 and out.strip() == "the viewer has ended" and "Traceback" not in err

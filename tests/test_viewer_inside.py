@@ -83,9 +83,11 @@ def rounded(model):
 
 RUN = """([ids, place, edits, prompt, replace]) => {
     const seen = {}, cache = model.fresh();
-    const sites = { own: { place: "neurons", coders: null }, sae: { place: "neurons", coders: window.coders ?? null } };
+    const sites = { own: { place: "neurons", coders: null } };
+    sites.sae = { place: "neurons", coders: window.coders ?? null };
     for (const name of ["first_codes", "attention", "residual"]) sites[name] = { place: name, coders: null };
-    const read = (text) => { const edit = Cratescope.inside.readEdit(text); return { ...edit, site: edit.site ?? "own" }; };
+    const { readEdit } = Cratescope.inside;
+    const read = (text) => ({ ...readEdit(text), site: readEdit(text).site ?? "own" });
     const steering = new Cratescope.inside.Steering(edits.map(read), sites, prompt, replace);
     const parts = Array.isArray(ids[0]) ? ids : [ids], logits = [];
     const asText = (parts) => {
@@ -177,7 +179,7 @@ def test_every_character_is_in_the_class_that_the_tokenizer_s_pattern_gives_it(p
 def test_logits_and_activations_are_pytorch_s_within_1e_4_on_20_texts(page, name):
     run = Run(f"zoo/{name}")
     model = run.load_model()
-    put(page, "model", "Model", inside(name, model))
+    put(page, "model", "Model", inside(model))
     rounded(model)
     assert len({*TEXTS}) == 20
     for ids in encode(run.tokenizer, TEXTS):
@@ -188,7 +190,7 @@ def test_logits_and_activations_are_pytorch_s_within_1e_4_on_20_texts(page, name
 def test_steered_logits_are_pytorch_s_and_a_cache_changes_nothing(page, name):
     run = Run(f"zoo/{name}")
     model = run.load_model()
-    put(page, "model", "Model", inside(name, model))
+    put(page, "model", "Model", inside(model))
     rounded(model)
     site = site_named("auto", model)
     [ids] = encode(run.tokenizer, [" ".join(TEXTS[:4])])
@@ -239,7 +241,7 @@ def made(config: Any):
 def test_every_variant_and_site_is_pytorch_s(page, name, site):
     model = made(VARIANTS[name])
     family = model.config.model_type
-    put(page, "model", "Model", inside(name, model))
+    put(page, "model", "Model", inside(model))
     where = site_named(site, rounded(model))
     place, texts = places(family)[where.name], ["1:3+=2@1,5", "2:4=1 if 1:2>0.1"]
     expected = in_torch(model, IDS, where, [read_edit(text, lambda _: where) for text in texts])
@@ -256,8 +258,8 @@ def test_features_of_a_dictionary_are_read_and_edited_as_in_pytorch(page, kind, 
         for weight, size in ((coder.bias, 0.1), (coder.encoder_bias, 0.1), (coder.threshold, 0.2)):
             weight.copy_(torch.rand(weight.shape, generator=torch.Generator().manual_seed(2)) * size)
         rounded(coder)
-    put(page, "model", "Model", inside("relu", rounded(model)))
-    put(page, "coder", "Coder", coder_inside("relu", coder))
+    put(page, "model", "Model", inside(rounded(model)))
+    put(page, "coder", "Coder", coder_inside(coder))
     page.evaluate("() => { window.coders = { 1: coder }; }")
     own = site_named("auto", model)
     coded = CodedSite("sae", own.pattern, {1: coder}, {}, replace)

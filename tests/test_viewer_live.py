@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import re
 import shutil
 import threading
 import time
@@ -176,8 +177,6 @@ def test_several_runs_are_read_side_by_side(viewer: Viewer) -> None:
 def test_what_cannot_be_read_is_refused_in_one_line(viewer: Viewer, request_: dict[str, Any], message: str) -> None:
     answer = viewer.post("live", {"runs": ["crate"]} | request_)
     assert answer.status == 400 and len(answer.error.splitlines()) == 1
-    import re
-
     assert re.search(message, answer.error), answer.error
 
 
@@ -206,7 +205,7 @@ def written(events: list[dict[str, Any]], kind: str) -> str:
 def test_steering_streams_what_the_command_prints(viewer: Viewer, folder: Path, temperature: float) -> None:
     events = viewer.steer(**steer_request(temperature=temperature, seed=5))
     config = SteerConfig(
-        folder / "crate", ("0:3=40",), "the cat", tokens=6, temperature=temperature, seed=5, device="cpu"
+        folder / "crate", ("0:3=40",), prompt="the cat", tokens=6, temperature=temperature, seed=5, device="cpu"
     )
     wanted = steer(config)
     assert events[0] == {"kind": "start", "prompt_tokens": len(Run(folder / "crate").tokenizer("the cat").input_ids)}
@@ -225,7 +224,7 @@ def test_each_token_comes_with_its_log_probability_under_the_model_that_wrote_it
     from cratescope.neurons.continuations import continuations
 
     ids, heard = run.tokenizer("the cat").input_ids, []
-    config = SteerConfig(run.root, ("0:3*=1",), "the cat", tokens=6, temperature=1.3, seed=2, device="cpu")
+    config = SteerConfig(run.root, ("0:3*=1",), prompt="the cat", tokens=6, temperature=1.3, seed=2, device="cpu")
     continuations(config, run, model, lambda kind, token, logprob: heard.append((kind, token, logprob)))
     tokens = [token for kind, token, _ in heard if kind == "plain"]
     predicted = model(torch.tensor([[*ids, *tokens]])).logits[0].log_softmax(-1)
@@ -235,8 +234,11 @@ def test_each_token_comes_with_its_log_probability_under_the_model_that_wrote_it
 
 
 def test_several_edits_units_and_places_are_taken_and_none_changes_nothing(viewer: Viewer) -> None:
-    events = viewer.steer(**steer_request(edits=["0:3=4x", "0:5*=0 @generated", "0:7+=1 if 0:3>0"]))
-    assert events[-1]["kind"] == "end"
+    table = viewer.get("table", "crate", "codes").json
+    [largest] = [one["values"] for one in table["columns"] if one["key"] == "maximum"]
+    loud = largest.index(max(largest))
+    events = viewer.steer(**steer_request(edits=[f"0:{loud}=4x", "0:5*=0 @generated", f"0:7+=1 if 0:{loud}>0"]))
+    assert events[-1]["kind"] == "end", events[-1]
     events = viewer.steer(**steer_request(edits=[]))
     assert written(events, "plain") == written(events, "steered") and events[-1]["kl_prompt"] == 0
 
@@ -251,8 +253,8 @@ def test_features_are_steered_in_both_ways(viewer: Viewer) -> None:
     ("changes", "message"),
     [
         ({"run": "nobody"}, "no run 'nobody'"),
-        ({"prompt": ""}, "prompt"),
-        ({"prompt": "the cat " * 40}, "tokens of this model; give fewer"),
+        ({"prompt": ""}, "no token; give some text"),
+        ({"prompt": "the cat " * 40}, "crate reads at most 32 at once; give less"),
         ({"edits": ["0:3"]}, "character 4: expected one of"),
         ({"edits": ["0:9999=1"]}, "neuron 9999 is out of range"),
         ({"edits": ["sae/none/0:3=1"]}, "no sparse autoencoder 'none'"),

@@ -20,9 +20,9 @@ from cratescope.explain.explain import explain
 from cratescope.explain.simulate import simulate
 from cratescope.files import write_json
 from cratescope.models import CrateConfig, CrateForCausalLM
+from cratescope.neurons.affect import effects
 from cratescope.neurons.collect import collect
 from cratescope.neurons.config import CollectConfig, EffectsConfig
-from cratescope.neurons.affect import effects
 from cratescope.run import Run
 from cratescope.sae.config import SaeConfig
 from cratescope.sae.train import train_coders
@@ -35,7 +35,7 @@ from cratescope.viewer.guard import Rules
 from cratescope.viewer.server import application, listen, warm
 from fake_run import Fake, fake_run, fake_tokenizer
 
-LAYERS, WIDTH, NEURONS, CONTEXT = 2, 16, 32, 64
+LAYERS, WIDTH, NEURONS, CONTEXT = 2, 16, 16, 64
 STEPS = (50, 100)
 TRAINED = 2_000_000
 MARKUP = '<script>window.hacked = 1</script><img src=x onerror="window.hacked = 1">'
@@ -114,7 +114,10 @@ def serving(runs: Sequence[Path]) -> Iterator[str]:
     api = Api(Library(runs), "cpu")
     settings: Any = {"log_level": "warning", "access_log": False, "lifespan": "off", "ws": "none"}
     server = uvicorn.Server(uvicorn.Config(application(api, Rules.of("127.0.0.1", port, None), opened), **settings))
-    threads = [threading.Thread(target=warm, args=(api, opened)), threading.Thread(target=server.run, args=([listening],))]
+    threads = [
+        threading.Thread(target=warm, args=(api, opened)),
+        threading.Thread(target=server.run, args=([listening],)),
+    ]
     for thread in threads:
         thread.start()
     try:

@@ -8,18 +8,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-TITLES = {"crate": "CRATE", "gpt2": "GPT-2"}
-_BUILT_IN = {"crate": ("mssa", "ista", "codes"), "gpt2": ("mhsa", "mlp", "mlp")}
-"""Attention, feed-forward block and native site of the families that are trained here."""
+TITLES = {
+    **{"crate": "CRATE", "crate-lag": "CRATE + lag", "crate-h": "CRATE-H", "crate-h-lag": "CRATE-H + lag"},
+    **{"gpt2": "GPT-2", "gpt2-lag": "GPT-2 + lag", "gpt2-h": "GPT-2-H", "gpt2-h-lag": "GPT-2-H + lag"},
+}
+_BUILT_IN = {
+    **{"crate": ("mssa", "ista", "codes"), "crate-lag": ("mssa + lag", "ista", "codes")},
+    **{"crate-h": ("mssa", "lista", "codes"), "crate-h-lag": ("mssa + lag", "lista", "codes")},
+    **{"gpt2": ("mhsa", "mlp", "mlp"), "gpt2-lag": ("mhsa + lag", "mlp", "codes")},
+    **{"gpt2-h": ("mhsa", "lista", "codes"), "gpt2-h-lag": ("mhsa + lag", "lista", "codes")},
+}
+"""Attention, feed-forward block and native site of the families that are trained here (models/presets.py)."""
 
 
 @dataclass(frozen=True)
 class Arm:
     """One kind of model, its size and how it was trained.
 
-    attention: mssa, mhsa or the like. feed_forward: ista, mlp or the like. size: `2l` for the paper's two-layer models,
-    `6L-82M` (layers and parameters) for an adopted one. site: where its neurons are unless another is asked for.
-    seed, tokens_trained: None where unknown, as for an adopted model. variant: what differs from the preset.
+    attention: mssa, mhsa + lag or the like. feed_forward: ista, lista, mlp or the like. size: `2l` for the paper's
+    two-layer models, `6L-82M` (layers and parameters) for an adopted one. site: where its neurons are unless another is
+    asked for. seed, tokens_trained: None where unknown, as for an adopted model. variant: what differs from the preset.
     """
 
     family: str
@@ -51,8 +59,11 @@ class Arm:
 
     @classmethod
     def trained(cls, preset: str, seed: int, tokens: int, overrides: Mapping[str, Any]) -> Arm:
-        """The arm of a run of `cratescope train`; overrides called attention and feed_forward name those blocks."""
-        family, _, size = preset.partition("-")
+        """The arm of a run of `cratescope train`; overrides called attention and feed_forward name those blocks.
+
+        overrides: what differs from the preset, configuration and penalty.
+        """
+        family, _, size = preset.rpartition("-")
         attention, feed_forward, site = _BUILT_IN[family]
         blocks = overrides.get("attention", attention), overrides.get("feed_forward", feed_forward)
         variant = " ".join(f"{name}={value}" for name, value in sorted(overrides.items()))

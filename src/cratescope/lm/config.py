@@ -36,7 +36,8 @@ class TrainConfig(Checked):
     budget: Literal["paper", "hour", "minutes"] = "paper"
     """Sets the defaults of the options below: the paper's recipe, or about 25 or 2 million tokens for a CPU."""
     preset: str = "crate-2l"
-    """crate-1l, -2l, -3l, -s, -b, or the same with gpt2-; the vocabulary size comes from the data."""
+    """crate-1l, -2l, -3l, -s, -b, or the same with gpt2-, and their variants crate-h-1l, crate-lag-1l, crate-h-lag-1l
+    and so on (docs/math.md); the vocabulary size comes from the data."""
     steps: Annotated[int, within(0)] = 600_000
     """Total optimiser steps. 0 writes the untrained model (a control)."""
     batch_tokens: Annotated[int, within(1)] = 491_520
@@ -77,6 +78,9 @@ class TrainConfig(Checked):
     """Shard weights and optimiser over the processes (FSDP) instead of copying them to each (DDP)."""
     report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
     """Also log to these services; each needs its own package. metrics.jsonl is always written."""
+    l1: Annotated[float | None, within(0, above=True)] = None
+    """Also minimise so many times the sum of a token's activations, over all neurons: a rival of built-in sparsity. The
+    weight grows over a fifth of the steps. Losses logged while training include it, validation losses do not."""
     crate: dict[str, str] = field(default_factory=dict)
     """Overrides of CRATE config fields, such as `--crate ista_steps 3 ista_lambda 0.2`."""
     seed: Annotated[int, within(0, LARGEST_SEED)] = 0

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float, Int
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from cratescope.errors import UserError
@@ -31,6 +32,7 @@ from cratescope.lm.head import Head, plain_pass
 from cratescope.lm.load import data_of, load_model
 from cratescope.locks import locked
 from cratescope.models.folder import longest_context, model_config
+from cratescope.models.modeling_crate import ISTA
 from cratescope.progress import progress
 from cratescope.run import Run, versions
 from cratescope.text.sets import HubSet, find_set, identity, read
@@ -44,6 +46,8 @@ SCANNED = 1 << 20
 """Tokens of a split looked at in one go."""
 TRIED = 16
 """Tokens of the text that the model's head is tried on."""
+EXPLAINED = 32
+"""Crops on which codes are compared with what they encode."""
 DEFAULT_LONGEST = 4096
 """Tokens in a crop of a model that reads more, unless it is said otherwise."""
 
@@ -299,6 +303,31 @@ def _next_logits(model: Any, ids: Sequence[int]) -> Float[torch.Tensor, " v"]:
     return plain_pass(model, torch.tensor([ids], device=model.device)).logits[0, -1].float()
 
 
+@torch.no_grad()
+def reconstruction(model: PreTrainedModel, crops: Int[np.ndarray, "n t"], batch_size: int = 8) -> list[float]:
+    """R^2 of what each layer's codes encode by s D A, with the best number s; empty of models without a dictionary.
+
+    1 - sum |x - s D A|^2 / sum |x - mean of x|^2 over tokens: 1 is a code of all that there is, 0 as good as the mean.
+    """
+    sums: dict[nn.Module, list[torch.Tensor]] = {}
+
+    def add(module: Any, inputs: Any, _output: Any) -> None:
+        x = inputs[0].flatten(0, 1)
+        y = module.write(module.encode(x)).double()
+        x = x.double()
+        found = [(x * y).sum(), y.square().sum(), x.square().sum(), x.sum(0), x.new_tensor(len(x))]
+        before = sums.get(module, [torch.zeros_like(part) for part in found])
+        sums[module] = [one + more for one, more in zip(before, found, strict=True)]
+
+    hooks = [module.register_forward_hook(add) for module in model.modules() if isinstance(module, ISTA)]
+    for rows in torch.from_numpy(crops).split(batch_size) if hooks else ():
+        plain_pass(model, rows.to(model.device))
+    for hook in hooks:
+        hook.remove()
+    left = [xx - xy**2 / yy.clamp_min(1e-12) for xy, yy, xx, *_ in sums.values()]
+    return [float(1 - rest / (xx - x @ x / n)) for rest, (*_, xx, x, n) in zip(left, sums.values(), strict=True)]
+
+
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """Add the requested evaluations to a run's evaluation.json and return it; finished ones are kept.
 
@@ -399,10 +428,13 @@ def _evaluate_set(
         last_word = isinstance(found, HubSet) and found.last_word
         return evaluate_texts(model, tokenizer, texts, config.batch_size, context, name, last_word)
     split = data.split(name)
+    losses = evaluate_split(model, split, data.tokenizer, config.crops, config.batch_size, context)
+    explained = reconstruction(model, split.spaced(min(config.crops, EXPLAINED), context), config.batch_size)
     return {
         "split": name,
         "crops": config.crops,
-        **evaluate_split(model, split, data.tokenizer, config.crops, config.batch_size, context),
+        **losses,
+        **({"reconstruction": explained} if explained else {}),
         "unigram_entropy": unigram_entropy(split, n_ids(data.tokenizer)),
         "examples": next_token_examples(model, data.tokenizer),
         "versions": versions(),

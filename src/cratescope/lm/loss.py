@@ -8,6 +8,7 @@ exponentials whose row sums are divided out later: three products per chunk, non
 from __future__ import annotations
 
 import types
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,6 +22,8 @@ TILE = 2048
 """Bytes of a row worked on at once: with CHUNK rows they fit the cache of a core, so exp and sums stay in it."""
 SAMPLE = 128
 """Columns whose largest logit is a row's first shift."""
+NEURONS = (".ista.codes", ".mlp.act")
+"""Modules whose outputs are a layer's neurons, none below 0, in the models that are trained here."""
 IGNORED = -100
 """Label of a token that has no loss, as everywhere in transformers."""
 
@@ -51,20 +54,32 @@ def token_losses(
     return _sweep(hidden, weight, labels, _format(hidden), False, False)[0]
 
 
-def fuse(model: PreTrainedModel) -> PreTrainedModel:
+def fuse(model: PreTrainedModel, l1: Callable[[], float] | None = None) -> PreTrainedModel:
     """Let `model(input_ids, labels=...)` compute its loss as above; it then returns no logits.
 
     For any causal language model whose head is a linear map without bias. The forward pass stays the model's own
     method, so that DDP and FSDP see every call; without labels nothing changes.
+
+    Args:
+        l1: asked at every pass; adds so many times the sum of the activations of all neurons (NEURONS), per token that
+            has a loss.
     """
     plain = model.forward
+    sums: list[torch.Tensor] = []
+    if l1:
+        for name, module in model.named_modules():
+            if name.endswith(NEURONS):
+                module.register_forward_hook(lambda _module, _inputs, output: sums.append(output[:, :-1].sum()))
 
     def forward(self: Any, input_ids: Any = None, labels: Any = None, num_items_in_batch: Any = None, **kwargs: Any):
         if labels is None:
             return plain(input_ids, **kwargs)
+        sums.clear()
         hidden = self.base_model(input_ids, use_cache=False, **kwargs).last_hidden_state[:, :-1]
-        weight = self.get_output_embeddings().weight
-        return CausalLMOutput(loss=linear_cross_entropy(hidden, weight, labels[:, 1:], n_items=num_items_in_batch))
+        weight, targets = self.get_output_embeddings().weight, labels[:, 1:]
+        items = (targets != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
+        loss = linear_cross_entropy(hidden, weight, targets, n_items=num_items_in_batch)
+        return CausalLMOutput(loss=loss + l1() * sum(sums) / items if l1 else loss)
 
     model.forward = types.MethodType(forward, model)
     return model

@@ -109,7 +109,11 @@ def _fit(
     watch = Watch(config, run, publish)
     validation = data.split("validation")
     n_crops = max(1, min(config.validation_crops, validation.n_tokens // config.context))
-    given: dict[str, Any] = {"model": fuse(model), "args": arguments, "train_dataset": _crops(config, data)}
+    given: dict[str, Any] = {
+        "model": fuse(model, watch.l1 if config.l1 else None),
+        "args": arguments,
+        "train_dataset": _crops(config, data),
+    }
     trainer = WatchedTrainer(watch, validation.spaced(n_crops, config.context), **given)
     last = _resume(run, config) if rank() == 0 else None
     (last,) = broadcast_object_list([last])
@@ -204,10 +208,17 @@ def _arguments(config: TrainConfig, run: Run, device: torch.device, dtype: torch
         report_to=list(config.report_to),
         disable_tqdm=True,
         label_names=["labels"],
+        # Thresholds follow from counts of all processes, so each has the same.
+        ddp_broadcast_buffers=False,
     )
     # Several GPUs in one process would each read a micro-batch of their own, unseen by the count of tokens.
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments
+
+
+def _overrides(config: TrainConfig) -> dict[str, Any]:
+    """What makes the run another arm than its preset."""
+    return config.crate | ({"l1": f"{config.l1:g}"} if config.l1 else {})
 
 
 def _publish(config: TrainConfig, data: TokenData, started: float, step: int, model: PreTrainedModel) -> None:
@@ -228,11 +239,11 @@ def _publish(config: TrainConfig, data: TokenData, started: float, step: int, mo
         run.manifest,
         {
             "name": run.name,
-            "arm": Arm.trained(config.preset, config.seed, step * config.batch_tokens, config.crate).row(),
+            "arm": Arm.trained(config.preset, config.seed, step * config.batch_tokens, _overrides(config)).row(),
             "parameters": sum(p.numel() for p in model.parameters()),
             "parameters_without_positions": count_parameters(model),
             "n_layer": model.config.n_layer,
-            "n_neurons": 4 * model.config.n_embd if config.preset.startswith("gpt2") else model.config.n_atoms,
+            "n_neurons": getattr(model.config, "n_atoms", 4 * model.config.n_embd),
             "vocab_size": data.vocab_size,
             "context": config.context,
             "steps": step,

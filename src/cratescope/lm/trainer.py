@@ -31,6 +31,9 @@ from cratescope.run import Run
 from cratescope.stopping import Asked
 from cratescope.workers import processes, rank
 
+PENALTY_GROWS = 0.2
+"""Share of the steps over which the weight of the penalty on activations grows from 0 to its value."""
+
 
 class Watch(TrainerCallback):
     """Callback on every step: stops on a signal or a NaN loss, writes metrics.jsonl, marks checkpoints complete.
@@ -43,7 +46,7 @@ class Watch(TrainerCallback):
         self.config, self.run, self.publish = config, run, publish
         self.milestones = milestone_steps(config)
         self.last: Path | None = None
-        self.signal = 0
+        self.signal, self.step = 0, 0
         self.asked = Asked()
         self.step_loss: torch.Tensor | float = 0.0
         self.seconds, self.timed_steps = 0.0, 0
@@ -69,6 +72,13 @@ class Watch(TrainerCallback):
         self.task = self.progress.add_task(self.name, **begun, loss="-", speed="")
         self.clock = time.monotonic()
 
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.step = state.global_step
+
+    def l1(self) -> float:
+        """Weight of the penalty at this step: it grows, for neurons that are punished before they are of use die."""
+        return (self.config.l1 or 0.0) * min(1.0, self.step / (PENALTY_GROWS * self.config.steps))
+
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         """Share losses and signals among all processes, so that either all stop after the same step or none does."""
         asked = [self.asked.signal == signal.SIGTERM, self.asked.signal == signal.SIGINT]
@@ -84,6 +94,11 @@ class Watch(TrainerCallback):
         # The state is in every checkpoint, so a run resumed between two lines of the log writes the same mean.
         state.log_history.append({"step_loss": loss})
         self.progress.update(self.task, loss=f"{loss:.3f}")
+
+    def on_optimizer_step(self, args, state, control, model=None, **kwargs):
+        """Move the thresholds of sparse codes, by counts of the whole step: the same in every process."""
+        if hasattr(model, "regulate"):
+            model.regulate(lambda counts: reduce(counts, "sum"))
 
     def _not_a_number(self, step: int, loss: float) -> str:
         crops = self.config.batch_tokens // self.config.context
@@ -150,6 +165,10 @@ class WatchedTrainer(Trainer):
         super().__init__(**kwargs, callbacks=[watch])
         self.remove_callback(PrinterCallback)
         self.watch, self.validation = watch, validation
+
+    def get_decay_parameter_names(self, model: Any) -> list[str]:
+        """Matrices; the library's own choice goes by names and would take in the shares of a lag."""
+        return [name for name, parameter in model.named_parameters() if parameter.dim() >= 2]
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)

@@ -1,6 +1,7 @@
 """Configuration of the CRATE language model. Self-contained, so that it can be published beside the weights."""
 
 import math
+from typing import Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
@@ -8,7 +9,9 @@ from transformers import PreTrainedConfig
 
 @strict
 class CrateConfig(PreTrainedConfig):
-    r"""Sizes and sparse-coding settings of CRATE (paper section 2); the defaults are the paper's size B.
+    r"""Sizes of CRATE (paper section 2) and what its blocks are; the defaults are the paper's size B.
+
+    Fields called ista_* are of the feed-forward block, whatever it is.
 
     Args:
         vocab_size: token embeddings; the paper pads GPT-2's 50257 to 50304.
@@ -16,12 +19,19 @@ class CrateConfig(PreTrainedConfig):
         n_embd: width d.
         n_layer: blocks L.
         n_head: heads K; each works in a subspace of d / K dimensions.
+        attention: mssa, the paper's, in which one projection is query, key and value; or mhsa, GPT-2's with three.
+        lag: mix into every query and key, by a learned share per head, that of the token before.
+        feed_forward: ista, the paper's; lista, ista with atoms of norm 1, a threshold per atom that training regulates,
+            and a norm without gain and bias before it; or mlp, GPT-2's with ReLU.
         ista_expansion: n, so that the dictionary has h = n d atoms.
-        ista_steps: t, proximal gradient steps from A_0 = 0.
-        ista_step_size: eta.
-        ista_lambda: lambda, the sparsity penalty.
-        ista_skip: add the block's input to the ISTA output (the paper does not).
-        ista_tied: decode with the encoding dictionary (the paper does).
+        ista_steps: t, proximal gradient steps from A_0 = 0 (not of mlp).
+        ista_step_size: eta (not of mlp).
+        ista_lambda: lambda, the sparsity penalty, which is where the thresholds of lista start (not of mlp).
+        ista_skip: add the block's input to its output (the paper does not).
+        ista_tied: decode with the encoding dictionary (the paper does; mlp never does).
+        density_low, density_high: share of a step's tokens below, above which an atom of lista is active too rarely,
+            too often.
+        homeostasis_rate: what a threshold then moves by at most after a step; 0 keeps thresholds where they start.
     """
 
     model_type = "crate"
@@ -38,12 +48,18 @@ class CrateConfig(PreTrainedConfig):
     n_embd: int = 768
     n_layer: int = 12
     n_head: int = 12
+    attention: Literal["mssa", "mhsa"] = "mssa"
+    lag: bool = False
+    feed_forward: Literal["ista", "lista", "mlp"] = "ista"
     ista_expansion: int = 4
     ista_steps: int = 2
     ista_step_size: float = 0.1
     ista_lambda: float = 0.1
     ista_skip: bool = False
     ista_tied: bool = True
+    density_low: float = 0.005
+    density_high: float = 0.05
+    homeostasis_rate: float = 0.02
     layer_norm_epsilon: float = 1e-5
     initializer_range: float = 0.02
     use_cache: bool = True
@@ -62,6 +78,10 @@ class CrateConfig(PreTrainedConfig):
             raise ValueError(f"ista_expansion = {self.ista_expansion}, but it has to be from 1 to 1000")
         if not (0 < self.ista_step_size < math.inf and 0 <= self.ista_lambda < math.inf):
             raise ValueError("ista_step_size has to be above 0, ista_lambda 0 or more, and both finite")
+        if not 0 < self.density_low <= self.density_high <= 1:
+            raise ValueError("density_low has to be above 0, density_high no less and at most 1")
+        if not 0 <= self.homeostasis_rate < math.inf:
+            raise ValueError(f"homeostasis_rate = {self.homeostasis_rate}, but it has to be 0 or more, and finite")
 
     @property
     def n_atoms(self) -> int:

@@ -1,4 +1,4 @@
-"""Cost of a model: parameters and FLOPs."""
+"""Cost of a model: parameters, FLOPs and bytes."""
 
 from __future__ import annotations
 
@@ -15,13 +15,26 @@ def count_parameters(model: PreTrainedModel) -> int:
 def flops_per_token(config: CrateConfig | GPT2Config, context: int) -> int:
     """Floating-point operations per training token: 3 passes (forward, two backward) x 2 per multiply-add.
 
-    Multiply-adds per token and layer: CRATE 2 d^2 (U, W) + 2 t h d (ISTA), GPT-2 4 d^2 (Q K V and output) + 2 h d,
-    both + 2 T d (attention over all T tokens of the context, the masked half included); the head V d. Norms,
-    activations and softmax are left out, as usual.
+    Multiply-adds per token and layer: MSSA 2 d^2 (U, W), GPT-2's attention 4 d^2 (Q K V and output), each + 2 T d
+    (attention over all T tokens of the context, the masked half included); ISTA 2 t h d, an MLP 2 h d; the head V d.
+    Norms, activations, softmax and lag are left out, as usual.
     """
     d = config.n_embd
     if isinstance(config, CrateConfig):
-        layer = 2 * d**2 + 2 * config.ista_steps * config.n_atoms * d
+        projections = 2 if config.attention == "mssa" else 4
+        steps, h = 1 if config.feed_forward == "mlp" else config.ista_steps, config.n_atoms
     else:
-        layer = 4 * d**2 + 2 * (config.n_inner or 4 * d) * d
-    return 3 * 2 * (config.n_layer * (layer + 2 * context * d) + config.vocab_size * d)
+        projections, steps, h = 4, 1, config.n_inner or 4 * d
+    layer = projections * d**2 + 2 * steps * h * d + 2 * context * d
+    return 3 * 2 * (config.n_layer * layer + config.vocab_size * d)
+
+
+def cached_bytes_per_token(config: CrateConfig | GPT2Config, number: int = 4) -> int:
+    """Bytes that generation keeps of a token, with numbers of so many bytes each.
+
+    Per layer: d of MSSA, 2 d of GPT-2's attention, 3 d of that with lag, whose queries are asked for again.
+    """
+    kept = 2
+    if isinstance(config, CrateConfig):
+        kept = 1 if config.attention == "mssa" else 2 + config.lag
+    return number * config.n_layer * kept * config.n_embd

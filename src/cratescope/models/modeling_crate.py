@@ -1,13 +1,17 @@
-"""CRATE, a causal language model whose feed-forward block is a sparse-coding step (paper section 2).
+"""CRATE, a causal language model whose feed-forward block is a sparse-coding step (paper section 2), and its variants.
 
 Letters are the paper's. Tensors: Z tokens (B, T, d); V projected tokens (B, K, T, d/K); A codes (B, T, h).
 Weights: U subspaces (d, d) of all K heads; W output matrix (d, d); D dictionary, stored (h, d), an atom a row.
 Scalars: t steps, eta step size, lam sparsity penalty.
 
+A block's attention is called `mssa` and its feed-forward block `ista` whichever variant they are, with the neurons at
+`ista.codes`, so that what reads one model reads all.
+
 Self-contained: this file and configuration_crate.py are all a published checkpoint needs.
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -37,11 +41,65 @@ class ResidualOutput(nn.Linear):
     """A linear map whose output is added to the residual stream; its weights start smaller the deeper the model."""
 
 
+class Lag(nn.Module):
+    """Mix into query and key of a token those of the token before it.
+
+    query_i + alpha (query_{i-1} - query_i), key_j + beta (key_{j-1} - key_j), with alpha and beta per head. As they
+    start, of every four heads one compares tokens with tokens, one asks what the token before would ask, and two look
+    for what came after tokens like this one. Before the first token of a text there is nothing: 0 is mixed in.
+    """
+
+    def __init__(self, config: CrateConfig):
+        super().__init__()
+        self.alpha = nn.Parameter(torch.empty(config.n_head))
+        self.beta = nn.Parameter(torch.empty(config.n_head))
+
+    def forward(self, query, key, place):
+        """query, key (B, K, S, d/K) of all tokens seen -> those of the tokens now (B, K, T, d/K), and all keys."""
+        query, key = self.mixed(query, self.alpha, place.starts), self.mixed(key, self.beta, place.starts)
+        return (query if place.rows is None else query.index_select(2, place.rows)), key
+
+    @staticmethod
+    def mixed(X, share, starts):
+        """X (B, K, S, d/K), 0 at padding; share (K,); starts (B, S) or None -> (B, K, S, d/K)."""
+        before = F.pad(X, (0, 0, 1, -1))
+        if starts is not None:
+            before = before.masked_fill(starts[:, None, :, None], 0)
+        return X + share.to(X.dtype).view(-1, 1, 1) * (before - X)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the T tokens of a forward pass stand, for `Lag`.
+
+    rows (T,): among those in the cache; None without one. real (B, T): 0 at padding; None where there is none. starts
+    (B, T): which begin a text, where position_ids say so: several texts may follow each other in a row.
+    """
+
+    rows: torch.Tensor | None = None
+    real: torch.Tensor | None = None
+    starts: torch.Tensor | None = None
+
+    @classmethod
+    def of(cls, Z, past, attention_mask, position_ids):
+        """Z (B, T, d); past: tokens in a cache, None without one; mask (2 or 4 dimensions) and positions as given."""
+        rows = torch.arange(Z.shape[1], device=Z.device) + (0 if past is None else past)
+        real = None if attention_mask is None else attention_mask.index_select(-1, rows)
+        if real is not None and real.ndim == 4:  # which tokens see which: padding does not even see itself
+            real = real[:, 0].diagonal(dim1=1, dim2=2)
+            real = real if real.dtype == torch.bool else real == 0
+        if past is not None:
+            return cls(rows, real)
+        return cls(None, real, None if position_ids is None else position_ids == 0)
+
+
 class MSSA(nn.Module):
     """Multi-head subspace self-attention: V_k = U_k^T Z; W concat_k softmax(causal(V_k V_k^T / sqrt(d/K))) V_k.
 
     One projection serves as query, key and value (paper section 2), so one tensor a layer is all there is to cache.
     """
+
+    projections = 1
 
     def __init__(self, config: CrateConfig, layer_idx: int):
         super().__init__()
@@ -49,20 +107,50 @@ class MSSA(nn.Module):
         self.layer_idx = layer_idx
         self.is_causal = True
         self.head_dim = config.n_embd // config.n_head
-        self.U = nn.Linear(config.n_embd, config.n_embd, bias=False)
+        self.U = nn.Linear(config.n_embd, self.projections * config.n_embd, bias=self.projections > 1)
         self.W = ResidualOutput(config.n_embd, config.n_embd, bias=True)
+        self.lag = Lag(config) if config.lag else None
 
-    def forward(self, Z, attention_mask=None, past_key_values: Cache | None = None, **kwargs):
+    def forward(
+        self, Z, attention_mask=None, past_key_values: Cache | None = None, place: Place | None = None, **kwargs
+    ):
         """(B, T, d) -> ((B, T, d), attention weights where the attention implementation gives them)."""
         B, T, d = Z.shape
-        V = self.U(Z).view(B, T, -1, self.head_dim).transpose(1, 2)
-        seen = V
+        place = place or Place()
+        V = self.U(Z)
+        if self.lag is not None and place.real is not None:  # what comes after padding comes after nothing
+            V = V * place.real[:, :, None].to(V.dtype)
+        seen = [part.view(B, T, -1, self.head_dim).transpose(1, 2) for part in V.split(d, -1)]
+        query = seen[0]
         if past_key_values is not None:
-            # The library's caches hold a key and a value; ours are the same tensor, so the value kept has no columns.
-            seen, _ = past_key_values.update(V, V[..., :0], self.layer_idx)
+            seen = self.recall(past_key_values, seen)
+        key, value = seen[-2:] if self.projections > 1 else (seen[0], seen[0])
+        if self.lag is not None:
+            query, key = self.lag(seen[0], key, place)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
-        out, weights = attend(self, V, seen, seen, attention_mask, scaling=self.head_dim**-0.5, dropout=0.0, **kwargs)
+        out, weights = attend(
+            self, query, key, value, attention_mask, scaling=self.head_dim**-0.5, dropout=0.0, **kwargs
+        )
         return self.W(out.reshape(B, T, d)), weights
+
+    def recall(self, cache, now):
+        """Keep what the tokens `now` project to, a list of (B, K, T, d/K), and give that of all tokens so far."""
+        # The library's caches hold a key and a value; ours are the same tensor, so the value kept has no columns.
+        return [cache.update(now[0], now[0][..., :0], self.layer_idx)[0]]
+
+
+class MHSA(MSSA):
+    """GPT-2's attention: query, key and value of a head are three projections with biases, U (3 d, d)."""
+
+    projections = 3
+
+    def recall(self, cache, now):
+        """As of MSSA. Only with lag are queries asked for again, and then kept beside the keys."""
+        query, key, value = now
+        if self.lag is None:
+            return [query, *cache.update(key, value, self.layer_idx)]
+        both, value = cache.update(torch.cat([query, key], -1), value, self.layer_idx)
+        return [*both.chunk(2, -1), value]
 
 
 class ISTA(nn.Module):
@@ -82,10 +170,26 @@ class ISTA(nn.Module):
         self.first_codes = nn.Identity()
         self.codes = nn.Identity()
 
+    def atoms(self):
+        """D (h, d) as it is used; `read` and `write` are the products with it."""
+        return self.D
+
+    def read(self, R):
+        """R (..., d) -> D^T R (..., h)."""
+        return F.linear(R, self.D)
+
+    def write(self, A):
+        """A (..., h) -> D A (..., d)."""
+        return A @ self.D
+
+    def threshold(self):
+        """lam, for all atoms or per atom (h,)."""
+        return self.lam
+
     def step(self, X, A=None):
         """One proximal gradient step from A (B, T, h), or from zero; X (B, T, d)."""
-        residual = X if A is None else X - A @ self.D
-        ascent = self.eta * F.linear(residual, self.D) - self.eta * self.lam
+        residual = X if A is None else X - self.write(A)
+        ascent = self.eta * self.read(residual) - self.eta * self.threshold()
         return F.relu(ascent if A is None else A + ascent)
 
     def encode(self, X):
@@ -95,23 +199,34 @@ class ISTA(nn.Module):
             A = self.step(X, A)
         return self.codes(A)
 
+    def decode(self, A):
+        """A (..., h) -> the output (..., d)."""
+        return self.write(A) if self.D_out is None else A @ self.D_out
+
     def forward(self, X):
         """X (B, T, d) -> D A_t (B, T, d)."""
-        hooked = self.first_codes._forward_hooks or self.codes._forward_hooks
-        if self.training and torch.is_grad_enabled() and not hooked:
-            return self.fused(X)
-        return self.encode(X) @ (self.D if self.D_out is None else self.D_out)
+        learning = self.training and torch.is_grad_enabled()
+        if learning and not self.first_codes._forward_hooks and not self.codes._forward_hooks:
+            out, A = self.fused(X)
+        else:
+            A = self.encode(X)
+            out = self.decode(A)
+        if learning:
+            self.watch(A.detach())
+        return out
+
+    def watch(self, A):
+        """See the codes (..., h) of every pass of training."""
 
     def fused(self, X):
-        """The same as one operation, for training; no hook sees the codes."""
-        device = X.device.type
+        """Output and codes as one operation, for training; no hook sees the codes, and they have no gradient."""
+        device, parts = X.device.type, [X.reshape(-1, X.shape[-1]), self.atoms(), self.D_out, self.threshold()]
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
-            X, D, D_out = X.to(dtype), self.D.to(dtype), None if self.D_out is None else self.D_out.to(dtype)
-        else:
-            D, D_out = self.D, self.D_out
-        out = ISTAFunction.apply(X.reshape(-1, X.shape[-1]), D, D_out, self.t, self.eta, self.lam)
-        return out.view(X.shape)
+            parts = [part.to(dtype) if torch.is_tensor(part) else part for part in parts]
+        *matrices, lam = parts
+        out, A = ISTAFunction.apply(*matrices, self.t, self.eta, lam)
+        return out.view(X.shape), A
 
 
 class ISTAFunction(torch.autograd.Function):
@@ -124,18 +239,19 @@ class ISTAFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, X, D, D_out, t, eta, lam):
-        """X (n, d), D and D_out (h, d) or D_out None for D -> (n, d)."""
+        """X (n, d), D and D_out (h, d) or D_out None for D, lam a number or (h,) -> output (n, d), codes (n, h)."""
         residuals, codes = [X], [torch.mm(X, D.t()).mul_(eta).sub_(eta * lam).relu_()]
         for _ in range(t - 1):
             residuals.append(torch.addmm(X, codes[-1], D, alpha=-1))
             codes.append(codes[-1].addmm(residuals[-1], D.t(), alpha=eta).sub_(eta * lam).relu_())
         ctx.eta, ctx.untied = eta, D_out is not None
         ctx.save_for_backward(D, D_out, *residuals, *codes)
-        return codes[-1] @ (D if D_out is None else D_out)
+        ctx.mark_non_differentiable(codes[-1])
+        return codes[-1] @ (D if D_out is None else D_out), codes[-1]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, G):
+    def backward(ctx, G, _):
         D, D_out, *saved = ctx.saved_tensors
         eta, t = ctx.eta, len(saved) // 2
         residuals, codes = saved[:t], saved[t:]
@@ -154,15 +270,121 @@ class ISTAFunction(torch.autograd.Function):
         return grad_X, grad_D, grad_out if ctx.untied else None, None, None, None
 
 
+class LISTA(ISTA):
+    """ISTA with atoms of norm 1 and thresholds theta_i that training regulates; untied and with skip, "learned" ISTA.
+
+    D^_i = D_i / ||D_i||;  A_{k+1} = relu(A_k + eta D^^T (X - D^ A_k) - eta theta);  output P A_t, or D^ A_t if tied.
+
+    The LayerNorm before it has no gain, so that ||X||^2 = d, and theta is in standard deviations of what a random atom
+    sees. Homeostasis (`regulate`, once after each optimiser step), with p_i the share of its tokens on which A_i > 0:
+    theta_i += rate (clip(ln(p_i / high), 0, 1) - clip(ln(low / p_i), 0, 1)).
+    """
+
+    theta: torch.Tensor
+
+    def __init__(self, config: CrateConfig):
+        super().__init__(config)
+        self.low, self.high, self.rate = config.density_low, config.density_high, config.homeostasis_rate
+        self.register_buffer("theta", torch.empty(config.n_atoms))
+        # No buffers: DDP would overwrite those of a process by those of the first.
+        self.active, self.seen = None, 0
+
+    def atoms(self):
+        """D^ (h, d)."""
+        return F.normalize(self.D, dim=-1)
+
+    # Outside of training D is only read: to write D^ for a few tokens would take longer than all else here.
+
+    def norms(self):
+        """||D_i|| (h,)."""
+        return torch.linalg.vector_norm(self.D, dim=-1).clamp_min(1e-12)
+
+    def read(self, R):
+        """R (..., d) -> D^^T R (..., h)."""
+        return F.linear(R, self.D) / self.norms()
+
+    def write(self, A):
+        """A (..., h) -> D^ A (..., d)."""
+        return (A / self.norms()) @ self.D
+
+    def decode(self, A):
+        """A (..., h) -> the output (..., d)."""
+        if self.D_out is None or not is_gathered(A, self.D_out):
+            return super().decode(A)
+        return gather(A.flatten(0, -2), self.D_out).view(*A.shape[:-1], -1)
+
+    def threshold(self):
+        """theta (h,)."""
+        return self.theta
+
+    def watch(self, A):
+        """Count on how many tokens each atom is active; A (..., h). Padding, if there is any, counts as tokens do."""
+        active = (A > 0).flatten(0, -2).sum(0)
+        self.active = active if self.active is None else self.active + active
+        self.seen += A.numel() // A.shape[-1]
+
+    @torch.no_grad()
+    def regulate(self, total):
+        """Move the thresholds by what was counted since the last time; `total` sums a tensor over processes."""
+        if self.active is None:
+            return
+        counts = total(torch.cat([self.active, self.active.new_tensor([self.seen])]).double())
+        self.active, self.seen = None, 0
+        p = counts[:-1] / counts[-1]
+        rise, fall = (p / self.high).log().clamp(0, 1), (self.low / p).log().clamp(0, 1)
+        self.theta += self.rate * (rise - fall)
+
+
+FEW_TOKENS, MANY_WEIGHTS, SPARSE = 4, 2**20, 0.05
+"""Where `gather` was measured to be about twice as fast as the product or more (benchmarks/sparse.py): up to so many
+tokens, from so many weights, up to such a share of active codes, on a CPU."""
+
+
+def is_gathered(A, P):
+    """Whether the rows of P (h, d) that the codes A (..., h) need are had faster than the whole product."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or A.device.type != "cpu" or A.dtype != torch.float32:
+        return False
+    if A.numel() > FEW_TOKENS * len(P) or P.numel() < MANY_WEIGHTS:
+        return False
+    return bool(A.count_nonzero() <= SPARSE * A.numel())
+
+
+def gather(A, P):
+    """A P of A (n, h), P (h, d), reading only the rows of P where A is not 0."""
+    tokens, atoms = A.nonzero(as_tuple=True)
+    ends = torch.bincount(tokens, minlength=len(A)).cumsum(0)
+    how = {"mode": "sum", "per_sample_weights": A[tokens, atoms], "include_last_offset": True}
+    return F.embedding_bag(atoms, P, F.pad(ends, (1, 0)), **how)
+
+
+class MLP(nn.Module):
+    """GPT-2's feed-forward block with ReLU: A = relu(D X + b), output P A + c. `codes` is as of ISTA."""
+
+    def __init__(self, config: CrateConfig):
+        super().__init__()
+        self.D = nn.Linear(config.n_embd, config.n_atoms)
+        self.P = ResidualOutput(config.n_atoms, config.n_embd)
+        self.codes = nn.Identity()
+
+    def forward(self, X):
+        """(B, T, d) -> (B, T, d)."""
+        return self.P(self.codes(F.relu(self.D(X))))
+
+
+ATTENTION = {"mssa": MSSA, "mhsa": MHSA}
+FEED_FORWARD = {"ista": ISTA, "lista": LISTA, "mlp": MLP}
+
+
 class CrateBlock(GradientCheckpointingLayer):
     """Z' = Z + MSSA(LN(Z));  Z_next = ISTA(LN(Z')), with the skip connection around MSSA only (paper section 2)."""
 
     def __init__(self, config: CrateConfig, layer_idx: int):
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
-        self.mssa = MSSA(config, layer_idx)
-        self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
-        self.ista = ISTA(config)
+        self.mssa = ATTENTION[config.attention](config, layer_idx)
+        affine = config.feed_forward != "lista"
+        self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon, elementwise_affine=affine)
+        self.ista = FEED_FORWARD[config.feed_forward](config)
         self.skip = config.ista_skip
 
     def forward(self, Z, attention_mask=None, past_key_values: Cache | None = None, **kwargs):
@@ -189,14 +411,33 @@ class CratePreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)
+        std = self.config.initializer_range
+        small = std / math.sqrt(2 * self.config.n_layer)
         if isinstance(module, ResidualOutput):
-            init.normal_(
-                module.weight, mean=0.0, std=self.config.initializer_range / math.sqrt(2 * self.config.n_layer)
-            )
+            init.normal_(module.weight, mean=0.0, std=small)
+        elif isinstance(module, LISTA):
+            init.normal_(module.D, mean=0.0, std=std)
+            if module.D_out is not None:
+                init.normal_(module.D_out, mean=0.0, std=small)
+            init.constant_(module.theta, module.lam)
         elif isinstance(module, ISTA):
             for dictionary in (module.D, module.D_out):
                 if dictionary is not None:
                     init.kaiming_uniform_(dictionary, a=0.0, nonlinearity="relu")
+        elif isinstance(module, Lag):
+            # One of every four heads has the query of the token before, two its key.
+            kind = torch.arange(self.config.n_head, device=module.alpha.device) % 4
+            init.copy_(module.alpha, (kind == 1).to(module.alpha.dtype))
+            init.copy_(module.beta, (kind >= 2).to(module.beta.dtype))
+
+    def regulate(self, total=lambda counts: counts):
+        """Homeostasis of `LISTA`, for the trainer to call once after each optimiser step.
+
+        total: sums a tensor of counts over the processes, where there are several.
+        """
+        for module in self.modules():
+            if isinstance(module, LISTA):
+                module.regulate(total)
 
 
 class CrateModel(CratePreTrainedModel):
@@ -225,13 +466,19 @@ class CrateModel(CratePreTrainedModel):
         use_cache: bool | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
-        """input_ids (B, T) or inputs_embeds (B, T, d); attention_mask (B, past + T) with 0 at padding."""
+        """input_ids (B, T) or inputs_embeds (B, T, d); attention_mask (B, past + T) with 0 at padding.
+
+        With lag, texts that follow each other in a row have to be told apart by position_ids, each from 0.
+        """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         Z = self.wte(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        if self.config.lag:
+            cached = None if past_key_values is None else past
+            kwargs["place"] = Place.of(Z, cached, attention_mask, position_ids)
         if position_ids is None:
             if not torch.is_tensor(past) and past + Z.shape[1] > self.config.n_positions:
                 raise ValueError(

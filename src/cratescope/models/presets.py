@@ -1,4 +1,4 @@
-"""The paper's sizes (section 2, table) for CRATE and for the GPT-2 twin that differs in nothing else."""
+"""The paper's sizes (section 2, table) for CRATE, its variants, and their GPT-2 twins that differ in nothing else."""
 
 from __future__ import annotations
 
@@ -15,10 +15,26 @@ GPT2_VOCABULARY = 50304
 
 
 SIZES = {"1l": (128, 4, 1), "2l": (128, 4, 2), "3l": (128, 4, 3), "s": (768, 12, 6), "b": (768, 12, 12)}
-"""Width d, heads K and layers L; the hidden layer has 4 d neurons in both families."""
-FAMILIES = ("crate", "gpt2")
+"""Width d, heads K and layers L; the hidden layer of the paper's families has 4 d neurons."""
+_SPARSE = {
+    **{"feed_forward": "lista", "ista_steps": 1, "ista_step_size": 1.0, "ista_lambda": 1.5},
+    **{"ista_skip": True, "ista_tied": False},
+}
+_MLP = {"attention": "mhsa", "feed_forward": "mlp", "ista_skip": True}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "crate": {},
+    "crate-lag": {"lag": True},
+    "crate-h": _SPARSE | {"ista_expansion": 5},
+    "crate-h-lag": _SPARSE | {"ista_expansion": 5, "lag": True},
+    "gpt2": {},
+    "gpt2-lag": _MLP | {"lag": True},
+    "gpt2-h": _SPARSE | {"attention": "mhsa"},
+    "gpt2-h-lag": _SPARSE | {"attention": "mhsa", "lag": True},
+}
+"""What each family changes of CrateConfig; `gpt2` alone is transformers' own class. The block of all but the two with
+CRATE's feed-forward block has GPT-2's number of parameters within 1 % (docs/math.md)."""
 CRATE_FIELDS = tuple(name for name in CrateConfig.__annotations__ if not hasattr(GPT2Config, name))
-"""Fields that the GPT-2 twin has not: what a variant of CRATE changes, by `--crate`."""
+"""Fields that transformers' GPT-2 has not: what a variant of CRATE changes, by `--crate`."""
 _BOOLS = {"true": True, "false": False}
 PRESETS = tuple(f"{family}-{size}" for family in FAMILIES for size in SIZES)
 
@@ -38,14 +54,15 @@ def preset_config(
     Raises:
         UserError: unknown preset or field, or `crate` with a GPT-2 preset.
     """
-    family, _, size = preset.partition("-")
+    family, _, size = preset.rpartition("-")
     if preset not in PRESETS:
-        raise UserError(f"no preset {preset!r}; choose one of {', '.join(PRESETS)}")
+        names = f"a family ({', '.join(FAMILIES)}) and a size ({', '.join(SIZES)}), such as crate-2l"
+        raise UserError(f"no preset {preset!r:.60}; give {names}")
     shape: dict[str, Any] = dict(zip(("n_embd", "n_head", "n_layer"), SIZES[size], strict=True))
     shape |= {"vocab_size": vocab_size, "n_positions": context, "bos_token_id": eos_id, "eos_token_id": eos_id}
-    if family == "crate":
+    if family != "gpt2":
         try:
-            return CrateConfig(**shape, **_parse_crate(crate or {}))
+            return CrateConfig(**shape, **FAMILIES[family] | _parse_crate(crate or {}))
         except StrictDataclassError as error:
             raise UserError(f"{preset}: {last_line(error)}") from error
     if crate:

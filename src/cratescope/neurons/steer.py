@@ -93,7 +93,9 @@ class Edit:
         """The same edit in raw numbers, where its unit is `size`."""
         if self.operation == "ablate":
             return replace(self, operation="set", value=size, unit="raw")
-        return replace(self, value=self.value * size, low=self.low * size, high=self.high * size, unit="raw")
+        if self.operation == "cap":
+            return replace(self, low=self.low * size, high=self.high * size, unit="raw")
+        return replace(self, value=self.value * size, unit="raw")
 
     def applied(self, x: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
         """What becomes of activations x of the neuron. UserError: a number beyond the range of their format."""

@@ -62,12 +62,14 @@ def sweep(config: SteerConfig) -> Path:
     with locked(folder, "sweep"), kept.writing() as keep:
         for layer in work.layers:
             units = work.units(layer)
-            done = kept.done(layer)
-            left = [index for index in units.drawn(config.how.units) if index not in done]
-            label = f"steer {work.run.name} {work.site.name} layer {layer}"
-            for index in progress(range(0, len(left), TOGETHER), label):
-                for points in work.measured(units, left[index : index + TOGETHER]):
-                    keep(points)
+            drawn, done = units.drawn(config.how.units), kept.done(layer)
+            # Whole groups, also where some of one are there: the others of a unit's pass decide its last digits.
+            groups = [drawn[start : start + TOGETHER] for start in range(0, len(drawn), TOGETHER)]
+            groups = [group for group in groups if not done.issuperset(group)]
+            for group in progress(groups, f"steer {work.run.name} {work.site.name} layer {layer}"):
+                for points in work.measured(units, group):
+                    if points[0].neuron.index not in done:
+                        keep(points)
     _write_example(config, work, folder)
     return folder
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from cratescope.neurons.curves import Point
 from cratescope.report.figures import COLOURS, INK, WIDTH, Style, add_legend, make_grid, save_svg, styled, styles
@@ -36,8 +37,9 @@ def success_figure(results: Sequence[Results], swept: Sequence[Swept]) -> Figure
             if panel_of(item, found) == panel:
                 _success_lines(axes, found, looks[item.label], item.run.name)
         axes.axhline(0, color=INK, linewidth=0.6)
-        axes.set_xscale("log")
+        axes.set(xlim=(CURVE[0], CURVE[-1]), xscale="log")  # also where no unit gets as far
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set(title=panel, xlabel="KL(steered || plain), nats per token")
         axes.tick_params(labelbottom=True)
         if axes.get_subplotspec().is_first_col():

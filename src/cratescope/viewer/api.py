@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import Future
+from contextlib import nullcontext
 from typing import Any
 from urllib.parse import unquote
 
@@ -20,6 +21,7 @@ from cratescope.files import SURROGATES, parse_json
 from cratescope.viewer.data import Library
 from cratescope.viewer.nearest import Nearest, Side
 from cratescope.viewer.notes import Notes, checked
+from cratescope.viewer.quiet import Quiet
 from cratescope.viewer.search import Search
 from cratescope.viewer.turns import BusyError, Turns
 from cratescope.viewer.values import finite
@@ -48,7 +50,7 @@ class Api:
 
     def __init__(self, library: Library, device: str = "cpu") -> None:
         self.library, self.device = library, device
-        self.turns, self.notes, self.searches = Turns(), Notes(), Search()
+        self.turns, self.notes, self.searches, self.quiet = Turns(), Notes(), Search(), Quiet()
         self.routes: dict[tuple[str, str, int], Handler] = {
             ("GET", "home", 0): self.home,
             ("GET", "table", 2): self.table,
@@ -61,7 +63,7 @@ class Api:
             ("POST", "steer", 0): self.steer,
         }
         self._live: Any = None
-        self.nearest = Nearest(library.opened.values(), lambda: self.models().models, self.turns)
+        self.nearest = Nearest(library.opened.values(), lambda: self.models().models, self.turns, self.quiet)
 
     async def answer(self, request: Request) -> Response:
         """Find the route and give its answer. What goes wrong is told in one line, never as a stack trace."""
@@ -70,7 +72,8 @@ class Api:
             handler = self.routes.get((request.method, name, len(parts)))
             if handler is None:
                 raise RefusedError(404, f"no route /api/{name:.80} with {len(parts)} names for {request.method}")
-            return await handler(request, *parts)
+            with nullcontext() if name == "twins" else self.quiet:  # twins wait for what waits for quiet
+                return await handler(request, *parts)
         except RefusedError as error:
             return as_response({"error": str(error)}, error.status)
         except BusyError as error:
@@ -83,7 +86,8 @@ class Api:
 
     async def home(self, request: Request) -> Response:
         def found() -> Response:
-            return as_response(self.library.home() | {"notes": self._notes()})
+            notes = self._notes()
+            return as_response(self.library.home() | {"notes": notes})
 
         return await run_in_threadpool(found)
 
@@ -128,6 +132,7 @@ class Api:
         """Of all runs; a damaged file must not hide the runs."""
         found: dict[str, Any] = {}
         for opened in self.library.opened.values():
+            opened.problems.pop("notes", None)
             try:
                 found |= self.notes.of(opened)
             except UserError as error:

@@ -17,6 +17,8 @@ from cratescope.viewer import cards, home, table
 from cratescope.viewer.opened import Opened
 
 Json = dict[str, Any]
+KEPT = 64
+"""Cards that are kept."""
 
 
 class Library:
@@ -33,6 +35,7 @@ class Library:
         self._lock = RLock()
         self._tables: dict[tuple[str, str], Json] = {}
         self._entries: dict[str, Json] = {}
+        self._cards: dict[tuple[str, str, int, int], Json] = {}
 
     def run_named(self, name: str) -> Opened:
         """A run or milestone by its name. UserError: none of those that were opened is called so."""
@@ -54,7 +57,9 @@ class Library:
                     self._entries[name] = home.run_entry(one)
             names = ", ".join(self.opened)
             version = versions().get("cratescope", "")
-            return {"title": names, "version": version, "runs": [*self._entries.values()]}
+            told = {name: {"problems": [*one.problems.values()]} for name, one in self.opened.items()}
+            runs = [entry | told[name] for name, entry in self._entries.items()]
+            return {"title": names, "version": version, "runs": runs}
 
     def table(self, run: str, site: str) -> Json:
         """All units of a site as columns."""
@@ -65,9 +70,14 @@ class Library:
             return self._tables[run, site]
 
     def card(self, run: str, site: str, layer: int, index: int) -> Json:
-        """Everything known of one unit."""
-        [found] = self.cards(run, site, layer, [index])
-        return found
+        """Everything known of one unit; the last ones are kept, since pages ask again until neighbours are found."""
+        with self._lock:
+            key = run, site, layer, index
+            found = self._cards.pop(key, None) or self.cards(run, site, layer, [index])[0]
+            self._cards[key] = found
+            if len(self._cards) > KEPT:
+                self._cards.pop(next(iter(self._cards)))
+            return found
 
     def cards(self, run: str, site: str, layer: int, indices: Sequence[int], choose: cards.Choose = list) -> list[Json]:
         """Everything known of several units of a layer, in this order; `choose` says which windows are shown."""

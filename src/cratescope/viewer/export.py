@@ -6,7 +6,6 @@ page (page/shards.js).
 
 from __future__ import annotations
 
-import re
 import shutil
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -27,7 +26,7 @@ from cratescope.viewer.packed import Address, Json, Packer, Scripts, Words, comp
 from cratescope.viewer.sizes import unit_sizes
 
 PAGE = Path(__file__).with_name("page")
-INSIDE = ("tokenizer.js", "model.js", "steering.js", "shards.js", "inside.js", "exported.js")
+INSIDE = ("tokenizer.js", "model.js", "steering.js", "shards.js", "ranking.js", "inside.js", "exported.js")
 """Scripts that only an export needs; they stand after data.js."""
 SHARD = 64
 """Units in one script."""
@@ -36,6 +35,9 @@ AT_ONCE = 512
 POSTINGS = 1 << 17
 """Units named in one script of words."""
 MANIFEST = Path("data") / "manifest.js"
+CHARSET = '<meta charset="utf-8">\n'
+POLICY = "default-src 'none'; script-src 'self'; style-src 'self'; img-src data:; base-uri 'none'; form-action 'none'"
+"""What a browser lets an exported page do, whatever its host says: it can ask for nothing but its own files."""
 
 
 def export(config: ViewConfig) -> Path:
@@ -64,11 +66,13 @@ def write_page(folder: Path) -> None:
     """The same page as the server's, with the scripts of an export."""
     shutil.copytree(PAGE, folder / "page", ignore=shutil.ignore_patterns("index.html", ".*"))
     text = (PAGE / "index.html").read_text(encoding="utf-8")
-    found = re.search(r"<script src=\"page/data\.js\"></script>\n", text)
-    assert found, "index.html has no data.js"
     names = [*(f"page/{name}" for name in INSIDE), MANIFEST.as_posix()]
     scripts = "".join(f'<script src="{name}"></script>\n' for name in names)
-    write_text(folder / "index.html", text[: found.end()] + scripts + text[found.end() :])
+    policy = f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
+    for place, more in ((CHARSET, policy), ('<script src="page/data.js"></script>\n', scripts)):
+        assert place in text, place
+        text = text.replace(place, place + more)
+    write_text(folder / "index.html", text)
 
 
 class Export:
@@ -124,7 +128,7 @@ class Export:
     def _layer(self, opened: Opened, site: OpenedSite, layer: int, words: Words) -> Json:
         indices = site.units(layer).index.tolist()
         name = opened.name, site.name, layer
-        shards = []
+        shards: list[Json] = []
         for cards in progress(self._cards(*name, indices), " ".join(map(str, name)), -(-len(indices) // SHARD)):
             packer = Packer(words, self.units)
             packed = {card["index"]: packer.pack(card) for card in cards}

@@ -42,7 +42,6 @@ def run_entry(opened: Opened) -> dict[str, Any]:
             "data": Path(manifest["data"]["path"]).name,
             "made_with": [[key, str(value)] for key, value in _made_with(manifest)],
             "sites": sites,
-            "problems": list(opened.problems.values()),
             "life": [_milestone(one) for one in opened.life],
         }
     )
@@ -77,7 +76,7 @@ def _made_with(manifest: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 def _milestone(opened: Opened) -> dict[str, Any]:
     steps = opened.manifest.get("steps")
     tokens = opened.arm.tokens_trained
-    return {"step": steps, "tokens": tokens, "run": opened.name if opened.sites else None}
+    return {"step": steps, "tokens": tokens, "run": opened.name if opened.recorded else None}
 
 
 def _sites(opened: Opened) -> Iterator[dict[str, Any]]:

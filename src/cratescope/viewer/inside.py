@@ -18,7 +18,7 @@ from cratescope.errors import UserError
 from cratescope.models.folder import longest_context, model_config
 from cratescope.models.sae import SparseCoder
 from cratescope.neurons.sites import BUILT_IN
-from cratescope.progress import progress
+from cratescope.progress import progress, say
 from cratescope.run import Run
 from cratescope.text.encoding import cuts_like_gpt2
 from cratescope.viewer.loaded import Loaded, Models, Place
@@ -31,6 +31,8 @@ PART = 1 << 19
 """Numbers in one script: a page that reads them stays responsive."""
 ACTIVATIONS = ("relu", "gelu", "gelu_new", "gelu_pytorch_tanh")
 """Activation functions of GPT-2 that the page has."""
+OPEN = "open it with `cratescope view`"
+NO_HALF = f"float16 cannot hold; {OPEN}"
 NEURONS = "neurons"
 PLACES = {"codes": NEURONS, "mlp": NEURONS}
 """Where a site is in the page's models, by its name in `BUILT_IN`; the others have the same name."""
@@ -47,6 +49,11 @@ class Inside:
     @property
     def size(self) -> int:
         return sum(tensor.size for tensor in self.tensors.values())
+
+    @property
+    def fits(self) -> bool:
+        """Whether float16 can hold all numbers."""
+        return all(np.isfinite(tensor).all() for tensor in self.tensors.values())
 
 
 def refusal(run: Run) -> str | None:
@@ -66,6 +73,9 @@ def _unknown_shape(config: Any) -> str | None:
         return f"Pages run CRATE and GPT-2 only, and this is a {config.model_type} model."
     if config.model_type == "gpt2" and config.activation_function not in ACTIVATIONS:
         return f"Pages do not have the activation function {config.activation_function} of this model."
+    blocks = {"attention": "mssa", "lag": False, "feed_forward": "ista"}
+    if changed := [name for name, value in blocks.items() if getattr(config, name, value) != value]:
+        return f"Pages run CRATE with the blocks of the paper, and this one has others ({', '.join(changed)})."
     other = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
     changed = [name for name, value in other.items() if getattr(config, name, value) != value]
     if changed:
@@ -85,14 +95,14 @@ def _numbers(config: Any) -> int:
     return config.n_layer * block + (heads * config.vocab_size + config.n_positions) * d
 
 
-def inside(name: str, model: PreTrainedModel) -> Inside:
-    """The model of a run that `refusal` has nothing against. UserError: weights that float16 cannot hold."""
+def inside(model: PreTrainedModel) -> Inside:
+    """A model that `refusal` has nothing against."""
     weights = {key: tensor.detach().float() for key, tensor in model.state_dict().items()}
     config: Any = model.config
     of = _of_crate if config.model_type == "crate" else _of_gpt2
     tensors = dict(_shared(weights, config)) | dict(of(weights, config))
     about = _shape(config) | {"tied": "head" not in tensors, "end": _end(model)}
-    return Inside(about, {key: _half(name, key, tensor) for key, tensor in tensors.items()})
+    return Inside(about, {key: _half(tensor) for key, tensor in tensors.items()})
 
 
 def _shape(config: Any) -> dict[str, Any]:
@@ -152,11 +162,8 @@ def _of_gpt2(weights: dict[str, Tensor], config: Any) -> Iterator[tuple[str, Ten
             yield f"{layer}.{name}.bias", weights[f"{block}.{theirs}.bias"]
 
 
-def _half(model: str, name: str, tensor: Tensor) -> Float16[np.ndarray, ...]:
-    found = tensor.half()
-    if not found.isfinite().all():
-        raise UserError(f"{model}: its tensor {name} holds numbers that float16 cannot; export it with --no-model")
-    return np.ascontiguousarray(found.numpy())
+def _half(tensor: Tensor) -> Float16[np.ndarray, ...]:
+    return np.ascontiguousarray(tensor.detach().half().numpy())
 
 
 def places(family: str) -> dict[str, str]:
@@ -169,12 +176,12 @@ def place_of(family: str, pattern: str) -> str | None:
     return next((place for name, place in places(family).items() if BUILT_IN[family][name] == pattern), None)
 
 
-def coder_inside(model: str, coder: SparseCoder) -> Inside:
-    """A sparse autoencoder. UserError: as of `inside`."""
+def coder_inside(coder: SparseCoder) -> Inside:
+    """A sparse autoencoder."""
     config = coder.config
     about = {"kind": config.kind, "width": config.width, "d": config.d_in, "k": config.k}
     names = ("encoder", "encoder_bias", "decoder", "bias", "threshold")
-    return Inside(about, {name: _half(model, f"sae.{name}", getattr(coder, name).detach()) for name in names})
+    return Inside(about, {name: _half(getattr(coder, name)) for name in names})
 
 
 def tokenizer_inside(backend: Tokenizer) -> dict[str, Any]:
@@ -237,7 +244,7 @@ class ModelScripts:
 
     def __init__(self, scripts: Scripts, opened: Opened, loaded: Loaded) -> None:
         self.scripts, self.opened, self.loaded = scripts, opened, loaded
-        self.whole = inside(opened.name, loaded.model)
+        self.whole = inside(loaded.model)
         self.room = LARGEST - self.whole.size
 
     @classmethod
@@ -245,18 +252,25 @@ class ModelScripts:
         """What the manifest says of the model, or why the page has none."""
         if opened.can_run is not True:
             return str(opened.can_run)
-        return refusal(opened.run) or cls(scripts, opened, models.of(opened)).write()
+        try:
+            if reason := refusal(opened.run):
+                return reason
+            made = cls(scripts, opened, models.of(opened))
+        except UserError as error:  # it may name folders of this machine, so it is not for the page
+            say(f"warning: {opened.name} is exported without its model: {error}", "yellow")
+            return "This run's model could not be loaded when the page was exported."
+        return made.write() if made.whole.fits else f"This model has weights that {NO_HALF}."
 
     def write(self) -> Json:
         family = self.whole.about["family"]
         named = places(family)
         sites: dict[str, Json] = {name: {"place": place, "coders": None} for name, place in named.items()}
-        problems, found = [*self.loaded.problems], []
+        problems, found = [*self.loaded.problems], list[Json]()
         for one in self.loaded.places:
             where = place_of(family, one.site.pattern)
-            coder = self._coder(one) if where else None
+            coder = self._coder(one) if where else f"{one.name} is not read inside this page; {OPEN}"
             if where is None or isinstance(coder, str):
-                problems.append(coder or f"{one.name} is not read inside this page; open it with `cratescope view`")
+                problems.append(str(coder))
                 continue
             if coder:
                 sites.setdefault(one.name, {"place": where, "coders": {}})["coders"][str(one.layer)] = len(found)
@@ -281,9 +295,11 @@ class ModelScripts:
         coder = getattr(one.site, "coders", {}).get(one.layer)
         if coder is None:
             return None
-        found = coder_inside(self.opened.name, coder)
+        found = coder_inside(coder)
+        if not found.fits:
+            return f"{one.name} of layer {one.layer} has numbers that {NO_HALF}"
         if found.size > self.room:
-            return f"{one.name} of layer {one.layer} is too large for this page; open it with `cratescope view`"
+            return f"{one.name} of layer {one.layer} is too large for this page; {OPEN}"
         self.room -= found.size
         return self._numbers(found, "coder", self.opened.name, one.name, one.layer)
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import numpy as np
+import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
 
 from cratescope.errors import UserError
 from cratescope.files import misfit
@@ -82,7 +82,7 @@ class Quantiles:
         counts = np.diff(bins.offsets.to_numpy())
         flat = bins.flatten()
         low, high, count = (flat.field(name).to_numpy().astype(np.float64) for name in ("low", "high", "count"))
-        width = int(counts.max(initial=0))
+        width = int(counts.max(initial=1))
         rows = np.repeat(np.arange(len(counts)), counts)
         columns = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
         shape = (len(counts), width)
@@ -114,15 +114,18 @@ class Quantiles:
 
 @dataclass(frozen=True, eq=False)
 class Reading:
-    """What a model made of a text: `values` (t, n) of all its units, and `predicted` (t, v) log-probabilities.
+    """What a model made of a text: `values` (t, n) of all its units, and its predictions.
 
+    own (t - 1,): log-probability of each token but the first. likeliest, logprobs (t, k): tokens after each.
     place, index (n,): where each unit is. density, maximum (n,): of its record, NaN where it has none.
     """
 
     loaded: Loaded
     text: str
     ids: Sequence[int]
-    predicted: Float[Tensor, "t v"]
+    own: Float[np.ndarray, " s"]
+    likeliest: Int[np.ndarray, "t k"]
+    logprobs: Float[np.ndarray, "t k"]
     values: Float[np.ndarray, "t n"]
     place: Int[np.ndarray, " n"]
     index: Int[np.ndarray, " n"]
@@ -139,7 +142,10 @@ class Reading:
         index = np.concatenate([np.arange(width) for width in widths])
         values = np.concatenate([found[number] for number in sorted(found)], 1)
         numbers = [_recorded(loaded, name, widths) for name in ("density", "maximum")]
-        return cls(loaded, text, ids, predicted, values, place, index, *numbers)
+        own = predicted[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0].numpy()
+        best = predicted.topk(min(LIKELIEST, predicted.shape[1]))
+        likeliest, logprobs = best.indices.numpy(), best.values.numpy()
+        return cls(loaded, text, ids, own, likeliest, logprobs, values, place, index, *numbers)
 
     @property
     def listed(self) -> Bool[np.ndarray, " n"]:
@@ -235,7 +241,7 @@ class Live:
         surprise = None
         if row is not None:
             quantile = self._quantile(reading, place, np.full(len(values), index), values)
-            surprise = numbers(np.where(values == 0, np.nan, quantile), 6)
+            surprise = None if np.isnan(quantile).all() else numbers(np.where(values == 0, np.nan, quantile), 6)
         return {
             "site": where.name,
             "layer": where.layer,
@@ -271,11 +277,8 @@ def _shown(reading: Reading, asked: Asked) -> Bool[np.ndarray, " n"]:
 
 def _predictions(opened: Opened, reading: Reading) -> dict[str, Any]:
     """Each token's log-probability given those before it, and what is likeliest after it."""
-    predicted, ids = reading.predicted, list(reading.ids)
-    own = [None, *numbers([float(predicted[place, token]) for place, token in enumerate(ids[1:])], 5)]
-    best = predicted.topk(min(LIKELIEST, predicted.shape[1]))
     likeliest = [
-        [{"text": text, "logprob": number(logprob)} for text, logprob in zip(opened.decode(tokens), row, strict=True)]
-        for tokens, row in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        [{"text": text, "logprob": logprob} for text, logprob in zip(opened.decode(tokens), numbers(row), strict=True)]
+        for tokens, row in zip(reading.likeliest.tolist(), reading.logprobs, strict=True)
     ]
-    return {"logprobs": own, "top": likeliest}
+    return {"logprobs": [None, *numbers(reading.own)], "top": likeliest}

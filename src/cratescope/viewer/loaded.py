@@ -24,6 +24,7 @@ from cratescope.neurons.sites import Site, hooked, site_named
 from cratescope.text.tokenizer import encode
 from cratescope.viewer.opened import Opened, OpenedSite, Units
 
+AGAIN = "collect them again"
 LONGEST_TEXT = 20_000
 """Characters of a text that is read."""
 MOST_TOKENS = 4096
@@ -145,12 +146,16 @@ class Loaded:
         if of is not None and of != self.fingerprint:
             raise UserError(
                 f"{self.opened.name}: records of {opened.name} are of another model than the one in its folder model; "
-                "collect them again"
+                f"{AGAIN}"
             )
 
     def _site(self, opened: OpenedSite) -> Site:
         if opened.name.startswith(SAE):
-            return find_coders(self.opened.run, opened.name.removeprefix(SAE))
+            found = find_coders(self.opened.run, opened.name.removeprefix(SAE))
+            of = opened.identity.get("sae_sha256")
+            if isinstance(of, dict) and any(found.identity.get(layer) != of[layer] for layer in of):
+                raise UserError(f"{self.opened.name}: records of {opened.name} are of other autoencoders; {AGAIN}")
+            return found
         pattern = opened.identity.get("site")
         if isinstance(pattern, str) and "{layer}" in pattern:
             return Site(opened.name, pattern)

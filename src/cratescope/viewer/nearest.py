@@ -7,9 +7,7 @@ same data. Both are computed in the background when a card first asks for them, 
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-import os
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -24,6 +22,7 @@ from cratescope.errors import UserError, first_line
 from cratescope.files import slug
 from cratescope.viewer.opened import Opened, OpenedSite
 from cratescope.viewer.pairs import Best, Columns, compare, read_best, write_best
+from cratescope.viewer.quiet import Quiet
 from cratescope.viewer.turns import Turns
 from cratescope.viewer.values import number
 
@@ -37,10 +36,10 @@ TOKENS, CONTEXT = 16_384, 256
 HELD = 1 << 29
 """Bytes of activations of one run that are held; a larger run is compared on fewer tokens."""
 SHOWN = 10
+LONGEST_PAUSE = 2.0
+"""Seconds that the next block or batch waits for requests that are being answered."""
 BATCH = 4
 """Excerpts that are read in one turn, so that a page does not wait long."""
-NICE = 10
-"""How much the background's thread gives way to others."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +111,7 @@ class Pair:
 
     @property
     def tokens(self) -> int:
-        """How many tokens both are compared on; 0 of weights."""
+        """How many tokens both are compared on, if there are so many; 0 of weights."""
         if self.kind == "weights":
             return 0
         return min(tokens_of(one.opened) for one in (self.one, self.other)) // self.length * self.length
@@ -158,8 +157,11 @@ def unit_length(columns: Float32[np.ndarray, "t m"]) -> Float32[np.ndarray, "t m
 class Nearest:
     """Computes pairs of sites in a thread of its own, those first that somebody waits for."""
 
-    def __init__(self, runs: Iterable[Opened], models: Callable[[], Models], turns: Turns) -> None:
-        self.runs, self.models, self.turns = [*runs], models, turns
+    def __init__(
+        self, runs: Iterable[Opened], models: Callable[[], Models], turns: Turns, quiet: Quiet | None = None
+    ) -> None:
+        """quiet: what is waited for before the first pair is computed."""
+        self.runs, self.models, self.turns, self.quiet = [*runs], models, turns, quiet
         self._found: dict[tuple[str, ...], Best | str] = {}
         self._asked: dict[tuple[str, ...], int] = {}
         self._waiting: PriorityQueue[tuple[int, int, Pair]] = PriorityQueue()
@@ -167,6 +169,7 @@ class Nearest:
         self._samples: dict[tuple[str, int], dict[str, Sample]] = {}
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
+        self._rank = 0
         self.progress = ""
 
     def of(self, opened: Opened, site: OpenedSite, layer: int, index: int) -> dict[str, Any]:
@@ -244,10 +247,10 @@ class Nearest:
         return [_entry(*one) for one in (*within, *across)]
 
     def _work(self) -> None:
-        with contextlib.suppress(OSError, AttributeError):
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)  # of a thread, on Linux
+        if self.quiet is not None:
+            self.quiet.wait()
         while True:
-            _, _, pair = self._waiting.get()
+            self._rank, _, pair = self._waiting.get()
             if pair.key in self._found:
                 continue
             try:
@@ -267,17 +270,25 @@ class Nearest:
         kept = [read_best(one.path, one.identity(), one.one.n) for one in (pair, pair.turned)]
         if kept[0] is not None and kept[1] is not None:
             return kept[0], kept[1]
-        columns = self._directions if pair.kind == "weights" else partial(self._activations, pair)
-        n_tokens, same = pair.tokens, pair.one.key == pair.other.key
-        one = columns(pair.one)
-        other = one if same else columns(pair.other)
-        found = compare(one, pair.one.n, other, pair.other.n, same, n_tokens, partial(self._tell, pair.title))
+        same = pair.one.key == pair.other.key
+        sides = [pair.one] if same else [pair.one, pair.other]
+        if pair.kind == "weights":
+            n_tokens, columns = 0, [self._directions(side) for side in sides]
+        else:
+            samples = [self._sample(side, pair.length) for side in sides]
+            n_tokens = min(pair.tokens, *(len(one.values) for one in samples))
+            columns = [one.columns(n_tokens) for one in samples]
+        tell = partial(self._tell, pair.title)
+        found = compare(columns[0], pair.one.n, columns[-1], pair.other.n, same, n_tokens, tell)
         for each, best in zip((pair, pair.turned), found, strict=True):
             write_best(each.path, best, each.identity())
         return found
 
     def _tell(self, what: str, share: float) -> None:
+        """Say how far it is, and let requests go first unless somebody waits for just this."""
         self.progress = f"{what}: {100 * share:.0f} %"
+        if self.quiet is not None and self._rank:
+            self.quiet.wait(0.0, LONGEST_PAUSE)
 
     def _directions(self, side: Side) -> Columns:
         """What every unit of a site writes into the residual stream."""
@@ -298,16 +309,17 @@ class Nearest:
         every = unit_length(np.concatenate(rows).astype(np.float32).T)
         return lambda units: every[:, units]
 
-    def _activations(self, pair: Pair, side: Side) -> Columns:
-        key = side.opened.name, pair.length
+    def _sample(self, side: Side, length: int) -> Sample:
+        """What a side does on held-out text, in excerpts of `length` tokens."""
+        key = side.opened.name, length
         if key not in self._samples:
             while len(self._samples) > 1:  # those of two runs are held at most
                 self._samples.pop(next(iter(self._samples)))
-            self._samples[key] = self._read(side.opened, pair.length)
+            self._samples[key] = self._read(side.opened, length)
         found = self._samples[key].get(side.site.name)
         if found is None:
             raise UserError(f"{side.opened.name} {side.site.name}: its records are not of the model in its folder")
-        return found.columns(pair.tokens)
+        return found
 
     def _read(self, opened: Opened, length: int) -> dict[str, Sample]:
         """Activations of all sites of a run on its held-out text, by site."""
@@ -341,7 +353,7 @@ def _shares(loaded: Loaded, name: str, found: dict[int, Float32[np.ndarray, "t h
     for number_, place in enumerate(loaded.places):
         if place.name == name and place.units is not None:
             largest = np.abs(place.units.numbers["maximum"])
-            scale = np.where(np.isfinite(largest) & (largest > 0), largest, 1.0)
+            scale = np.where(np.isfinite(largest) & (largest > 0), largest, 1.0).astype(np.float32)
             parts.append(np.clip(found[number_][:, place.units.index] / scale, -1e4, 1e4))
     return np.concatenate(parts, 1)
 

@@ -28,6 +28,7 @@ from cratescope.neurons.sample import SAE, record_files
 from cratescope.results.runs import described
 from cratescope.results.scores import measures_of
 from cratescope.run import Run
+from cratescope.score.scores import SCHEMA
 from cratescope.score.scores import scores as scores_in
 
 NUMBERS = ("density", "mean", "maximum", "kurtosis", "skewness")
@@ -247,10 +248,11 @@ class OpenedSite:
 
 def _read_scores(paths: Sequence[Path], columns: Sequence[str], wanted: pc.Expression) -> pa.Table:
     """Some rows of a layer's scores; row groups without them are left out."""
-    tables = []
+    tables = [SCHEMA.empty_table().select([*columns])]
     for path in paths:
         with as_user_error(f"{path}: damaged Parquet file", "delete it and run `cratescope score` again"):
-            tables.append(pq.read_table(path, columns=[*columns], filters=wanted))
+            tables.append(pq.read_table(path, columns=[*columns], filters=wanted).replace_schema_metadata(None))
+    tables[0] = tables[0].replace_schema_metadata(None)
     return pa.concat_tables(tables).combine_chunks()
 
 
@@ -319,6 +321,11 @@ class Opened:
         if known is None:
             return [f"#{index}" for index in ids]
         return [known[index] if 0 <= index < len(known) else "" for index in ids]
+
+    @property
+    def recorded(self) -> bool:
+        """Whether it has records of any site, without looking into them."""
+        return any((self.run.root / "records").glob("[!.]*/layer-*.parquet"))
 
     @property
     def can_run(self) -> bool | str:

@@ -21,7 +21,7 @@ try:
     import uvicorn
     from starlette.applications import Starlette
     from starlette.requests import Request
-    from starlette.responses import FileResponse, Response
+    from starlette.responses import Response
     from starlette.routing import Route
 
     from cratescope.viewer.api import Api, as_response
@@ -89,6 +89,7 @@ def warm(api: Api, opened: threading.Event) -> None:
     for one in api.library.opened.values():
         one.decode([])
     opened.wait()
+    api.quiet.wait()
     api.turns.do(api.load)
     with contextlib.suppress(UserError):
         api.searches.find([*api.library.opened.values()], "a")
@@ -119,7 +120,7 @@ def _page_file(name: str) -> Response:
         return as_response({"error": f"the page has no file {name!r:.80}"}, 404)
     path = files[name]
     kind = KINDS.get(path.suffix) or mimetypes.guess_type(path.name)[0] or "application/octet-stream"
-    return FileResponse(path, media_type=kind, headers={"cache-control": "no-cache"})
+    return Response(path.read_bytes(), media_type=kind, headers={"cache-control": "no-cache"})
 
 
 async def _nothing(request: Request, error: Any) -> Response:

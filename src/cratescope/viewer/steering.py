@@ -43,7 +43,7 @@ def settings(opened: Opened, request: Mapping[str, Any]) -> SteerConfig:
     if request.get("tokens", 0) > MOST_TOKENS:
         raise UserError(f"tokens {request['tokens']}: has to be {MOST_TOKENS} or less")
     chosen = {name: request[name] for name in ("tokens", "temperature", "seed") if name in request}
-    return SteerConfig(opened.run.root, tuple(request["edits"]), request["prompt"], sae=sae, **chosen)
+    return SteerConfig(opened.run.root, tuple(request["edits"]), prompt=request["prompt"], sae=sae, **chosen)
 
 
 def steer(

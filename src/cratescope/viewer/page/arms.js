@@ -24,7 +24,7 @@
     </section>`;
   }
 
-  const Arm = ({ run, measure, scale }) => html`<article class="tile ${Cratescope.colour(run.name)}">
+  const Arm = ({ run, measure, scale }) => html`<article class="tile ${Cratescope.look(run.name)}">
     <h3 class="dot">${run.title || run.name}</h3>
     <p class="note">${[run.name !== run.title && run.name, run.family, plural(run.layers, "layer"), run.context && `context ${run.context}`].filter(Boolean).join(" · ")}</p>
     <dl>
@@ -34,6 +34,7 @@
     </dl>
     ${run.sites.length > 0 && html`<${Sites} ...${{ run, measure, scale }} />`}
     ${!run.sites.length && html`<p class="note">No records yet: <code>cratescope collect</code> makes them.</p>`}
+    ${(run.problems ?? []).map((problem) => html`<p key=${problem} class="failed">${problem}</p>`)}
   </article>`;
 
   const Sites = ({ run, measure, scale }) => html`<div class="scroll plain"><table>

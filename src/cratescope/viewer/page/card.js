@@ -2,7 +2,7 @@
 // The card: all that is known of one neuron.
 (() => {
   const { html, number, percent, link, changed, replace, go, unitLink, unitKey, unitOf, sameUnit, Loaded, Failed, Facts, Copy } = Cratescope;
-  const { useEffect, useState } = preactHooks;
+  const { useEffect, useState, useRef } = preactHooks;
   const AGAIN = 1500; // milliseconds until a card is read again whose neighbours are being computed
 
   function CardScreen({ route }) {
@@ -35,7 +35,7 @@
   function Shown({ card, unit, query, change, keys, compact }) {
     const live = query.has("live") ? Number(query.get("live")) : undefined;
     const label = `${card.run} ${card.site} ${card.layer}:${card.index}`;
-    return html`<article class="neuron ${Cratescope.colour(card.run)}${compact ? " compact" : ""}" aria-label=${label}>
+    return html`<article class="neuron ${Cratescope.look(card.run)}${compact ? " compact" : ""}" aria-label=${label}>
       <${Top} ...${{ card, unit, query, keys, compact }} />
       <${Facts} facts=${factsOf(card.numbers)} />
       ${card.problem && html`<p class="state failed" role="alert">${card.problem}</p>`}
@@ -72,11 +72,15 @@
 
   function Top({ card, unit, query, keys, compact }) {
     const said = card.explanations.find((one) => one.text) ?? card.explanations[0];
+    const heading = useRef(null);
+    useEffect(() => {
+      if (document.activeElement?.id === "main") heading.current?.focus({ preventScroll: true });
+    }, []);
     const text = said ? Cratescope.shownText(said) : "not explained";
     const place = html`<a href=${link([], { run: card.run, site: card.site })}>${card.run}</a> · ${card.site} · layer ${card.layer} · ${card.index}`;
     return html`<header class="top">
       <p class="eyebrow"><span class="dot">${place}</span>${keys && html` <${Walk} unit=${unit} query=${query} />`}</p>
-      ${compact ? html`<h2><a href=${unitLink(card)}>${text}</a></h2>` : html`<h1 tabindex="-1">${text}</h1>`}
+      ${compact ? html`<h2><a href=${unitLink(card)}>${text}</a></h2>` : html`<h1 tabindex="-1" ref=${heading}>${text}</h1>`}
       <div class="actions"><${Cratescope.Bookmark} unit=${card} keys=${keys} />
         <${Copy} title="Markdown" text=${() => Cratescope.markdownOf(card)} /><${Copy} title="JSON" text=${() => JSON.stringify(card, null, 1)} />
         ${!compact && html`<a class="button" href=${link(["compare"], { a: `${card.run}/${card.site}`, pair: `${card.layer}:${card.index}` })}>Compare</a>`}</div>

@@ -1,7 +1,7 @@
 "use strict";
 // Twins: which neuron of another model does what this one does, and the two cards beside each other.
 (() => {
-  const { html, number, visible, link, changed, replace, Rows, Select, Check, Loaded, Empty } = Cratescope;
+  const { html, number, fixed, visible, link, changed, replace, Rows, Select, Check, Loaded, Empty } = Cratescope;
   const { useMemo } = preactHooks;
 
   function CompareScreen({ route }) {
@@ -61,7 +61,7 @@
     const row = (place) => {
       const pair = pairs[place];
       const text = (side, unit) => visible(texts?.[side].get(unit) || "–");
-      return [number(pair.correlation, 2), pair.back ? "yes" : "", name(pair), text(0, name(pair)), other(pair), text(1, other(pair))];
+      return [fixed(pair.correlation, 2), pair.back ? "yes" : "", name(pair), text(0, name(pair)), other(pair), text(1, other(pair))];
     };
     return html`<p class="note" role="status">${Cratescope.plural(pairs.length, "pair")} by the correlation of their activations on ${number(found.n_tokens, 9)} tokens; each neuron with its best.</p>
       <${Rows} label="Twins" columns=${columns} n=${pairs.length} row=${row} selected=${at} open=${select} />

@@ -47,7 +47,7 @@
       ${!unit && html`<${Select} label="site" value=${other.site} choices=${sites} choose=${(site) => setOther({ ...other, site })} />
         <${Field} label="layer:neuron" value=${other.name} pattern="\\s*\\d+\\s*:\\s*\\d+\\s*" required size="7" set=${(name) => setOther({ ...other, name })} />`}
       <${Select} label="operation" value=${form.operation} choices=${OPERATIONS} choose=${(operation) => set({ operation })} />
-      ${!whole(form.operation) && html`<${Field} label="amount" value=${form.amount} inputmode="decimal" pattern="\\s*[-+]?(\\d+\\.?\\d*|\\.\\d+)([eE][-+]?\\d+)?\\s*" required size="5" set=${(amount) => set({ amount: amount.trim() })} />`}
+      ${!whole(form.operation) && html`<${Field} label="amount" value=${form.amount} inputmode="decimal" pattern="\\s*[+\\-]?(\\d+\\.?\\d*|\\.\\d+)([eE][+\\-]?\\d+)?\\s*" required size="5" set=${(amount) => set({ amount: amount.trim() })} />`}
       ${!whole(form.operation) && form.operation !== "*=" && html`<${Select} label="unit" value=${form.unit} choices=${UNITS} choose=${(one) => set({ unit: one })} />`}
       <${Select} label="where" value=${form.where} choices=${WHERE} choose=${(where) => set({ where })} />
       ${form.where === "at" && html`<${Field} label="positions" value=${form.positions} placeholder="0,3" pattern="\\s*\\d+(\\s*,\\s*\\d+)*\\s*" required size="6" set=${(positions) => set({ positions })} />`}

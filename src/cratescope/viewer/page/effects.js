@@ -1,7 +1,9 @@
 "use strict";
 // What a neuron does: tokens whose logits it raises and lowers, by its weights and as measured; and its neighbours.
 (() => {
-  const { html, number, change, score, visible, known, Facts, Unit } = Cratescope;
+  const { html, number, fixed, change, score, visible, known, Facts, Unit } = Cratescope;
+
+  const SHOWN = 12; // tokens of a kind; all are in the card's JSON
 
   function Effects({ effects }) {
     if (!effects) return html`<p class="note">Not measured yet: <code>cratescope effects</code> finds the tokens whose logits this neuron raises and lowers.</p>`;
@@ -20,7 +22,7 @@
 
   function Changed({ title, rows, value }) {
     if (!rows?.length) return null;
-    return html`<div><h3>${title}</h3><p class="chips">${rows.map((row, place) => html`<span class="chip" key=${place} data-tip="${value} ${change(row[value])}">${visible(row.text)} <span class="se">${change(row[value], 2)}</span></span>`)}</p></div>`;
+    return html`<div><h3>${title}</h3><p class="chips">${rows.slice(0, SHOWN).map((row, place) => html`<span class="chip" key=${place} data-tip="${value} ${change(row[value])}">${visible(row.text)} <span class="se">${change(row[value], 2)}</span></span>`)}</p></div>`;
   }
 
   /** Tokens with the highest or the lowest mean activation. */
@@ -35,7 +37,7 @@
     return html`<div class="pair">
       <${Neighbours} title="by weights" tip="cosine of what the two write into the residual stream" rows=${nearest.weights} card=${card} />
       <${Neighbours} title="by activation" tip="correlation of the two on the same text" rows=${nearest.activation} card=${card} />
-    </div>`;
+    </div>${nearest.n_tokens > 0 && html`<p class="note">By activation on ${number(nearest.n_tokens, 9)} tokens of held-out text.</p>`}`;
   }
 
   function Neighbours({ title, tip, rows, card }) {
@@ -47,7 +49,7 @@
   }
 
   const Neighbour = ({ row, card }) => html`<tr>
-    <td><${Unit} unit=${row} short=${row.run === card.run} /></td><td>${number(row.value, 2)}</td>
+    <td><${Unit} unit=${row} short=${row.run === card.run} /></td><td>${fixed(row.value, 2)}</td>
     <td class="left wide" data-tip=${row.text}>${row.text ? visible(row.text) : html`<span class="se">–</span>`}</td></tr>`;
 
   Object.assign(Cratescope, { Effects, TokenMeans, Nearest });

@@ -3,7 +3,7 @@
 // data and by models that run in the page.
 (() => {
   const { Shards, Inside, readShard } = Cratescope.inside;
-  const HITS = 100, OPENED = 60; // hits in all; units whose windows are looked at
+  const HITS = 100, OPENED = 40; // hits of each field; scripts of cards whose windows are looked at
   const AROUND = 60; // characters of a snippet before the first mark
   const WORDS = /[\p{L}\p{N}]+/gu, LETTER = /[\p{L}\p{N}]/u;
   const ONLY_SERVER = "An exported page keeps no notes. Open the run with `cratescope view` to write some.";
@@ -14,7 +14,8 @@
   function modelOf(shards, run) {
     const { model } = shards.run(run);
     if (typeof model === "string") throw new Error(model);
-    const places = model.places.map((place) => ({ ...place, units: place.recorded ? shards.layer(run, place.site, place.layer).units : null }));
+    const unitsOf = ({ recorded, site, layer }) => (recorded ? shards.layer(run, site, layer).units : null);
+    const places = model.places.map((place) => ({ ...place, units: unitsOf(place) }));
     const sites = Object.entries(model.sites).map(([name, { place, coders }]) => {
       const found = coders && Object.fromEntries(Object.entries(coders).map(([layer, number]) => [layer, places[number].coder]));
       return [name, { place, coders: found }];
@@ -54,7 +55,8 @@
       const there = this.manifest.twins.find(({ a, b }) => same(a, runA, siteA) && same(b, runB, siteB));
       if (!there) throw new Error(NO_TWINS);
       const { pairs, ...about } = await readShard(there.name);
-      return { ...about, pairs: pairs[0].map((_, row) => Object.fromEntries(TWIN.map((name, place) => [name, pairs[place][row]]))) };
+      const pair = (row) => Object.fromEntries(TWIN.map((name, place) => [name, pairs[place][row]]));
+      return { ...about, pairs: pairs[0].map((_, row) => pair(row)) };
     }
 
     /** A run's model, read when it is first asked for. */
@@ -79,7 +81,8 @@
     }
 
     async explanation(run, site, layer, index) {
-      const table = await this.table(run, site), row = table.index.findIndex((one, i) => one === index && table.layer[i] === layer);
+      const table = await this.table(run, site);
+      const row = table.index.findIndex((one, i) => one === index && table.layer[i] === layer);
       return table.text[row] ?? "";
     }
 
@@ -90,14 +93,15 @@
     async search(text, signal) {
       const asked = text.trim().replaceAll("\u0130", "i").toLowerCase(), words = asked.match(WORDS) ?? [];
       if (!words.length) return { hits: [], truncated: false };
-      const hits = await this.inExplanations(asked), units = await this.unitsWith(words);
-      for (const unit of units.slice(0, OPENED)) {
+      const said = await this.inExplanations(asked), seen = [], opened = new Set();
+      for (const unit of await this.unitsWith(words)) {
         if (signal?.aborted) throw signal.reason;
-        if (hits.length >= HITS) break;
-        const hit = await this.inWindows(unit, asked);
-        if (hit) hits.push(hit);
+        if (seen.length > HITS || opened.size > OPENED) break;
+        const hit = await this.inWindows(unit, asked, opened);
+        if (hit) seen.push(hit);
       }
-      return { hits: hits.slice(0, HITS), truncated: hits.length > HITS || units.length > OPENED };
+      const truncated = Math.max(said.length, seen.length) > HITS || opened.size > OPENED;
+      return { hits: [...said.slice(0, HITS), ...seen.slice(0, HITS)], truncated };
     }
 
     async inExplanations(asked) {
@@ -105,7 +109,7 @@
       for (const { run, site, table: name } of this.shards.sites) {
         const table = await readShard(name);
         table.text.forEach((text, row) => {
-          const hit = hits.length <= HITS && snippetOf(text, asked);
+          const hit = snippetOf(text, asked);
           if (hit) hits.push({ run, site, layer: table.layer[row], index: table.index[row], field: "explanation", ...hit });
         });
       }
@@ -130,7 +134,7 @@
       for (const one of search.slice(first)) {
         if (one.first > word && !(begun && one.first.startsWith(word))) break;
         const held = await readShard(one.name);
-        const meant = begun ? Object.keys(held).filter((other) => other.startsWith(word)) : Object.hasOwn(held, word) ? [word] : [];
+        const meant = Object.keys(held).filter((other) => (begun ? other.startsWith(word) : other === word));
         for (const [near, far] of meant.map((other) => held[other])) {
           for (const unit of summed(far)) if (!found.has(unit)) found.set(unit, false);
           for (const unit of summed(near)) found.set(unit, true);
@@ -139,12 +143,13 @@
       return found;
     }
 
-    async inWindows(unit, asked) {
+    /** The first window of a unit with what is asked for; null if there is none. The script it is in is added to `opened`. */
+    async inWindows(unit, asked, opened) {
       const { run, site, first, table: name } = this.shards.siteOf(unit);
       const table = await readShard(name), layer = table.layer[unit - first], index = table.index[unit - first];
-      const card = await this.shards.card(run, site, layer, index);
-      for (const { tokens } of card.windows) {
-        const hit = snippetOf(tokens.join(""), asked);
+      opened.add(this.shards.shard(run, site, layer, index).name);
+      for (const text of await this.shards.windows(run, site, layer, index)) {
+        const hit = snippetOf(text, asked);
         if (hit) return { run, site, layer, index, field: "window", ...hit };
       }
       return null;
@@ -154,7 +159,8 @@
   /** Where `asked` stands in a text of small letters, at the beginning of a word if it begins with one. */
   function placesOf(text, asked) {
     const found = [], word = LETTER.test(asked[0]);
-    for (let at = text.indexOf(asked); at >= 0; at = text.indexOf(asked, at + 1)) if (!(word && at && LETTER.test(text[at - 1]))) found.push(at);
+    for (let at = text.indexOf(asked); at >= 0; at = text.indexOf(asked, at + 1))
+      if (!(word && at && LETTER.test(text[at - 1]))) found.push(at);
     return found;
   }
 

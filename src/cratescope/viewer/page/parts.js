@@ -56,7 +56,7 @@
   /** The name of a unit in its arm's colour, linked to its card. */
   function Unit({ unit, query, short }) {
     const name = `${short ? "" : `${unit.run} `}${unit.site} ${unit.layer}:${unit.index}`;
-    return html`<a class="unit dot ${Cratescope.colour(unit.run)}" href=${Cratescope.unitLink(unit, query)}>${name}</a>`;
+    return html`<a class="unit dot ${Cratescope.look(unit.run)}" href=${Cratescope.unitLink(unit, query)}>${name}</a>`;
   }
 
   /** Estimates with their intervals on one scale, in one line: an `own` one is filled, its controls are hollow. */

@@ -16,7 +16,7 @@
     const shown = Math.ceil((box.current?.clientHeight || 600) / ROW) + 2 * SPARE;
     const start = Math.max(0, Math.min(first - SPARE, n - shown));
     const stop = Math.min(n, start + shown);
-    useInSight(box, selected, n);
+    useInSight(box, selected, n, sort);
     const scrolled = () => setFirst(Math.floor(box.current.scrollTop / ROW));
     return html`<div class="rows" ref=${box} onScroll=${scrolled} tabindex="0" role="region" aria-label=${label}>
       <table aria-rowcount=${n + 1} aria-label=${label}>
@@ -57,7 +57,7 @@
   }
 
   /** Scroll so that the selected row is in sight below the head of the table. */
-  function useInSight(box, selected, n) {
+  function useInSight(box, selected, n, sort) {
     const before = useRef(selected);
     useEffect(() => {
       if (before.current === selected || !box.current) return;
@@ -66,6 +66,9 @@
       if (top < box.current.scrollTop) box.current.scrollTop = top;
       if (bottom > box.current.scrollTop + box.current.clientHeight) box.current.scrollTop = bottom - box.current.clientHeight;
     }, [selected]);
+    useLayoutEffect(() => {
+      if (box.current) box.current.scrollTop = 0;
+    }, [sort]);
     useLayoutEffect(() => {
       if (box.current && box.current.scrollTop > n * ROW) box.current.scrollTop = 0;
     }, [n]);

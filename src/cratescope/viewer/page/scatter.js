@@ -75,10 +75,11 @@
     drawn.forEach((place, at) => {
       const { run } = neurons.unit(place);
       if (!colours.has(run)) colours.set(run, style.getPropertyValue(`--${Cratescope.colour(run)}`).trim());
-      ctx.fillStyle = colours.get(run);
+      ctx.fillStyle = ctx.strokeStyle = colours.get(run);
       ctx.beginPath();
       ctx.arc(plot.valToPos(xs[at], "x", true), plot.valToPos(ys[at], "y", true), place === selected ? 2 * size : size, 0, 2 * Math.PI);
-      ctx.fill();
+      if (Cratescope.untrained(run)) ctx.stroke();
+      else ctx.fill();
     });
     ctx.restore();
     return null;

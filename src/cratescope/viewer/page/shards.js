@@ -4,6 +4,7 @@
 (() => {
   const waiting = new Map();
   const kept = new Map();
+  const CARDS = 50; // scripts of cards that are kept, of some MB each
   const WINDOW = ["kind", "label", "tokens", "activations", "simulated", "peak", "excerpt", "start"];
 
   /** Called by every script of the folder data. */
@@ -35,14 +36,15 @@
     return new Uint8Array(await new Response(stream).arrayBuffer());
   }
 
-  /** The JSON value of a shard; what was read once is kept. */
+  /** The JSON value of a shard; what was read once is kept, of cards the last few. */
   function read(name) {
-    if (!kept.has(name)) {
-      const promise = bytes(name).then((found) => JSON.parse(new TextDecoder().decode(found)));
-      kept.set(name, promise);
-      promise.catch(() => kept.delete(name));
-    }
-    return kept.get(name);
+    const promise = kept.get(name) ?? bytes(name).then((found) => JSON.parse(new TextDecoder().decode(found)));
+    kept.delete(name);
+    kept.set(name, promise);
+    promise.catch(() => kept.delete(name));
+    const cards = [...kept.keys()].filter((one) => one.startsWith("cards-"));
+    if (cards.length > CARDS) kept.delete(cards[0]);
+    return promise;
   }
 
   /** The float16 numbers of several shards end to end, as float32; `onPart` is told how many parts are there. */
@@ -71,7 +73,7 @@
     if (kind === "$window") return fullWindow(value.$window, meanings.words);
     if (kind === "$bins") return histogram(value.$bins, value.count, meanings.edges);
     if (kind === "$unit") return { ...meanings.unit(value.$unit[0]), value: value.$unit[1] };
-    if (kind in TOKENS) return token(TOKENS[kind], value[kind], meanings.words);
+    if (Object.hasOwn(TOKENS, kind)) return token(TOKENS[kind], value[kind], meanings.words);
     return Object.fromEntries(Object.entries(value).map(([key, item]) => [key, unpacked(item, meanings)]));
   }
 
@@ -96,8 +98,16 @@
   function histogramOf({ index, bins, count, edges }, unit) {
     const row = index.indexOf(unit);
     if (!(count[row]?.length > 0)) return null;
-    const { low, high } = histogram(bins[row], count[row], edges), short = (value) => Number(value.toPrecision(5));
+    const { low, high } = histogram(bins[row], count[row], edges);
     return { low: low.map(short), high: high.map(short), count: count[row] };
+  }
+
+  /** A number with five digits, rounded as viewer/values.py does; edges of bins often lie half-way. */
+  function short(value) {
+    if (value === 0) return 0;
+    const scale = 10 ** (4 - Math.floor(Math.log10(Math.abs(value)))), scaled = value * scale, below = Math.floor(scaled);
+    const half = scaled - below === 0.5, rounded = half ? below + (below % 2 ? 1 : 0) : Math.round(scaled);
+    return rounded / scale;
   }
 
   /** Shares of tokens at or below the upper edge of each bin. */
@@ -135,12 +145,28 @@
       return found;
     }
 
-    async card(run, site, layer, index) {
-      const { shards, units } = this.layer(run, site, layer), shard = shards.findLast((one) => one.first <= index);
-      const found = shard && (await read(shard.name));
+    /** The script that a unit's card is in. */
+    shard(run, site, layer, index) {
+      return this.layer(run, site, layer).shards.findLast((one) => one.first <= index);
+    }
+
+    /** A unit's card as it is in its script, and that script. */
+    async packed(run, site, layer, index) {
+      const shard = this.shard(run, site, layer, index), found = shard && (await read(shard.name));
       if (!found?.cards[index]) throw new Error(`unit ${index} of layer ${layer} is not in this export of ${run} ${site}`);
-      const packed = found.cards[index], unit = await this.addresses(packed.nearest);
-      const card = unpacked(packed, { words: await read(this.run(run).words), edges: found.edges, unit });
+      return [found.cards[index], found];
+    }
+
+    /** The texts of a unit's windows. */
+    async windows(run, site, layer, index) {
+      const [{ windows }] = await this.packed(run, site, layer, index), words = await read(this.run(run).words);
+      return windows.map(({ $window }) => $window[WINDOW.indexOf("tokens")].map((number) => words[number]).join(""));
+    }
+
+    async card(run, site, layer, index) {
+      const [packed, { edges }] = await this.packed(run, site, layer, index), { units } = this.layer(run, site, layer);
+      const unit = await this.addresses(packed.nearest);
+      const card = unpacked(packed, { words: await read(this.run(run).words), edges, unit });
       const bins = histogramOf(await read(units), index);
       return { ...card, histogram: bins, quantiles: quantiles(bins) };
     }

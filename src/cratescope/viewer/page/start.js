@@ -48,7 +48,7 @@
       document.title = [route.screen === "n" ? route.rest.slice(1).join(" ") : SCREENS[route.screen]?.[0], home.title, "cratescope"].filter(Boolean).join(" · ");
       if (before.current !== null && before.current !== route.screen) {
         scrollTo(0, 0);
-        document.querySelector("main h1, main")?.focus({ preventScroll: true });
+        (document.querySelector("main h1") ?? document.getElementById("main")).focus({ preventScroll: true });
       }
       before.current = route.screen;
     }, [name, home]);

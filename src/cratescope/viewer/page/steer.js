@@ -120,14 +120,15 @@
   function Outcome({ steering, stale }) {
     const { plain, steered, end, error, busy, started, stopped } = steering;
     if (!steering.request) return null;
+    const asked = JSON.parse(steering.request);
     const differs = steered.findIndex((event, place) => plain[place]?.text !== event.text);
     return html`<div class="outcome" aria-busy=${busy ? "true" : "false"}>
       ${error && html`<${Failed} error=${error} retry=${steering.start} />`}
       ${stale && !busy && html`<p class="note">The settings have changed since: steer again.</p>`}
       ${busy && !started && html`<p class="note" role="status"><span class="pulse" aria-hidden="true"></span>waiting for the model …</p>`}
       <div class="pair">
-        <div><h3>steered</h3><${Written} events=${steered} name="steered" edges=${differs >= 0 ? [differs] : []} /></div>
-        <div><h3>plain</h3><${Written} events=${plain} name="plain" edges=${[]} /></div>
+        <${Written} events=${steered} name="steered" asked=${asked} edges=${differs >= 0 ? [differs] : []} />
+        <${Written} events=${plain} name="plain" asked=${asked} edges=${[]} />
       </div>
       ${stopped && !end && html`<p class="note">Stopped.</p>`}
       ${end && html`<${Facts} facts=${[["KL after the prompt", `${fixed(end.kl_prompt, 3)} nats`, "KL(steered || plain) of the prediction after the prompt"], ["KL per generated token", `${fixed(end.kl_generated, 3)} nats`, "its mean over the steered text, of what both predict after each token"]]} />
@@ -135,7 +136,10 @@
     </div>`;
   }
 
-  const Written = ({ events, name, edges }) => html`<p class="written ${name}" aria-live="off"><${Tokens} tokens=${events.map((event) => event.text)} edges=${edges} tips=${(place) => `${visible(events[place].text)}  log-probability ${fixed(events[place].logprob, 2)}`} /></p>`;
+  /** What was written, with a way to see which neurons act in it. */
+  const Written = ({ events, name, asked, edges }) => html`<div><h3>${name}</h3>
+    <p class="written ${name}" aria-live="off"><${Tokens} tokens=${events.map((event) => event.text)} edges=${edges} tips=${(place) => `${visible(events[place].text)}  log-probability ${fixed(events[place].logprob, 2)}`} /></p>
+    ${events.length > 0 && html`<p class="note"><a href=${link(["live"], { run: asked.run, text: asked.prompt + events.map((event) => event.text).join("") })}>Its neurons in live text</a></p>`}</div>`;
 
   const Moved = ({ title, rows }) => html`<div><h3>${title}</h3><div class="scroll"><table class="dense"><thead><tr><th scope="col">token</th><th scope="col">logit</th><th scope="col">plain</th><th scope="col">steered</th></tr></thead>
     <tbody>${(rows ?? []).map((row, place) => html`<tr key=${place}><th scope="row"><span class="chip">${visible(row.text)}</span></th><td>${signed(row.change)}</td><td>${percent(row.plain)}</td><td>${percent(row.steered)}</td></tr>`)}</tbody></table></div></div>`;

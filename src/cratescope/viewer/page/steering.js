@@ -32,7 +32,7 @@
     }
   }
 
-  /** The edit that is written so: {site (null for the usual one), layer, index, operation, value, unit, low, high, where, when}. */
+  /** The edit that is written so, as an `Edit` of neurons/steer.py; site is null for the usual one. */
   function readEdit(text) {
     const reader = new Reader(text);
     reader.take(/\s*/y, "an edit");
@@ -92,8 +92,8 @@
       throw new Error(`edit of ${named(edit)}: its ${title} is not in the records; give a number without a unit`);
     if (edit.unit !== "mean" && size <= 0)
       throw new Error(`edit of ${named(edit)}: its ${title} is ${size} in the records; give a number without a unit`);
-    const raw = { value: edit.value * size, low: edit.low * size, high: edit.high * size, unit: "raw" };
-    return checked({ ...edit, ...raw });
+    const raw = edit.operation === "cap" ? { low: edit.low * size, high: edit.high * size } : { value: edit.value * size };
+    return checked({ ...edit, ...raw, unit: "raw" });
   }
 
   function applied(edit, x) {
@@ -146,7 +146,8 @@
     /** Whether an edit is made at a row of the tokens under way. */
     meant(edit, row, x, width) {
       const { where, when } = edit, place = this.past + row;
-      const chosen = Array.isArray(where) ? where.includes(place) : where === "all" || place < this.prompt === (where === "prompt");
+      const inPart = where === "all" || place < this.prompt === (where === "prompt");
+      const chosen = Array.isArray(where) ? where.includes(place) : inPart;
       if (!chosen || !when) return chosen;
       if (when.layer === null || when.layer === edit.layer) return x[row * width + when.index] > when.number;
       return this.seen.get(edit)[row] > when.number;

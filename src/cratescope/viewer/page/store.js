@@ -62,12 +62,14 @@
   }
 
   /** Write a note; what is shown changes at once, and back if it cannot be written. */
-  async function writeNote(unit, note) {
+  async function writeNote({ run, site, layer, index }, note) {
+    const unit = { run, site, layer, index };
     const key = Cratescope.unitKey(unit);
     const before = notes.get();
     notes.set({ ...before, [key]: { ...before[key], ...note } });
     try {
-      await source().note(unit, { text: "", bookmarked: false, ...notes.get()[key] });
+      const { text = "", bookmarked = false } = notes.get()[key];
+      await source().note(unit, { text, bookmarked });
     } catch (error) {
       notes.set({ ...notes.get(), [key]: before[key] });
       throw error;
@@ -103,7 +105,6 @@
   }
 
   const runOf = (name) => home.get()?.runs.find((run) => run.name === name);
-  const siteOf = (run, name) => runOf(run)?.sites.find((site) => site.name === name);
 
   /** The class that gives what belongs to a run its colour: one per arm, CRATE's and GPT-2's as in the report. */
   function colour(name) {
@@ -113,6 +114,10 @@
     return `arm${arms.indexOf(run.arm || run.family) % 6}`;
   }
 
+  /** The classes of what belongs to a run: its colour, hollow where the run was not trained. */
+  const look = (name) => colour(name) + (untrained(name) ? " hollow" : "");
+  const untrained = (name) => runOf(name)?.tokens_trained === 0;
+
   Object.assign(Cratescope, { home, notes, list, said, readTable, readCard, readHome, writeNote });
-  Object.assign(Cratescope, { useLoaded, useSettled, runOf, siteOf, colour, followed });
+  Object.assign(Cratescope, { useLoaded, useSettled, runOf, colour, look, untrained, followed });
 })();
