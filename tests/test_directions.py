@@ -50,7 +50,15 @@ def before_the_norm(model, site, layer, move=None):
     return seen[0]
 
 
-@pytest.mark.parametrize("make", [crate, lambda: crate(ista_tied=False), gpt2, lambda: tiny_model("llama")])
+VARIANTS = [
+    lambda: crate(ista_tied=False),
+    lambda: crate(feed_forward="lista"),
+    lambda: crate(feed_forward="lista", ista_tied=False, ista_skip=True),
+    lambda: crate(feed_forward="mlp", attention="mhsa", ista_skip=True),
+]
+
+
+@pytest.mark.parametrize("make", [crate, *VARIANTS, gpt2, lambda: tiny_model("llama")])
 @pytest.mark.parametrize("name", ["auto", "residual"])
 def test_one_unit_of_a_neuron_of_the_last_layer_moves_the_stream_by_its_direction(make, name):
     model = make()
