@@ -22,7 +22,7 @@ from cratescope.viewer.cards import Labelled
 
 Json = dict[str, Any]
 
-WIDTH = 28
+WIDTH = 24
 """Tokens of a window, around its peak."""
 FIRST = {"top": 10, "random": 4}
 """Windows of these kinds that are kept; of others, one per stratum."""
