@@ -485,6 +485,31 @@ def test_pointing_at_a_neuron_shades_the_live_text_by_it(tab: Tab) -> None:
     assert tab.page.evaluate(shades) != expected and "1.000" in tab.page.evaluate(shades)
 
 
+SLOWLY = """() => {
+    const fetched = window.fetch, wait = () => new Promise((done) => setTimeout(done, 20));
+    const one = new TransformStream({
+        async transform(event, out) {
+            out.enqueue(new TextEncoder().encode(event));
+            await wait();
+        },
+    });
+    let rest = "";
+    const cut = new TransformStream({
+        transform(text, out) {
+            const events = (rest + text).split(/(?<=\\n\\n)/);
+            rest = events.at(-1).endsWith("\\n\\n") ? "" : events.pop();
+            for (const event of events) out.enqueue(event);
+        },
+        flush: (out) => out.enqueue(rest),
+    });
+    window.fetch = async (...given) => {
+        const answer = await fetched(...given);
+        if (!String(given[0]).includes("/steer")) return answer;
+        const body = answer.body.pipeThrough(new TextDecoderStream()).pipeThrough(cut).pipeThrough(one);
+        return new Response(body, answer);
+    };
+}"""
+"""Events of steering come one by one: these models write faster than a busy browser draws."""
 STEER = "#/steer?run=crate&edit=1:3%3D4x&prompt=the+court&tokens=12"
 
 
@@ -497,6 +522,7 @@ def test_steering_from_the_card_streams_steered_text_beside_plain(tab: Tab) -> N
     steer.get_by_label("where").select_option("generated")
     steer.get_by_role("button", name="Add edit").click()
     assert tab.texts(".edits code") == ["1:3=8x@generated"]
+    tab.page.evaluate(SLOWLY)
     tab.page.evaluate(
         """() => {
             window.seen = [];

@@ -208,8 +208,6 @@ def _arguments(config: TrainConfig, run: Run, device: torch.device, dtype: torch
         report_to=list(config.report_to),
         disable_tqdm=True,
         label_names=["labels"],
-        # Thresholds follow from counts of all processes, so each has the same.
-        ddp_broadcast_buffers=False,
     )
     # Several GPUs in one process would each read a micro-batch of their own, unseen by the count of tokens.
     arguments._n_gpu = min(arguments.n_gpu, 1)
