@@ -704,6 +704,8 @@ def test_a_card_is_copied_as_markdown_and_as_json(tab: Tab) -> None:
     tab.until("navigator.clipboard.readText().then((text) => text.startsWith('# '))")
     text = tab.page.evaluate("navigator.clipboard.readText()").replace("\\", "")
     assert title in text and "` crate/codes/1/3 `" in text and "| protocol |" in text and "shuffled" in text
+    windows = [line.removeprefix("> ").replace("**", "").split() for line in text.splitlines() if line.startswith("> ")]
+    assert windows and windows[0] == "".join(card["windows"][0]["tokens"]).split()
 
 
 CONTRAST = (Path(__file__).parent / "contrast.js").read_text(encoding="utf-8")

@@ -44,10 +44,16 @@
     return [...listed("Tokens with the highest mean", top), ...listed("Raises, by its weights", effects?.raises), ...listed("Lowers, by its weights", effects?.lowers)];
   }
 
-  /** The text of a window with its strongest tokens in bold. */
+  /** The text of a window with its strongest tokens in bold; Markdown wants spaces outside of the stars. */
   function windowLine({ tokens, activations }) {
     const strong = Math.max(...activations) / 2;
-    const shown = tokens.map((token, place) => (activations[place] > 0 && activations[place] >= strong ? `**${plain(token).trim()}** ` : plain(token)));
+    const parts = [];
+    tokens.forEach((token, place) => {
+      const bold = activations[place] > 0 && activations[place] >= strong;
+      if (parts.at(-1)?.bold === bold) parts.at(-1).text += plain(token);
+      else parts.push({ bold, text: plain(token) });
+    });
+    const shown = parts.map(({ bold, text }) => (bold ? text.replace(/\S(?:[^]*\S)?/, (inner) => `**${inner}**`) : text));
     return `> ${shown.join("").trim()}`;
   }
 

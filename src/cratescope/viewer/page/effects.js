@@ -11,6 +11,9 @@
       known(effects.direct_share) && ["direct share", number(effects.direct_share, 2), "rank correlation of the effect by the weights and the measured one"],
       known(effects.input_score) && ["input score", score(effects.input_score), "× 100; share of the highest activations whose peak token is among those raised"],
       known(effects.output_score) && ["output score", score(effects.output_score), "× 100; how far amplifying the neuron brings out the tokens it raises"],
+      known(effects.output_score_plain) && ["without amplifying", score(effects.output_score_plain), "× 100; the same of the model as it is, which the output score has to exceed"],
+      known(effects.value) && ["measured at", number(effects.value), "activation that the neuron was forced to"],
+      known(effects.kl) && ["KL", `${number(effects.kl, 2)} nats`, "KL(forced || plain) of the prediction there"],
     ];
     return html`<div class="pair">
       <${Changed} title="raises, by its weights" rows=${effects.raises} value="logit" />

@@ -28,7 +28,7 @@
     useListKeys({ n: places.length, selected, select, open });
     return html`<${Filters} home=${home} neurons=${neurons} query=${query} change=${change} />
       <p class="note" role="status">${Cratescope.plural(places.length, "neuron")}${places.length < neurons.n ? ` of ${neurons.n.toLocaleString("en")}` : ""}${query.get("q") ? ` whose explanation has “${query.get("q")}”` : ""}</p>
-      ${!places.length && html`<${Empty}>No neuron passes all filters. Clear one, or search the windows below.<//>`}
+      ${!places.length && html`<${Empty}>${query.get("q") ? "No explanation has these words; windows that have them are below." : "No neuron passes all filters. Clear one."}<//>`}
       <div class="beside">
         ${places.length > 0 && html`<${Table} ...${{ neurons, places, query, change, notes, selected, open }} />`}
         ${places.length > 0 && html`<${Plot} ...${{ neurons, places, query, change, open, selected }} />`}

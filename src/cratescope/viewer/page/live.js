@@ -78,7 +78,7 @@
   function LiveRun({ run, state, mark, change, at, hover, open }) {
     const neuron = run.neurons[at];
     return html`<section class="live-run ${Cratescope.look(run.run)}" aria-label=${run.run}>
-      <h2 class="dot">${run.run} <span class="note">${number(run.total, 9)} neurons, ${number(run.milliseconds)} ms</span></h2>
+      <h2 class="dot">${run.run} <span class="note">${number(run.total, 9)} neurons read in ${number(run.milliseconds)} ms</span></h2>
       ${(run.problems ?? []).map((problem) => html`<p key=${problem} class="failed">${problem}</p>`)}
       <${LiveTokens} ...${{ run, neuron, mark }} chosen=${state.tokens} />
       ${run.neurons.length ? html`<${LiveNeurons} ...${{ run, state, at, hover, open }} />` : html`<${Empty}>No neuron is left. ${state.rare ? "Show those that are active on more than 1 % of tokens, or choose" : "Choose"} other tokens.<//>`}

@@ -45,7 +45,7 @@
       <div class="actions">
         ${steering.busy ? html`<button class="strong" onClick=${steering.stop}>Stop</button>` : html`<button class="strong" disabled=${!edits.length} onClick=${start}>Steer</button>`}
         <button disabled=${!past.current.length} onClick=${undo}>Undo</button>
-        <${Cratescope.Copy} title="link" text=${() => permalink(query, run, value)} />
+        <${Cratescope.Copy} title="link" text=${() => permalink(query, run, value, unit)} />
         ${unit && html`<a class="button" href=${link(["steer"], steerQuery(query, run))}>On a page of its own</a>`}
       </div>
       <${Outcome} steering=${steering} stale=${steering.request && steering.request !== JSON.stringify(request)} />
@@ -54,8 +54,12 @@
 
   const steerQuery = (query, run) => changed(new URLSearchParams([...query].filter(([name]) => ["edit", "go", ...Object.keys(USUAL)].includes(name))), { run });
 
-  const permalink = (query, run, value) =>
-    new URL(link(["steer"], changed(steerQuery(query, run), { prompt: value("prompt") })), location.href).href;
+  /** The address of this steering; on a card, of the card with it. */
+  const permalink = (query, run, value, unit) => {
+    const place = unit ? ["n", unit.run, unit.site, unit.layer, unit.index] : ["steer"];
+    const asked = unit ? query : steerQuery(query, run);
+    return new URL(link(place, changed(asked, { prompt: value("prompt") })), location.href).href;
+  };
 
   function ability(name) {
     const run = Cratescope.runOf(name);
