@@ -486,6 +486,8 @@ def test_a_strength_that_makes_logits_infinite_is_refused(run, tmp_path):
     with pytest.raises(UserError, match="has to be") as said:
         config_of(copy, how={"strengths": (float("inf"),)})
     assert "strengths" in str(said.value)
+    with pytest.raises(UserError, match="--strengths 1: named twice"):
+        config_of(copy, how={"strengths": (1.0, 2.0, 1.0)})
 
 
 def test_a_neuron_and_its_value_are_short_for_an_edit(run):

@@ -260,6 +260,16 @@ def test_search_finds_every_unit_with_the_word_and_no_other(library: Library, wo
     assert found == every_top_window(library, word)
 
 
+def test_a_run_that_has_gone_is_named_and_hides_no_other_from_search(tmp_path: Path) -> None:
+    gone, whole = made(tmp_path / "gone"), made(tmp_path / "whole")
+    library = Library([gone.root, whole.root])
+    library.home()
+    shutil.rmtree(gone.root)
+    found = Search().find([*library.opened.values()], "licence")
+    assert found["hits"] and {hit["run"] for hit in found["hits"]} == {"whole"}
+    assert found["problems"] and all("gone" in told for told in found["problems"])
+
+
 def test_search_finds_words_at_their_beginning_only(library: Library) -> None:
     find = Search().find
     assert (

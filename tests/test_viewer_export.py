@@ -417,7 +417,10 @@ def test_a_folder_of_other_things_is_refused_and_an_earlier_export_replaced(runs
     (other / "letter.txt").write_text("dear")
     file = tmp_path / "file"
     file.write_text("x")
-    for path in (other, file):
+    alike = tmp_path / "alike"  # a manifest of nothing of ours
+    (alike / "data").mkdir(parents=True)
+    (alike / "data" / "manifest.js").write_text("")
+    for path in (other, file, alike):
         with pytest.raises(UserError, match="something else than an earlier export"):
             export(ViewConfig((runs[3],), export=path))
     assert (other / "letter.txt").read_text() == "dear"
@@ -428,6 +431,10 @@ def test_a_folder_of_other_things_is_refused_and_an_earlier_export_replaced(runs
     export(ViewConfig((runs[3],), export=out))
     assert not (out / "data" / "old.js").exists() and (out / "index.html").is_file()
     assert capsys.readouterr().out.strip() == str(out / "index.html")
+    (out / "CNAME").write_text("neurons.example.org")  # it would be lost
+    with pytest.raises(UserError, match="something else than an earlier export"):
+        export(ViewConfig((runs[3],), export=out))
+    assert (out / "CNAME").exists()
 
 
 def test_an_export_that_fails_leaves_the_earlier_one_and_nothing_else(runs, tmp_path, monkeypatch):

@@ -161,6 +161,7 @@ def test_several_runs_are_read_side_by_side(viewer: Viewer) -> None:
         ({"text": "a cat " * 100}, r"tokens, crate reads at most 32 at once; give less"),
         ({"text": "a" * 20_001}, "the text has 20,001 characters; give at most 20,000"),
         ({"text": 5}, "text is a int"),
+        ({"text": "\ud800"}, "half of a surrogate pair"),
         ({"text": "the cat", "runs": ["nobody"]}, "no run 'nobody'"),
         ({"text": "the cat", "runs": "crate"}, "runs is not a list"),
         (

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from cratescope.errors import UserError
 from cratescope.options import (
     LARGEST_BATCH,
     LARGEST_SEED,
@@ -104,6 +105,11 @@ class SweepConfig(Checked):
     """For --sweep: tokens that it writes after each, drawn at temperature 1."""
     data: Path | None = None
     """For --sweep: folder made by `cratescope prepare`; the run's own by default."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if twice := sorted({one for one in self.strengths if self.strengths.count(one) > 1}):
+            raise UserError(f"--strengths {twice[0]:g}: named twice; name each once")
 
 
 @dataclass(frozen=True)

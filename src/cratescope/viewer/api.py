@@ -13,7 +13,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from starlette.concurrency import run_in_threadpool
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 
 from cratescope.errors import UserError
@@ -76,6 +76,8 @@ class Api:
                 return await handler(request, *parts)
         except RefusedError as error:
             return as_response({"error": str(error)}, error.status)
+        except ClientDisconnect:
+            return as_response({"error": "the request ended before its body"}, 400)  # nobody reads it
         except BusyError as error:
             return as_response({"error": str(error)}, 503)
         except UserError as error:

@@ -35,6 +35,8 @@ AT_ONCE = 512
 POSTINGS = 1 << 17
 """Units named in one script of words."""
 MANIFEST = Path("data") / "manifest.js"
+OPENING = "window.CRATESCOPE_EXPORT = "
+OURS = {"index.html", "page", "data"}
 CHARSET = '<meta charset="utf-8">\n'
 POLICY = "default-src 'none'; script-src 'self'; style-src 'self'; img-src data:; base-uri 'none'; form-action 'none'"
 """What a browser lets an exported page do, whatever its host says: it can ask for nothing but its own files."""
@@ -56,10 +58,15 @@ def export(config: ViewConfig) -> Path:
 
 
 def check_free(folder: Path) -> None:
-    """UserError: there is something that is no earlier export."""
-    there = folder.is_dir() and any(folder.iterdir())
-    if (folder.exists() and not folder.is_dir()) or (there and not (folder / MANIFEST).is_file()):
+    """UserError: there is something that is no earlier export, or stands beside one: it would be lost."""
+    there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if (folder.exists() and not folder.is_dir()) or (there and not (there <= OURS and _is_export(folder))):
         raise UserError(f"--export {folder}: there is something else than an earlier export; name a new folder")
+
+
+def _is_export(folder: Path) -> bool:
+    manifest = folder / MANIFEST
+    return manifest.is_file() and manifest.read_bytes().startswith(OPENING.encode())
 
 
 def write_page(folder: Path) -> None:
@@ -100,7 +107,7 @@ class Export:
             entry["model"]["can_run"] = True if isinstance(run["model"], dict) else run["model"]
         about = {"version": home["version"], "home": self.scripts.put(home, "home"), "runs": runs}
         about |= {"search": self._words(), "twins": [*self._twins()]}
-        write_text(manifest, f"window.CRATESCOPE_EXPORT = {compact(about)};\n")
+        write_text(manifest, f"{OPENING}{compact(about)};\n")
 
     def _run(self, opened: Opened) -> Json:
         words = Words()

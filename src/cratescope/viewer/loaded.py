@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from cratescope.errors import UserError
+from cratescope.files import SURROGATES
 from cratescope.lm.head import plain_pass
 from cratescope.lm.load import load_model
 from cratescope.models.folder import longest_context
@@ -75,6 +76,8 @@ class Loaded:
         """The tokens of a text. UserError: none, too many, or some that the model does not have."""
         if len(text) > LONGEST_TEXT:
             raise UserError(f"the text has {len(text):,} characters; give at most {LONGEST_TEXT:,}")
+        if SURROGATES.search(text):
+            raise UserError("the text has half of a surrogate pair; leave it out")
         [ids] = encode(self.opened.run.tokenizer, [text])
         if not ids:
             raise UserError("the text has no token; give some text")

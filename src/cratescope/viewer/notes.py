@@ -40,6 +40,8 @@ class Notes:
                 written to.
         """
         key = self._key(opened, request)
+        if not opened.run.root.is_dir():
+            raise UserError(f"{opened.name}: its folder is gone; start the viewer again")
         with self._lock, locked(opened.run.root, "notes", wait=True):
             notes = self._read(opened)
             before = notes.pop(key, {"text": "", "bookmarked": False})

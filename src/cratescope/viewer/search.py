@@ -198,19 +198,30 @@ class Search:
     def find(self, runs: Sequence[Opened], text: str) -> dict[str, Any]:
         """Units whose explanation, or one of whose windows, has these words as they are written, in any case.
 
+        problems: why there is nothing of a site that cannot be read.
+
         Raises:
-            UserError: a longer query than `LONGEST_QUERY`, or a damaged file.
+            UserError: a longer query than `LONGEST_QUERY`.
         """
         query = text.strip().replace("\u0130", "i").lower()
         if len(query) > LONGEST_QUERY:
             raise UserError(f"q: give at most {LONGEST_QUERY} characters")
         if not query:
-            return {"hits": [], "truncated": False}
+            return {"hits": [], "truncated": False, "problems": []}
         sites = [(opened, site) for opened in runs for site in opened.sites.values()]
-        said = [hit for opened, site in sites for hit in _explanations(opened, site, query)]
-        seen, more = self._windows(sites, query)
+        said: list[dict[str, Any]] = []
+        readable: list[tuple[Opened, OpenedSite]] = []
+        problems: list[str] = []
+        for opened, site in sites:
+            try:
+                said += _explanations(opened, site, query)
+                self.text(opened, site)
+                readable.append((opened, site))
+            except UserError as error:
+                problems.append(str(error))
+        seen, more = self._windows(readable, query)
         truncated = more or max(len(said), len(seen)) > MOST_HITS
-        return {"hits": [*said[:MOST_HITS], *seen[:MOST_HITS]], "truncated": truncated}
+        return {"hits": [*said[:MOST_HITS], *seen[:MOST_HITS]], "truncated": truncated, "problems": problems}
 
     def text(self, opened: Opened, site: OpenedSite) -> WindowText:
         """The windows of a site, put together."""

@@ -115,10 +115,11 @@
 
   function Hits({ found, text }) {
     const hits = found.hits.filter((hit) => hit.field === "window");
-    if (!hits.length) return html`<${Empty}>No window of a neuron has “${text}”. Words are looked for as they are written, whole or from their beginning.<//>`;
+    const problems = (found.problems ?? []).map((told) => html`<p class="note">${told}</p>`);
+    if (!hits.length) return html`${problems}<${Empty}>No window of a neuron has “${text}”. Words are looked for as they are written, whole or from their beginning.<//>`;
     const opening = (at) => () => Cratescope.list.set({ back: location.hash, n: hits.length, at, unit: (place) => hits[place] });
     return html`<ul class="hits">${hits.map((hit, at) => html`<li key=${at} onClickCapture=${opening(at)}><${Unit} unit=${hit} /> <span class="text">${marked(hit)}</span></li>`)}</ul>
-      ${found.truncated && html`<p class="note">There are more; give another word.</p>`}`;
+      ${problems}${found.truncated && html`<p class="note">There are more; give another word.</p>`}`;
   }
 
   /** The snippet of a hit, with what was found marked. */
