@@ -149,5 +149,5 @@ def test_an_autoencoder_that_does_not_belong_to_the_model_is_refused(run, data_f
 
 
 def test_a_layer_without_an_autoencoder_is_named(run, data_folder):
-    with pytest.raises(UserError, match="sae/small: layer 1 has no autoencoder; give --layers of 0"):
+    with pytest.raises(UserError, match="sae/small: layer 1 has no autoencoder; name one of those that have: 0"):
         collect(CollectConfig(run.root, data=data_folder, site="sae/small", layers=(1,), **SMALL))

@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 import torch
 
-from cratescope.models.sae import save_coder
 from cratescope.neurons.collect import collect
 from cratescope.neurons.config import CollectConfig, SteerConfig
 from cratescope.neurons.continuations import steer
@@ -28,25 +27,14 @@ from cratescope.text.shards import TokenData
 from cratescope.viewer.live import Asked, Live, Quantiles
 from cratescope.viewer.loaded import Loaded, Models
 from cratescope.viewer.opened import Opened
-from test_coded import random_coder
-from test_collect import SMALL
-from viewer_server import Viewer, serving
+from viewer_server import Viewer, recorded, serving
 
 TEXT = "the cat found three apples. a judge sold its name."
 
 
 @pytest.fixture(scope="module")
 def folder(runs_folder: Path, data_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Copies of both runs with records; `gpt2` has an autoencoder of which a sample of features is recorded."""
-    folder = tmp_path_factory.mktemp("live") / "runs"
-    for family in ("crate", "gpt2"):
-        ignored = shutil.ignore_patterns("records", "saes", "notes.json", "nearest")
-        shutil.copytree(runs_folder / family, folder / family, ignore=ignored)
-        collect(CollectConfig(folder / family, data=data_folder, **SMALL))
-    run = Run(folder / "gpt2")
-    save_coder(run.saes("small") / "layer-00", random_coder(run))
-    collect(CollectConfig(run.root, data=data_folder, site="sae/small", sample=30, **SMALL))
-    return folder
+    return recorded(runs_folder, data_folder, tmp_path_factory.mktemp("live") / "runs")
 
 
 @pytest.fixture(scope="module")

@@ -12,9 +12,6 @@ import numpy as np
 import pytest
 import torch
 
-from cratescope.models.sae import save_coder
-from cratescope.neurons.collect import collect
-from cratescope.neurons.config import CollectConfig
 from cratescope.neurons.directions import output_directions
 from cratescope.neurons.sites import read_site, site_named
 from cratescope.run import Run
@@ -23,10 +20,8 @@ from cratescope.viewer.loaded import Models
 from cratescope.viewer.nearest import Nearest, Pair, Side, _excerpts
 from cratescope.viewer.pairs import BLOCK, KEPT, Best, compare, read_best, write_best
 from cratescope.viewer.turns import Turns
-from test_coded import random_coder
-from test_collect import SMALL
 from test_viewer_data import made
-from viewer_server import Viewer, serving
+from viewer_server import Viewer, recorded, serving
 
 
 def columns(x: Any) -> Any:
@@ -72,14 +67,7 @@ def test_what_was_found_is_read_again_unless_it_is_of_something_else(tmp_path: P
 
 @pytest.fixture(scope="module")
 def folder(runs_folder: Path, data_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("nearest") / "runs"
-    for family in ("crate", "gpt2"):
-        ignored = shutil.ignore_patterns("records", "saes", "notes.json", "nearest")
-        shutil.copytree(runs_folder / family, folder / family, ignore=ignored)
-        collect(CollectConfig(folder / family, data=data_folder, **SMALL))
-    run = Run(folder / "gpt2")
-    save_coder(run.saes("small") / "layer-00", random_coder(run))
-    collect(CollectConfig(run.root, data=data_folder, site="sae/small", sample=30, **SMALL))
+    folder = recorded(runs_folder, data_folder, tmp_path_factory.mktemp("nearest") / "runs")
     (folder.parent / data_folder.parent.name).symlink_to(data_folder.parent)  # where run.json says
     return folder
 

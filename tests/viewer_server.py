@@ -5,19 +5,27 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import shutil
 import threading
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 import uvicorn
 
+from cratescope.models.sae import save_coder
+from cratescope.neurons.collect import collect
+from cratescope.neurons.config import CollectConfig
+from cratescope.run import Run
 from cratescope.viewer.api import Api
 from cratescope.viewer.data import Library
 from cratescope.viewer.guard import Rules
 from cratescope.viewer.server import application, listen
+from test_coded import random_coder
+from test_collect import SMALL
 
 
 @dataclass
@@ -92,3 +100,15 @@ def serving(*roots: Any, token: str | None = None, host: str = "127.0.0.1") -> I
         server.should_exit = True
         thread.join(10)
         listening.close()
+
+
+def recorded(runs_folder: Path, data_folder: Path, folder: Path) -> Path:
+    """Copies of both runs with records; `gpt2` has an autoencoder of which a sample of features is recorded."""
+    for family in ("crate", "gpt2"):
+        ignored = shutil.ignore_patterns("records", "saes", "notes.json", "nearest")
+        shutil.copytree(runs_folder / family, folder / family, ignore=ignored)
+        collect(CollectConfig(folder / family, data=data_folder, **SMALL))
+    run = Run(folder / "gpt2")
+    save_coder(run.saes("small") / "layer-00", random_coder(run))
+    collect(CollectConfig(run.root, data=data_folder, site="sae/small", sample=30, **SMALL))
+    return folder

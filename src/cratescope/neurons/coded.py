@@ -42,7 +42,7 @@ class CodedSite(Site):
         """The module whose activations are coded. Raises UserError also for a layer without an autoencoder."""
         if layer not in self.coders:
             there = ", ".join(map(str, sorted(self.coders)))
-            raise UserError(f"{self.name}: layer {layer} has no autoencoder; give --layers of {there}")
+            raise UserError(f"{self.name}: layer {layer} has no autoencoder; name one of those that have: {there}")
         return super().module(model, layer)
 
     def hook(self, model: PreTrainedModel, layer: int, visit: Visit, given: Given) -> Any:
