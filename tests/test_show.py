@@ -164,6 +164,7 @@ def test_a_terminal_of_any_encoding_gets_the_card(
 
 def test_what_steers_a_terminal_is_shown_and_not_sent(capsys: pytest.CaptureFixture[str]) -> None:
     assert visible("a\x9b31m\u202eb\x1b") == "a⟨009B⟩31m⟨202E⟩b␛"
+    assert visible("\xa0\u3000") == "⟨00A0⟩⟨3000⟩" and visible("a\xa0") == "a\xa0"
     with pytest.raises(SystemExit):
         cli._fail("no such file \x1b]0;name\x07")
     assert capsys.readouterr().err == "cratescope: no such file ?]0;name?\n"

@@ -130,7 +130,7 @@ def _continued(config: Any, found: Any) -> str:
         tokens.add_column(name, justify="left" if name in ("rises", "falls") else "right", no_wrap=True)
     for pair in zip(found.rises, found.falls, strict=True):
         cells = [
-            (visible(one.text), number(one.change, 2, 1, sign=True), f"{one.plain:.1%} → {one.steered:.1%}")
+            (visible(one.text), number(one.change, 2, 1, sign=True), f"{one.plain:.2%} → {one.steered:.2%}")
             for one in pair
         ]
         tokens.add_row(*(Text(cell) for row in cells for cell in row))

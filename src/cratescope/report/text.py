@@ -50,8 +50,14 @@ _VISIBLE |= {
 
 
 def visible(token: str) -> str:
-    """Make line breaks, tabs and control characters of `token` visible; a token of spaces becomes dots."""
-    return token.translate(_VISIBLE) if token.strip(" ") else "·" * len(token) or "∅"
+    """Make line breaks, tabs and control characters of `token` visible; a token of spaces becomes dots.
+
+    One of other spaces, such as no-break ones, becomes their numbers.
+    """
+    if not token.strip(" "):
+        return "·" * len(token) or "∅"
+    shown = token.translate(_VISIBLE)
+    return shown if shown.strip() else "".join(f"⟨{ord(one):04X}⟩" for one in shown)
 
 
 def sparkline(histogram: Histogram, maximum: float, bins: int) -> str:

@@ -39,17 +39,20 @@ window.Cratescope = (() => {
     return number(value);
   }
 
+  const numbered = (character) => `⟨${character.charCodeAt(0).toString(16).toUpperCase().padStart(4, "0")}⟩`;
+
   /** A token with its line breaks, tabs and other control characters visible; one of spaces only as dots. */
   function visible(token) {
     if (!token) return "∅";
     if (/^ +$/.test(token)) return "·".repeat(token.length);
-    return token
+    const shown = token
       .replace(/\n/g, "↵")
       .replace(/\t/g, "⇥")
       .replace(/[\u0000-\u001f\u007f-\u009f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff]/g, (character) => {
         const code = character.charCodeAt(0);
-        return code < 32 ? String.fromCharCode(0x2400 + code) : "�";
+        return code < 32 ? String.fromCharCode(0x2400 + code) : numbered(character);
       });
+    return shown.trim() ? shown : shown.replace(/./gsu, numbered); // other spaces, such as no-break ones
   }
 
   const plural = (n, one, many = `${one}s`) => `${n.toLocaleString("en")} ${n === 1 ? one : many}`;
