@@ -554,6 +554,17 @@ def test_explanations_from_the_output_need_a_section_of_effects(tmp_path):
     assert found.effects and found.options("effects", run="x").contexts == 3 and found.explainer.endswith("_both")
 
 
+def test_effects_are_of_all_neurons_however_many_are_explained(tmp_path):
+    (tmp_path / "plan.toml").write_text(PLAN.format(text="x", llm="offline"))
+    sections = read_plan(tmp_path / "plan.toml") | {"effects": {}}
+    del sections["explain"]["neurons"]
+    sections["neurons"] = {"neurons": 20, "neuron_seed": 3}
+    found = check(sections, tmp_path / "plan.toml").options("effects", run="x")
+    assert found.neurons is None and found.neuron_seed == 3
+    fewer = check(sections | {"effects": {"neurons": 5}}, tmp_path / "plan.toml")
+    assert fewer.options("effects", run="x").neurons == 5 and fewer.options("explain", run="x").neurons == 20
+
+
 def test_a_section_without_what_it_needs_is_refused_by_that_name(tmp_path):
     (tmp_path / "plan.toml").write_text('[[model]]\nname = "a"\n')
     with pytest.raises(UserError, match=r"\[prepare\] source is missing"):

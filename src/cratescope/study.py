@@ -48,6 +48,8 @@ GIVEN = {
 be there."""
 SHARED = "neurons"
 """The section of what several sections share: an option of it is one of every stage that has it."""
+OWN = {"effects": {"neurons"}}
+"""But for these: how many neurons a language model explains says nothing of what is measured without one."""
 BESIDE = "terms"
 """The section of explanations by terms beside those of a language model."""
 ALSO = {"explain": ("layers", "neuron_seed", "protocols"), "simulate": ("protocols",)}
@@ -314,7 +316,7 @@ def _plan(table: Settings, path: Path, neurons: NeuronsConfig) -> Plan:
     shared = table.get(SHARED, {})
     sections = {name: dict(table.get(name, {})) for name in GIVEN}
     for section, options in sections.items():
-        for name in shared.keys() & option_types(STAGES[section].config).keys():
+        for name in shared.keys() & option_types(STAGES[section].config).keys() - OWN.get(section, set()):
             if options.setdefault(name, shared[name]) != shared[name]:
                 raise UserError(
                     f"{path}: [{section}] {name} = {options[name]!r:.60} contradicts [{SHARED}] {name} = "
