@@ -66,7 +66,7 @@ HOUSE = {
     ),
     "score": ("config", "words", "weights", "measures", "inference", "sanity", "quality", "scores", "score"),
     "results": ("estimates", "scores", "dictionaries", "runs", "neuron", "compare", "steering", "tables"),
-    "report": ("config", "text", "html", "card", "figures", "curves", "steering", "verdict", "report"),
+    "report": ("config", "text", "html", "card", "figures", "curves", "frontier", "steering", "verdict", "report"),
     "exchange": ("config", "reference", "imports", "openai", "delphi", "export"),
     "viewer": (
         *("config", "values", "opened", "table", "home", "cards", "data", "search", "notes"),

@@ -26,7 +26,8 @@ from cratescope.files import read_json, write_json
 from cratescope.models.sae import CoderConfig, Origin, SparseCoder, save_coder
 from cratescope.neurons.records import Histogram, layer_file, read_records, write_records
 from cratescope.report.config import ReportConfig
-from cratescope.report.figures import inline, styles
+from cratescope.report.figures import COLOURS, inline, styles
+from cratescope.report.frontier import DENSITY, LOSS, frontier_figures
 from cratescope.report.html import highlight
 from cratescope.report.report import report, spread
 from cratescope.report.text import number, sparkline, visible
@@ -591,7 +592,8 @@ def test_two_sites_of_one_run_are_two_rows_with_one_loss_curve(runs: tuple[Path,
 
 def test_figures_follow_the_page_colours_and_have_no_address(written: Path) -> None:
     found = sorted((written / "figures").glob("*.svg"))
-    names = ["density", "histogram-density", "histogram-random-only", "histogram-top-and-random", "layers", "loss"]
+    names = ["density", "frontier", "histogram-density", "histogram-random-only", "histogram-top-and-random"]
+    names += ["layers", "loss"]
     assert [path.stem for path in found] == names
     for path in found:
         assert "purl.org" not in path.read_text() and "dc:date" not in path.read_text()
@@ -928,3 +930,47 @@ def test_a_report_without_dictionaries_says_nothing_of_them(runs: tuple[Path, Pa
     assert "dictionaries" not in page.lower() and "autoencoder" not in page and "<dt>Feature" not in page
     assert dictionary_rows(load_results(runs)) == []
     assert json.loads((written / "scores.json").read_text()).keys().isdisjoint({"saes", "against_features"})
+
+
+@pytest.fixture(scope="session")
+def courses(tmp_path_factory: pytest.TempPathFactory) -> list[Results]:
+    """A milestone and the end of two seeds, and untrained copies."""
+    root, made = tmp_path_factory.mktemp("courses"), []
+    for seed in (0, 1):
+        for tokens in (2_000_000, 1_000_000, 0):
+            fake = Fake("crate", "1l", layers=1, seed=seed, tokens_trained=tokens, quality=0.5)
+            made.append(fake_run(root / f"crate-{seed}-{tokens}", fake).root)
+            edit(made[-1] / "evaluation.json", loss=8.0 - tokens / 500_000)
+    return load_results(tuple(made))
+
+
+def test_the_frontier_places_every_trained_run_by_density_loss_and_score(courses: list[Results]) -> None:
+    [(name, figure)] = frontier_figures(courses, PRIMARY)
+    panels = [axes for axes in figure.axes if axes.get_visible()]
+    assert name == "frontier" and len(panels) == 3  # no uniform windows were scored, so the measure before is not there
+    trained = [item for item in courses if item.arm.tokens_trained]
+    scores = {100 * (PRIMARY.mean(item, courses).mean or 0) for item in trained}
+    densities = {100 * float(np.mean(item.densities(0))) for item in trained}
+    for axes, x, y in zip(panels, (DENSITY, DENSITY, LOSS), ({6.0, 4.0}, scores, scores), strict=True):
+        assert axes.get_xlabel() == x
+        trails = [line for line in axes.lines if line.get_linestyle() != "None"]
+        ends = [line for line in axes.lines if line.get_linestyle() == "None"]
+        assert [len(line.get_xdata()) for line in trails] == [2, 2]  # a seed each, without the untrained copy
+        assert [line.get_ydata()[0] for line in ends] == [line.get_ydata()[1] for line in trails]
+        assert {round(value, 6) for line in trails for value in line.get_ydata()} == {round(value, 6) for value in y}
+        found = {round(value, 6) for line in trails for value in line.get_xdata()}
+        assert found == {round(value, 6) for value in ({6.0, 4.0} if x == LOSS else densities)}
+    at_end = {line.get_ydata()[0] for line in panels[0].lines if line.get_linestyle() == "None"}
+    assert at_end == {4.0}  # 2 million tokens, not the milestone
+
+
+def test_arms_of_one_hue_have_markers_of_their_own(courses: list[Results]) -> None:
+    arms = [dataclasses.replace(item.arm, variant=f"kind {n}") for n, item in enumerate([courses[0]] * len(COLOURS))]
+    items = [dataclasses.replace(courses[0], arm=arm, label=f"{n}") for n, arm in enumerate(arms)]
+    [(_, figure)] = frontier_figures(items, PRIMARY)
+    ends = [line for line in figure.axes[0].lines if line.get_linestyle() == "None"]
+    assert len({(line.get_color(), line.get_marker()) for line in ends}) == len(arms)
+
+
+def test_one_trained_run_has_no_frontier(courses: list[Results]) -> None:
+    assert not [*frontier_figures([item for item in courses if not item.arm.untrained][:1], PRIMARY)]

@@ -34,7 +34,7 @@ WIDTH = 9.6
 # The page replaces these colours by CSS variables, so that an inline figure follows the light or dark scheme.
 _ON_PAGE = {INK: "currentColor"} | {colour: f"var(--arm{place})" for place, colour in enumerate(COLOURS)}
 _LINES = ("-", "--", ":", "-.")
-_MARKERS = ("o", "s", "^", "D", "v", "P")
+MARKERS = ("o", "s", "^", "D", "v", "P")
 _STYLE: dict[Any, Any] = {
     "svg.hashsalt": "cratescope",
     "svg.fonttype": "none",
@@ -91,7 +91,7 @@ def styles(results: Sequence[Results]) -> dict[str, Style]:
         runs = [other.run.root for other in one_per_run(results) if other.arm.name == item.arm.name]
         turn = runs.index(item.run.root)
         places = turn, units.index(item.units) if len(units) > 1 else turn
-        look = _LINES[turn % len(_LINES)], *(_MARKERS[place % len(_MARKERS)] for place in places)
+        look = _LINES[turn % len(_LINES)], *(MARKERS[place % len(MARKERS)] for place in places)
         found[item.label] = Style(COLOURS[hues[item.arm.name]], *look)
     return found
 

@@ -26,6 +26,7 @@ from cratescope.report import text, verdict
 from cratescope.report.config import ReportConfig
 from cratescope.report.curves import panel_of, steering_figures
 from cratescope.report.figures import arm_places, draw_figures, figures_of
+from cratescope.report.frontier import frontier_figures
 from cratescope.report.html import Card, page_card, page_environment
 from cratescope.results import compare, tables
 from cratescope.results.compare import DETECTABLE, UNTRAINED, Comparison, Quantity
@@ -37,7 +38,7 @@ from cratescope.results.steering import AGAINST, KLS, Swept, curve_rows, read_sw
 from cratescope.run import made_from
 from cratescope.score.quality import QUALITIES
 
-VERSION = 4
+VERSION = 5
 """Of the page: raise it when the same results look different."""
 CSV = ("scores", "neurons", "losses", "activity", "quality", "matched", "sanity", "saes", "steering", "steering_curves")
 
@@ -95,7 +96,8 @@ def _page(config: ReportConfig, tokenizer: PreTrainedTokenizerFast | None) -> st
     groups = [group for item in results for group in _groups(item, config, _decoder(item, tokenizer))]
     swept = read_swept(results)
     numbers = _write_numbers(config.out, results, compared, features, pair, swept)
-    figures = draw_figures(chain(figures_of(results), steering_figures(results, swept)), config.out / "figures")
+    drawn = chain(figures_of(results), frontier_figures(results, primary), steering_figures(results, swept))
+    figures = draw_figures(drawn, config.out / "figures")
     places, arms = arm_places(results), {item.arm.name: item.arm.title for item in results}
     titles = arms | {item.side: item.title for item in results}
     return _template().render(
