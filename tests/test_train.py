@@ -19,7 +19,9 @@ from cratescope.files import read_jsonl
 from cratescope.lm.config import EvaluateConfig, TrainConfig
 from cratescope.lm.evaluate import crop_losses, evaluate
 from cratescope.lm.load import load_model
+from cratescope.lm.loss import fuse
 from cratescope.lm.train import train
+from cratescope.models.presets import build, preset_config
 from cratescope.neurons.sites import hooked, site_named
 from cratescope.run import Run
 from cratescope.text.crops import Crops
@@ -184,6 +186,34 @@ def test_the_penalty_makes_activations_fewer_and_is_part_of_the_arm(data_folder,
     assert density["penalised"] < density["plain"] / 2
     with pytest.raises(UserError, match="was made with l1 = 0.05"):
         train(config_of(tmp_path / "penalised", data_folder, preset="gpt2-1l", steps=40))
+
+
+def test_sparse_codes_are_penalised_by_their_preset(data_folder, tmp_path):
+    sums = {}
+    for name, changes in (("own", {}), ("none", {"crate": {"code_penalty": "0"}}), ("more", {"l1": 0.3})):
+        run = train(config_of(tmp_path / name, data_folder, preset="crate-h-1l", steps=30, **changes))
+        first, *_, last = (row["loss"] for row in read_jsonl(run.metrics) if "loss" in row)
+        sums[name] = first, last, run.read_manifest()["arm"]["variant"]
+    assert len({first for first, _, _ in sums.values()}) == 1, "the weight begins at 0"
+    assert sums["more"][1] > sums["own"][1] > sums["none"][1]
+    assert [variant for _, _, variant in sums.values()] == ["", "code_penalty=0", "l1=0.3"]
+
+
+@pytest.mark.parametrize("preset", ["gpt2-1l", "gpt2-lag-1l", "crate-1l", "crate-h-1l"])
+def test_the_penalty_is_the_mean_over_tokens_of_the_sum_of_activations(preset):
+    model = build(preset_config(preset, 64, 16, eos_id=0), 0).train()
+    tokens = torch.randint(64, (3, 16), generator=torch.Generator().manual_seed(0))
+    plain = fuse(build(preset_config(preset, 64, 16, eos_id=0), 0).train())(tokens, labels=tokens).loss
+    seen = []
+    for block in model.transformer.h:
+        neurons = block.mlp.act if preset == "gpt2-1l" else block.ista.codes
+        neurons.register_forward_hook(lambda _, __, A: seen.append(A.sum(-1).mean()))
+    fused = fuse(model, lambda: 0.5)
+    loss = fused(tokens, labels=tokens).loss
+    torch.testing.assert_close(loss, plain + 0.5 * sum(seen))
+    half = fused(tokens[:1], labels=tokens[:1], num_items_in_batch=45).loss
+    rest = fused(tokens[1:], labels=tokens[1:], num_items_in_batch=45).loss
+    torch.testing.assert_close(half + rest, loss)
 
 
 def test_speed_and_utilisation_are_logged(runs_folder):

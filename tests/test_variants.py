@@ -270,8 +270,9 @@ def test_published_code_of_a_variant_runs_without_cratescope(tmp_path):
     **{"t": st.integers(1, 4), "tied": st.booleans(), "skip": st.booleans(), "lag": st.booleans()},
     **{"eta": st.floats(0.05, 1), "theta": st.floats(0, 2), "n": st.integers(1, 5), "seed": st.integers(0, 1000)},
     kind=st.sampled_from(["ista", "lista"]),
+    penalty=st.sampled_from([0, 0.5]),
 )
-def test_gradients_by_hand_equal_those_of_autograd(t, tied, skip, lag, eta, theta, n, seed, kind):
+def test_gradients_by_hand_equal_those_of_autograd(t, tied, skip, lag, eta, theta, n, seed, kind, penalty):
     fields = {"feed_forward": kind, "ista_steps": t, "ista_tied": tied, "ista_skip": skip, "lag": lag}
     fields |= {"ista_step_size": eta, "ista_lambda": theta, "ista_expansion": n}
     block = CrateBlock(CrateConfig(n_embd=8, n_head=4, n_layer=1, **fields), 0).double().train()
@@ -282,17 +283,24 @@ def test_gradients_by_hand_equal_those_of_autograd(t, tied, skip, lag, eta, thet
     block.mssa.config._attn_implementation = "eager"
     mask = torch.full((5, 5), -math.inf, dtype=torch.double).triu(1)
     leaves = (Z, *block.parameters())
-    by_hand = block(Z, attention_mask=mask)
-    found = torch.autograd.grad(by_hand, leaves, G)
+    block.ista.sums = sums = [] if penalty else None
+
+    def gradients():
+        out = block(Z, attention_mask=mask)
+        loss = (out * G).sum() + (penalty * sums.pop() if penalty else 0)
+        return out, torch.autograd.grad(loss, leaves)
+
+    by_hand, found = gradients()
     block.ista.codes.register_forward_hook(lambda *_: None)  # asks for the plain loop
-    loop = block(Z, attention_mask=mask)
+    loop, wanted = gradients()
     torch.testing.assert_close(by_hand, loop)
-    for mine, other in zip(found, torch.autograd.grad(loop, leaves, G), strict=True):
+    for mine, other in zip(found, wanted, strict=True):
         torch.testing.assert_close(mine, other, atol=1e-5, rtol=1e-5)
 
 
 def lista(**changes):
     fields = {"feed_forward": "lista", "ista_steps": 1, "ista_step_size": 1.0, "ista_lambda": 1.5, "ista_tied": False}
+    fields |= {"density_high": 0.05}
     block = LISTA(CrateConfig(n_embd=16, n_head=2, n_layer=1, **fields | changes)).train()
     for number, parameter in enumerate(block.parameters()):
         torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(number))
@@ -306,7 +314,7 @@ def test_thresholds_move_by_how_often_atoms_are_active_and_by_the_rate_at_most()
     block.theta[0], block.theta[1], block.theta[2] = 100, -100, 1.3
     before, share = block.theta.clone(), (block.eval().encode(X) > 0).flatten(0, 1).float().mean(0)
     block.train()(X)
-    block.regulate(lambda counts: counts)
+    block.regulate(lambda counts: counts, 1.0)
     moved = (block.theta - before) / 0.1
     assert moved[:2].tolist() == pytest.approx([-1, 1], abs=1e-3)
     for i, p in enumerate(share[2:].tolist(), 2):
@@ -318,11 +326,30 @@ def test_homeostasis_brings_every_atom_into_its_band():
     block, chance = lista(homeostasis_rate=0.05), torch.Generator().manual_seed(0)
     for _ in range(150):
         block(F.layer_norm(torch.randn(500, 16, generator=chance), (16,)))
-        block.regulate(lambda counts: counts)
+        block.regulate(lambda counts: counts, 1.0)
     with torch.no_grad():
         X = F.layer_norm(torch.randn(20_000, 16, generator=chance), (16,))
         share = (block.eval().encode(X) > 0).float().mean(0)
     assert share.min() > 0.002 and share.max() < 0.07
+
+
+def test_thresholds_move_at_the_pace_they_are_told():
+    fast, slow, X = lista(), lista(), F.layer_norm(torch.randn(6, 20, 16), (16,))
+    for block, pace in ((fast, 1.0), (slow, 0.25)):
+        block(X)
+        block.regulate(lambda counts: counts, pace)
+    assert (fast.theta - 1.5).abs().max() > 0.01
+    torch.testing.assert_close(0.25 * (fast.theta - 1.5), slow.theta - 1.5)
+
+
+def test_atoms_are_never_too_often_active_as_presets_have_it():
+    block, X = lista(density_high=1.0), F.layer_norm(torch.randn(4, 50, 16), (16,))
+    block.theta.fill_(-100)
+    block(X)
+    block.regulate(lambda counts: counts, 1.0)
+    assert preset_config("crate-h-2l").density_high == 1 and torch.equal(
+        block.theta, torch.full_like(block.theta, -100)
+    )
 
 
 def test_thresholds_stay_in_evaluation_without_gradients_and_at_rate_0():
@@ -333,7 +360,7 @@ def test_thresholds_stay_in_evaluation_without_gradients_and_at_rate_0():
         (lista(homeostasis_rate=0.0), lambda block: block(X)),
     ):
         work(block)
-        block.regulate(lambda counts: counts)
+        block.regulate(lambda counts: counts, 1.0)
         assert torch.equal(block.theta, torch.full_like(block.theta, 1.5))
     assert "theta" in lista().state_dict() and not [n for n, _ in lista().named_parameters() if "theta" in n]
 
@@ -344,9 +371,9 @@ def test_counts_of_micro_batches_and_processes_add_up():
     whole(X)
     first(X[:2]), first(X[2:3]), second(X[3:])
     told = []
-    second.regulate(lambda counts: told.append(counts) or counts)
-    first.regulate(lambda counts: counts + told[0])
-    whole.regulate(lambda counts: counts)
+    second.regulate(lambda counts: told.append(counts) or counts, 1.0)
+    first.regulate(lambda counts: counts + told[0], 1.0)
+    whole.regulate(lambda counts: counts, 1.0)
     assert torch.equal(first.theta, whole.theta) and not torch.equal(first.theta, second.theta)
 
 
@@ -448,7 +475,7 @@ def test_an_atom_of_zeros_is_never_active():
         ("attention", "linear", "attention"),
         ("feed_forward", "swiglu", "feed_forward"),
         ("density_low", "0", "density_low"),
-        ("density_low", "0.2", "density_low"),
+        ("density_low", "1.2", "density_low"),
         ("density_high", "1.5", "density_high"),
         ("homeostasis_rate", "-1", "homeostasis_rate"),
         ("homeostasis_rate", "nan", "homeostasis_rate"),

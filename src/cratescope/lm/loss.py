@@ -22,8 +22,8 @@ TILE = 2048
 """Bytes of a row worked on at once: with CHUNK rows they fit the cache of a core, so exp and sums stay in it."""
 SAMPLE = 128
 """Columns whose largest logit is a row's first shift."""
-NEURONS = (".ista.codes", ".mlp.act")
-"""Modules whose outputs are a layer's neurons, none below 0, in the models that are trained here."""
+GPT2_NEURONS = ".mlp.act"
+"""Modules of transformers' GPT-2 whose outputs are a layer's neurons; our own models' blocks sum theirs themselves."""
 IGNORED = -100
 """Label of a token that has no loss, as everywhere in transformers."""
 
@@ -61,15 +61,15 @@ def fuse(model: PreTrainedModel, l1: Callable[[], float] | None = None) -> PreTr
     method, so that DDP and FSDP see every call; without labels nothing changes.
 
     Args:
-        l1: asked at every pass; adds so many times the sum of the activations of all neurons (NEURONS), per token that
-            has a loss.
+        l1: asked at every pass; adds so many times the sum of a token's activations, of all neurons, mean over tokens.
     """
     plain = model.forward
     sums: list[torch.Tensor] = []
-    if l1:
-        for name, module in model.named_modules():
-            if name.endswith(NEURONS):
-                module.register_forward_hook(lambda _module, _inputs, output: sums.append(output[:, :-1].sum()))
+    for name, module in model.named_modules() if l1 else ():
+        if hasattr(module, "sums"):
+            module.sums = sums
+        elif name.endswith(GPT2_NEURONS):
+            module.register_forward_hook(lambda _module, _inputs, output: sums.append(output.sum(dtype=torch.float32)))
 
     def forward(self: Any, input_ids: Any = None, labels: Any = None, num_items_in_batch: Any = None, **kwargs: Any):
         if labels is None:
@@ -77,9 +77,11 @@ def fuse(model: PreTrainedModel, l1: Callable[[], float] | None = None) -> PreTr
         sums.clear()
         hidden = self.base_model(input_ids, use_cache=False, **kwargs).last_hidden_state[:, :-1]
         weight, targets = self.get_output_embeddings().weight, labels[:, 1:]
-        items = (targets != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
         loss = linear_cross_entropy(hidden, weight, targets, n_items=num_items_in_batch)
-        return CausalLMOutput(loss=loss + l1() * sum(sums) / items if l1 else loss)
+        if l1 and sums:
+            share = (targets != IGNORED).sum() / num_items_in_batch if num_items_in_batch is not None else 1
+            loss = loss + l1() * sum(sums) / labels.numel() * share
+        return CausalLMOutput(loss=loss)
 
     model.forward = types.MethodType(forward, model)
     return model

@@ -39,11 +39,14 @@ class Watch(TrainerCallback):
     """Callback on every step: stops on a signal or a NaN loss, writes metrics.jsonl, marks checkpoints complete.
 
     Args:
+        penalty: what `l1` grows to.
         publish: called with the step and model of a milestone, by process 0, before its checkpoint is marked.
     """
 
-    def __init__(self, config: TrainConfig, run: Run, publish: Callable[[int, PreTrainedModel], None]) -> None:
-        self.config, self.run, self.publish = config, run, publish
+    def __init__(
+        self, config: TrainConfig, run: Run, penalty: float, publish: Callable[[int, PreTrainedModel], None]
+    ) -> None:
+        self.config, self.run, self.penalty, self.publish = config, run, penalty, publish
         self.milestones = milestone_steps(config)
         self.last: Path | None = None
         self.signal, self.step = 0, 0
@@ -77,7 +80,7 @@ class Watch(TrainerCallback):
 
     def l1(self) -> float:
         """Weight of the penalty at this step: it grows, for neurons that are punished before they are of use die."""
-        return (self.config.l1 or 0.0) * min(1.0, self.step / (PENALTY_GROWS * self.config.steps))
+        return self.penalty * min(1.0, self.step / (PENALTY_GROWS * self.config.steps))
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         """Share losses and signals among all processes, so that either all stop after the same step or none does."""
@@ -95,10 +98,11 @@ class Watch(TrainerCallback):
         state.log_history.append({"step_loss": loss})
         self.progress.update(self.task, loss=f"{loss:.3f}")
 
-    def on_optimizer_step(self, args, state, control, model=None, **kwargs):
+    def on_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
         """Move the thresholds of sparse codes, by counts of the whole step: the same in every process."""
         if hasattr(model, "regulate"):
-            model.regulate(lambda counts: reduce(counts, "sum"))
+            pace = optimizer.param_groups[0]["lr"] / self.config.learning_rate
+            model.regulate(lambda counts: reduce(counts, "sum"), pace)
 
     def _not_a_number(self, step: int, loss: float) -> str:
         crops = self.config.batch_tokens // self.config.context

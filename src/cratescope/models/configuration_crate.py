@@ -30,8 +30,11 @@ class CrateConfig(PreTrainedConfig):
         ista_skip: add the block's input to its output (the paper does not).
         ista_tied: decode with the encoding dictionary (the paper does; mlp never does).
         density_low, density_high: share of a step's tokens below, above which an atom of lista is active too rarely,
-            too often.
-        homeostasis_rate: what a threshold then moves by at most after a step; 0 keeps thresholds where they start.
+            too often (1: never).
+        homeostasis_rate: what a threshold then moves by at most after a step, at the peak of the learning rate; 0 keeps
+            thresholds where they start.
+        code_penalty: in training, so many times a token's ||A_t||_1 of all blocks is added to its loss (by `cratescope
+            train`, which begins at 0).
     """
 
     model_type = "crate"
@@ -58,8 +61,9 @@ class CrateConfig(PreTrainedConfig):
     ista_skip: bool = False
     ista_tied: bool = True
     density_low: float = 0.005
-    density_high: float = 0.05
+    density_high: float = 1.0
     homeostasis_rate: float = 0.02
+    code_penalty: float = 0.0
     layer_norm_epsilon: float = 1e-5
     initializer_range: float = 0.02
     use_cache: bool = True
@@ -82,6 +86,8 @@ class CrateConfig(PreTrainedConfig):
             raise ValueError("density_low has to be above 0, density_high no less and at most 1")
         if not 0 <= self.homeostasis_rate < math.inf:
             raise ValueError(f"homeostasis_rate = {self.homeostasis_rate}, but it has to be 0 or more, and finite")
+        if not 0 <= self.code_penalty < math.inf:
+            raise ValueError(f"code_penalty = {self.code_penalty}, but it has to be 0 or more, and finite")
 
     @property
     def n_atoms(self) -> int:

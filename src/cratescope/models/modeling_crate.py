@@ -169,6 +169,7 @@ class ISTA(nn.Module):
         self.D_out = None if config.ista_tied else nn.Parameter(torch.empty(config.n_atoms, config.n_embd))
         self.first_codes = nn.Identity()
         self.codes = nn.Identity()
+        self.sums = None  # where a list: gets ||A_t||_1 over all tokens of every pass of training, with its gradient
 
     def atoms(self):
         """D (h, d) as it is used; `read` and `write` are the products with it."""
@@ -207,31 +208,34 @@ class ISTA(nn.Module):
         """X (B, T, d) -> D A_t (B, T, d)."""
         learning = self.training and torch.is_grad_enabled()
         if learning and not self.first_codes._forward_hooks and not self.codes._forward_hooks:
-            out, A = self.fused(X)
+            out, A, total = self.fused(X)
         else:
             A = self.encode(X)
-            out = self.decode(A)
+            out, total = self.decode(A), A.sum(dtype=torch.float32)
         if learning:
             self.watch(A.detach())
+            if self.sums is not None:
+                self.sums.append(total)
         return out
 
     def watch(self, A):
         """See the codes (..., h) of every pass of training."""
 
     def fused(self, X):
-        """Output and codes as one operation, for training; no hook sees the codes, and they have no gradient."""
+        """Output, codes (without gradient) and their sum as one operation, for training; no hook sees the codes."""
         device, parts = X.device.type, [X.reshape(-1, X.shape[-1]), self.atoms(), self.D_out, self.threshold()]
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
             parts = [part.to(dtype) if torch.is_tensor(part) else part for part in parts]
         *matrices, lam = parts
-        out, A = ISTAFunction.apply(*matrices, self.t, self.eta, lam)
-        return out.view(X.shape), A
+        out, A, total = ISTAFunction.apply(*matrices, self.t, self.eta, lam)
+        return out.view(X.shape), A, total
 
 
 class ISTAFunction(torch.autograd.Function):
     """ISTA.forward as one operation with its gradient by hand: 2 t products forward, 4 t backward, no copy of them.
 
+    Its outputs are D A_t, the codes A_t without gradient, and the sum of all of them for a penalty.
     Of every step k only the residual R_k = X - D A_k and the codes A_{k+1} are kept; where a code is zero its gradient
     is, so no masks are needed. With G the gradient by the output and H_k that by the argument of the k-th relu:
     H_k = [A_{k+1} > 0] (gradient by A_{k+1}), gradient by R_k = eta H_k D, by A_k = H_k - (gradient by R_k) D^T.
@@ -239,7 +243,7 @@ class ISTAFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, X, D, D_out, t, eta, lam):
-        """X (n, d), D and D_out (h, d) or D_out None for D, lam a number or (h,) -> output (n, d), codes (n, h)."""
+        """X (n, d), D, D_out (h, d) or None for D, lam a number or (h,) -> output (n, d), codes (n, h), their sum."""
         residuals, codes = [X], [torch.mm(X, D.t()).mul_(eta).sub_(eta * lam).relu_()]
         for _ in range(t - 1):
             residuals.append(torch.addmm(X, codes[-1], D, alpha=-1))
@@ -247,17 +251,21 @@ class ISTAFunction(torch.autograd.Function):
         ctx.eta, ctx.untied = eta, D_out is not None
         ctx.save_for_backward(D, D_out, *residuals, *codes)
         ctx.mark_non_differentiable(codes[-1])
-        return codes[-1] @ (D if D_out is None else D_out), codes[-1]
+        ctx.set_materialize_grads(False)
+        return codes[-1] @ (D if D_out is None else D_out), codes[-1], codes[-1].sum(dtype=torch.float32)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, G, _):
+    def backward(ctx, G, _, by_total):
         D, D_out, *saved = ctx.saved_tensors
         eta, t = ctx.eta, len(saved) // 2
         residuals, codes = saved[:t], saved[t:]
+        G = torch.zeros_like(residuals[0]) if G is None else G
         grad_out = codes[-1].t() @ G
         grad_D = torch.zeros_like(D) if ctx.untied else grad_out
         grad_A = G @ (D_out if ctx.untied else D).t()
+        if by_total is not None:
+            grad_A.add_(by_total.to(G.dtype))
         grad_X = torch.zeros_like(G)
         for k in reversed(range(t)):
             H = torch.ops.aten.threshold_backward(grad_A, codes[k], 0)
@@ -277,7 +285,7 @@ class LISTA(ISTA):
 
     The LayerNorm before it has no gain, so that ||X||^2 = d, and theta is in standard deviations of what a random atom
     sees. Homeostasis (`regulate`, once after each optimiser step), with p_i the share of its tokens on which A_i > 0:
-    theta_i += rate (clip(ln(p_i / high), 0, 1) - clip(ln(low / p_i), 0, 1)).
+    theta_i += pace rate (clip(ln(p_i / high), 0, 1) - clip(ln(low / p_i), 0, 1)).
     """
 
     theta: torch.Tensor
@@ -324,7 +332,7 @@ class LISTA(ISTA):
         self.seen += A.numel() // A.shape[-1]
 
     @torch.no_grad()
-    def regulate(self, total):
+    def regulate(self, total, pace):
         """Move the thresholds by what was counted since the last time; `total` sums a tensor over processes."""
         if self.active is None:
             return
@@ -332,7 +340,7 @@ class LISTA(ISTA):
         self.active, self.seen = None, 0
         p = counts[:-1] / counts[-1]
         rise, fall = (p / self.high).log().clamp(0, 1), (self.low / p).log().clamp(0, 1)
-        self.theta += self.rate * (rise - fall)
+        self.theta += pace * self.rate * (rise - fall)
 
 
 FEW_TOKENS, MANY_WEIGHTS, SPARSE = 4, 2**20, 0.05
@@ -358,17 +366,21 @@ def gather(A, P):
 
 
 class MLP(nn.Module):
-    """GPT-2's feed-forward block with ReLU: A = relu(D X + b), output P A + c. `codes` is as of ISTA."""
+    """GPT-2's feed-forward block with ReLU: A = relu(D X + b), output P A + c. `codes` and `sums` are as of ISTA."""
 
     def __init__(self, config: CrateConfig):
         super().__init__()
         self.D = nn.Linear(config.n_embd, config.n_atoms)
         self.P = ResidualOutput(config.n_atoms, config.n_embd)
         self.codes = nn.Identity()
+        self.sums = None
 
     def forward(self, X):
         """(B, T, d) -> (B, T, d)."""
-        return self.P(self.codes(F.relu(self.D(X))))
+        A = self.codes(F.relu(self.D(X)))
+        if self.training and self.sums is not None:
+            self.sums.append(A.sum(dtype=torch.float32))
+        return self.P(A)
 
 
 ATTENTION = {"mssa": MSSA, "mhsa": MHSA}
@@ -430,14 +442,15 @@ class CratePreTrainedModel(PreTrainedModel):
             init.copy_(module.alpha, (kind == 1).to(module.alpha.dtype))
             init.copy_(module.beta, (kind >= 2).to(module.beta.dtype))
 
-    def regulate(self, total=lambda counts: counts):
+    def regulate(self, total=lambda counts: counts, pace=1.0):
         """Homeostasis of `LISTA`, for the trainer to call once after each optimiser step.
 
         total: sums a tensor of counts over the processes, where there are several.
+        pace: the learning rate by its peak. Thresholds that move on when weights no longer follow cost loss.
         """
         for module in self.modules():
             if isinstance(module, LISTA):
-                module.regulate(total)
+                module.regulate(total, pace)
 
 
 class CrateModel(CratePreTrainedModel):
