@@ -53,6 +53,8 @@ class Options:
     """Threads; 0 for all."""
     context: int = 1024
     """Tokens in a sequence."""
+    vocabulary: int = 50304
+    """Tokens there are; ids beyond wrap around."""
     rounds: int = 5
     """Timed steps of each way, after one that is not counted."""
     check: bool = False
@@ -108,6 +110,7 @@ class Worker:
         preset, _, batch = case.partition(":")
         told = {"way": way, "preset": preset, "batch": int(batch), "threads": threads}
         told |= {"context": options.context, "device": options.device, "text": str(options.text)}
+        told |= {"vocabulary": options.vocabulary}
         command = [sys.executable, __file__, "--worker", json.dumps(told)]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.ready = self.hear()
@@ -228,10 +231,11 @@ def work(told: dict[str, Any]) -> None:
     crops = batches(told["text"], told["batch"], told["context"])
     next(crops)
     before = resident()
-    config = preset_config(told["preset"], context=told["context"])
+    config = preset_config(told["preset"], told["vocabulary"], told["context"], eos_id=None)
     model = build(config, seed=0).to(device).train()
     if way == "ours":
-        forward = fuse(model)
+        penalty = getattr(config, "code_penalty", 0.0)
+        forward = fuse(model, (lambda: penalty) if penalty else None)
     else:
         plain_ista(model)
         forward = torch.compile(model) if way == "compiled" else model
@@ -241,7 +245,7 @@ def work(told: dict[str, Any]) -> None:
     tokens = told["batch"] * told["context"]
     say({"before": before, "tokens": tokens, "flops": tokens * flops_per_token(config, told["context"])})
     for _ in sys.stdin:
-        batch = torch.from_numpy(next(crops)).to(device)
+        batch = torch.from_numpy(next(crops) % told["vocabulary"]).to(device)
         start = time.perf_counter()
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
             loss = loss_of(way, forward, batch)
