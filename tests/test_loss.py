@@ -154,18 +154,20 @@ def test_a_fused_model_has_the_loss_and_gradients_of_the_plain_one(preset, autoc
 
 
 @pytest.mark.parametrize("preset", ["crate-1l", "gpt2-1l", "crate-h-lag-1l", "gpt2-lag-1l"])
-def test_the_penalty_is_the_sum_of_the_activations_per_token_that_has_a_loss(preset):
+def test_the_penalty_is_the_mean_over_tokens_of_the_sum_of_activations(preset):
     tokens = torch.randint(320, (2, 16), generator=torch.Generator().manual_seed(0))
     plain, fused = (build(preset_config(preset, 320, 16, 0), seed=0).train() for _ in range(2))
     loss.fuse(fused, lambda: 0.01)
     seen = []
     name = "transformer.h.0.mlp.act" if preset == "gpt2-1l" else "transformer.h.0.ista.codes"
     plain.get_submodule(name).register_forward_hook(lambda *given: seen.append(given[2]))
-    wanted = plain(tokens, labels=tokens).loss + 0.01 * seen[0][:, :-1].sum(-1).mean()
+    wanted = plain(tokens, labels=tokens).loss + 0.01 * seen[0].sum(-1).mean()
     for _ in range(2):  # the second time is not about the first one's activations
         found = fused(tokens, labels=tokens).loss
     assert found.item() == pytest.approx(wanted.item(), rel=1e-5) and seen[0].any()
-    found.backward(), wanted.backward()
+    halves = [fused(half[None], labels=half[None], num_items_in_batch=30).loss for half in tokens]
+    assert sum(halves).item() == pytest.approx(wanted.item(), rel=1e-5), "micro-batches add up"
+    sum(halves).backward(), wanted.backward()
     for (name, mine), other in zip(fused.named_parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(mine.grad, other.grad, msg=name, rtol=1e-4, atol=1e-6)
 

@@ -19,7 +19,6 @@ from cratescope.files import read_jsonl
 from cratescope.lm.config import EvaluateConfig, TrainConfig
 from cratescope.lm.evaluate import crop_losses, evaluate
 from cratescope.lm.load import load_model
-from cratescope.lm.loss import fuse
 from cratescope.lm.train import train
 from cratescope.models.presets import build, preset_config
 from cratescope.neurons.sites import hooked, site_named
@@ -45,7 +44,6 @@ def test_the_loss_falls_and_is_logged_with_validation(data_folder, tmp_path):
 
 
 def test_the_first_logged_loss_is_the_mean_over_the_crops_of_the_first_step(runs_folder, data_folder):
-    from cratescope.models.presets import build, preset_config
 
     data = TokenData.open(data_folder)
     model = build(preset_config("crate-1l", data.vocab_size, 32, data.eos_id), seed=0)
@@ -66,7 +64,6 @@ def test_weight_decay_is_on_matrices_only_and_includes_the_dictionary(preset):
     from transformers import Trainer
 
     from cratescope.lm.trainer import WatchedTrainer
-    from cratescope.models.presets import build, preset_config
 
     model = build(preset_config(preset, 64, 8, 0), seed=0)
     decayed = WatchedTrainer.get_decay_parameter_names(None, model)
@@ -93,7 +90,6 @@ def test_finished_training_is_not_done_again(runs_folder, data_folder):
 
 
 def test_zero_steps_write_the_untrained_control(data_folder, tmp_path):
-    from cratescope.models.presets import build, preset_config
 
     run = train(config_of(tmp_path / "run", data_folder, steps=0, seed=5))
     model = AutoModelForCausalLM.from_pretrained(run.model)
@@ -199,23 +195,6 @@ def test_sparse_codes_are_penalised_by_their_preset(data_folder, tmp_path):
     assert [variant for _, _, variant in sums.values()] == ["", "code_penalty=0", "l1=0.3"]
 
 
-@pytest.mark.parametrize("preset", ["gpt2-1l", "gpt2-lag-1l", "crate-1l", "crate-h-1l"])
-def test_the_penalty_is_the_mean_over_tokens_of_the_sum_of_activations(preset):
-    model = build(preset_config(preset, 64, 16, eos_id=0), 0).train()
-    tokens = torch.randint(64, (3, 16), generator=torch.Generator().manual_seed(0))
-    plain = fuse(build(preset_config(preset, 64, 16, eos_id=0), 0).train())(tokens, labels=tokens).loss
-    seen = []
-    for block in model.transformer.h:
-        neurons = block.mlp.act if preset == "gpt2-1l" else block.ista.codes
-        neurons.register_forward_hook(lambda _, __, A: seen.append(A.sum(-1).mean()))
-    fused = fuse(model, lambda: 0.5)
-    loss = fused(tokens, labels=tokens).loss
-    torch.testing.assert_close(loss, plain + 0.5 * sum(seen))
-    half = fused(tokens[:1], labels=tokens[:1], num_items_in_batch=45).loss
-    rest = fused(tokens[1:], labels=tokens[1:], num_items_in_batch=45).loss
-    torch.testing.assert_close(half + rest, loss)
-
-
 def test_speed_and_utilisation_are_logged(runs_folder):
     rows = [row for row in read_jsonl(Run(runs_folder / "gpt2").metrics) if "loss" in row]
     assert all(row["tokens_per_second"] > 0 and 0 < row["utilisation"] < 1 for row in rows)
@@ -236,7 +215,6 @@ def test_the_floating_point_operations_of_a_step_are_counted_right(preset, t):
     from torch.utils.flop_counter import FlopCounterMode
 
     from cratescope.models.cost import flops_per_token
-    from cratescope.models.presets import build, preset_config
 
     config = preset_config(preset, 320, 48, 0, {"ista_steps": t} if t else None)
     config._attn_implementation = "eager"  # the counter does not know the fused attention of CPUs
