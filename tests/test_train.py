@@ -44,7 +44,6 @@ def test_the_loss_falls_and_is_logged_with_validation(data_folder, tmp_path):
 
 
 def test_the_first_logged_loss_is_the_mean_over_the_crops_of_the_first_step(runs_folder, data_folder):
-
     data = TokenData.open(data_folder)
     model = build(preset_config("crate-1l", data.vocab_size, 32, data.eos_id), seed=0)
     crops = Crops("random", data.split("train"), 32, seed=0, length=4)
@@ -90,7 +89,6 @@ def test_finished_training_is_not_done_again(runs_folder, data_folder):
 
 
 def test_zero_steps_write_the_untrained_control(data_folder, tmp_path):
-
     run = train(config_of(tmp_path / "run", data_folder, steps=0, seed=5))
     model = AutoModelForCausalLM.from_pretrained(run.model)
     fresh = build(preset_config("crate-1l", 320, 32, 0), seed=5)
