@@ -235,7 +235,7 @@ def work(told: dict[str, Any]) -> None:
     model = build(config, seed=0).to(device).train()
     if way == "ours":
         penalty = getattr(config, "code_penalty", 0.0)
-        forward = fuse(model, (lambda: penalty) if penalty else None)
+        forward = fuse(model, (lambda activations: penalty * activations) if penalty else None)
     else:
         plain_ista(model)
         forward = torch.compile(model) if way == "compiled" else model

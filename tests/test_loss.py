@@ -157,7 +157,7 @@ def test_a_fused_model_has_the_loss_and_gradients_of_the_plain_one(preset, autoc
 def test_the_penalty_is_the_mean_over_tokens_of_the_sum_of_activations(preset):
     tokens = torch.randint(320, (2, 16), generator=torch.Generator().manual_seed(0))
     plain, fused = (build(preset_config(preset, 320, 16, 0), seed=0).train() for _ in range(2))
-    loss.fuse(fused, lambda: 0.01)
+    loss.fuse(fused, lambda activations: 0.01 * activations)
     seen = []
     name = "transformer.h.0.mlp.act" if preset == "gpt2-1l" else "transformer.h.0.ista.codes"
     plain.get_submodule(name).register_forward_hook(lambda *given: seen.append(given[2]))

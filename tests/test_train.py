@@ -168,14 +168,7 @@ def test_the_penalty_makes_activations_fewer_and_is_part_of_the_arm(data_folder,
     density = {}
     for name, l1 in (("plain", None), ("penalised", 0.05)):
         run = train(config_of(tmp_path / name, data_folder, preset="gpt2-1l", steps=40, l1=l1))
-        model = load_model(run, "cpu")
-        with hooked(
-            model,
-            site_named("auto", model),
-            [0],
-            lambda _, a, name=name: density.update({name: (a > 0).float().mean()}),
-        ):
-            model(torch.arange(32)[None])
+        density[name] = (neurons_of(run, data_folder) > 0).float().mean()
         assert run.read_manifest()["arm"]["variant"] == ("" if l1 is None else "l1=0.05")
     assert density["penalised"] < density["plain"] / 2
     with pytest.raises(UserError, match="was made with l1 = 0.05"):
@@ -183,14 +176,37 @@ def test_the_penalty_makes_activations_fewer_and_is_part_of_the_arm(data_folder,
 
 
 def test_sparse_codes_are_penalised_by_their_preset(data_folder, tmp_path):
-    sums = {}
-    for name, changes in (("own", {}), ("none", {"crate": {"code_penalty": "0"}}), ("more", {"l1": 0.3})):
-        run = train(config_of(tmp_path / name, data_folder, preset="crate-h-1l", steps=30, **changes))
-        first, *_, last = (row["loss"] for row in read_jsonl(run.metrics) if "loss" in row)
-        sums[name] = first, last, run.read_manifest()["arm"]["variant"]
-    assert len({first for first, _, _ in sums.values()}) == 1, "the weight begins at 0"
-    assert sums["more"][1] > sums["own"][1] > sums["none"][1]
-    assert [variant for _, _, variant in sums.values()] == ["", "code_penalty=0", "l1=0.3"]
+    sums, fixed = {}, {"homeostasis_rate": "0"}  # or thresholds would fall where the penalty silences atoms
+    for penalty, changes in (
+        ("preset", {"crate": fixed}),
+        ("none", {"crate": fixed | {"code_penalty": "0"}}),
+        ("more", {"crate": fixed, "l1": 0.02}),
+    ):
+        run = train(config_of(tmp_path / penalty, data_folder, preset="crate-h-1l", steps=30, **changes))
+        sums[penalty] = neurons_of(run, data_folder).sum()
+        assert all(f"{name}=" in run.read_manifest()["arm"]["variant"] for name in changes["crate"])
+    assert sums["more"] < sums["preset"] < sums["none"]
+
+
+@pytest.mark.parametrize("preset", ["crate-h-1l", "gpt2-1l"])
+def test_losses_leave_the_penalty_out(data_folder, tmp_path, preset):
+    """Of weights that hardly move, so that the penalty changes nothing but what is added to the loss."""
+    still = {"learning_rate": 1e-12, "min_learning_rate": 1e-12, "steps": 4}
+    losses = []
+    for name, changes in (("without", {}), ("with", {"l1": 50.0})):
+        run = train(config_of(tmp_path / name, data_folder, preset=preset, **still, **changes))
+        losses.append([row["loss"] for row in read_jsonl(run.metrics) if "loss" in row])
+    assert losses[1] == pytest.approx(losses[0], abs=1e-4)
+    assert 50 * neurons_of(run, data_folder).sum(-1).mean() > 1
+
+
+def neurons_of(run, data_folder):
+    """The first layer's activations (8, 16, h) on validation text."""
+    model, seen = load_model(run, "cpu"), []
+    tokens = torch.from_numpy(TokenData.open(data_folder).split("validation").spaced(8, 16).astype("int64"))
+    with hooked(model, site_named("auto", model), [0], lambda _, activations: seen.append(activations)):
+        model(tokens)
+    return seen[0]
 
 
 def test_speed_and_utilisation_are_logged(runs_folder):

@@ -54,18 +54,18 @@ def token_losses(
     return _sweep(hidden, weight, labels, _format(hidden), False, False)[0]
 
 
-def fuse(model: PreTrainedModel, l1: Callable[[], float] | None = None) -> PreTrainedModel:
+def fuse(model: PreTrainedModel, penalty: Callable[[torch.Tensor], torch.Tensor] | None = None) -> PreTrainedModel:
     """Let `model(input_ids, labels=...)` compute its loss as above; it then returns no logits.
 
     For any causal language model whose head is a linear map without bias. The forward pass stays the model's own
     method, so that DDP and FSDP see every call; without labels nothing changes.
 
     Args:
-        l1: asked at every pass; adds so many times the sum of a token's activations, of all neurons, mean over tokens.
+        penalty: of the sum of a token's activations, of all neurons, mean over tokens; added to the loss of every pass.
     """
     plain = model.forward
     sums: list[torch.Tensor] = []
-    for name, module in model.named_modules() if l1 else ():
+    for name, module in model.named_modules() if penalty else ():
         if hasattr(module, "sums"):
             module.sums = sums
         elif name.endswith(GPT2_NEURONS):
@@ -78,9 +78,9 @@ def fuse(model: PreTrainedModel, l1: Callable[[], float] | None = None) -> PreTr
         hidden = self.base_model(input_ids, use_cache=False, **kwargs).last_hidden_state[:, :-1]
         weight, targets = self.get_output_embeddings().weight, labels[:, 1:]
         loss = linear_cross_entropy(hidden, weight, targets, n_items=num_items_in_batch)
-        if l1 and sums:
+        if penalty and sums:
             share = (targets != IGNORED).sum() / num_items_in_batch if num_items_in_batch is not None else 1
-            loss = loss + l1() * sum(sums) / labels.numel() * share
+            loss = loss + penalty(sum(sums) / labels.numel() * share)
         return CausalLMOutput(loss=loss)
 
     model.forward = types.MethodType(forward, model)

@@ -106,12 +106,12 @@ def _fit(
     publish: Callable[[int, PreTrainedModel], None],
 ) -> tuple[int, int]:
     """Train from the newest good checkpoint and publish the run; return the signal received, if any, and the step."""
-    penalty = getattr(model.config, "code_penalty", 0.0) if config.l1 is None else config.l1
-    watch = Watch(config, run, penalty, publish)
+    weight = getattr(model.config, "code_penalty", 0.0) if config.l1 is None else config.l1
+    watch = Watch(config, run, weight, publish)
     validation = data.split("validation")
     n_crops = max(1, min(config.validation_crops, validation.n_tokens // config.context))
     given: dict[str, Any] = {
-        "model": fuse(model, watch.l1 if penalty else None),
+        "model": fuse(model, watch.penalty if weight else None),
         "args": arguments,
         "train_dataset": _crops(config, data),
     }

@@ -39,14 +39,14 @@ class Watch(TrainerCallback):
     """Callback on every step: stops on a signal or a NaN loss, writes metrics.jsonl, marks checkpoints complete.
 
     Args:
-        penalty: what `l1` grows to.
+        weight: what that of the penalty on activations grows to.
         publish: called with the step and model of a milestone, by process 0, before its checkpoint is marked.
     """
 
     def __init__(
-        self, config: TrainConfig, run: Run, penalty: float, publish: Callable[[int, PreTrainedModel], None]
+        self, config: TrainConfig, run: Run, weight: float, publish: Callable[[int, PreTrainedModel], None]
     ) -> None:
-        self.config, self.run, self.penalty, self.publish = config, run, penalty, publish
+        self.config, self.run, self.weight, self.publish = config, run, weight, publish
         self.milestones = milestone_steps(config)
         self.last: Path | None = None
         self.signal, self.step = 0, 0
@@ -78,9 +78,14 @@ class Watch(TrainerCallback):
     def on_step_begin(self, args, state, control, **kwargs):
         self.step = state.global_step
 
-    def l1(self) -> float:
-        """Weight of the penalty at this step: it grows, for neurons that are punished before they are of use die."""
-        return self.penalty * min(1.0, self.step / (PENALTY_GROWS * self.config.steps))
+    def penalty(self, activations: torch.Tensor) -> torch.Tensor:
+        """Weigh the sum of activations at this step: the weight grows, for neurons punished before they are of use die.
+
+        What is added to the loss is taken from the loss that is shown, so that models with and without can be compared.
+        """
+        added = self.weight * min(1.0, self.step / (PENALTY_GROWS * self.config.steps)) * activations
+        self.step_loss = self.step_loss - processes() * added.detach()  # the Trainer's loss is times the processes
+        return added
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         """Share losses and signals among all processes, so that either all stop after the same step or none does."""

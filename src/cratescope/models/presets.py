@@ -18,7 +18,7 @@ SIZES = {"1l": (128, 4, 1), "2l": (128, 4, 2), "3l": (128, 4, 3), "s": (768, 12,
 """Width d, heads K and layers L; the hidden layer of the paper's families has 4 d neurons."""
 _SPARSE = {
     **{"feed_forward": "lista", "ista_steps": 1, "ista_step_size": 1.0, "ista_lambda": 1.5},
-    **{"ista_skip": True, "ista_tied": False, "code_penalty": 0.003},
+    **{"ista_skip": True, "ista_tied": False, "code_penalty": 0.001},
 }
 _MLP = {"attention": "mhsa", "feed_forward": "mlp", "ista_skip": True}
 FAMILIES: dict[str, dict[str, Any]] = {
