@@ -517,8 +517,22 @@ def test_a_variant_is_an_arm_of_its_own(runs: tuple[Path, Path], tmp_path: Path)
     assert (usual.a.title, usual.b.title) == ("CRATE", "GPT-2")
     assert (chosen.a.title, chosen.b.title, chosen.difference) == ("CRATE ista_steps=3", "CRATE", 0)
     assert {row["paper"] for row in score_rows(results[2:])} == {None}
-    with pytest.raises(UserError, match="--compare crate llama: give two of the arms crate, gpt2"):
-        sides(results, ("crate", "llama"))
+    for wrong in ("crate llama", "crate crate", "crate gpt2 crate"):
+        with pytest.raises(UserError, match=f"--compare {wrong}: give pairs of two of the arms crate, gpt2"):
+            sides(results, wrong.split())
+
+
+def test_several_pairs_are_compared_each_in_a_table(runs: tuple[Path, Path], tmp_path: Path) -> None:
+    steps = Path(shutil.copytree(runs[0], tmp_path / "steps"))
+    edit_arm(steps, variant="ista_steps=3")
+    pairs = ("crate", "gpt2", "crate ista_steps=3", "gpt2", "crate", "gpt2")
+    page = report(
+        settings_for((*runs, steps), tmp_path / "report", compare=pairs), tokenizer=fake_tokenizer()
+    ).read_text()
+    found = json.loads((tmp_path / "report" / "scores.json").read_text())["comparisons"]
+    assert [*dict.fromkeys((item["a"]["arm"], item["b"]["arm"]) for item in found)] == [pairs[:2], pairs[2:4]]
+    for title in ("CRATE", "CRATE ista_steps=3"):
+        assert re.search(rf'<th class="dot arm\d">{title}</th><th class="dot arm\d">GPT-2</th>', page)
 
 
 def test_two_explanation_sets_are_shown_each_with_its_own_scores(runs: tuple[Path, Path], tmp_path: Path) -> None:
@@ -869,10 +883,10 @@ def test_features_stand_below_the_neurons_of_their_run_and_are_compared_with_the
     assert found[0].difference == 0 and found[2].difference == pytest.approx(before[0][0].difference)
     chosen = comparisons(results, PRIMARY, ("crate", "gpt2 + sae/a"))[0]
     assert chosen[0] == found[2] and "features of GPT-2 + sae/a" in headline(chosen)
-    with pytest.raises(UserError, match="give two of the arms crate, gpt2, crate . sae/a"):
+    with pytest.raises(UserError, match="give pairs of two of the arms crate, gpt2, crate . sae/a"):
         sides(results, ("crate", "gpt2 + sae/c"))
     assert matched_rows(results, sides(results)) == [
-        row | {"a": "crate · codes", "b": "gpt2 · mlp"} for row in matched_rows(load_results(runs), ("crate", "gpt2"))
+        row | {"a": "crate · codes", "b": "gpt2 · mlp"} for row in matched_rows(load_results(runs), [("crate", "gpt2")])
     ]
     looks = styles(results)
     assert len({looks[label].of_site for label in labels[:3]}) == 3

@@ -45,8 +45,8 @@ class ReportConfig(Checked):
     """The measure that decides, to be named before the runs: protocol/measure, with /control for the gain over a
     control (shuffled, empty, unigram, untrained). docs/evaluation.md explains the default. Others are secondary."""
     compare: tuple[str, ...] = ()
-    """Two arms to compare, such as `crate gpt2`: these two by default if there are runs of both, else the first two
-    arms among the runs."""
+    """Two arms to compare, such as `crate gpt2`, or several pairs one after the other, such as `crate gpt2 crate-h
+    gpt2-h`; by default CRATE and GPT-2 if there are runs of both, else the first two arms among the runs."""
     title: str = "cratescope report"
     """Page title."""
     cards: Annotated[int, within(0, 10_000)] = 8

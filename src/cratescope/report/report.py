@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from cratescope.report.figures import arm_places, draw_figures, figures_of
 from cratescope.report.frontier import frontier_figures
 from cratescope.report.html import Card, page_card, page_environment
 from cratescope.results import compare, tables
-from cratescope.results.compare import DETECTABLE, UNTRAINED, Comparison, Quantity
+from cratescope.results.compare import DETECTABLE, UNTRAINED, Comparison, Pair, Quantity
 from cratescope.results.estimates import Estimate, finite
 from cratescope.results.neuron import Neuron, read_neurons
 from cratescope.results.runs import Results, Row, load_results, one_per_run, protocols
@@ -38,7 +38,7 @@ from cratescope.results.steering import AGAINST, KLS, Swept, curve_rows, read_sw
 from cratescope.run import made_from
 from cratescope.score.quality import QUALITIES
 
-VERSION = 5
+VERSION = 6
 """Of the page: raise it when the same results look different."""
 CSV = ("scores", "neurons", "losses", "activity", "quality", "matched", "sanity", "saes", "steering", "steering_curves")
 
@@ -90,22 +90,21 @@ def _page(config: ReportConfig, tokenizer: PreTrainedTokenizerFast | None) -> st
     """Render the HTML; numbers and figures are written along the way."""
     primary = Quantity.parse(config.primary)
     results = load_results(config.runs, config.explainer, config.simulator)
-    pair = compare.sides(results, config.compare)
-    compared = [pairs for pairs in compare.comparisons(results, primary, pair or ()) if pairs]
+    sides = compare.sides(results, config.compare)
+    compared = [pairs for pairs in compare.comparisons(results, primary, config.compare) if pairs]
     features = compare.against_features(results, primary)
     groups = [group for item in results for group in _groups(item, config, _decoder(item, tokenizer))]
     swept = read_swept(results)
-    numbers = _write_numbers(config.out, results, compared, features, pair, swept)
+    numbers = _write_numbers(config.out, results, compared, features, sides, swept)
     drawn = chain(figures_of(results), frontier_figures(results, primary), steering_figures(results, swept))
     figures = draw_figures(drawn, config.out / "figures")
     places, arms = arm_places(results), {item.arm.name: item.arm.title for item in results}
-    titles = arms | {item.side: item.title for item in results}
     return _template().render(
         config=config,
         explainer=Path(config.explainer).name if Path(config.explainer).is_absolute() else config.explainer,
         results=results,
         runs=one_per_run(results),
-        compared=compared,
+        compared=[[*groups] for _, groups in groupby(compared, key=lambda pairs: (pairs[0].a.arm, pairs[0].b.arm))],
         against_features=features,
         caveats=verdict.caveats(results, compared or [features], primary) + verdict.about_features(results, features),
         protocols=protocols(results),
@@ -116,7 +115,6 @@ def _page(config: ReportConfig, tokenizer: PreTrainedTokenizerFast | None) -> st
         dictionaries=numbers["saes"],
         steering=summary(swept),
         matched=numbers["matched"],
-        matched_titles=[titles[name] for name in pair or ()],
         sanity=_sanity_table(numbers["sanity"]),
         figures={name: Markup(svg) for name, svg in figures.items()},
         groups=groups,
@@ -139,7 +137,7 @@ def _write_numbers(
     results: Sequence[Results],
     compared: Sequence[Sequence[Comparison]],
     features: Sequence[Comparison],
-    pair: tuple[str, str] | None,
+    sides: Sequence[Pair],
     swept: Sequence[Swept],
 ) -> dict[str, list[Row]]:
     """Write every CSV file, and scores.json with the comparisons; return the rows of all but neurons.csv, by name."""
@@ -148,7 +146,7 @@ def _write_numbers(
         "losses": tables.loss_rows(results),
         "activity": tables.activity_rows(results),
         "quality": tables.quality_rows(results),
-        "matched": tables.matched_rows(results, pair),
+        "matched": tables.matched_rows(results, sides),
         "sanity": tables.sanity_rows(results),
         "saes": tables.dictionary_rows(results),
         "steering": success_rows(swept),

@@ -158,20 +158,24 @@ class Comparison:
         return needed(self.test.effect * wanted / self.difference, self.test.paired)
 
 
-def sides(results: Sequence[Results], chosen: Sequence[str] = ()) -> tuple[str, str] | None:
-    """The sides to compare: those chosen, else the neurons of CRATE and GPT-2, else of the first two arms.
+Pair = tuple[str, str]
+"""The sides of a comparison, as `Results.side` names them."""
 
-    UserError: not two of the runs' arms, or of their features as `gpt2 + sae/bt16`.
+
+def sides(results: Sequence[Results], chosen: Sequence[str] = ()) -> list[Pair]:
+    """The pairs to compare: those chosen, one after the other, else the neurons of CRATE and GPT-2, else of two arms.
+
+    UserError: not pairs of the runs' arms, or of their features as `gpt2 + sae/bt16`.
     """
     names = list(dict.fromkeys(item.arm.name for item in results))
     if chosen:
         known = list(dict.fromkeys([*names, *(item.side for item in results)]))
-        unknown = [name for name in chosen if name not in known]
-        if unknown or len(set(chosen)) != 2:
-            raise UserError(f"--compare {' '.join(chosen)}: give two of the arms {', '.join(known)}")
-        return chosen[0], chosen[1]
+        pairs = list(zip(chosen[::2], chosen[1::2], strict=False))
+        if not set(chosen) <= set(known) or len(chosen) % 2 or any(a == b for a, b in pairs):
+            raise UserError(f"--compare {' '.join(chosen)}: give pairs of two of the arms {', '.join(known)}")
+        return list(dict.fromkeys(pairs))
     found = list(USUAL) if set(USUAL) <= set(names) else names[:2]
-    return (found[0], found[1]) if len(found) == 2 else None
+    return [(found[0], found[1])] if len(found) == 2 else []
 
 
 Mix = tuple[tuple[Results, float], ...]
@@ -179,12 +183,11 @@ Mix = tuple[tuple[Results, float], ...]
 
 
 def comparisons(results: Sequence[Results], primary: Quantity, chosen: Sequence[str] = ()) -> list[list[Comparison]]:
-    """All comparisons the runs allow: one list per size and number of training tokens, the primary quantity first.
+    """All that the runs allow: a list per pair, size and number of training tokens, the primary quantity first.
 
     Where runs have milestones, a list at equal loss follows that at equal tokens.
     """
-    pair = sides(results, chosen)
-    return [] if pair is None else [[*found] for found in _comparisons(results, primary, pair)]
+    return [[*found] for pair in sides(results, chosen) for found in _comparisons(results, primary, pair)]
 
 
 def against_features(results: Sequence[Results], primary: Quantity) -> list[Comparison]:
@@ -193,15 +196,13 @@ def against_features(results: Sequence[Results], primary: Quantity) -> list[Comp
     Every arm's features against its own neurons, and against those of the first of the arms that are compared: is
     sparse coding inside of the model better than afterwards?
     """
-    usual = sides(results) or ()
-    pairs = [(arm, item.side) for item in results if item.features for arm in (*usual[:1], item.arm.name)]
+    usual = [a for a, _ in sides(results)]
+    pairs = [(arm, item.side) for item in results if item.features for arm in (*usual, item.arm.name)]
     groups = [found for pair in dict.fromkeys(pairs) for found in _comparisons(results, primary, pair)]
     return [first for found in groups if (first := next(found, None)) is not None]
 
 
-def _comparisons(
-    results: Sequence[Results], primary: Quantity, pair: tuple[str, str]
-) -> Iterator[Iterator[Comparison]]:
+def _comparisons(results: Sequence[Results], primary: Quantity, pair: Pair) -> Iterator[Iterator[Comparison]]:
     """Those of two sides, on the layers that all their runs were scored on."""
     wanted = [item for item in results if item.side in pair]
     shared: dict[Any, set[int]] = {}
@@ -221,7 +222,7 @@ Arms = list[dict[int, Mix]]
 """Of either side: what is compared, by seed."""
 
 
-def _at_equal_tokens(results: Sequence[Results], pair: tuple[str, str]) -> list[tuple[Arms, float | None]]:
+def _at_equal_tokens(results: Sequence[Results], pair: Pair) -> list[tuple[Arms, float | None]]:
     """The end of training before its milestones, untrained controls last."""
     groups: dict[tuple[Any, ...], dict[str, dict[int, Mix]]] = {}
     for item in results:
@@ -233,7 +234,7 @@ def _at_equal_tokens(results: Sequence[Results], pair: tuple[str, str]) -> list[
     return [(arms, None) for _, arms in shared]
 
 
-def _at_equal_loss(results: Sequence[Results], pair: tuple[str, str]) -> list[tuple[Arms, float | None]]:
+def _at_equal_loss(results: Sequence[Results], pair: Pair) -> list[tuple[Arms, float | None]]:
     """For each seed at the worse of the two final losses: the other arm is taken back to where it had that."""
     courses: dict[tuple[Any, ...], dict[tuple[str, int], list[Results]]] = {}
     for item in results:

@@ -8,6 +8,7 @@ import json
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from jaxtyping import Int
 from cratescope.explain.controls import CONTROLS
 from cratescope.explain.protocols import ON_UNIFORM_TEXT
 from cratescope.files import atomic_path
-from cratescope.results.compare import DETECTABLE, UNTRAINED, Comparison
+from cratescope.results.compare import DETECTABLE, UNTRAINED, Comparison, Pair
 from cratescope.results.dictionaries import NUMBERS, PROBING
 from cratescope.results.estimates import NOTHING, Estimate, finite, over
 from cratescope.results.runs import Results, Row, one_per_run, protocols, untrained_copy
@@ -223,18 +224,20 @@ def dictionary_rows(results: Sequence[Results]) -> list[Row]:
     ]
 
 
-def matched_rows(results: Sequence[Results], pair: tuple[str, str] | None) -> list[Row]:
+def matched_rows(results: Sequence[Results], sides: Sequence[Pair]) -> list[Row]:
     """Activation quality of two arms at matched density: a row per pair of runs of one seed, and layer."""
-    if pair is None:
-        return []
     found = [item for item in results if item.site == item.arm.site and item.quality]
     rows = []
-    for a in (item for item in found if item.arm.name == pair[0]):
-        for b in (item for item in found if item.arm.name == pair[1]):
-            alike = [(item.matter, item.arm.seed, item.arm.tokens_trained) for item in (a, b)]
-            if alike[0] == alike[1]:
+    for arms in sides:
+        for a, b in product(*([item for item in found if item.arm.name == arm] for arm in arms)):
+            if _alike(a) == _alike(b):
                 rows += [_matched(a, b, layer) for layer in a.scores.layers if layer in b.scores.layers]
     return rows
+
+
+def _alike(item: Results) -> tuple[Any, ...]:
+    """What runs have in common whose neurons are matched with each other."""
+    return item.matter, item.arm.seed, item.arm.tokens_trained
 
 
 def _matched(a: Results, b: Results, layer: int) -> Row:
