@@ -474,12 +474,16 @@ def test_a_measure_on_uniform_text_may_be_the_primary_one(seeds: list[Results], 
     assert pair.difference != comparisons(seeds, PRIMARY)[0][0].difference
 
 
-def test_activity_is_compared_at_matched_density_too(seeds: list[Results]) -> None:
-    rows = matched_rows(seeds, sides(seeds))
+def test_scores_and_activity_are_compared_at_matched_density_too(seeds: list[Results]) -> None:
+    rows = matched_rows(seeds, sides(seeds), PRIMARY)
     assert [(row["a"], row["b"]) for row in rows] == [
         (f"crate-{seed}-{tokens}", f"gpt2-{seed}-{tokens}") for seed in (0, 1) for tokens in (2_000_000, 0)
     ]
-    assert all(0 < row["lookup_n"] <= 5 for row in rows)
+    assert all(0 < row["lookup_n"] <= 5 and 0 < row["primary_n"] <= 5 for row in rows)
+    scores = {item.label: PRIMARY.by_index(item)[0].values() for item in seeds}
+    for row in rows:
+        assert all(min(scores[row[a]]) <= row[f"{a}_primary"] <= max(scores[row[a]]) for a in "ab")
+        assert row["a_primary"] != row["b_primary"]
     layers = [row for row in quality_rows(seeds) if row["layer"] == 0]
     assert len(layers) == len(seeds) and {row["distinct_explanations"] for row in layers} == {5}
 
@@ -692,7 +696,7 @@ def test_a_model_trained_elsewhere_stands_beside_others_and_is_no_side_of_a_comp
     others = (adopted_run(tmp_path / "llama"), adopted_run(tmp_path / "twin", "gpt2", "somewhere/gpt2-2l"))
     alone, both = (load_results(given) for given in (runs, (*runs, *others)))
     assert comparisons(both, PRIMARY) == comparisons(alone, PRIMARY) != []
-    assert matched_rows(both, sides(both)) == matched_rows(alone, sides(alone))
+    assert matched_rows(both, sides(both), PRIMARY) == matched_rows(alone, sides(alone), PRIMARY)
     assert caveats(both, comparisons(both, PRIMARY), PRIMARY) == caveats(alone, comparisons(alone, PRIMARY), PRIMARY)
     rows = [row for row in score_rows(both) if row["model"] in ("llama", "twin")]
     assert rows and all(row["paper"] is None for row in rows)
@@ -885,9 +889,9 @@ def test_features_stand_below_the_neurons_of_their_run_and_are_compared_with_the
     assert chosen[0] == found[2] and "features of GPT-2 + sae/a" in headline(chosen)
     with pytest.raises(UserError, match="give pairs of two of the arms crate, gpt2, crate . sae/a"):
         sides(results, ("crate", "gpt2 + sae/c"))
-    assert matched_rows(results, sides(results)) == [
-        row | {"a": "crate · codes", "b": "gpt2 · mlp"} for row in matched_rows(load_results(runs), [("crate", "gpt2")])
-    ]
+    alone = matched_rows(load_results(runs), [("crate", "gpt2")], PRIMARY)
+    named = [row | {"a": "crate · codes", "b": "gpt2 · mlp"} for row in alone]
+    assert matched_rows(results, sides(results), PRIMARY) == named
     looks = styles(results)
     assert len({looks[label].of_site for label in labels[:3]}) == 3
 

@@ -29,7 +29,7 @@ from cratescope.report.figures import arm_places, draw_figures, figures_of
 from cratescope.report.frontier import frontier_figures
 from cratescope.report.html import Card, page_card, page_environment
 from cratescope.results import compare, tables
-from cratescope.results.compare import DETECTABLE, UNTRAINED, Comparison, Pair, Quantity
+from cratescope.results.compare import DETECTABLE, UNTRAINED, Comparison, Quantity
 from cratescope.results.estimates import Estimate, finite
 from cratescope.results.neuron import Neuron, read_neurons
 from cratescope.results.runs import Results, Row, load_results, one_per_run, protocols
@@ -95,7 +95,9 @@ def _page(config: ReportConfig, tokenizer: PreTrainedTokenizerFast | None) -> st
     features = compare.against_features(results, primary)
     groups = [group for item in results for group in _groups(item, config, _decoder(item, tokenizer))]
     swept = read_swept(results)
-    numbers = _write_numbers(config.out, results, compared, features, sides, swept)
+    numbers = _write_numbers(
+        config.out, results, compared, features, tables.matched_rows(results, sides, primary), swept
+    )
     drawn = chain(figures_of(results), frontier_figures(results, primary), steering_figures(results, swept))
     figures = draw_figures(drawn, config.out / "figures")
     places, arms = arm_places(results), {item.arm.name: item.arm.title for item in results}
@@ -137,7 +139,7 @@ def _write_numbers(
     results: Sequence[Results],
     compared: Sequence[Sequence[Comparison]],
     features: Sequence[Comparison],
-    sides: Sequence[Pair],
+    matched: list[Row],
     swept: Sequence[Swept],
 ) -> dict[str, list[Row]]:
     """Write every CSV file, and scores.json with the comparisons; return the rows of all but neurons.csv, by name."""
@@ -146,7 +148,7 @@ def _write_numbers(
         "losses": tables.loss_rows(results),
         "activity": tables.activity_rows(results),
         "quality": tables.quality_rows(results),
-        "matched": tables.matched_rows(results, sides),
+        "matched": matched,
         "sanity": tables.sanity_rows(results),
         "saes": tables.dictionary_rows(results),
         "steering": success_rows(swept),

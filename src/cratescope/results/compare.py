@@ -64,10 +64,13 @@ class Quantity:
     def _control(self) -> str | None:
         return None if self.over == UNTRAINED else self.over
 
+    def by_index(self, item: Results) -> dict[int, dict[int, float]]:
+        """By layer and index, of every neuron that has one; of a gain over the untrained copy, the score itself."""
+        return item.scores.values(self.protocol, self.measure, over=self._control)
+
     def layers(self, item: Results) -> list[list[float]]:
-        """Values of every neuron that has one, by layer; of a gain over the untrained copy, the score itself."""
-        values = item.scores.values(self.protocol, self.measure, over=self._control)
-        return [[*row.values()] for row in values.values() if row]
+        """The same values as lists, of the layers that have any."""
+        return [[*row.values()] for row in self.by_index(item).values() if row]
 
     def mean(self, item: Results, results: Sequence[Results]) -> Estimate:
         """Mean over layers and its error over neurons."""

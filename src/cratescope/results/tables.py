@@ -18,7 +18,7 @@ from jaxtyping import Int
 from cratescope.explain.controls import CONTROLS
 from cratescope.explain.protocols import ON_UNIFORM_TEXT
 from cratescope.files import atomic_path
-from cratescope.results.compare import DETECTABLE, UNTRAINED, Comparison, Pair
+from cratescope.results.compare import DETECTABLE, UNTRAINED, Comparison, Pair, Quantity
 from cratescope.results.dictionaries import NUMBERS, PROBING
 from cratescope.results.estimates import NOTHING, Estimate, finite, over
 from cratescope.results.runs import Results, Row, one_per_run, protocols, untrained_copy
@@ -224,14 +224,18 @@ def dictionary_rows(results: Sequence[Results]) -> list[Row]:
     ]
 
 
-def matched_rows(results: Sequence[Results], sides: Sequence[Pair]) -> list[Row]:
-    """Activation quality of two arms at matched density: a row per pair of runs of one seed, and layer."""
+PRIMARY = "primary"
+"""The column of the primary measure beside those of activation quality."""
+
+
+def matched_rows(results: Sequence[Results], sides: Sequence[Pair], primary: Quantity) -> list[Row]:
+    """The primary measure and activation quality of two arms at matched density: a row per seed and layer."""
     found = [item for item in results if item.site == item.arm.site and item.quality]
     rows = []
     for arms in sides:
         for a, b in product(*([item for item in found if item.arm.name == arm] for arm in arms)):
             if _alike(a) == _alike(b):
-                rows += [_matched(a, b, layer) for layer in a.scores.layers if layer in b.scores.layers]
+                rows += [_matched(a, b, layer, primary) for layer in a.scores.layers if layer in b.scores.layers]
     return rows
 
 
@@ -240,21 +244,23 @@ def _alike(item: Results) -> tuple[Any, ...]:
     return item.matter, item.arm.seed, item.arm.tokens_trained
 
 
-def _matched(a: Results, b: Results, layer: int) -> Row:
-    columns = _columns(a, layer), _columns(b, layer)
+def _matched(a: Results, b: Results, layer: int, primary: Quantity) -> Row:
+    columns = _columns(a, layer, primary), _columns(b, layer, primary)
     row: Row = {"a": a.label, "b": b.label, "layer": layer}
-    for name in QUALITIES:
+    for name in (PRIMARY, *QUALITIES):
         found = matched(*columns, name) or {"a": None, "b": None, "n": 0}
         row |= {f"a_{name}": found["a"], f"b_{name}": found["b"], f"{name}_n": found["n"]}
     return row
 
 
-def _columns(item: Results, layer: int) -> Row:
+def _columns(item: Results, layer: int, primary: Quantity) -> Row:
     """The numbers of each neuron of one layer."""
     assert item.quality is not None
     columns = item.quality["neurons"]
     places = [place for place, found in enumerate(columns["layer"]) if found == layer]
-    return {name: [values[place] for place in places] for name, values in columns.items()}
+    found = {name: [values[place] for place in places] for name, values in columns.items()}
+    scores = primary.by_index(item).get(layer, {})
+    return found | {PRIMARY: [scores.get(index) for index in found["index"]]}
 
 
 def sanity_rows(results: Sequence[Results]) -> list[Row]:
