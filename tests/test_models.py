@@ -278,7 +278,7 @@ def test_wrong_settings_are_refused():
         ("ista_lambda", "nan"),
         ("ista_step_size", "-1"),
     ):
-        with pytest.raises(UserError, match=field):
+        with pytest.raises(UserError, match="^crate-1l: ista_"):
             preset_config("crate-1l", crate={field: value})
     with pytest.raises(UserError, match="has no CRATE fields"):
         preset_config("gpt2-1l", crate={"ista_lambda": "1"})

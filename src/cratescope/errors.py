@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -54,8 +55,9 @@ def as_user_error(
 
 
 def last_line(error: BaseException) -> str:
-    """The last line instead, for errors that end with their cause."""
-    return next(reversed(str(error).strip().splitlines()), type(error).__name__).strip()
+    """The last line instead, for errors that end with their cause, without the name of its class."""
+    line = next(reversed(str(error).strip().splitlines()), type(error).__name__).strip()
+    return re.sub(r"^\w+Error: ", "", line)
 
 
 DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
