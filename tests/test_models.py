@@ -277,9 +277,10 @@ def test_wrong_settings_are_refused():
         ("ista_expansion", "0"),
         ("ista_lambda", "nan"),
         ("ista_step_size", "-1"),
+        ("ista_gain", "true"),
     ):
         with pytest.raises(UserError, match="^crate-1l: ista_"):
-            preset_config("crate-1l", crate={field: value})
+            preset_config("crate-1l", crate={field: value, "ista_tied": "false"})
     with pytest.raises(UserError, match="has no CRATE fields"):
         preset_config("gpt2-1l", crate={"ista_lambda": "1"})
 

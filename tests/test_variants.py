@@ -131,6 +131,27 @@ def test_the_block_computes_the_equations():
     torch.testing.assert_close(block(Z), Z1 + A2 @ block.ista.D_out, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["ista", "lista"])
+def test_a_learned_step_and_a_gain_per_atom_compute_their_equations_and_are_saved(kind, tmp_path):
+    learnt = {"ista_tied": True, "ista_gain": True, "ista_step_learned": True, "ista_steps": 2, "ista_step_size": 0.3}
+    model = tiny("crate-h", feed_forward=kind, **learnt)
+    fresh = build(model.config, seed=1).transformer.h[0].ista
+    assert fresh.eta.item() == pytest.approx(0.3)
+    assert fresh.gain.tolist() == pytest.approx([0.01 * math.sqrt(32)] * 160), "as small as an untied decoder starts"
+    ista, X = model.transformer.h[0].ista, torch.randn(2, 7, 32, generator=torch.Generator().manual_seed(0))
+    eta, lam, D = ista.eta, ista.threshold(), ista.atoms().T
+    assert eta.item() != pytest.approx(0.3)
+    A = F.relu(eta * X @ D - eta * lam)
+    A = F.relu(A + eta * (X - A @ D.T) @ D - eta * lam)
+    torch.testing.assert_close(ista(X), A @ (ista.gain[:, None] * D.T), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(ista.decoder(), ista.gain[:, None] * D.T)
+    model.save_pretrained(tmp_path)
+    tokens = random_tokens(1, 7)
+    with torch.no_grad():
+        again = AutoModelForCausalLM.from_pretrained(tmp_path)
+        assert torch.equal(again(tokens).logits, model(tokens).logits)
+
+
 def test_lags_start_by_head_and_for_any_number_of_heads():
     for heads in (1, 2, 4, 12):
         lag = (
@@ -269,16 +290,22 @@ def test_published_code_of_a_variant_runs_without_cratescope(tmp_path):
 @given(
     **{"t": st.integers(1, 4), "tied": st.booleans(), "skip": st.booleans(), "lag": st.booleans()},
     **{"eta": st.floats(0.05, 1), "theta": st.floats(0, 2), "n": st.integers(1, 5), "seed": st.integers(0, 1000)},
+    **{"learned": st.booleans(), "gain": st.booleans()},
     kind=st.sampled_from(["ista", "lista"]),
     penalty=st.sampled_from([0, 0.5]),
 )
-def test_gradients_by_hand_equal_those_of_autograd(t, tied, skip, lag, eta, theta, n, seed, kind, penalty):
+def test_gradients_by_hand_equal_those_of_autograd(
+    t, tied, skip, lag, eta, theta, n, seed, learned, gain, kind, penalty
+):
     fields = {"feed_forward": kind, "ista_steps": t, "ista_tied": tied, "ista_skip": skip, "lag": lag}
+    fields |= {"ista_step_learned": learned, "ista_gain": gain and tied}
     fields |= {"ista_step_size": eta, "ista_lambda": theta, "ista_expansion": n}
     block = CrateBlock(CrateConfig(n_embd=8, n_head=4, n_layer=1, **fields), 0).double().train()
     chance = torch.Generator().manual_seed(seed)
     for tensor in (*block.parameters(), *block.buffers()):
         torch.nn.init.normal_(tensor, generator=chance)
+    if learned:
+        torch.nn.init.constant_(block.ista.eta, eta)
     Z, G = (torch.randn(2, 5, 8, dtype=torch.double, generator=chance, requires_grad=True) for _ in range(2))
     block.mssa.config._attn_implementation = "eager"
     mask = torch.full((5, 5), -math.inf, dtype=torch.double).triu(1)

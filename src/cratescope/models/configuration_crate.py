@@ -26,9 +26,11 @@ class CrateConfig(PreTrainedConfig):
         ista_expansion: n, so that the dictionary has h = n d atoms.
         ista_steps: t, proximal gradient steps from A_0 = 0 (not of mlp).
         ista_step_size: eta (not of mlp).
+        ista_step_learned: let every block learn its own eta, from there.
         ista_lambda: lambda, the sparsity penalty, which is where the thresholds of lista start (not of mlp).
         ista_skip: add the block's input to its output (the paper does not).
         ista_tied: decode with the encoding dictionary (the paper does; mlp never does).
+        ista_gain: where tied, decode with its atoms times a learned gain for each.
         density_low, density_high: share of a step's tokens below, above which an atom of lista is active too rarely,
             too often (1: never).
         homeostasis_rate: what a threshold then moves by at most after a step, at the peak of the learning rate; 0 keeps
@@ -57,9 +59,11 @@ class CrateConfig(PreTrainedConfig):
     ista_expansion: int = 4
     ista_steps: int = 2
     ista_step_size: float = 0.1
+    ista_step_learned: bool = False
     ista_lambda: float = 0.1
     ista_skip: bool = False
     ista_tied: bool = True
+    ista_gain: bool = False
     density_low: float = 0.005
     density_high: float = 1.0
     homeostasis_rate: float = 0.02
@@ -82,6 +86,8 @@ class CrateConfig(PreTrainedConfig):
             raise ValueError(f"ista_expansion = {self.ista_expansion}, but it has to be from 1 to 1000")
         if not (0 < self.ista_step_size < math.inf and 0 <= self.ista_lambda < math.inf):
             raise ValueError("ista_step_size has to be above 0, ista_lambda 0 or more, and both finite")
+        if self.ista_gain and not self.ista_tied:
+            raise ValueError("ista_gain is of a tied decoder; set ista_tied, too")
         if not 0 < self.density_low <= self.density_high <= 1:
             raise ValueError("density_low has to be above 0, density_high no less and at most 1")
         if not 0 <= self.homeostasis_rate < math.inf:

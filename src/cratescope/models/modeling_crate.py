@@ -164,9 +164,11 @@ class ISTA(nn.Module):
 
     def __init__(self, config: CrateConfig):
         super().__init__()
-        self.t, self.eta, self.lam = config.ista_steps, config.ista_step_size, config.ista_lambda
+        self.t, self.lam = config.ista_steps, config.ista_lambda
+        self.eta = nn.Parameter(torch.empty(())) if config.ista_step_learned else config.ista_step_size
         self.D = nn.Parameter(torch.empty(config.n_atoms, config.n_embd))
         self.D_out = None if config.ista_tied else nn.Parameter(torch.empty(config.n_atoms, config.n_embd))
+        self.gain = nn.Parameter(torch.empty(config.n_atoms)) if config.ista_gain else None
         self.first_codes = nn.Identity()
         self.codes = nn.Identity()
         self.sums = None  # where a list: gets ||A_t||_1 over all tokens of every pass of training, with its gradient
@@ -202,7 +204,15 @@ class ISTA(nn.Module):
 
     def decode(self, A):
         """A (..., h) -> the output (..., d)."""
-        return self.write(A) if self.D_out is None else A @ self.D_out
+        if self.D_out is not None:
+            return A @ self.D_out
+        return self.write(A if self.gain is None else A * self.gain)
+
+    def decoder(self):
+        """(h, d): row i is what the output gets of atom i's code."""
+        if self.D_out is not None:
+            return self.D_out
+        return self.atoms() if self.gain is None else self.gain[:, None] * self.atoms()
 
     def forward(self, X):
         """X (B, T, d) -> D A_t (B, T, d)."""
@@ -223,7 +233,8 @@ class ISTA(nn.Module):
 
     def fused(self, X):
         """Output, codes (without gradient) and their sum as one operation, for training; no hook sees the codes."""
-        device, parts = X.device.type, [X.reshape(-1, X.shape[-1]), self.atoms(), self.D_out, self.threshold()]
+        decoder = None if self.D_out is None and self.gain is None else self.decoder()
+        device, parts = X.device.type, [X.reshape(-1, X.shape[-1]), self.atoms(), decoder, self.threshold()]
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
             parts = [part.to(dtype) if torch.is_tensor(part) else part for part in parts]
@@ -238,12 +249,14 @@ class ISTAFunction(torch.autograd.Function):
     Its outputs are D A_t, the codes A_t without gradient, and the sum of all of them for a penalty.
     Of every step k only the residual R_k = X - D A_k and the codes A_{k+1} are kept; where a code is zero its gradient
     is, so no masks are needed. With G the gradient by the output and H_k that by the argument of the k-th relu:
-    H_k = [A_{k+1} > 0] (gradient by A_{k+1}), gradient by R_k = eta H_k D, by A_k = H_k - (gradient by R_k) D^T.
+    H_k = [A_{k+1} > 0] (gradient by A_{k+1}), gradient by R_k = eta H_k D, by A_k = H_k - (gradient by R_k) D^T. Where
+    H_k is not zero, A_{k+1} - A_k is eta times what a learned eta is multiplied with.
     """
 
     @staticmethod
     def forward(ctx, X, D, D_out, t, eta, lam):
         """X (n, d), D, D_out (h, d) or None for D, lam a number or (h,) -> output (n, d), codes (n, h), their sum."""
+        eta = float(eta)
         residuals, codes = [X], [torch.mm(X, D.t()).mul_(eta).sub_(eta * lam).relu_()]
         for _ in range(t - 1):
             residuals.append(torch.addmm(X, codes[-1], D, alpha=-1))
@@ -266,16 +279,19 @@ class ISTAFunction(torch.autograd.Function):
         grad_A = G @ (D_out if ctx.untied else D).t()
         if by_total is not None:
             grad_A.add_(by_total.to(G.dtype))
-        grad_X = torch.zeros_like(G)
+        grad_X, grad_eta = torch.zeros_like(G), None
         for k in reversed(range(t)):
             H = torch.ops.aten.threshold_backward(grad_A, codes[k], 0)
+            if ctx.needs_input_grad[4]:
+                grown = codes[k] - codes[k - 1] if k else codes[k]
+                grad_eta = (H * grown).sum(dtype=torch.float32) / eta + (0 if grad_eta is None else grad_eta)
             grad_D.addmm_(H.t(), residuals[k], alpha=eta)
             grad_R = (H @ D).mul_(eta)
             grad_X.add_(grad_R)
             if k:
                 grad_D.addmm_(codes[k - 1].t(), grad_R, alpha=-1)
                 grad_A = H.addmm_(grad_R, D.t(), alpha=-1)
-        return grad_X, grad_D, grad_out if ctx.untied else None, None, None, None
+        return grad_X, grad_D, grad_out if ctx.untied else None, None, grad_eta, None
 
 
 class LISTA(ISTA):
@@ -441,6 +457,10 @@ class CratePreTrainedModel(PreTrainedModel):
             kind = torch.arange(self.config.n_head, device=module.alpha.device) % 4
             init.copy_(module.alpha, (kind == 1).to(module.alpha.dtype))
             init.copy_(module.beta, (kind >= 2).to(module.beta.dtype))
+        if isinstance(module, ISTA) and torch.is_tensor(module.eta):
+            init.constant_(module.eta, self.config.ista_step_size)
+        if isinstance(module, ISTA) and module.gain is not None:  # what is added to a token starts as small as untied
+            init.constant_(module.gain, small * math.sqrt(self.config.n_embd) if self.config.ista_skip else 1.0)
 
     def regulate(self, total=lambda counts: counts, pace=1.0):
         """Homeostasis of `LISTA`, for the trainer to call once after each optimiser step.

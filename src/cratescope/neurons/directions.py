@@ -84,7 +84,7 @@ def _atoms(model: PreTrainedModel, site: Site, layer: int) -> Tensor | None:
         return None
     if name == "first_codes" and ista.t > 1:
         raise UserError(f"site {site.name}: these codes are changed once more before they are decoded; name the codes")
-    return ista.atoms() if ista.D_out is None else ista.D_out
+    return ista.decoder()
 
 
 @dataclass(frozen=True)
