@@ -22,9 +22,17 @@ from cratescope.score.quality import matched
 PRIMARY = Quantity("uniform", "specific", "shuffled")
 LOW, HIGH = 0.01, 0.4
 """Densities between which the primary measure is calibrated (docs/evaluation.md)."""
-ARMS = {"crate-h": ("gpt2", "crate", "gpt2-h", "gpt2 l1=0.001"), "crate-h-lag": ("gpt2-lag", "crate", "gpt2-h-lag")}
-ARMS["crate-h-lag"] += ("gpt2-lag l1=0.001",)
+FEATURES = " + sae/as-sparse"
+ARMS = {
+    "crate-h": ("gpt2", "crate", "gpt2" + FEATURES, "gpt2-h", "gpt2 l1=0.001"),
+    "crate-h-lag": ("gpt2-lag", "crate", "gpt2-lag" + FEATURES, "gpt2-h-lag", "gpt2-lag l1=0.001"),
+}
 """What is asked about, and what it is compared with, after its untrained copy."""
+
+
+def loss(item: Results) -> float | None:
+    """Nats per token; of features there is none of this kind."""
+    return None if item.features else item.evaluation["loss"]
 
 
 def primary(item: Results, kept: Callable[[float], bool] = lambda density: True) -> float | None:
@@ -49,7 +57,7 @@ def calibrated(density: float) -> bool:
 
 def model_row(item: Results) -> Row:
     row: Row = {"model": item.label, "arm": item.side, "seed": item.arm.seed, "tokens": item.arm.tokens_trained}
-    row |= {"loss": item.evaluation["loss"], "primary": primary(item), "primary_calibrated": primary(item, calibrated)}
+    row |= {"loss": loss(item), "primary": primary(item), "primary_calibrated": primary(item, calibrated)}
     for layer, explained in zip(item.activity, item.evaluation.get("reconstruction") or (None, None), strict=False):
         found = [*densities(item, layer).values()]
         row |= {f"active_{layer}": statistics.fmean(found), f"dead_{layer}": found.count(0) / len(found)}
@@ -109,7 +117,7 @@ def _both(measure: Callable[[Results], float | None]) -> Callable[[Results, Resu
 
 
 QUANTITIES = {
-    "loss": _both(lambda item: item.evaluation["loss"]),
+    "loss": _both(loss),
     "primary": _both(primary),
     "primary, 1 to 40 % active": _both(lambda item: primary(item, calibrated)),
     "primary at matched density": at_matched_density,
@@ -117,7 +125,7 @@ QUANTITIES = {
 
 
 def main(out: Path, runs: Sequence[Path]) -> None:
-    results = [item for item in load_results(tuple(runs), "terms", "terms") if item.site == item.arm.site]
+    results = load_results(tuple(runs), "terms", "terms")
     for name, rows in (("models", [model_row(item) for item in results]), ("answers", answers(results))):
         columns = dict.fromkeys(chain.from_iterable(rows))
         write_csv(out / f"{name}.csv", lambda rows=rows, columns=columns: ({**columns, **row} for row in rows))  # type: ignore[misc]
