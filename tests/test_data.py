@@ -146,6 +146,16 @@ def test_preparing_twice_gives_the_same_bytes_and_another_seed_other_splits(tmp_
     assert set(texts(made[0], "heldout")) != set(texts(made[2], "heldout"))
 
 
+def test_the_same_text_is_the_same_data_by_whatever_versions_it_was_prepared(tmp_path, monkeypatch):
+    source, hashes = write_jsonl(tmp_path / "source.jsonl", documents(60)), set()
+    for number in range(2):
+        monkeypatch.setattr(data_module, "versions", lambda number=number: {"python": f"4.{number}"})
+        out = prepare(config(source, tmp_path / str(number))).path
+        hashes.add(sha256(out / "manifest.json"))
+        assert json.loads((out / "versions.json").read_text()) == {"python": f"4.{number}"}
+    assert len(hashes) == 1
+
+
 def test_repeated_documents_do_not_weigh_in_the_training_of_a_tokenizer(tmp_path):
     for name, all_texts in (("once", documents(60)), ("often", [*documents(60), *documents(20) * 9])):
         prepare(config(write_jsonl(tmp_path / f"{name}.jsonl", all_texts), tmp_path / name))

@@ -91,12 +91,13 @@ def _prepare(
         "identity": identity,
         "sources": [_row(source, number, past.tally) for number, source in enumerate(sources)],
         "splits": {name: _write_split(config, name, past, len(sources)) for name in SPLITS},
-        "versions": versions(),
     }
     if left_out:
         manifest["left_out"] = {"files": len(left_out), "first": dict(islice(left_out.items(), LISTED))}
     shards = [shard for split in manifest["splits"].values() for shard in split["shards"]]
     write_json(config.out / ".verified.json", {shard["file"]: shard_stamp(config.out, shard) for shard in shards})
+    # Not in the manifest, whose hash says which text it is: the same text cut elsewhere is the same.
+    write_json(config.out / "versions.json", versions())
     write_json(config.out / "manifest.json", manifest)
     shutil.rmtree(work)
     for row in manifest["sources"]:
