@@ -1,18 +1,19 @@
-"""Answer the questions of docs/evaluation.md, "The frontier", from runs that were scored by terms.
+"""Answer the questions of docs/evaluation.md, "The frontier", from runs that were scored.
 
 python studies/frontier_answer.py docs/results/frontier frontier/runs/*
 
-Writes models.csv, a row per model, and answers.csv, a row per comparison of two arms over seeds.
+Writes models.csv, a row per model and explainer, and answers.csv, a row per comparison of two arms over seeds.
 """
 
 from __future__ import annotations
 
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 
+from cratescope.errors import UserError
 from cratescope.results.compare import Quantity
 from cratescope.results.runs import Results, Row, load_results
 from cratescope.results.tables import write_csv
@@ -20,8 +21,11 @@ from cratescope.score.inference import compare_seeds
 from cratescope.score.quality import matched
 
 PRIMARY = Quantity("uniform", "specific", "shuffled")
+PAPERS = [Quantity("top-and-random", "pearson", "shuffled"), Quantity("anthropic", "spearman", "shuffled")]
+BY = {"terms": ("terms", [PRIMARY]), "offline": ("list-pmi", [PRIMARY, *PAPERS])}
+"""Explainer: its simulator, and the gains over another neuron's explanation that it is asked for."""
 LOW, HIGH = 0.01, 0.4
-"""Densities between which the primary measure is calibrated (docs/evaluation.md)."""
+"""Densities between which the primary measure is calibrated."""
 FEATURES = " + sae/as-sparse"
 ARMS = {
     "crate-h": ("gpt2", "crate", "gpt2" + FEATURES, "gpt2-h", "gpt2 l1=0.001"),
@@ -29,24 +33,11 @@ ARMS = {
 }
 """What is asked about, and what it is compared with, after its untrained copy."""
 
-
-def loss(item: Results) -> float | None:
-    """Nats per token; of features there is none of this kind."""
-    return None if item.features else item.evaluation["loss"]
-
-
-def primary(item: Results, kept: Callable[[float], bool] = lambda density: True) -> float | None:
-    """Mean over layers of the primary measure, x 100, of neurons whose density is `kept`."""
-    found = []
-    for layer, scores in PRIMARY.by_index(item).items():
-        values = [
-            scores[index] for index, density in densities(item, layer).items() if index in scores and kept(density)
-        ]
-        found.append(statistics.fmean(values) if values else None)
-    return None if None in found or not found else 100 * statistics.fmean(found)
+Both = tuple[float, float]
 
 
 def densities(item: Results, layer: int) -> dict[int, float]:
+    """Share of the tokens on which each unit is active, by index."""
     activity = item.activity[layer]
     return dict(zip(activity.index.tolist(), activity.density.tolist(), strict=True))
 
@@ -55,52 +46,86 @@ def calibrated(density: float) -> bool:
     return LOW <= density <= HIGH
 
 
-def model_row(item: Results) -> Row:
-    row: Row = {"model": item.label, "arm": item.side, "seed": item.arm.seed, "tokens": item.arm.tokens_trained}
-    row |= {"loss": loss(item), "primary": primary(item), "primary_calibrated": primary(item, calibrated)}
-    for layer, explained in zip(item.activity, item.evaluation.get("reconstruction") or (None, None), strict=False):
-        found = [*densities(item, layer).values()]
-        row |= {f"active_{layer}": statistics.fmean(found), f"dead_{layer}": found.count(0) / len(found)}
-        row |= {f"rare_{layer}": sum(value < LOW for value in found) / len(found), f"r2_{layer}": explained}
-        row |= {f"frequent_{layer}": sum(value > HIGH for value in found) / len(found)}
-    return row
+def gain(item: Results, quantity: Quantity, kept: Callable[[float], bool] = lambda density: True) -> float | None:
+    """Mean over layers, x 100, of the units whose density is `kept`."""
+    means = []
+    for layer, scores in quantity.by_index(item).items():
+        density = densities(item, layer)
+        values = [score for index, score in scores.items() if kept(density[index])]
+        means.append(statistics.fmean(values) if values else None)
+    known = [mean for mean in means if mean is not None]
+    return 100 * statistics.fmean(known) if known and len(known) == len(means) else None
 
 
-def at_matched_density(a: Results, b: Results) -> tuple[float, float] | None:
-    """The primary measure of two runs, x 100, as if the neurons of both fired equally often."""
+def at_matched_density(a: Results, b: Results) -> Both | None:
+    """The primary measure of two runs, x 100, as if the units of both were active equally often."""
     sides = []
     for layer in a.activity:
         columns = []
         for item in (a, b):
-            scores, found = PRIMARY.by_index(item)[layer], densities(item, layer)
-            columns.append({"density": [*found.values()], "primary": [scores.get(index) for index in found]})
+            scores, density = PRIMARY.by_index(item).get(layer, {}), densities(item, layer)
+            columns.append({"density": [*density.values()], "primary": [scores.get(index) for index in density]})
         sides.append(matched(*columns, "primary"))
-    if None in sides:
+    known = [side for side in sides if side]
+    if len(known) < len(sides):
         return None
-    return tuple(100 * statistics.fmean(side[name] for side in sides if side) for name in "ab")  # type: ignore[return-value]
+    return 100 * statistics.fmean(side["a"] for side in known), 100 * statistics.fmean(side["b"] for side in known)
 
 
-def answers(results: Sequence[Results]) -> list[Row]:
+def loss(item: Results) -> float | None:
+    """Nats per token; features have none of this kind."""
+    return None if item.features else item.evaluation["loss"]
+
+
+def of_both(measure: Callable[[Results], float | None]) -> Callable[[Results, Results], Both | None]:
+    """A measure of one run as one of two."""
+
+    def both(a: Results, b: Results) -> Both | None:
+        one, other = measure(a), measure(b)
+        return None if one is None or other is None else (one, other)
+
+    return both
+
+
+def measures(explainer: str) -> dict[str, Callable[[Results, Results], Both | None]]:
+    found = {q.name: of_both(lambda item, q=q: gain(item, q)) for q in BY[explainer][1]}  # type: ignore[misc]
+    if explainer == "terms":  # of every unit, so that it can be asked for some
+        found |= {"loss": of_both(loss), "primary, matched density": at_matched_density}
+        found["primary, 1 to 40 % active"] = of_both(lambda item: gain(item, PRIMARY, calibrated))
+    return found
+
+
+def model_row(item: Results, explainer: str) -> Row:
+    row: Row = {"model": item.label, "arm": item.side, "seed": item.arm.seed, "tokens": item.arm.tokens_trained}
+    row |= {"explainer": explainer, "loss": loss(item)}
+    row |= {quantity.name: gain(item, quantity) for quantity in BY[explainer][1]}
+    for layer, explained in zip(item.activity, item.evaluation.get("reconstruction") or (None, None), strict=False):
+        found = [*densities(item, layer).values()]
+        row |= {f"active_{layer}": statistics.fmean(found), f"dead_{layer}": found.count(0) / len(found)}
+        row |= {f"below_1_percent_{layer}": sum(value < LOW for value in found) / len(found)}
+        row |= {f"above_40_percent_{layer}": sum(value > HIGH for value in found) / len(found)}
+        row |= {f"r2_{layer}": None if item.features else explained}
+    return row
+
+
+def answers(results: Sequence[Results], explainer: str) -> Iterator[Row]:
     """Differences of what is asked about and what it is compared with, by seed, with the t-interval over seeds."""
-    trained: dict[str, dict[int | None, Results]] = {}
-    copies: dict[str, dict[int | None, Results]] = {}
+    trained: dict[str, dict[int, Results]] = {}
+    copies: dict[str, dict[int, Results]] = {}
     for item in results:
-        (copies if item.arm.untrained else trained).setdefault(item.side, {})[item.arm.seed] = item
-    rows = []
+        (copies if item.arm.untrained else trained).setdefault(item.side, {})[item.arm.seed or 0] = item
     for arm, others in ARMS.items():
         sides = [("its untrained copy", copies.get(arm, {})), *((name, trained.get(name, {})) for name in others)]
         for name, other in sides:
-            seeds = sorted({*trained.get(arm, {})} & {*other}, key=str)
-            pairs = {seed: (trained[arm][seed], other[seed]) for seed in seeds}
-            for quantity, measure in QUANTITIES.items():
+            pairs = {seed: (trained[arm][seed], other[seed]) for seed in sorted({*trained.get(arm, {})} & {*other})}
+            for quantity, measure in measures(explainer).items():
                 values = {seed: found for seed, pair in pairs.items() if (found := measure(*pair))}
                 if values:
-                    rows.append({"a": arm, "b": name, "quantity": quantity} | _difference(values))
-    return rows
+                    yield {"a": arm, "b": name, "explainer": explainer, "quantity": quantity} | difference(values)
 
 
-def _difference(values: dict[int | None, tuple[float, float]]) -> Row:
-    a, b = ({seed or 0: pair[side] for seed, pair in values.items()} for side in (0, 1))
+def difference(values: dict[int, Both]) -> Row:
+    a, b = ({seed: pair[side] for seed, pair in values.items()} for side in (0, 1))
     test = compare_seeds(a, b)
     row: Row = {"seeds": len(a), "a_mean": statistics.fmean(a.values()), "b_mean": statistics.fmean(b.values())}
     row |= {"difference": row["a_mean"] - row["b_mean"]}
@@ -108,27 +133,25 @@ def _difference(values: dict[int | None, tuple[float, float]]) -> Row:
     return row | {f"difference_{seed}": a[seed] - b[seed] for seed in sorted(a)}
 
 
-def _both(measure: Callable[[Results], float | None]) -> Callable[[Results, Results], tuple[float, float] | None]:
-    def both(a: Results, b: Results) -> tuple[float, float] | None:
-        one, other = measure(a), measure(b)
-        return None if one is None or other is None else (one, other)
-
-    return both
-
-
-QUANTITIES = {
-    "loss": _both(loss),
-    "primary": _both(primary),
-    "primary, 1 to 40 % active": _both(lambda item: primary(item, calibrated)),
-    "primary at matched density": at_matched_density,
-}
+def scored(runs: Sequence[Path], explainer: str) -> Iterator[Results]:
+    """The runs that were scored by an explainer; others are left out."""
+    for run in runs:
+        try:
+            yield from load_results([run], explainer, BY[explainer][0])
+        except UserError as error:
+            if "no such file" not in str(error):
+                raise
+            print(f"{run.name}: not scored by {explainer}", file=sys.stderr)
 
 
 def main(out: Path, runs: Sequence[Path]) -> None:
-    results = load_results(tuple(runs), "terms", "terms")
-    for name, rows in (("models", [model_row(item) for item in results]), ("answers", answers(results))):
+    found = {explainer: [*scored(runs, explainer)] for explainer in BY}
+    models = [model_row(item, explainer) for explainer, results in found.items() for item in results]
+    asked = [row for explainer, results in found.items() for row in answers(results, explainer)]
+    for name, rows in (("models", models), ("answers", asked)):
         columns = dict.fromkeys(chain.from_iterable(rows))
-        write_csv(out / f"{name}.csv", lambda rows=rows, columns=columns: ({**columns, **row} for row in rows))  # type: ignore[misc]
+        whole = [columns | row for row in rows]
+        write_csv(out / f"{name}.csv", whole.__iter__)
         for row in rows:
             print("  ".join(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()))
 
