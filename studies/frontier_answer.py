@@ -26,6 +26,8 @@ BY = {"terms": ("terms", [PRIMARY]), "offline": ("list-pmi", [PRIMARY, *PAPERS])
 """Explainer: its simulator, and the gains over another neuron's explanation that it is asked for."""
 LOW, HIGH = 0.01, 0.4
 """Densities between which the primary measure is calibrated."""
+FEWEST = 50
+"""Units that have to be matched for a mean of them."""
 FEATURES = " + sae/as-sparse"
 ARMS = {
     "crate-h": ("gpt2", "crate", "gpt2" + FEATURES, "gpt2-h", "gpt2 l1=0.001"),
@@ -58,18 +60,23 @@ def gain(item: Results, quantity: Quantity, kept: Callable[[float], bool] = lamb
 
 
 def at_matched_density(a: Results, b: Results) -> Both | None:
-    """The primary measure of two runs, x 100, as if the units of both were active equally often."""
-    sides = []
+    """The primary measure of two runs, x 100, as if the units of both were active equally often; None for too few.
+
+    A layer counts by how many of its units are matched.
+    """
+    found = []
     for layer in a.activity:
         columns = []
         for item in (a, b):
             scores, density = PRIMARY.by_index(item).get(layer, {}), densities(item, layer)
             columns.append({"density": [*density.values()], "primary": [scores.get(index) for index in density]})
-        sides.append(matched(*columns, "primary"))
-    known = [side for side in sides if side]
-    if len(known) < len(sides):
+        if one := matched(*columns, "primary"):
+            found.append(one)
+    n = sum(one["n"] for one in found)
+    if n < FEWEST:
         return None
-    return 100 * statistics.fmean(side["a"] for side in known), 100 * statistics.fmean(side["b"] for side in known)
+    means = [100 * sum(one["n"] * one[side] for one in found) / n for side in "ab"]
+    return means[0], means[1]
 
 
 def loss(item: Results) -> float | None:
@@ -139,7 +146,7 @@ def scored(runs: Sequence[Path], explainer: str) -> Iterator[Results]:
         try:
             yield from load_results([run], explainer, BY[explainer][0])
         except UserError as error:
-            if "no such file" not in str(error):
+            if "run `cratescope score" not in str(error):
                 raise
             print(f"{run.name}: not scored by {explainer}", file=sys.stderr)
 

@@ -529,12 +529,17 @@ def test_a_variant_is_an_arm_of_its_own(runs: tuple[Path, Path], tmp_path: Path)
 def test_several_pairs_are_compared_each_in_a_table(runs: tuple[Path, Path], tmp_path: Path) -> None:
     steps = Path(shutil.copytree(runs[0], tmp_path / "steps"))
     edit_arm(steps, variant="ista_steps=3")
-    pairs = ("crate", "gpt2", "crate ista_steps=3", "gpt2", "crate", "gpt2")
+    early = Path(shutil.copytree(runs[0], tmp_path / "early"))
+    edit_arm(early, variant="ista_steps=4", tokens_trained=1)
+    pairs = ("crate", "gpt2", "crate ista_steps=3", "gpt2", "crate", "gpt2", "crate ista_steps=4", "gpt2")
     page = report(
-        settings_for((*runs, steps), tmp_path / "report", compare=pairs), tokenizer=fake_tokenizer()
+        settings_for((*runs, steps, early), tmp_path / "report", compare=pairs), tokenizer=fake_tokenizer()
     ).read_text()
     found = json.loads((tmp_path / "report" / "scores.json").read_text())["comparisons"]
     assert [*dict.fromkeys((item["a"]["arm"], item["b"]["arm"]) for item in found)] == [pairs[:2], pairs[2:4]]
+    assert "training tokens: crate ista_steps=4 with gpt2." in html.unescape(page)
+    with pytest.raises(UserError, match="--compare crate gpt2 crate: give pairs"):
+        settings_for(runs, tmp_path, compare=pairs[:3])
     for title in ("CRATE", "CRATE ista_steps=3"):
         assert re.search(rf'<th class="dot arm\d">{title}</th><th class="dot arm\d">GPT-2</th>', page)
 

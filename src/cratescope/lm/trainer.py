@@ -185,6 +185,7 @@ class WatchedTrainer(Trainer):
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        logs = {name: value for name, value in logs.items() if name != "train_loss"}  # which has the penalty in it
         super().log(logs | self.watch.means(self.state) if "loss" in logs else logs, start_time)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:

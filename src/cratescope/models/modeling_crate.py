@@ -165,7 +165,7 @@ class ISTA(nn.Module):
     def __init__(self, config: CrateConfig):
         super().__init__()
         self.t, self.lam = config.ista_steps, config.ista_lambda
-        self.eta = nn.Parameter(torch.empty(())) if config.ista_step_learned else config.ista_step_size
+        self.eta = nn.Parameter(torch.empty(1)) if config.ista_step_learned else config.ista_step_size
         self.D = nn.Parameter(torch.empty(config.n_atoms, config.n_embd))
         self.D_out = None if config.ista_tied else nn.Parameter(torch.empty(config.n_atoms, config.n_embd))
         self.gain = nn.Parameter(torch.empty(config.n_atoms)) if config.ista_gain else None
@@ -284,7 +284,8 @@ class ISTAFunction(torch.autograd.Function):
             H = torch.ops.aten.threshold_backward(grad_A, codes[k], 0)
             if ctx.needs_input_grad[4]:
                 grown = codes[k] - codes[k - 1] if k else codes[k]
-                grad_eta = (H * grown).sum(dtype=torch.float32) / eta + (0 if grad_eta is None else grad_eta)
+                by_step = (H * grown).sum(dtype=torch.float32).view(1) / (eta or 1.0)
+                grad_eta = by_step if grad_eta is None else grad_eta + by_step
             grad_D.addmm_(H.t(), residuals[k], alpha=eta)
             grad_R = (H @ D).mul_(eta)
             grad_X.add_(grad_R)
@@ -459,7 +460,7 @@ class CratePreTrainedModel(PreTrainedModel):
             init.copy_(module.beta, (kind >= 2).to(module.beta.dtype))
         if isinstance(module, ISTA) and torch.is_tensor(module.eta):
             init.constant_(module.eta, self.config.ista_step_size)
-        if isinstance(module, ISTA) and module.gain is not None:  # what is added to a token starts as small as untied
+        if isinstance(module, ISTA) and module.gain is not None:  # what is added to a token starts small
             init.constant_(module.gain, small * math.sqrt(self.config.n_embd) if self.config.ista_skip else 1.0)
 
     def regulate(self, total=lambda counts: counts, pace=1.0):

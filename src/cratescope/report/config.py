@@ -8,6 +8,7 @@ from typing import Annotated
 
 import tyro
 
+from cratescope.errors import UserError
 from cratescope.explain.config import Simulator
 from cratescope.options import Checked, PositionalPath, PositionalPaths, Site, within
 
@@ -51,3 +52,8 @@ class ReportConfig(Checked):
     """Page title."""
     cards: Annotated[int, within(0, 10_000)] = 8
     """Neuron cards per layer, spread evenly over the ranking by score."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if len(self.compare) % 2 or any(a == b for a, b in zip(self.compare[::2], self.compare[1::2], strict=True)):
+            raise UserError(f"--compare {' '.join(self.compare)}: give pairs of two arms, such as crate gpt2")

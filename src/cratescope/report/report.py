@@ -108,7 +108,11 @@ def _page(config: ReportConfig, tokenizer: PreTrainedTokenizerFast | None) -> st
         runs=one_per_run(results),
         compared=[[*groups] for _, groups in groupby(compared, key=lambda pairs: (pairs[0].a.arm, pairs[0].b.arm))],
         against_features=features,
-        caveats=verdict.caveats(results, compared or [features], primary) + verdict.about_features(results, features),
+        caveats=[
+            *verdict.caveats(results, compared or [features], primary),
+            *verdict.about_sides(sides, compared),
+            *verdict.about_features(results, features),
+        ],
         protocols=protocols(results),
         score_tables=_score_tables(results, numbers["scores"]),
         other_measures=[row for row in numbers["scores"] if row["layer"] == "mean" and not _own(row)],

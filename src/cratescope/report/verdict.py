@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from cratescope.report.text import count, number
-from cratescope.results.compare import Comparison, Quantity
+from cratescope.results.compare import Comparison, Pair, Quantity
 from cratescope.results.runs import Results
 from cratescope.results.tables import paper
 
@@ -78,6 +78,14 @@ def _about_pairs(pairs: Sequence[Comparison], primary: Quantity) -> list[str]:
             f"{unmatched.b.loss:.2f} for {unmatched.b.title} at size {unmatched.size.upper()}."
         )
     return notes
+
+
+def about_sides(sides: Sequence[Pair], groups: Sequence[Sequence[Comparison]]) -> list[str]:
+    """Say which of several pairs have no runs that could be compared."""
+    compared = {(group[0].a.arm, group[0].b.arm) for group in groups}
+    left = [f"{a} with {b}" for a, b in sides if compared and (a, b) not in compared]
+    why = "they have no runs of the same size, data, context and training tokens"
+    return [f"Not compared, because {why}: {', '.join(left)}."] if left else []
 
 
 def about_features(results: Sequence[Results], pairs: Sequence[Comparison]) -> list[str]:

@@ -96,7 +96,7 @@ def _prepare(
         manifest["left_out"] = {"files": len(left_out), "first": dict(islice(left_out.items(), LISTED))}
     shards = [shard for split in manifest["splits"].values() for shard in split["shards"]]
     write_json(config.out / ".verified.json", {shard["file"]: shard_stamp(config.out, shard) for shard in shards})
-    # Not in the manifest, whose hash says which text it is: the same text cut elsewhere is the same.
+    # Not in the manifest, whose hash names the data: the same sources cut by other versions are the same.
     write_json(config.out / "versions.json", versions())
     write_json(config.out / "manifest.json", manifest)
     shutil.rmtree(work)
