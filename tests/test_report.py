@@ -538,7 +538,7 @@ def test_several_pairs_are_compared_each_in_a_table(runs: tuple[Path, Path], tmp
     found = json.loads((tmp_path / "report" / "scores.json").read_text())["comparisons"]
     assert [*dict.fromkeys((item["a"]["arm"], item["b"]["arm"]) for item in found)] == [pairs[:2], pairs[2:4]]
     assert "training tokens: crate ista_steps=4 with gpt2." in html.unescape(page)
-    with pytest.raises(UserError, match="--compare crate gpt2 crate: give pairs"):
+    with pytest.raises(UserError, match="--compare crate gpt2 crate ista_steps=3: give pairs"):
         settings_for(runs, tmp_path, compare=pairs[:3])
     for title in ("CRATE", "CRATE ista_steps=3"):
         assert re.search(rf'<th class="dot arm\d">{title}</th><th class="dot arm\d">GPT-2</th>', page)
