@@ -168,15 +168,15 @@ Pair = tuple[str, str]
 def sides(results: Sequence[Results], chosen: Sequence[str] = ()) -> list[Pair]:
     """The pairs to compare: those chosen, one after the other, else the neurons of CRATE and GPT-2, else of two arms.
 
-    UserError: not pairs of the runs' arms, or of their features as `gpt2 + sae/bt16`.
+    chosen: an even number of names (ReportConfig sees to it). UserError: one that is not of the runs' arms, or of their
+    features as `gpt2 + sae/bt16`.
     """
     names = list(dict.fromkeys(item.arm.name for item in results))
     if chosen:
         known = list(dict.fromkeys([*names, *(item.side for item in results)]))
-        pairs = list(zip(chosen[::2], chosen[1::2], strict=False))
-        if not set(chosen) <= set(known) or len(chosen) % 2 or any(a == b for a, b in pairs):
+        if not set(chosen) <= set(known):
             raise UserError(f"--compare {' '.join(chosen)}: give pairs of two of the arms {', '.join(known)}")
-        return list(dict.fromkeys(pairs))
+        return list(dict.fromkeys(zip(chosen[::2], chosen[1::2], strict=True)))
     found = list(USUAL) if set(USUAL) <= set(names) else names[:2]
     return [(found[0], found[1])] if len(found) == 2 else []
 
