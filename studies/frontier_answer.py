@@ -10,8 +10,9 @@ from __future__ import annotations
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
+from typing import Any
 
 from cratescope.errors import UserError
 from cratescope.results.compare import Quantity
@@ -29,11 +30,13 @@ LOW, HIGH = 0.01, 0.4
 FEWEST = 50
 """Units that have to be matched for a mean of them."""
 FEATURES = " + sae/as-sparse"
+_WITH_LAG = ("gpt2-lag", "crate", "gpt2-lag" + FEATURES, "gpt2-h-lag", "gpt2-lag l1=0.001")
 ARMS = {
     "crate-h": ("gpt2", "crate", "gpt2" + FEATURES, "gpt2-h", "gpt2 l1=0.001"),
-    "crate-h-lag": ("gpt2-lag", "crate", "gpt2-lag" + FEATURES, "gpt2-h-lag", "gpt2-lag l1=0.001"),
+    "crate-h-lag": _WITH_LAG,
+    "crate-h-lag l1=0.0005": _WITH_LAG,
 }
-"""What is asked about, and what it is compared with, after its untrained copy."""
+"""What is asked about, and what it is compared with, after its untrained copy: a penalty changes nothing in that."""
 
 Both = tuple[float, float]
 
@@ -59,6 +62,11 @@ def gain(item: Results, quantity: Quantity, kept: Callable[[float], bool] = lamb
     return 100 * statistics.fmean(known) if known and len(known) == len(means) else None
 
 
+def primary_by_density(item: Results, layer: int) -> dict[str, list[Any]]:
+    scores, density = PRIMARY.by_index(item).get(layer, {}), densities(item, layer)
+    return {"density": [*density.values()], "primary": [scores.get(index) for index in density]}
+
+
 def at_matched_density(a: Results, b: Results) -> Both | None:
     """The primary measure of two runs, x 100, as if the units of both were active equally often; None for too few.
 
@@ -66,11 +74,7 @@ def at_matched_density(a: Results, b: Results) -> Both | None:
     """
     found = []
     for layer in a.activity:
-        columns = []
-        for item in (a, b):
-            scores, density = PRIMARY.by_index(item).get(layer, {}), densities(item, layer)
-            columns.append({"density": [*density.values()], "primary": [scores.get(index) for index in density]})
-        if one := matched(*columns, "primary"):
+        if one := matched(primary_by_density(a, layer), primary_by_density(b, layer), "primary"):
             found.append(one)
     n = sum(one["n"] for one in found)
     if n < FEWEST:
@@ -116,19 +120,24 @@ def model_row(item: Results, explainer: str) -> Row:
 
 
 def answers(results: Sequence[Results], explainer: str) -> Iterator[Row]:
-    """Differences of what is asked about and what it is compared with, by seed, with the t-interval over seeds."""
-    trained: dict[str, dict[int, Results]] = {}
-    copies: dict[str, dict[int, Results]] = {}
+    """Differences of what is asked about and what it is compared with, by seed, with the t-interval over seeds.
+
+    Only models after equally many tokens are compared, except with untrained copies.
+    """
+    seeds: dict[tuple[str, int], dict[int, Results]] = {}
     for item in results:
-        (copies if item.arm.untrained else trained).setdefault(item.side, {})[item.arm.seed or 0] = item
-    for arm, others in ARMS.items():
-        sides = [("its untrained copy", copies.get(arm, {})), *((name, trained.get(name, {})) for name in others)]
-        for name, other in sides:
-            pairs = {seed: (trained[arm][seed], other[seed]) for seed in sorted({*trained.get(arm, {})} & {*other})}
+        seeds.setdefault((item.side, item.arm.tokens_trained or 0), {})[item.arm.seed or 0] = item
+    lengths = sorted({tokens for _, tokens in seeds if tokens})
+    for (arm, others), tokens in product(ARMS.items(), lengths):
+        asked = seeds.get((arm, tokens), {})
+        sides = [("its untrained copy", seeds.get((arm.split()[0], 0), {}))]
+        for name, other in [*sides, *((name, seeds.get((name, tokens), {})) for name in others)]:
+            pairs = {seed: (asked[seed], other[seed]) for seed in sorted({*asked} & {*other})}
+            about: Row = {"a": arm, "b": name, "tokens": tokens, "explainer": explainer}
             for quantity, measure in measures(explainer).items():
                 values = {seed: found for seed, pair in pairs.items() if (found := measure(*pair))}
                 if values:
-                    yield {"a": arm, "b": name, "explainer": explainer, "quantity": quantity} | difference(values)
+                    yield about | {"quantity": quantity} | difference(values)
 
 
 def difference(values: dict[int, Both]) -> Row:
@@ -164,4 +173,9 @@ def main(out: Path, runs: Sequence[Path]) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), [Path(name) for name in sys.argv[2:]])
+    if len(sys.argv) < 3:
+        sys.exit(__doc__)
+    try:
+        main(Path(sys.argv[1]), [Path(name) for name in sys.argv[2:]])
+    except UserError as error:
+        sys.exit(f"frontier_answer: {error}")
