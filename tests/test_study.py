@@ -554,6 +554,17 @@ def test_explanations_from_the_output_need_a_section_of_effects(tmp_path):
     assert found.effects and found.options("effects", run="x").contexts == 3 and found.explainer.endswith("_both")
 
 
+def test_arms_to_compare_are_looked_up_before_any_work(tmp_path):
+    (tmp_path / "plan.toml").write_text(PLAN.format(text="x", llm="offline"))
+    sections = read_plan(tmp_path / "plan.toml")
+    sections["model"][1] |= {"l1": 0.001}
+    sections["report"]["compare"] = ["crate", "gpt2 l1=0.001", "gpt2 l1=0.001 + sae/k3", "crate"]
+    check(sections, tmp_path / "plan.toml")
+    sections["report"]["compare"][1] = "gpt2"
+    with pytest.raises(UserError, match=r"\[report\] compare: 'gpt2' is none of the arms crate, gpt2 l1=0.001"):
+        check(sections, tmp_path / "plan.toml")
+
+
 def test_effects_are_of_all_neurons_however_many_are_explained(tmp_path):
     (tmp_path / "plan.toml").write_text(PLAN.format(text="x", llm="offline"))
     sections = read_plan(tmp_path / "plan.toml") | {"effects": {}}

@@ -293,13 +293,15 @@ def test_published_code_of_a_variant_runs_without_cratescope(tmp_path):
     **{"learned": st.booleans(), "gain": st.booleans()},
     kind=st.sampled_from(["ista", "lista"]),
     penalty=st.sampled_from([0, 0.5]),
+    reconstruction=st.sampled_from([0.0, 0.7]),
 )
 def test_gradients_by_hand_equal_those_of_autograd(
-    t, tied, skip, lag, eta, theta, n, seed, learned, gain, kind, penalty
+    t, tied, skip, lag, eta, theta, n, seed, learned, gain, kind, penalty, reconstruction
 ):
     fields = {"feed_forward": kind, "ista_steps": t, "ista_tied": tied, "ista_skip": skip, "lag": lag}
     fields |= {"ista_step_learned": learned, "ista_gain": gain and tied}
     fields |= {"ista_step_size": eta, "ista_lambda": theta, "ista_expansion": n}
+    fields |= {"reconstruction_weight": reconstruction}
     block = CrateBlock(CrateConfig(n_embd=8, n_head=4, n_layer=1, **fields), 0).double().train()
     chance = torch.Generator().manual_seed(seed)
     for tensor in (*block.parameters(), *block.buffers()):
@@ -311,15 +313,22 @@ def test_gradients_by_hand_equal_those_of_autograd(
     mask = torch.full((5, 5), -math.inf, dtype=torch.double).triu(1)
     leaves = (Z, *block.parameters())
     block.ista.sums = sums = [] if penalty else None
+    seen = {}
+    block.ista.register_forward_pre_hook(lambda _, inputs: seen.update(X=inputs[0]))
 
-    def gradients():
+    def gradients(penalised):
         out = block(Z, attention_mask=mask)
-        loss = (out * G).sum() + (penalty * sums.pop() if penalty else 0)
+        loss = (out * G).sum() + (penalty * penalised() if penalty else 0)
         return out, torch.autograd.grad(loss, leaves)
 
-    by_hand, found = gradients()
+    def lasso():
+        x = seen["X"].detach()
+        rest = x - block.ista.write(block.ista.encode(x))
+        return block.ista.encode(seen["X"]).sum() + reconstruction * rest.square().sum() / 2
+
+    by_hand, found = gradients(lambda: sums.pop())
     block.ista.codes.register_forward_hook(lambda *_: None)  # asks for the plain loop
-    loop, wanted = gradients()
+    loop, wanted = gradients(lasso)
     torch.testing.assert_close(by_hand, loop)
     for mine, other in zip(found, wanted, strict=True):
         torch.testing.assert_close(mine, other, atol=1e-5, rtol=1e-5)

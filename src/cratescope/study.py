@@ -19,6 +19,7 @@ from typing import Any
 
 from rich.console import Console
 
+from cratescope.arm import Arm
 from cratescope.config import BesideConfig, CodersConfig, NeuronsConfig, StudyConfig
 from cratescope.errors import UserError, first_line
 from cratescope.explain.config import JudgeConfig
@@ -295,6 +296,7 @@ def check(table: Settings, path: Path) -> Plan:
     plan = replace(plan, coders=tuple(_coders(one, plan) for one in table.get(CODERS, [])))
     _look_up_coders(plan)
     _look_up_sites(plan)
+    _look_up_arms(plan)
     return plan
 
 
@@ -447,6 +449,19 @@ def _look_up_sites(plan: Plan) -> None:
         for one in plan.coders_of(name):
             with _blaming(f"{plan.path}: [[{CODERS}]] {one.sae.name}: model {name}:"):
                 _look_up_site(blank, one.sae.site, one.sae.layers)
+
+
+def _look_up_arms(plan: Plan) -> None:
+    """Raises UserError for arms to compare that no model is of."""
+    arms = [
+        Arm.of(Run(own[RUN]).read_manifest()) if RUN in own else plan.options("train", own, out="x", data="x").arm(0)
+        for own in plan.models.values()
+    ]
+    names = list(dict.fromkeys(arm.name for arm in arms))
+    for chosen in plan.options("report", runs=("x",), out="x").compare:
+        # What follows a plus, a dictionary or a site, is known once there are records.
+        if not any(chosen == name or chosen.startswith(f"{name} + ") for name in names):
+            raise UserError(f"{plan.path}: [report] compare: {chosen!r:.60} is none of the arms {', '.join(names)}")
 
 
 def _look_up_site(blank: Any, name: str, layers: Sequence[int] | None) -> None:

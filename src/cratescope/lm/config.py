@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from cratescope.arm import Arm
 from cratescope.errors import UserError
 from cratescope.options import LARGEST_BATCH, LARGEST_SEED, Checked, PositionalPath, within
 
@@ -102,6 +103,11 @@ class TrainConfig(Checked):
             if getattr(self, name) % self.log_every:
                 value = f"--{name.replace('_', '-')} {getattr(self, name)}"
                 raise UserError(f"{value}: is not a multiple of --log-every {self.log_every}; change one of them")
+
+    def arm(self, step: int) -> Arm:
+        """What the run is after so many steps: a penalty of its own makes it another arm than its preset, too."""
+        overrides = self.crate | ({"l1": f"{self.l1:g}"} if self.l1 else {})
+        return Arm.trained(self.preset, self.seed, step * self.batch_tokens, overrides)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,6 @@ import torch
 from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel, TrainingArguments
 
-from cratescope.arm import Arm
 from cratescope.errors import Stopped, UserError
 from cratescope.files import atomic_folder, mark_whole, read_jsonl, sha256, write_json, write_text
 from cratescope.hardware import pick_device, pick_dtype
@@ -215,11 +214,6 @@ def _arguments(config: TrainConfig, run: Run, device: torch.device, dtype: torch
     return arguments
 
 
-def _overrides(config: TrainConfig) -> dict[str, Any]:
-    """What makes the run another arm than its preset."""
-    return config.crate | ({"l1": f"{config.l1:g}"} if config.l1 else {})
-
-
 def _publish(config: TrainConfig, data: TokenData, started: float, step: int, model: PreTrainedModel) -> None:
     """Write the files that later stages read: to the run's directory after the last step, else to a milestone's.
 
@@ -238,7 +232,7 @@ def _publish(config: TrainConfig, data: TokenData, started: float, step: int, mo
         run.manifest,
         {
             "name": run.name,
-            "arm": Arm.trained(config.preset, config.seed, step * config.batch_tokens, _overrides(config)).row(),
+            "arm": config.arm(step).row(),
             "parameters": sum(p.numel() for p in model.parameters()),
             "parameters_without_positions": count_parameters(model),
             "n_layer": model.config.n_layer,

@@ -37,6 +37,8 @@ class CrateConfig(PreTrainedConfig):
             thresholds where they start.
         code_penalty: in training, so many times a token's ||A_t||_1 of all blocks is added to its loss (by `cratescope
             train`, which begins at 0).
+        reconstruction_weight: in that penalty, how much 1/2 ||X - D A_t||^2 weighs beside ||A_t||_1 (not of mlp): with
+            it, atoms also learn to be a code of what they read.
     """
 
     model_type = "crate"
@@ -68,6 +70,7 @@ class CrateConfig(PreTrainedConfig):
     density_high: float = 1.0
     homeostasis_rate: float = 0.02
     code_penalty: float = 0.0
+    reconstruction_weight: float = 0.0
     layer_norm_epsilon: float = 1e-5
     initializer_range: float = 0.02
     use_cache: bool = True
@@ -94,6 +97,10 @@ class CrateConfig(PreTrainedConfig):
             raise ValueError(f"homeostasis_rate = {self.homeostasis_rate}, but it has to be 0 or more, and finite")
         if not 0 <= self.code_penalty < math.inf:
             raise ValueError(f"code_penalty = {self.code_penalty}, but it has to be 0 or more, and finite")
+        if not 0 <= self.reconstruction_weight < math.inf:
+            raise ValueError(f"reconstruction_weight = {self.reconstruction_weight}: has to be 0 or more, and finite")
+        if self.reconstruction_weight and self.feed_forward == "mlp":
+            raise ValueError("reconstruction_weight is of a dictionary, which feed_forward = mlp has not; leave it out")
 
     @property
     def n_atoms(self) -> int:

@@ -171,7 +171,8 @@ class ISTA(nn.Module):
         self.gain = nn.Parameter(torch.empty(config.n_atoms)) if config.ista_gain else None
         self.first_codes = nn.Identity()
         self.codes = nn.Identity()
-        self.sums = None  # where a list: gets ||A_t||_1 over all tokens of every pass of training, with its gradient
+        self.reconstruction_weight = config.reconstruction_weight
+        self.sums = None  # where a list: gets the penalty of all tokens of every pass of training, with its gradient
 
     def atoms(self):
         """D (h, d) as it is used; `read` and `write` are the products with it."""
@@ -218,22 +219,33 @@ class ISTA(nn.Module):
         """X (B, T, d) -> D A_t (B, T, d)."""
         learning = self.training and torch.is_grad_enabled()
         if learning and not self.first_codes._forward_hooks and not self.codes._forward_hooks:
-            out, A, total = self.fused(X)
+            out, A, total = self.fused(X, None if self.D_out is None and self.gain is None else self.decoder())
         else:
             A = self.encode(X)
             out, total = self.decode(A), A.sum(dtype=torch.float32)
         if learning:
             self.watch(A.detach())
             if self.sums is not None:
-                self.sums.append(total)
+                self.sums.append(total + self.unexplained(X) if self.reconstruction_weight else total)
         return out
+
+    def unexplained(self, X):
+        """reconstruction_weight / 2 ||X - D A_t||^2, summed over tokens, for X as it is.
+
+        Its gradient stops at X: if tokens could give way they would become easier to code, and tell less.
+        """
+        X = X.detach()
+        reconstructed, _, _ = self.fused(X, None)
+        return (X - reconstructed).square().sum(dtype=torch.float32) * (self.reconstruction_weight / 2)
 
     def watch(self, A):
         """See the codes (..., h) of every pass of training."""
 
-    def fused(self, X):
-        """Output, codes (without gradient) and their sum as one operation, for training; no hook sees the codes."""
-        decoder = None if self.D_out is None and self.gain is None else self.decoder()
+    def fused(self, X, decoder):
+        """A_t decoder, codes A_t (without gradient) and their sum as one operation, for training; no hook sees codes.
+
+        decoder: (h, d), or None for the dictionary.
+        """
         device, parts = X.device.type, [X.reshape(-1, X.shape[-1]), self.atoms(), decoder, self.threshold()]
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
@@ -287,6 +299,8 @@ class ISTAFunction(torch.autograd.Function):
                 by_step = (H * grown).sum(dtype=torch.float32).view(1) / (eta or 1.0)
                 grad_eta = by_step if grad_eta is None else grad_eta + by_step
             grad_D.addmm_(H.t(), residuals[k], alpha=eta)
+            if not k and not ctx.needs_input_grad[0]:
+                break
             grad_R = (H @ D).mul_(eta)
             grad_X.add_(grad_R)
             if k:
