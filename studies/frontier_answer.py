@@ -122,18 +122,18 @@ def model_row(item: Results, explainer: str) -> Row:
 def answers(results: Sequence[Results], explainer: str) -> Iterator[Row]:
     """Differences of what is asked about and what it is compared with, by seed, with the t-interval over seeds.
 
-    Only models after equally many tokens are compared, except with untrained copies.
+    Only models of one size after equally many tokens are compared, except with untrained copies.
     """
-    seeds: dict[tuple[str, int], dict[int, Results]] = {}
+    seeds: dict[tuple[str, str, int], dict[int, Results]] = {}
     for item in results:
-        seeds.setdefault((item.side, item.arm.tokens_trained or 0), {})[item.arm.seed or 0] = item
-    lengths = sorted({tokens for _, tokens in seeds if tokens})
-    for (arm, others), tokens in product(ARMS.items(), lengths):
-        asked = seeds.get((arm, tokens), {})
-        sides = [("its untrained copy", seeds.get((arm.split()[0], 0), {}))]
-        for name, other in [*sides, *((name, seeds.get((name, tokens), {})) for name in others)]:
+        seeds.setdefault((item.side, item.arm.size, item.arm.tokens_trained or 0), {})[item.arm.seed or 0] = item
+    lengths = sorted({(size, tokens) for _, size, tokens in seeds if tokens})
+    for (arm, others), (size, tokens) in product(ARMS.items(), lengths):
+        asked = seeds.get((arm, size, tokens), {})
+        sides = [("its untrained copy", seeds.get((arm.split()[0], size, 0), {}))]
+        for name, other in [*sides, *((name, seeds.get((name, size, tokens), {})) for name in others)]:
             pairs = {seed: (asked[seed], other[seed]) for seed in sorted({*asked} & {*other})}
-            about: Row = {"a": arm, "b": name, "tokens": tokens, "explainer": explainer}
+            about: Row = {"a": arm, "b": name, "size": size, "tokens": tokens, "explainer": explainer}
             for quantity, measure in measures(explainer).items():
                 values = {seed: found for seed, pair in pairs.items() if (found := measure(*pair))}
                 if values:

@@ -257,7 +257,7 @@ def test_a_variant_changes_any_field_that_the_twin_has_not_and_no_other():
     paper = CrateConfig()
     assert {"ista_steps", "ista_tied"} <= {*CRATE_FIELDS}
     for field in CRATE_FIELDS:
-        assert getattr(preset_config("crate-1l", crate={field: str(getattr(paper, field))}), field) is not None
+        assert getattr(preset_config("crate-h-1l", crate={field: str(getattr(paper, field))}), field) is not None
     for field in ("n_embd", "n_layer", "vocab_size", "layer_norm_epsilon", "tie_word_embeddings", "eos_token_id"):
         with pytest.raises(UserError, match=f"no field {field!r}"):
             preset_config("crate-1l", crate={field: "1"})

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from cratescope.arm import TITLES, Arm
 from cratescope.errors import UserError
 from cratescope.lm.evaluate import reconstruction
+from cratescope.lm.loss import fuse
 from cratescope.models import CrateConfig, modeling_crate
 from cratescope.models.cost import cached_bytes_per_token, flops_per_token
 from cratescope.models.modeling_crate import LISTA, CrateBlock, Lag, gather
@@ -25,19 +26,27 @@ from cratescope.neurons.sites import site_named
 
 VARIANTS = tuple(family for family in FAMILIES if family not in ("crate", "gpt2"))
 LAGGED = tuple(family for family in VARIANTS if family.endswith("lag"))
+BILINEAR = "crate-h-lag bilinear"
+MODELS = (*VARIANTS, BILINEAR)
 SPARSE = tuple(family for family in VARIANTS if "-h" in family)
 
 
 def tiny(family, **changes):
-    """A model small enough for a test, with weights large enough that attention is far from uniform."""
-    config = preset_config(f"{family}-2l", vocab_size=64, context=32, eos_id=None)
+    """A model small enough for a test, with weights large enough that attention is far from uniform.
+
+    family: may be followed by fields to set, as `crate-h-lag bilinear`.
+    """
+    family, *fields = family.split()
+    config = preset_config(f"{family}-2l", 64, 32, None, dict.fromkeys(fields, "true"))
     for name, value in ({"n_embd": 32, "n_head": 4} | changes).items():
         setattr(config, name, value)
     model = build(config, seed=1)
     chance = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.dim() > 1:  # the blocks more than the embeddings: tied, these would repeat the last token
+            if name.endswith("bilinear.N"):
+                parameter.normal_(generator=chance)
+            elif parameter.dim() > 1:  # the blocks more than the embeddings: tied, these would repeat the last token
                 parameter.mul_(32 if ".h." in name else 4)
             else:  # biases and lags as they may be after training
                 parameter.add_(torch.randn(parameter.shape, generator=chance), alpha=0.3)
@@ -178,7 +187,7 @@ def test_attention_never_looks_ahead(family, seed, position):
     assert torch.equal(one[0, : position + 1], other[0, : position + 1])
 
 
-@pytest.mark.parametrize("family", VARIANTS)
+@pytest.mark.parametrize("family", MODELS)
 def test_generating_with_the_cache_equals_generating_without_also_left_padded_and_batched(family):
     model, pads = tiny(family), (0, 3, 6)
     tokens, mask = left_padded(pads)
@@ -228,7 +237,7 @@ def test_the_cache_holds_the_bytes_that_are_stated(family):
     assert stored == cached_bytes_per_token(model.config) * 10 * 3
 
 
-@pytest.mark.parametrize("family", VARIANTS)
+@pytest.mark.parametrize("family", MODELS)
 def test_eager_attention_equals_sdpa_and_shows_its_weights(family):
     model, tokens = tiny(family), random_tokens(2, 9)
     with torch.no_grad():
@@ -239,7 +248,7 @@ def test_eager_attention_equals_sdpa_and_shows_its_weights(family):
     assert len(eager.attentions) == 2 and eager.attentions[0].shape == (2, 4, 9, 9)
 
 
-@pytest.mark.parametrize("family", VARIANTS)
+@pytest.mark.parametrize("family", MODELS)
 def test_gradient_checkpointing_gives_the_same_gradients_and_thresholds(family):
     found = []
     for checkpointing in (False, True):
@@ -254,7 +263,7 @@ def test_gradient_checkpointing_gives_the_same_gradients_and_thresholds(family):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("family", VARIANTS)
+@pytest.mark.parametrize("family", MODELS)
 def test_a_saved_model_is_the_same_also_without_cratescope_and_in_bfloat16(family, tmp_path):
     model, tokens = tiny(family), random_tokens(1, 7)
     for block in model.transformer.h:
@@ -522,6 +531,60 @@ def test_wrong_settings_are_refused_in_one_line(field, value, said):
     with pytest.raises(UserError, match=said) as refused:
         preset_config("crate-h-1l", crate={field: value})
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gpt2-lag", "crate-h-lag"])
+def test_a_penalty_that_checkpointing_would_lose_is_refused(family):
+    model = fuse(tiny(family).train(), lambda total: 0.01 * total)
+    tokens = random_tokens(2, 7)
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    model(tokens, labels=tokens).loss.backward()
+    model.activation_checkpointing_enable({"use_reentrant": True})
+    with pytest.raises(RuntimeError, match="use_reentrant=False"):
+        model(tokens, labels=tokens)
+
+
+def test_a_bilinear_head_starts_as_the_inner_product_and_then_compares_by_its_own_form():
+    plain, changed = (
+        build(preset_config("crate-lag-2l", 64, 32, None, crate), 3).eval() for crate in ({}, {"bilinear": "true"})
+    )
+    tokens = random_tokens(2, 9)
+    assert torch.equal(plain(tokens).logits, changed(tokens).logits)
+    mssa = tiny(BILINEAR).transformer.h[0].mssa.double()
+    Z = torch.randn(1, 6, 32, dtype=torch.double, generator=torch.Generator().manual_seed(0))
+    V = (Z @ mssa.U.weight.T).view(6, 4, 8).transpose(0, 1)
+    before = F.pad(V, (0, 0, 1, -1))
+    alpha, beta = (share.view(4, 1, 1) for share in (mssa.lag.alpha, mssa.lag.beta))
+    query, key = V + alpha * (before - V), V + beta * (before - V)
+    form = torch.eye(8, dtype=torch.double) + mssa.bilinear.N
+    scores = (
+        torch.einsum("kie,kef,kjf->kij", query, form, key)
+        + torch.einsum("kf,kjf->kj", mssa.bilinear.b.view(4, 8), key)[:, None]
+    )
+    weights = torch.softmax((scores / 8**0.5).masked_fill(torch.ones(6, 6).triu(1).bool(), -math.inf), -1)
+    wanted = mssa.W((weights @ V).transpose(0, 1).reshape(1, 6, 32))
+    mssa.config._attn_implementation = "eager"
+    mask = torch.full((6, 6), -math.inf, dtype=torch.double).triu(1)
+    torch.testing.assert_close(mssa(Z, attention_mask=mask)[0], wanted)
+
+
+def test_a_bilinear_form_is_of_one_projection():
+    with pytest.raises(UserError, match="bilinear is of attention = mssa"):
+        preset_config("gpt2-h-lag-2l", crate={"bilinear": "true"})
+
+
+@pytest.mark.parametrize(
+    ("preset", "field", "value"),
+    [
+        ("gpt2-lag-2l", "ista_steps", "3"),
+        ("gpt2-lag-2l", "ista_tied", "true"),
+        ("crate-2l", "density_low", "0.01"),
+        ("crate-2l", "homeostasis_rate", "0"),
+    ],
+)
+def test_a_field_that_would_do_nothing_is_refused_by_name(preset, field, value):
+    with pytest.raises(UserError, match=f"--crate {field}: does nothing in a model with feed_forward"):
+        preset_config(preset, crate={field: value})
 
 
 def test_a_preset_of_a_variant_can_be_changed_further():

@@ -79,10 +79,10 @@ class TrainConfig(Checked):
     """Shard weights and optimiser over the processes (FSDP) instead of copying them to each (DDP)."""
     report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
     """Also log to these services; each needs its own package. metrics.jsonl is always written."""
-    l1: Annotated[float | None, within(0, above=True)] = None
+    l1: Annotated[float | None, within(0, 1, above=True)] = None
     """Also minimise so many times the sum of a token's activations, over all neurons; by default the preset's
-    code_penalty (0.001 of crate-h-, gpt2-h-, else none). The weight grows over a fifth of the steps. No loss that is
-    shown or logged includes it."""
+    code_penalty (0.001 of crate-h-, gpt2-h-, else none; for none there, `--crate code_penalty 0`). The weight grows
+    over a fifth of the steps. No loss that is shown or logged includes it."""
     crate: dict[str, str] = field(default_factory=dict)
     """Overrides of CRATE config fields, such as `--crate ista_steps 3 ista_lambda 0.2`."""
     seed: Annotated[int, within(0, LARGEST_SEED)] = 0

@@ -65,11 +65,16 @@ def fuse(model: PreTrainedModel, penalty: Callable[[torch.Tensor], torch.Tensor]
     """
     plain = model.forward
     sums: list[torch.Tensor] = []
+
+    def add(_module: Any, _inputs: Any, output: torch.Tensor) -> None:
+        if torch.is_grad_enabled():
+            sums.append(output.sum(dtype=torch.float32))
+
     for name, module in model.named_modules() if penalty else ():
         if hasattr(module, "sums"):
             module.sums = sums
         elif name.endswith(GPT2_NEURONS):
-            module.register_forward_hook(lambda _module, _inputs, output: sums.append(output.sum(dtype=torch.float32)))
+            module.register_forward_hook(add)
 
     def forward(self: Any, input_ids: Any = None, labels: Any = None, num_items_in_batch: Any = None, **kwargs: Any):
         if labels is None:
@@ -78,6 +83,8 @@ def fuse(model: PreTrainedModel, penalty: Callable[[torch.Tensor], torch.Tensor]
         hidden = self.base_model(input_ids, use_cache=False, **kwargs).last_hidden_state[:, :-1]
         weight, targets = self.get_output_embeddings().weight, labels[:, 1:]
         loss = linear_cross_entropy(hidden, weight, targets, n_items=num_items_in_batch)
+        if penalty and self.training and torch.is_grad_enabled() and not sums:
+            raise RuntimeError("no activations to penalise: checkpoint activations with use_reentrant=False")
         if penalty and sums:
             share = (targets != IGNORED).sum() / num_items_in_batch if num_items_in_batch is not None else 1
             loss = loss + penalty(sum(sums) / labels.numel() * share)

@@ -21,6 +21,8 @@ class CrateConfig(PreTrainedConfig):
         n_head: heads K; each works in a subspace of d / K dimensions.
         attention: mssa, the paper's, in which one projection is query, key and value; or mhsa, GPT-2's with three.
         lag: mix into every query and key, by a learned share per head, that of the token before.
+        bilinear: compare query and key by a learned bilinear form per head instead of the inner product; of mssa alone,
+            since queries of mhsa have weights of their own.
         feed_forward: ista, the paper's; lista, ista with atoms of norm 1, a threshold per atom that training regulates,
             and a norm without gain and bias before it; or mlp, GPT-2's with ReLU.
         ista_expansion: n, so that the dictionary has h = n d atoms.
@@ -57,6 +59,7 @@ class CrateConfig(PreTrainedConfig):
     n_head: int = 12
     attention: Literal["mssa", "mhsa"] = "mssa"
     lag: bool = False
+    bilinear: bool = False
     feed_forward: Literal["ista", "lista", "mlp"] = "ista"
     ista_expansion: int = 4
     ista_steps: int = 2
@@ -81,24 +84,34 @@ class CrateConfig(PreTrainedConfig):
 
     def validate_architecture(self):
         """Called by `strict` when a configuration is made."""
+        for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)}, but it has to be 1 or more")
+        if not 0 < self.layer_norm_epsilon < 1:
+            raise ValueError(f"layer_norm_epsilon = {self.layer_norm_epsilon}, but it has to be above 0 and below 1")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd = {self.n_embd} is not a multiple of n_head = {self.n_head}")
         if not 1 <= self.ista_steps <= 1000:
             raise ValueError(f"ista_steps = {self.ista_steps}, but it has to be from 1 to 1000")
         if not 1 <= self.ista_expansion <= 1000:
             raise ValueError(f"ista_expansion = {self.ista_expansion}, but it has to be from 1 to 1000")
-        if not (0 < self.ista_step_size < math.inf and 0 <= self.ista_lambda < math.inf):
-            raise ValueError("ista_step_size has to be above 0, ista_lambda 0 or more, and both finite")
+        if not 0 < self.ista_step_size < math.inf:
+            raise ValueError(f"ista_step_size = {self.ista_step_size}, but it has to be above 0, and finite")
+        if not 0 <= self.ista_lambda < math.inf:
+            raise ValueError(f"ista_lambda = {self.ista_lambda}, but it has to be 0 or more, and finite")
         if self.ista_gain and not self.ista_tied:
             raise ValueError("ista_gain is of a tied decoder; set ista_tied, too")
         if not 0 < self.density_low <= self.density_high <= 1:
-            raise ValueError("density_low has to be above 0, density_high no less and at most 1")
+            both = f"density_low = {self.density_low}, density_high = {self.density_high}"
+            raise ValueError(f"{both}, but the first has to be above 0, the second no less and at most 1")
         if not 0 <= self.homeostasis_rate < math.inf:
             raise ValueError(f"homeostasis_rate = {self.homeostasis_rate}, but it has to be 0 or more, and finite")
-        if not 0 <= self.code_penalty < math.inf:
-            raise ValueError(f"code_penalty = {self.code_penalty}, but it has to be 0 or more, and finite")
-        if not 0 <= self.reconstruction_weight < math.inf:
-            raise ValueError(f"reconstruction_weight = {self.reconstruction_weight}: has to be 0 or more, and finite")
+        if not 0 <= self.code_penalty <= 1:
+            raise ValueError(f"code_penalty = {self.code_penalty}, but it has to be from 0 to 1")
+        if not 0 <= self.reconstruction_weight <= 1000:
+            raise ValueError(f"reconstruction_weight = {self.reconstruction_weight}, but it has to be from 0 to 1000")
+        if self.bilinear and self.attention != "mssa":
+            raise ValueError("bilinear is of attention = mssa: queries of mhsa have weights of their own; leave it out")
         if self.reconstruction_weight and self.feed_forward == "mlp":
             raise ValueError("reconstruction_weight is of a dictionary, which feed_forward = mlp has not; leave it out")
 

@@ -16,16 +16,18 @@ def flops_per_token(config: CrateConfig | GPT2Config, context: int) -> int:
     """Floating-point operations per training token: 3 passes (forward, two backward) x 2 per multiply-add.
 
     Multiply-adds per token and layer: MSSA 2 d^2 (U, W), GPT-2's attention 4 d^2 (Q K V and output), each + 2 T d
-    (attention over all T tokens of the context, the masked half included); ISTA 2 t h d, an MLP 2 h d; the head V d.
+    (attention over all T tokens of the context, the masked half included), a bilinear form d^2 / K; ISTA 2 t h d, twice
+    if it also learns to reconstruct, an MLP 2 h d; the head V d.
     Norms, activations, softmax and lag are left out, as usual.
     """
     d = config.n_embd
     if isinstance(config, CrateConfig):
-        projections = 2 if config.attention == "mssa" else 4
+        projections = (2 if config.attention == "mssa" else 4) + (1 / config.n_head if config.bilinear else 0)
         steps, h = 1 if config.feed_forward == "mlp" else config.ista_steps, config.n_atoms
+        steps *= 2 if config.reconstruction_weight and config.code_penalty else 1
     else:
         projections, steps, h = 4, 1, config.n_inner or 4 * d
-    layer = projections * d**2 + 2 * steps * h * d + 2 * context * d
+    layer = round(projections * d**2) + 2 * steps * h * d + 2 * context * d
     return 3 * 2 * (config.n_layer * layer + config.vocab_size * d)
 
 

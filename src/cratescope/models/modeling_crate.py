@@ -68,6 +68,23 @@ class Lag(nn.Module):
         return X + share.to(X.dtype).view(-1, 1, 1) * (before - X)
 
 
+class Bilinear(nn.Module):
+    """Let a head compare tokens by V_i^T (I + N) V_j + b^T V_j instead of V_i^T V_j, with N and b learned, 0 at first.
+
+    Values stay, and so does the one projection: what is compared is still what a token is in the head's subspace.
+    """
+
+    def __init__(self, config: CrateConfig):
+        super().__init__()
+        head_dim = config.n_embd // config.n_head
+        self.N = nn.Parameter(torch.empty(config.n_head, head_dim, head_dim))
+        self.b = nn.Parameter(torch.empty(config.n_embd))  # one dimension: no weight decay
+
+    def forward(self, query):
+        """(B, K, T, d/K) -> the same shape."""
+        return query + query @ self.N.to(query.dtype) + self.b.to(query.dtype).view(-1, 1, query.shape[-1])
+
+
 @dataclass(frozen=True)
 class Place:
     """Where the T tokens of a forward pass stand, for `Lag`.
@@ -110,6 +127,7 @@ class MSSA(nn.Module):
         self.U = nn.Linear(config.n_embd, self.projections * config.n_embd, bias=self.projections > 1)
         self.W = ResidualOutput(config.n_embd, config.n_embd, bias=True)
         self.lag = Lag(config) if config.lag else None
+        self.bilinear = Bilinear(config) if config.bilinear else None
 
     def forward(
         self, Z, attention_mask=None, past_key_values: Cache | None = None, place: Place | None = None, **kwargs
@@ -127,6 +145,8 @@ class MSSA(nn.Module):
         key, value = seen[-2:] if self.projections > 1 else (seen[0], seen[0])
         if self.lag is not None:
             query, key = self.lag(seen[0], key, place)
+        if self.bilinear is not None:
+            query = self.bilinear(query)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
         out, weights = attend(
             self, query, key, value, attention_mask, scaling=self.head_dim**-0.5, dropout=0.0, **kwargs
@@ -350,7 +370,7 @@ class LISTA(ISTA):
         """A (..., h) -> the output (..., d)."""
         if self.D_out is None or not is_gathered(A, self.D_out):
             return super().decode(A)
-        return gather(A.flatten(0, -2), self.D_out).view(*A.shape[:-1], -1)
+        return gather(A.flatten(0, -2), self.D_out).view(*A.shape[:-1], self.D_out.shape[1])
 
     def threshold(self):
         """theta (h,)."""
@@ -409,7 +429,7 @@ class MLP(nn.Module):
     def forward(self, X):
         """(B, T, d) -> (B, T, d)."""
         A = self.codes(F.relu(self.D(X)))
-        if self.training and self.sums is not None:
+        if self.training and self.sums is not None and torch.is_grad_enabled():
             self.sums.append(A.sum(dtype=torch.float32))
         return self.P(A)
 
@@ -472,6 +492,9 @@ class CratePreTrainedModel(PreTrainedModel):
             kind = torch.arange(self.config.n_head, device=module.alpha.device) % 4
             init.copy_(module.alpha, (kind == 1).to(module.alpha.dtype))
             init.copy_(module.beta, (kind >= 2).to(module.beta.dtype))
+        elif isinstance(module, Bilinear):
+            init.zeros_(module.N)
+            init.zeros_(module.b)
         if isinstance(module, ISTA) and torch.is_tensor(module.eta):
             init.constant_(module.eta, self.config.ista_step_size)
         if isinstance(module, ISTA) and module.gain is not None:  # what is added to a token starts small
@@ -516,7 +539,8 @@ class CrateModel(CratePreTrainedModel):
     ) -> BaseModelOutputWithPast:
         """input_ids (B, T) or inputs_embeds (B, T, d); attention_mask (B, past + T) with 0 at padding.
 
-        With lag, texts that follow each other in a row have to be told apart by position_ids, each from 0.
+        With lag, texts that follow each other in a row have to be told apart by position_ids, each from 0, and
+        use_cache=False: what is in a cache is one text.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")

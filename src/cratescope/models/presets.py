@@ -35,6 +35,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
 CRATE's feed-forward block has GPT-2's number of parameters within 1 % (docs/math.md)."""
 CRATE_FIELDS = tuple(name for name in CrateConfig.__annotations__ if not hasattr(GPT2Config, name))
 """Fields that transformers' GPT-2 has not: what a variant of CRATE changes, by `--crate`."""
+_OF_DICTIONARIES = {
+    *("ista_steps", "ista_step_size", "ista_step_learned", "ista_lambda", "ista_tied", "ista_gain"),
+    "reconstruction_weight",
+}
+_OF_THRESHOLDS = {"density_low", "density_high", "homeostasis_rate"}
 _BOOLS = {"true": True, "false": False}
 PRESETS = tuple(f"{family}-{size}" for family in FAMILIES for size in SIZES)
 
@@ -52,7 +57,7 @@ def preset_config(
         crate: CrateConfig fields to change, as text, such as {"ista_lambda": "0.2"}.
 
     Raises:
-        UserError: unknown preset or field, or `crate` with a GPT-2 preset.
+        UserError: unknown preset or field, one that does nothing there, or `crate` with a GPT-2 preset.
     """
     family, _, size = preset.rpartition("-")
     if preset not in PRESETS:
@@ -62,9 +67,15 @@ def preset_config(
     shape |= {"vocab_size": vocab_size, "n_positions": context, "bos_token_id": eos_id, "eos_token_id": eos_id}
     if family != "gpt2":
         try:
-            return CrateConfig(**shape, **FAMILIES[family] | _parse_crate(crate or {}))
+            config = CrateConfig(**shape, **FAMILIES[family] | _parse_crate(crate or {}))
         except StrictDataclassError as error:
             raise UserError(f"{preset}: {last_line(error)}") from error
+        block = config.feed_forward
+        idle = (_OF_THRESHOLDS if block != "lista" else set()) | (_OF_DICTIONARIES if block == "mlp" else set())
+        for name in crate or {}:
+            if name in idle:
+                raise UserError(f"--crate {name}: does nothing in a model with feed_forward = {block}; leave it out")
+        return config
     if crate:
         raise UserError(f"{preset} has no CRATE fields; leave out {', '.join(crate)}")
     # Everything but attention and feed-forward block as in CRATE: no dropout, same initialisation, tied head.

@@ -100,5 +100,6 @@ def _trail(axes: Any, course: Sequence[Point], x: str, y: str, looks: dict[str, 
     placed = [(point.numbers[x], point.numbers[y]) for point in course if point.numbers[y] is not None]
     if placed:
         look = looks[course[0].item.side]
-        axes.plot(*zip(*placed, strict=True), **look | {"label": None}, linewidth=0.7, markersize=2.5, alpha=0.6)
+        small: dict[str, Any] = {"label": None, "linewidth": 0.7, "markersize": 2.5, "alpha": 0.6}
+        axes.plot(*zip(*placed, strict=True), **look | small, markevery=slice(0, -1))  # the end has a large one
         axes.plot(*placed[-1], **look, linestyle="none", markersize=6.5)

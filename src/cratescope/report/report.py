@@ -110,7 +110,7 @@ def _page(config: ReportConfig, tokenizer: PreTrainedTokenizerFast | None) -> st
         against_features=features,
         caveats=[
             *verdict.caveats(results, compared or [features], primary),
-            *verdict.about_sides(sides, compared),
+            *verdict.about_sides(sides if compared or config.compare else [], compared),
             *verdict.about_features(results, features),
         ],
         protocols=protocols(results),

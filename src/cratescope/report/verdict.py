@@ -81,9 +81,9 @@ def _about_pairs(pairs: Sequence[Comparison], primary: Quantity) -> list[str]:
 
 
 def about_sides(sides: Sequence[Pair], groups: Sequence[Sequence[Comparison]]) -> list[str]:
-    """Say which of several pairs have no runs that could be compared."""
+    """Say which pairs have no runs that could be compared."""
     compared = {(group[0].a.arm, group[0].b.arm) for group in groups}
-    left = [f"{a} with {b}" for a, b in sides if compared and (a, b) not in compared]
+    left = [f"{a} with {b}" for a, b in sides if (a, b) not in compared]
     why = "they have no runs of the same size, data, context and training tokens"
     return [f"Not compared, because {why}: {', '.join(left)}."] if left else []
 

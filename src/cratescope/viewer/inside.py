@@ -73,7 +73,8 @@ def _unknown_shape(config: Any) -> str | None:
         return f"Pages run CRATE and GPT-2 only, and this is a {config.model_type} model."
     if config.model_type == "gpt2" and config.activation_function not in ACTIVATIONS:
         return f"Pages do not have the activation function {config.activation_function} of this model."
-    blocks = {"attention": "mssa", "lag": False, "feed_forward": "ista", "ista_step_learned": False, "ista_gain": False}
+    blocks = {"attention": "mssa", "lag": False, "bilinear": False, "feed_forward": "ista"}
+    blocks |= {"ista_step_learned": False, "ista_gain": False}
     if changed := [name for name, value in blocks.items() if getattr(config, name, value) != value]:
         return f"Pages run CRATE with the blocks of the paper, and this one has others ({', '.join(changed)})."
     other = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
