@@ -34,9 +34,9 @@ _WITH_LAG = ("gpt2-lag", "crate", "gpt2-lag" + FEATURES, "gpt2-h-lag", "gpt2-lag
 ARMS = {
     "crate-h": ("gpt2", "crate", "gpt2" + FEATURES, "gpt2-h", "gpt2 l1=0.001"),
     "crate-h-lag": _WITH_LAG,
-    "crate-h-lag l1=0.0005": _WITH_LAG,
+    "crate-h-lag bilinear=true": _WITH_LAG,
 }
-"""What is asked about, and what it is compared with, after its untrained copy: a penalty changes nothing in that."""
+"""What is asked about, and what it is compared with, after its untrained copy, in which the form is none."""
 
 Both = tuple[float, float]
 
@@ -116,6 +116,8 @@ def model_row(item: Results, explainer: str) -> Row:
         row |= {f"below_1_percent_{layer}": sum(value < LOW for value in found) / len(found)}
         row |= {f"above_40_percent_{layer}": sum(value > HIGH for value in found) / len(found)}
         row |= {f"r2_{layer}": None if item.features else explained}
+    for quality in item.dictionary.quality if item.dictionary else ():
+        row[f"loss_replaced_{quality['layer']}"] = quality["loss_replaced"]
     return row
 
 
