@@ -17,7 +17,7 @@ from conftest import SMALL_TRAINING
 from cratescope.errors import UserError
 from cratescope.files import read_jsonl
 from cratescope.lm.config import EvaluateConfig, TrainConfig
-from cratescope.lm.evaluate import crop_losses, evaluate
+from cratescope.lm.evaluate import crop_losses, evaluate, reconstruction
 from cratescope.lm.load import load_model
 from cratescope.lm.train import train
 from cratescope.models.presets import build, preset_config
@@ -186,6 +186,18 @@ def test_sparse_codes_are_penalised_by_their_preset(data_folder, tmp_path):
         sums[penalty] = neurons_of(run, data_folder).sum()
         assert all(f"{name}=" in run.read_manifest()["arm"]["variant"] for name in changes["crate"])
     assert sums["more"] < sums["preset"] < sums["none"]
+
+
+def test_codes_learn_to_reconstruct_where_the_penalty_asks_for_it(data_folder, tmp_path):
+    explained = []
+    for weight in ("0", "20"):
+        how = {"l1": 0.01, "crate": {"reconstruction_weight": weight}, "steps": 60}
+        run = train(config_of(tmp_path / weight, data_folder, preset="crate-h-1l", **how))
+        crops = TokenData.open(data_folder).split("validation").spaced(8, 16)
+        explained += reconstruction(load_model(run, "cpu"), crops)
+    assert explained[1] > explained[0] + 0.05
+    with pytest.raises(UserError, match="reconstruction_weight: weighs within a penalty, and there is none"):
+        train(config_of(tmp_path / "none", data_folder, preset="crate-1l", crate={"reconstruction_weight": "1"}))
 
 
 @pytest.mark.parametrize("preset", ["crate-h-1l", "gpt2-1l"])

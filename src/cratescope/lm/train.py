@@ -106,6 +106,8 @@ def _fit(
 ) -> tuple[int, int]:
     """Train from the newest good checkpoint and publish the run; return the signal received, if any, and the step."""
     weight = getattr(model.config, "code_penalty", 0.0) if config.l1 is None else config.l1
+    if not weight and getattr(model.config, "reconstruction_weight", False):
+        raise UserError("--crate reconstruction_weight: weighs within a penalty, and there is none; give --l1 as well")
     watch = Watch(config, run, weight, publish)
     validation = data.split("validation")
     n_crops = max(1, min(config.validation_crops, validation.n_tokens // config.context))

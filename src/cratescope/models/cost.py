@@ -24,7 +24,7 @@ def flops_per_token(config: CrateConfig | GPT2Config, context: int) -> int:
     if isinstance(config, CrateConfig):
         projections = (2 if config.attention == "mssa" else 4) + (1 / config.n_head if config.bilinear else 0)
         steps, h = 1 if config.feed_forward == "mlp" else config.ista_steps, config.n_atoms
-        steps *= 2 if config.reconstruction_weight and config.code_penalty else 1
+        steps *= 2 if config.reconstruction_weight else 1
     else:
         projections, steps, h = 4, 1, config.n_inner or 4 * d
     layer = round(projections * d**2) + 2 * steps * h * d + 2 * context * d
