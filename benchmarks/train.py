@@ -63,8 +63,10 @@ class Options:
     """Steps compared."""
     beside: bool = False
     """Compare families as we train them instead: time per token by that of the first of `families`."""
-    families: tuple[str, ...] = ("gpt2-2l:4", "crate-h-2l:4", "crate-h-lag-2l:4", "gpt2-lag-2l:4", "gpt2-h-2l:4")
-    """PRESET:BATCH of those."""
+    families: tuple[str, ...] = (
+        *("gpt2-2l:4", "crate-h-2l:4", "crate-h-lag-2l:4", "crate-h-lag-2l+bilinear:4", "gpt2-lag-2l:4", "gpt2-h-2l:4"),
+    )
+    """PRESET:BATCH of those; PRESET+FIELD:BATCH with a field of CRATE that is true."""
     device: str = "cpu"
     """Where to train."""
     json: Path | None = None
@@ -231,7 +233,8 @@ def work(told: dict[str, Any]) -> None:
     crops = batches(told["text"], told["batch"], told["context"])
     next(crops)
     before = resident()
-    config = preset_config(told["preset"], told["vocabulary"], told["context"], eos_id=None)
+    preset, *fields = told["preset"].split("+")
+    config = preset_config(preset, told["vocabulary"], told["context"], None, dict.fromkeys(fields, "true"))
     model = build(config, seed=0).to(device).train()
     if way == "ours":
         penalty = getattr(config, "code_penalty", 0.0)
