@@ -35,6 +35,7 @@ ARMS = {
     "crate-h": ("gpt2", "crate", "gpt2" + FEATURES, "gpt2-h", "gpt2 l1=0.001"),
     "crate-h-lag": _WITH_LAG,
     "crate-h-lag bilinear=true": _WITH_LAG,
+    "crate-h-lag bilinear=true reconstruction_weight=3": _WITH_LAG,
 }
 """What is asked about, and what it is compared with, after its untrained copy, in which the form is none."""
 
