@@ -62,6 +62,7 @@ def fuse(model: PreTrainedModel, penalty: Callable[[torch.Tensor], torch.Tensor]
 
     Args:
         penalty: of the sum of a token's activations, of all neurons, mean over tokens; added to the loss of every pass.
+            RuntimeError in training if there is none to add, as under checkpointing with use_reentrant=True.
     """
     plain = model.forward
     sums: list[torch.Tensor] = []

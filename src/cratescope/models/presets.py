@@ -70,17 +70,21 @@ def preset_config(
             config = CrateConfig(**shape, **FAMILIES[family] | _parse_crate(crate or {}))
         except StrictDataclassError as error:
             raise UserError(f"{preset}: {last_line(error)}") from error
-        block = config.feed_forward
-        idle = (_OF_THRESHOLDS if block != "lista" else set()) | (_OF_DICTIONARIES if block == "mlp" else set())
-        for name in crate or {}:
-            if name in idle:
-                raise UserError(f"--crate {name}: does nothing in a model with feed_forward = {block}; leave it out")
+        _refuse_idle(crate or {}, config.feed_forward)
         return config
     if crate:
         raise UserError(f"{preset} has no CRATE fields; leave out {', '.join(crate)}")
     # Everything but attention and feed-forward block as in CRATE: no dropout, same initialisation, tied head.
     shape |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "loss_type": "ForCausalLM"}
     return GPT2Config(**shape, activation_function="relu")
+
+
+def _refuse_idle(fields: dict[str, str], block: str) -> None:
+    """Raises UserError for a field that changes nothing where this is the feed-forward block."""
+    idle = (_OF_THRESHOLDS if block != "lista" else set()) | (_OF_DICTIONARIES if block == "mlp" else set())
+    for name in fields:
+        if name in idle:
+            raise UserError(f"--crate {name}: does nothing in a model with feed_forward = {block}; leave it out")
 
 
 def _parse_crate(fields: dict[str, str]) -> dict[str, Any]:
