@@ -20,7 +20,16 @@ from cratescope.lm.evaluate import reconstruction
 from cratescope.lm.loss import fuse
 from cratescope.models import CrateConfig, modeling_crate
 from cratescope.models.cost import cached_bytes_per_token, flops_per_token
-from cratescope.models.modeling_crate import LISTA, CrateBlock, Lag, gather
+from cratescope.models.modeling_crate import (
+    LISTA,
+    CrateBlock,
+    Lag,
+    LagFunction,
+    count_positive,
+    gather,
+    keep_where_positive,
+    sum_of_all,
+)
 from cratescope.models.presets import FAMILIES, PRESETS, SIZES, build, preset_config
 from cratescope.neurons.sites import site_named
 
@@ -337,10 +346,38 @@ def test_gradients_by_hand_equal_those_of_autograd(
 
     by_hand, found = gradients(lambda: sums.pop())
     block.ista.codes.register_forward_hook(lambda *_: None)  # asks for the plain loop
+    if lag:
+        block.mssa.lag.eval()
     loop, wanted = gradients(lasso)
     torch.testing.assert_close(by_hand, loop)
     for mine, other in zip(found, wanted, strict=True):
         torch.testing.assert_close(mine, other, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_gradients_of_lag_by_hand_equal_those_of_autograd_also_of_texts_in_one_row(packed):
+    chance = torch.Generator().manual_seed(0)
+    X, G = (torch.randn(2, 6, 3, 5, dtype=torch.double, generator=chance).transpose(1, 2) for _ in range(2))
+    share = torch.randn(3, generator=chance).requires_grad_()
+    leaves = (X.requires_grad_(), share)
+    starts = torch.rand(2, 6, generator=chance) < 0.4 if packed else None
+    by_hand, wanted = (mix(X, share, starts) for mix in (LagFunction.apply, Lag.mixed))
+    torch.testing.assert_close(by_hand, wanted)
+    for mine, other in zip(*(torch.autograd.grad(out, leaves, G) for out in (by_hand, wanted)), strict=True):
+        torch.testing.assert_close(mine, other)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [1, 1024, 2500])
+def test_active_codes_are_counted_summed_and_masked_alike_in_every_number_format(dtype, rows):
+    chance = torch.Generator().manual_seed(rows)
+    A, G = (torch.randn(rows, 6, generator=chance).to(dtype) for _ in range(2))
+    A = A.mul_(torch.tensor([1, 1, 1e-6, 0, -0.0, 1]).to(dtype)).relu_()
+    A[0] = torch.tensor([0.0, -0.0, 1, 2**-24, math.inf, 1])
+    assert count_positive(A).tolist() == [sum(a > 0 for a in column) for column in A.t().tolist()]
+    masked = torch.where(A <= 0, 0, G)
+    torch.testing.assert_close(keep_where_positive(G.clone(), A), masked, rtol=0, atol=0)
+    assert sum_of_all(A[1:]).item() == pytest.approx(A[1:].double().sum().item(), rel=1e-6)
 
 
 def lista(**changes):

@@ -56,7 +56,8 @@ class Lag(nn.Module):
 
     def forward(self, query, key, place):
         """query, key (B, K, S, d/K) of all tokens seen -> those of the tokens now (B, K, T, d/K), and all keys."""
-        query, key = self.mixed(query, self.alpha, place.starts), self.mixed(key, self.beta, place.starts)
+        mix = LagFunction.apply if self.training and torch.is_grad_enabled() else self.mixed
+        query, key = mix(query, self.alpha, place.starts), mix(key, self.beta, place.starts)
         return (query if place.rows is None else query.index_select(2, place.rows)), key
 
     @staticmethod
@@ -66,6 +67,39 @@ class Lag(nn.Module):
         if starts is not None:
             before = before.masked_fill(starts[:, None, :, None], 0)
         return X + share.to(X.dtype).view(-1, 1, 1) * (before - X)
+
+
+class LagFunction(torch.autograd.Function):
+    """Lag.mixed for training, with its gradient by hand, in fewer passes over memory.
+
+    With G the gradient by the output, that by X_i is G_i - share G_i + share G_{i+1}.
+    """
+
+    @staticmethod
+    def forward(ctx, X, share, starts):
+        """As of Lag.mixed."""
+        ctx.dtype = share.dtype
+        # Whole rows of a head, as they stand in memory: faster than a number per head.
+        share = share.to(X.dtype).view(-1, 1, 1).repeat(1, 1, X.shape[-1])
+        starts = None if starts is None else starts[:, None, :, None]
+        change = torch.empty_like(X)
+        torch.neg(X[:, :, :1], out=change[:, :, :1])
+        torch.sub(X[:, :, :-1], X[:, :, 1:], out=change[:, :, 1:])
+        if starts is not None:
+            change = torch.where(starts, -X, change)
+        ctx.save_for_backward(change, share, starts)
+        return torch.addcmul(X, change, share)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, G):
+        change, share, starts = ctx.saved_tensors
+        passed = G * share
+        grad_X = G - passed
+        if starts is not None:
+            passed = passed.masked_fill(starts, 0)
+        grad_X[:, :, :-1] += passed[:, :, 1:]
+        return grad_X, (G * change).sum((0, 2)).sum(-1, dtype=ctx.dtype), None
 
 
 class Bilinear(nn.Module):
@@ -239,7 +273,8 @@ class ISTA(nn.Module):
         """X (B, T, d) -> D A_t (B, T, d)."""
         learning = self.training and torch.is_grad_enabled()
         if learning and not self.first_codes._forward_hooks and not self.codes._forward_hooks:
-            out, A, total = self.fused(X, None if self.D_out is None and self.gain is None else self.decoder())
+            decoder = None if self.D_out is None and self.gain is None else self.decoder()
+            out, A, total = self.fused(X, decoder, summed=self.sums is not None)
         else:
             A = self.encode(X)
             out, total = self.decode(A), A.sum(dtype=torch.float32)
@@ -255,30 +290,71 @@ class ISTA(nn.Module):
         Its gradient stops at X: if tokens could give way they would become easier to code, and tell less.
         """
         X = X.detach()
-        reconstructed, _, _ = self.fused(X, None)
+        reconstructed, _, _ = self.fused(X, None, summed=False)
         return (X - reconstructed).square().sum(dtype=torch.float32) * (self.reconstruction_weight / 2)
 
     def watch(self, A):
         """See the codes (..., h) of every pass of training."""
 
-    def fused(self, X, decoder):
+    def fused(self, X, decoder, summed):
         """A_t decoder, codes A_t (without gradient) and their sum as one operation, for training; no hook sees codes.
 
-        decoder: (h, d), or None for the dictionary.
+        decoder: (h, d), or None for the dictionary. summed: whether the sum is wanted; None stands for it otherwise.
         """
         device, parts = X.device.type, [X.reshape(-1, X.shape[-1]), self.atoms(), decoder, self.threshold()]
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
             parts = [part.to(dtype) if torch.is_tensor(part) else part for part in parts]
         *matrices, lam = parts
-        out, A, total = ISTAFunction.apply(*matrices, self.t, self.eta, lam)
+        out, A, total = ISTAFunction.apply(*matrices, self.t, self.eta, lam, summed)
         return out.view(X.shape), A, total
+
+
+# PyTorch's operations on bfloat16 convert every number on a CPU, and sums in float32 convert the tensor first: next to
+# products that are native, they are most of the time. Numbers that are not negative are ordered as their bits are.
+
+
+def is_converted(A):
+    """Whether operations on A convert its numbers."""
+    return A.device.type == "cpu" and A.element_size() == 2
+
+
+def are_positive(A):
+    """1 where A > 0 and else 0, for a bfloat16 or float16 A that is not negative: int16 of the same shape."""
+    return A.view(torch.int16).clamp(0, 1)
+
+
+def keep_where_positive(G, A):
+    """G where A > 0 and else 0, for A that is not negative; G may be overwritten."""
+    if not is_converted(A):
+        return torch.ops.aten.threshold_backward(G, A, 0)
+    G.view(torch.int16).mul_(are_positive(A))
+    return G
+
+
+def count_positive(A):
+    """On how many rows each column of A (n, h), not negative, is positive: float32 (h,), exact to 2^24 rows."""
+    if not is_converted(A):
+        return A.sign().sum(0, dtype=torch.float32)
+    return torch.stack([are_positive(part).sum(0, dtype=torch.int16) for part in parts(A)]).sum(0, dtype=torch.float32)
+
+
+def sum_of_all(A):
+    """The sum of A (n, h), in float32."""
+    if not is_converted(A):
+        return A.sum(dtype=torch.float32)
+    return torch.stack([part.sum(dtype=torch.float32) for part in parts(A)]).sum()
+
+
+def parts(A):
+    """A (n, h) in parts of rows of which a core's cache holds a copy."""
+    return A.split(max(1, min(2**15 - 1, 2**17 // A.shape[1])))
 
 
 class ISTAFunction(torch.autograd.Function):
     """ISTA.forward as one operation with its gradient by hand: 2 t products forward, 4 t backward, no copy of them.
 
-    Its outputs are D A_t, the codes A_t without gradient, and the sum of all of them for a penalty.
+    Its outputs are D A_t, the codes A_t without gradient, and the sum of all of them for a penalty, where wanted.
     Of every step k only the residual R_k = X - D A_k and the codes A_{k+1} are kept; where a code is zero its gradient
     is, so no masks are needed. With G the gradient by the output and H_k that by the argument of the k-th relu:
     H_k = [A_{k+1} > 0] (gradient by A_{k+1}), gradient by R_k = eta H_k D, by A_k = H_k - (gradient by R_k) D^T. Where
@@ -286,18 +362,19 @@ class ISTAFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, X, D, D_out, t, eta, lam):
+    def forward(ctx, X, D, D_out, t, eta, lam, summed):
         """X (n, d), D, D_out (h, d) or None for D, lam a number or (h,) -> output (n, d), codes (n, h), their sum."""
         eta = float(eta)
-        residuals, codes = [X], [torch.mm(X, D.t()).mul_(eta).sub_(eta * lam).relu_()]
+        shrink = -eta * lam if torch.is_tensor(lam) else X.new_full((), -eta * lam)
+        residuals, codes = [X], [torch.addmm(shrink, X, D.t(), alpha=eta).relu_()]
         for _ in range(t - 1):
             residuals.append(torch.addmm(X, codes[-1], D, alpha=-1))
-            codes.append(codes[-1].addmm(residuals[-1], D.t(), alpha=eta).sub_(eta * lam).relu_())
+            codes.append(codes[-1].addmm(residuals[-1], D.t(), alpha=eta).add_(shrink).relu_())
         ctx.eta, ctx.untied = eta, D_out is not None
         ctx.save_for_backward(D, D_out, *residuals, *codes)
         ctx.mark_non_differentiable(codes[-1])
         ctx.set_materialize_grads(False)
-        return codes[-1] @ (D if D_out is None else D_out), codes[-1], codes[-1].sum(dtype=torch.float32)
+        return codes[-1] @ (D if D_out is None else D_out), codes[-1], sum_of_all(codes[-1]) if summed else None
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -306,27 +383,27 @@ class ISTAFunction(torch.autograd.Function):
         eta, t = ctx.eta, len(saved) // 2
         residuals, codes = saved[:t], saved[t:]
         G = torch.zeros_like(residuals[0]) if G is None else G
-        grad_out = codes[-1].t() @ G
-        grad_D = torch.zeros_like(D) if ctx.untied else grad_out
-        grad_A = G @ (D_out if ctx.untied else D).t()
-        if by_total is not None:
-            grad_A.add_(by_total.to(G.dtype))
+        # Of products over tokens the transpose is taken: on a CPU what stands on the left is copied, and d < h.
+        grad_out = G.t() @ codes[-1]
+        grad_D = torch.zeros_like(grad_out) if ctx.untied else grad_out
+        back = (D_out if ctx.untied else D).t()
+        grad_A = G @ back if by_total is None else torch.addmm(by_total.to(G.dtype), G, back)
         grad_X, grad_eta = torch.zeros_like(G), None
         for k in reversed(range(t)):
-            H = torch.ops.aten.threshold_backward(grad_A, codes[k], 0)
+            H = keep_where_positive(grad_A, codes[k])
             if ctx.needs_input_grad[4]:
                 grown = codes[k] - codes[k - 1] if k else codes[k]
                 by_step = (H * grown).sum(dtype=torch.float32).view(1) / (eta or 1.0)
                 grad_eta = by_step if grad_eta is None else grad_eta + by_step
-            grad_D.addmm_(H.t(), residuals[k], alpha=eta)
-            if not k and not ctx.needs_input_grad[0]:
+            grad_D.addmm_(residuals[k].t(), H, alpha=eta)
+            if not k:
+                grad_X.addmm_(H, D, alpha=eta)
                 break
             grad_R = (H @ D).mul_(eta)
             grad_X.add_(grad_R)
-            if k:
-                grad_D.addmm_(codes[k - 1].t(), grad_R, alpha=-1)
-                grad_A = H.addmm_(grad_R, D.t(), alpha=-1)
-        return grad_X, grad_D, grad_out if ctx.untied else None, None, grad_eta, None
+            grad_D.addmm_(grad_R.t(), codes[k - 1], alpha=-1)
+            grad_A = H.addmm_(grad_R, D.t(), alpha=-1)
+        return grad_X, grad_D.t(), grad_out.t() if ctx.untied else None, None, grad_eta, None, None
 
 
 class LISTA(ISTA):
@@ -378,8 +455,7 @@ class LISTA(ISTA):
 
     def watch(self, A):
         """Count on how many tokens each atom is active; A (..., h). Padding, if there is any, counts as tokens do."""
-        # Codes are not negative, and signs are had three times as fast as comparisons; exact to 2^24 tokens a step.
-        active = A.sign().flatten(0, -2).sum(0, dtype=torch.float32)
+        active = count_positive(A.flatten(0, -2))
         self.active = active if self.active is None else self.active + active
         self.seen += A.numel() // A.shape[-1]
 
