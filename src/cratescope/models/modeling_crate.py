@@ -397,7 +397,8 @@ class ISTAFunction(torch.autograd.Function):
                 grad_eta = by_step if grad_eta is None else grad_eta + by_step
             grad_D.addmm_(residuals[k].t(), H, alpha=eta)
             if not k:
-                grad_X.addmm_(H, D, alpha=eta)
+                if ctx.needs_input_grad[0]:
+                    grad_X.addmm_(H, D, alpha=eta)
                 break
             grad_R = (H @ D).mul_(eta)
             grad_X.add_(grad_R)
