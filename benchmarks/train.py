@@ -91,15 +91,20 @@ def main() -> None:
 def run(options: Options, console: Console, rows: list[dict[str, Any]]) -> None:
     for threads in options.threads:
         if options.beside:
-            console.print(compare_families(threads, options))
+            rows += compare_families(threads, options, console)
+            write(rows, options)
             continue
         for case in options.cases:
             if options.check:
                 check(case, threads, options, console)
             else:
                 rows += compare(case, threads, options, console)
-                if options.json:
-                    options.json.write_text(json.dumps(rows, indent=1) + "\n")
+                write(rows, options)
+
+
+def write(rows: list[dict[str, Any]], options: Options) -> None:
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=1) + "\n")
 
 
 # --- the driver ---
@@ -174,23 +179,27 @@ def compare(case: str, threads: int, options: Options, console: Console) -> list
     return rows
 
 
-def compare_families(threads: int, options: Options) -> Table:
+def compare_families(threads: int, options: Options, console: Console) -> list[dict[str, Any]]:
     """Ratios are medians over rounds, in each of which every family takes a step."""
     workers = {case: Worker("ours", case, threads, options) for case in options.families}
     taken: dict[str, list[float]] = {case: [] for case in workers}
     for number in range(options.rounds + 1):
         for case, worker in workers.items():
-            seconds = worker.step()["seconds"] / worker.ready["tokens"]
+            answer = worker.step()
             if number:
-                taken[case].append(seconds)
-    table = Table(title=f"training x {options.context}, {threads or 'all'} thread(s)")
+                taken[case].append(answer["seconds"] / worker.ready["tokens"])
+    what = f"{options.context}, vocabulary {options.vocabulary:,}, {threads or 'all'} thread(s), {answer['dtype']}"
+    table, rows = Table(title=f"training x {what}"), []
     for name in ("family", "microseconds/token", f"x {options.families[0]}"):
         table.add_column(name, justify="left" if name == "family" else "right")
     for case, seconds in taken.items():
         workers[case].stop()
-        ratios = [mine / first for mine, first in zip(seconds, taken[options.families[0]], strict=True)]
-        table.add_row(case, f"{1e6 * statistics.median(seconds):.1f}", f"{statistics.median(ratios):.3f}")
-    return table
+        ratio = statistics.median(mine / first for mine, first in zip(seconds, taken[options.families[0]], strict=True))
+        rows.append({"case": case, "threads": threads, "context": options.context, "vocabulary": options.vocabulary})
+        rows[-1] |= {"seconds_per_token": statistics.median(seconds), "by_first": ratio, "dtype": answer["dtype"]}
+        table.add_row(case, f"{1e6 * rows[-1]['seconds_per_token']:.1f}", f"{ratio:.3f}")
+    console.print(table)
+    return rows
 
 
 def gemm_peak(dtype: str, threads: int, options: Options) -> float:

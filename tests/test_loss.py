@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import hypothesis.strategies as st
 import pytest
 import torch
@@ -114,6 +116,21 @@ def test_token_losses_are_those_of_the_full_logits():
     torch.testing.assert_close(loss.token_losses(hidden, weight, labels), expected)
 
 
+@pytest.mark.parametrize("label", [-1, 11])
+def test_a_label_that_is_no_token_is_refused_also_without_gradients(label):
+    hidden, weight, labels = torch.randn(3, 4), torch.randn(11, 4), torch.tensor([1, label, 2])
+    with pytest.raises(IndexError, match=f"{label}, but there are 11 tokens|from {label} to"):
+        loss.token_losses(hidden, weight, labels)
+
+
+def test_a_second_derivative_is_refused_and_not_left_out():
+    hidden, weight = (torch.randn(n, 4, requires_grad=True) for n in (3, 11))
+    value = loss.linear_cross_entropy(hidden, weight, torch.tensor([1, 5, 2]))
+    (grad,) = torch.autograd.grad(value, hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        (value + grad.square().sum()).backward()
+
+
 def test_the_number_of_items_divides_the_sum():
     hidden, weight, labels = torch.randn(6, 4), torch.randn(9, 4), torch.tensor([1, 2, 3, -100, 5, 6])
     mean, whole = (fused(hidden, weight, labels, n_items=n)[0] for n in (None, 1))
@@ -177,3 +194,11 @@ def test_a_fused_model_without_labels_still_gives_logits():
     tokens = torch.arange(8)[None]
     expected = model(tokens).logits
     assert torch.equal(loss.fuse(model)(tokens).logits, expected)
+
+
+def test_a_copy_of_a_fused_model_is_a_model_of_its_own():
+    model = loss.fuse(build(preset_config("crate-1l", 320, 16, 0), seed=0)).eval()
+    tokens = torch.arange(8)[None]
+    other, expected = copy.deepcopy(model), model(tokens).logits
+    torch.nn.init.zeros_(other.lm_head.weight)
+    assert not other(tokens).logits.any() and torch.equal(model(tokens).logits, expected)

@@ -313,5 +313,14 @@ def test_the_fused_ista_equals_the_loop_in_value_and_every_gradient(steps, tied)
 def test_hooks_see_and_edit_the_codes_in_training_too():
     ista = ISTA(CrateConfig(n_embd=8, n_head=2, n_layer=1)).train()
     torch.nn.init.normal_(ista.D)
-    ista.codes.register_forward_hook(lambda module, inputs, output: torch.zeros_like(output))
-    assert not ista(torch.randn(1, 3, 8)).any()
+    X = torch.randn(1, 3, 8)
+    for edit in (
+        lambda: ista.codes.register_forward_hook(lambda module, inputs, output: torch.zeros_like(output)),
+        lambda: ista.codes.register_forward_pre_hook(lambda module, inputs: torch.zeros_like(inputs[0])),
+    ):
+        handle = edit()
+        assert not ista(X).any()
+        handle.remove()
+        assert ista(X).any()
+    ista.codes = torch.nn.Threshold(math.inf, 0)
+    assert not ista(X).any()

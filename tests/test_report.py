@@ -304,7 +304,7 @@ def test_the_tokenizer_comes_from_the_runs_model_folder(tmp_path: Path) -> None:
 
 
 def test_scores_of_another_simulator_are_pointed_out(runs: tuple[Path, Path], tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="offline/list-pmi"):
+    with pytest.raises(UserError, match="or give --simulator list-pmi .*: offline/list-pmi"):
         report(ReportConfig(runs=runs, out=tmp_path, simulator="all-at-once"), tokenizer=fake_tokenizer())
 
 

@@ -520,6 +520,7 @@ def test_a_model_name_that_is_no_folder_of_its_own_is_refused(tmp_path, name, me
         ("train", "preset = 'crate-9l'", "no preset 'crate-9l'"),
         ("train", "crate = {ista_steps = nan}", "--crate ista_steps = 'nan' is not a int"),
         ("train", "crate = {ista_expansion = 1000000}", "ista_expansion = 1000000"),
+        ("train", "crate = {reconstruction_weight = '1'}", "weighs within a penalty, and there is none"),
         ("train", "llm = 'x'", "has no option 'llm'"),
         ("evaluate", "on = ['heldout', '-x']", "--on -x: no such file"),
         ("collect", "dump = 'yes'", "dump = 'yes'"),

@@ -198,6 +198,7 @@ def test_codes_learn_to_reconstruct_where_the_penalty_asks_for_it(data_folder, t
     assert explained[1] > explained[0] + 0.05
     with pytest.raises(UserError, match="reconstruction_weight: weighs within a penalty, and there is none"):
         train(config_of(tmp_path / "none", data_folder, preset="crate-1l", crate={"reconstruction_weight": "1"}))
+    assert not (tmp_path / "none").exists()
 
 
 @pytest.mark.parametrize("preset", ["crate-h-1l", "gpt2-1l"])

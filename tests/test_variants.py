@@ -561,6 +561,7 @@ def test_an_atom_of_zeros_is_never_active():
         ("density_high", "1.5", "density_high"),
         ("homeostasis_rate", "-1", "homeostasis_rate"),
         ("homeostasis_rate", "nan", "homeostasis_rate"),
+        ("ista_step_size", "1e300", "at most 1000"),
         ("lag", "perhaps", "lag"),
     ],
 )

@@ -252,10 +252,11 @@ def _score_neurons(plan: Plan, place: Settings, say: Callable[[str], None]) -> N
 
 def _loss(result: Settings) -> str:
     margin = result["unigram_entropy"] - result["loss"]
+    side = "below" if margin >= 0 else "above"
     error = "-" if result["standard_error"] is None else f"{result['standard_error']:.3f}"
     return (
         f"  {result['split']} loss {result['loss']:.3f} +- {error} nats per token, "
-        f"{margin:.3f} below the unigram entropy of {result['unigram_entropy']:.3f}"
+        f"{abs(margin):.3f} {side} the unigram entropy of {result['unigram_entropy']:.3f}"
     )
 
 
@@ -373,7 +374,7 @@ def _look_up(parsed: Any, where: str) -> None:
 
     with _blaming(where):
         if isinstance(parsed, TrainConfig):
-            preset_config(parsed.preset, context=parsed.context, crate=parsed.crate)
+            parsed.penalty_of(preset_config(parsed.preset, context=parsed.context, crate=parsed.crate))
         if isinstance(parsed, EvaluateConfig):
             for name in set(parsed.on) - set(SPLITS):
                 find_set(name)

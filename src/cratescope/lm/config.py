@@ -37,8 +37,8 @@ class TrainConfig(Checked):
     budget: Literal["paper", "hour", "minutes"] = "paper"
     """Sets the defaults of the options below: the paper's recipe, or about 25 or 2 million tokens for a CPU."""
     preset: str = "crate-2l"
-    """crate-1l, -2l, -3l, -s, -b, or the same with gpt2-, and their variants crate-h-1l, crate-lag-1l, crate-h-lag-1l
-    and so on (docs/math.md); the vocabulary size comes from the data."""
+    """A family (crate, crate-lag, crate-h, crate-h-lag, or gpt2, gpt2-lag, gpt2-h, gpt2-h-lag; docs/math.md) and a size
+    (1l, 2l, 3l, s, b), such as crate-2l; the vocabulary size comes from the data."""
     steps: Annotated[int, within(0)] = 600_000
     """Total optimiser steps. 0 writes the untrained model (a control)."""
     batch_tokens: Annotated[int, within(1)] = 491_520
@@ -84,7 +84,8 @@ class TrainConfig(Checked):
     code_penalty (0.001 of crate-h-, gpt2-h-, else none; for none there, `--crate code_penalty 0`). The weight grows
     over a fifth of the steps. No loss that is shown or logged includes it."""
     crate: dict[str, str] = field(default_factory=dict)
-    """Overrides of CRATE config fields, such as `--crate ista_steps 3 ista_lambda 0.2`."""
+    """Overrides of CRATE config fields (docs/math.md), such as `--crate ista_steps 3 ista_lambda 0.2` or `--crate
+    bilinear true reconstruction_weight 3`."""
     seed: Annotated[int, within(0, LARGEST_SEED)] = 0
     """Seed of the initial weights and of the crops."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -103,6 +104,15 @@ class TrainConfig(Checked):
             if getattr(self, name) % self.log_every:
                 value = f"--{name.replace('_', '-')} {getattr(self, name)}"
                 raise UserError(f"{value}: is not a multiple of --log-every {self.log_every}; change one of them")
+
+    def penalty_of(self, model_config: Any) -> float:
+        """What a token's activations weigh in the loss; UserError if something weighs within no penalty."""
+        weight: float = getattr(model_config, "code_penalty", 0.0) if self.l1 is None else self.l1
+        if not weight and getattr(model_config, "reconstruction_weight", False):
+            raise UserError(
+                "--crate reconstruction_weight: weighs within a penalty, and there is none; give --l1 as well"
+            )
+        return weight
 
     def arm(self, step: int) -> Arm:
         """What the run is after so many steps: a penalty of its own makes it another arm than its preset, too."""

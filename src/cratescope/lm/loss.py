@@ -64,7 +64,7 @@ def fuse(model: PreTrainedModel, penalty: Callable[[torch.Tensor], torch.Tensor]
         penalty: of the sum of a token's activations, of all neurons, mean over tokens; added to the loss of every pass.
             RuntimeError in training if there is none to add, as under checkpointing with use_reentrant=True.
     """
-    plain = model.forward
+    plain = type(model).forward  # of whichever model is called: a copy of this one is another
     sums: list[torch.Tensor] = []
 
     def add(_module: Any, _inputs: Any, output: torch.Tensor) -> None:
@@ -79,7 +79,7 @@ def fuse(model: PreTrainedModel, penalty: Callable[[torch.Tensor], torch.Tensor]
 
     def forward(self: Any, input_ids: Any = None, labels: Any = None, num_items_in_batch: Any = None, **kwargs: Any):
         if labels is None:
-            return plain(input_ids, **kwargs)
+            return plain(self, input_ids, **kwargs)
         sums.clear()
         hidden = self.base_model(input_ids, use_cache=False, **kwargs).last_hidden_state[:, :-1]
         weight, targets = self.get_output_embeddings().weight, labels[:, 1:]
@@ -145,7 +145,9 @@ def _keep_gradients(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, upstream, *_):
+def _backward(ctx, upstream, *others):
+    if any(other is not None for other in others):
+        raise RuntimeError("this loss has no second derivative; use F.cross_entropy of logits for it")
     grads = (
         (grad * upstream).to(dtype) if needed else None
         for grad, dtype, needed in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad, strict=False)
@@ -159,6 +161,8 @@ _summed.register_autograd(_backward, setup_context=_keep_gradients)
 def _sweep(hidden, weight, labels, dtype, need_hidden, need_weight):
     """(losses (n,), gradient of their sum by hidden, and by weight), chunk by chunk."""
     wide = _wide(dtype)
+    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < len(weight):
+        raise IndexError(f"labels are from {labels.min()} to {labels.max()}, but there are {len(weight)} tokens")
     # A GPU needs no tiles: its kernels split the product themselves.
     n_columns = min(TILE // dtype.itemsize, len(weight)) if hidden.device.type == "cpu" else len(weight)
     parts = weight.to(dtype).split(n_columns)

@@ -62,6 +62,7 @@ def train(config: TrainConfig) -> Run:
     dtype = pick_dtype(config.dtype, device)
     _check(config, data, device)
     model_config = preset_config(config.preset, data.vocab_size, config.context, data.eos_id, config.crate)
+    weight = config.penalty_of(model_config)
     # Only now: a refused command must not claim the folder.
     with locked(run.root, "train") if rank() == 0 else contextlib.nullcontext():
         if rank() == 0:
@@ -73,7 +74,7 @@ def train(config: TrainConfig) -> Run:
         if rank() == 0:
             say(f"{run.name}: {what}")
         if config.steps:
-            number, step = _fit(config, run, model, data, _arguments(config, run, device, dtype), publish)
+            number, step = _fit(config, run, model, data, _arguments(config, run, device, dtype), weight, publish)
             _leave_group()
             if number:
                 what = f"{run.root}: stopped by {signal.Signals(number).name} after step {step}, which is saved"
@@ -102,12 +103,10 @@ def _fit(
     model: PreTrainedModel,
     data: TokenData,
     arguments: TrainingArguments,
+    weight: float,
     publish: Callable[[int, PreTrainedModel], None],
 ) -> tuple[int, int]:
     """Train from the newest good checkpoint and publish the run; return the signal received, if any, and the step."""
-    weight = getattr(model.config, "code_penalty", 0.0) if config.l1 is None else config.l1
-    if not weight and getattr(model.config, "reconstruction_weight", False):
-        raise UserError("--crate reconstruction_weight: weighs within a penalty, and there is none; give --l1 as well")
     watch = Watch(config, run, weight, publish)
     validation = data.split("validation")
     n_crops = max(1, min(config.validation_crops, validation.n_tokens // config.context))

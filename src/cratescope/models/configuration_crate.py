@@ -1,6 +1,5 @@
 """Configuration of the CRATE language model. Self-contained, so that it can be published beside the weights."""
 
-import math
 from typing import Literal
 
 from huggingface_hub.dataclasses import strict
@@ -95,17 +94,17 @@ class CrateConfig(PreTrainedConfig):
             raise ValueError(f"ista_steps = {self.ista_steps}, but it has to be from 1 to 1000")
         if not 1 <= self.ista_expansion <= 1000:
             raise ValueError(f"ista_expansion = {self.ista_expansion}, but it has to be from 1 to 1000")
-        if not 0 < self.ista_step_size < math.inf:
-            raise ValueError(f"ista_step_size = {self.ista_step_size}, but it has to be above 0, and finite")
-        if not 0 <= self.ista_lambda < math.inf:
-            raise ValueError(f"ista_lambda = {self.ista_lambda}, but it has to be 0 or more, and finite")
+        if not 0 < self.ista_step_size <= 1000:
+            raise ValueError(f"ista_step_size = {self.ista_step_size}, but it has to be above 0, and at most 1000")
+        if not 0 <= self.ista_lambda <= 1e6:
+            raise ValueError(f"ista_lambda = {self.ista_lambda}, but it has to be from 0 to 1000000")
         if self.ista_gain and not self.ista_tied:
             raise ValueError("ista_gain is of a tied decoder; set ista_tied, too")
         if not 0 < self.density_low <= self.density_high <= 1:
             both = f"density_low = {self.density_low}, density_high = {self.density_high}"
             raise ValueError(f"{both}, but the first has to be above 0, the second no less and at most 1")
-        if not 0 <= self.homeostasis_rate < math.inf:
-            raise ValueError(f"homeostasis_rate = {self.homeostasis_rate}, but it has to be 0 or more, and finite")
+        if not 0 <= self.homeostasis_rate <= 1000:
+            raise ValueError(f"homeostasis_rate = {self.homeostasis_rate}, but it has to be from 0 to 1000")
         if not 0 <= self.code_penalty <= 1:
             raise ValueError(f"code_penalty = {self.code_penalty}, but it has to be from 0 to 1")
         if not 0 <= self.reconstruction_weight <= 1000:

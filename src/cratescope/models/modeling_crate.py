@@ -82,9 +82,8 @@ class LagFunction(torch.autograd.Function):
         # Whole rows of a head, as they stand in memory: faster than a number per head.
         share = share.to(X.dtype).view(-1, 1, 1).repeat(1, 1, X.shape[-1])
         starts = None if starts is None else starts[:, None, :, None]
-        change = torch.empty_like(X)
-        torch.neg(X[:, :, :1], out=change[:, :, :1])
-        torch.sub(X[:, :, :-1], X[:, :, 1:], out=change[:, :, 1:])
+        change = -X
+        change[:, :, 1:] += X[:, :, :-1]
         if starts is not None:
             change = torch.where(starts, -X, change)
         ctx.save_for_backward(change, share, starts)
@@ -272,7 +271,7 @@ class ISTA(nn.Module):
     def forward(self, X):
         """X (B, T, d) -> D A_t (B, T, d)."""
         learning = self.training and torch.is_grad_enabled()
-        if learning and not self.first_codes._forward_hooks and not self.codes._forward_hooks:
+        if learning and not is_used(self.first_codes) and not is_used(self.codes):
             decoder = None if self.D_out is None and self.gain is None else self.decoder()
             out, A, total = self.fused(X, decoder, summed=self.sums is not None)
         else:
@@ -349,6 +348,12 @@ def sum_of_all(A):
 def parts(A):
     """A (n, h) in parts of rows of which a core's cache holds a copy."""
     return A.split(max(1, min(2**15 - 1, 2**17 // A.shape[1])))
+
+
+def is_used(place):
+    """Whether somebody reads or edits what passes this module, which does nothing itself."""
+    hooks = (place._forward_hooks, place._forward_pre_hooks, place._backward_hooks, place._backward_pre_hooks)
+    return any(hooks) or type(place) is not nn.Identity
 
 
 class ISTAFunction(torch.autograd.Function):

@@ -290,10 +290,12 @@ def _scored(run: Run, explainer: str, simulator: str) -> dict[str, Path]:
     found = {site.name: site / chosen for site in sorted(folder.glob("*")) if (site / chosen / "scores.json").exists()}
     if found:
         return found
-    command = f"cratescope score {run.root} --explainer {explainer} --simulator {simulator}"
     others = sorted({"/".join(path.parts[-3:-1]) for path in folder.glob("*/*/*/scores.json")})
     hint = f" (scored so far, as explainer/simulator: {', '.join(others)})" if others else ""
-    raise UserError(f"{folder}/*/{chosen}/scores.json: no such file; run `{command}` first{hint}")
+    fix = f"run `cratescope score {run.root} --explainer {explainer} --simulator {simulator}` first"
+    if by_another := [other for other in others if other.startswith(f"{slug(explainer)}/")]:
+        fix += f", or give --simulator {by_another[0].partition('/')[2]}"
+    raise UserError(f"{folder}/*/{chosen}/scores.json: no such file; {fix}{hint}")
 
 
 def _texts(kept: Kept[Explanation]) -> dict[int, dict[int, str]]:
