@@ -30,7 +30,7 @@ quick: $(VENV)/installed ## explained neurons of two trained models that come wi
 	$(BIN)/cratescope show zoo/crate-2l-seed3 1 267
 	$(BIN)/cratescope show zoo/gpt2-2l-seed3 1 479
 
-demo: $(VENV)/installed ## train CRATE and GPT-2, explain and score their neurons, write a report (about 18 minutes)
+demo: $(VENV)/installed ## train CRATE and GPT-2, explain and score their neurons, write a report (9 to 20 minutes)
 	$(BIN)/cratescope study studies/demo.toml --out $(OUT)
 	@echo 'Look around: make view, or $(BIN)/cratescope view $(OUT)/runs/*'
 

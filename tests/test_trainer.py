@@ -127,12 +127,12 @@ def thresholds(run):
 
 
 def test_two_processes_keep_the_thresholds_of_one_and_its_losses(data_folder, tmp_path):
-    alone = train(TrainConfig(tmp_path / "alone", data_folder, **SPARSE))
-    together = in_two_processes(TrainConfig(tmp_path / "together", data_folder, **SPARSE))
+    # Of seed 0 rounding makes an atom active on one token more of the 128, which losses tell from then on (0.0007).
+    seed = {"seed": 1}
+    alone = train(TrainConfig(tmp_path / "alone", data_folder, **SPARSE, **seed))
+    together = in_two_processes(TrainConfig(tmp_path / "together", data_folder, **SPARSE, **seed))
     pairs = zip(log_of(alone), log_of(together), strict=True)
-    # Rounding may make an atom active on one token more of the 128: then 0.001 and 0.0005. With counts of its own in
-    # each process it would be 0.005 and 0.08.
-    assert all(a[name] == pytest.approx(b[name], abs=2e-3) for a, b in pairs for name in a.keys() & {"loss"})
+    assert all(a[name] == pytest.approx(b[name], abs=1e-4) for a, b in pairs for name in a.keys() & {"loss"})
     assert (thresholds(alone) - thresholds(together)).abs().max() < 0.01
     assert (thresholds(alone) - 1.5).abs().max() > 0.1, "they have moved"
 
